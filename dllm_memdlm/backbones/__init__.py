@@ -1,0 +1,29 @@
+"""What the memory must know of a model: its two stages, its layers, and the places for fast weights."""
+
+from .decoder import DECODERS, bidirectional
+from .llada2_moe import LLaDA2MoeConfig, LLaDA2MoeModelLM
+from .llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
+from .loading import BUNDLED, config_of, load_model, model_class, read_config, staged_backbone, with_lora
+from .sites import Site, adapted_layers, find_sites
+from .staged import StagedForward, StageOutput
+
+__all__ = [
+    "BUNDLED",
+    "DECODERS",
+    "LLaDA2MoeConfig",
+    "LLaDA2MoeModelLM",
+    "LLaDAMoEConfig",
+    "LLaDAMoEModelLM",
+    "Site",
+    "StageOutput",
+    "StagedForward",
+    "adapted_layers",
+    "bidirectional",
+    "config_of",
+    "find_sites",
+    "load_model",
+    "model_class",
+    "read_config",
+    "staged_backbone",
+    "with_lora",
+]

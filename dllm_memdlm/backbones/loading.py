@@ -1,0 +1,161 @@
+"""From a name, a folder or dimensions to a model: config.json read by its architecture, no remote code."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+from ..config import ConfigError, LoraConfig, ModelConfig
+from .decoder import DECODERS, bidirectional
+from .llada2_moe import LLaDA2MoeModelLM
+from .llada_moe import LLaDAMoEModelLM
+from .staged import StagedForward
+
+#: Bundled definitions, by the architecture that a checkpoint's config.json names.
+BUNDLED: dict[str, type[PreTrainedModel]] = {
+    "LLaDAMoEModelLM": LLaDAMoEModelLM,
+    "LLaDAMoEModel": LLaDAMoEModelLM,
+    "LLaDA2MoeModelLM": LLaDA2MoeModelLM,
+}
+
+
+def model_class(architecture: str) -> type[PreTrainedModel]:
+    """The class for an architecture name. Raises ConfigError naming the known ones."""
+    if architecture in BUNDLED:
+        return BUNDLED[architecture]
+    if architecture in DECODERS:
+        return bidirectional(architecture)
+    known = ", ".join([*BUNDLED, *DECODERS])
+    raise ConfigError(f"model.architecture={architecture!r}: no backbone for it; known: {known}")
+
+
+def read_config(path: str) -> PretrainedConfig:
+    """config.json of a hub name or a local folder, as the class that its `architectures` entry asks for.
+
+    `model_type` and `auto_map` are not looked at: the published LLaDA checkpoints carry a `model_type` that other
+    libraries use for other models.
+
+    Raises:
+        ConfigError: there is no such folder, hub name or network; or the architecture is not known.
+    """
+    try:
+        values, _ = PretrainedConfig.get_config_dict(path)
+    except OSError as error:
+        raise ConfigError(f"model.path={path!r}: {missing_reason(path)}") from error
+    if not values:
+        raise ConfigError(f"model.path={path!r}: {missing_reason(path)}")
+    architectures = values.get("architectures") or ["none"]
+    cls = model_class(architectures[0])
+    values.pop("auto_map", None)
+    values.pop("model_type", None)
+    return cls.config_class.from_dict(values)
+
+
+def missing_reason(path: str) -> str:
+    """Why a model, tokenizer or dataset could not be had, in words."""
+    if os.path.isdir(path):
+        return "a folder without a readable config.json"
+    if os.path.isabs(path) or path.startswith((".", "~")):
+        return "no such folder"
+    return "no such folder, and no local copy or network to get it from the hub"
+
+
+def config_of(model: ModelConfig, vocab_size: int | None = None) -> PretrainedConfig:
+    """The model's config: read from `path`, or built from `architecture` and `dimensions`."""
+    if model.path is not None:
+        return read_config(model.path)
+    cls = model_class(model.architecture)
+    dimensions = dict(model.dimensions)
+    if vocab_size is not None:
+        dimensions.setdefault("vocab_size", vocab_size)
+    return build_config(cls.config_class, dimensions)
+
+
+def build_config(cls: type[PretrainedConfig], dimensions: dict[str, Any]) -> PretrainedConfig:
+    """A config from dimensions; a name that it does not know is refused (transformers would keep it silently)."""
+    known = set(cls().to_dict())
+    for name in dimensions:
+        if name not in known:
+            raise ConfigError(f"model.dimensions.{name}: not a field of {cls.__name__}")
+    return cls(**dimensions)
+
+
+def load_model(
+    model: ModelConfig, config: PretrainedConfig, lora: LoraConfig | None = None, seed: int = 0
+) -> nn.Module:
+    """The backbone, with its outer LoRA if enabled: weights from `model.path`, or drawn from `seed`.
+
+    Raises:
+        ConfigError: the weights cannot be had, or do not fit the config.
+    """
+    cls = model_class((config.architectures or [model.architecture])[0])
+    dtype = getattr(torch, model.dtype)
+    if model.path is None:
+        config._attn_implementation = model.attn_implementation
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            backbone = cls(config).to(dtype)
+    else:
+        try:
+            backbone, report = cls.from_pretrained(
+                model.path,
+                config=config,
+                dtype=dtype,
+                attn_implementation=model.attn_implementation,
+                use_safetensors=True,
+                quantization_config=_nf4(dtype) if model.load_in_4bit else None,
+                output_loading_info=True,
+            )
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"model.path={model.path!r}: no weights ({reason})") from error
+        except RuntimeError as error:
+            raise ConfigError(f"model.path={model.path!r}: weights of another shape ({_first_line(error)})") from error
+        if report["missing_keys"]:
+            first = sorted(report["missing_keys"])[0]
+            raise ConfigError(
+                f"model.path={model.path!r}: {len(report['missing_keys'])} weights are missing, {first} the first"
+            )
+    return with_lora(backbone, lora) if lora is not None and lora.enabled else backbone
+
+
+def with_lora(backbone: PreTrainedModel, lora: LoraConfig) -> nn.Module:
+    """Wrap in PEFT's LoRA, as dllm does. Only the adapters are trainable afterwards."""
+    import peft
+
+    if getattr(backbone, "is_loaded_in_4bit", False):
+        backbone = peft.prepare_model_for_kbit_training(backbone, use_gradient_checkpointing=False)
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    config = peft.LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias=lora.bias, target_modules=targets
+    )
+    try:
+        return peft.get_peft_model(backbone, config)
+    except ValueError as error:
+        raise ConfigError(f"lora.target_modules={lora.target_modules!r}: {_first_line(error)}") from error
+
+
+def staged_backbone(model: nn.Module) -> StagedForward:
+    """The language model inside PEFT's wrapper. Raises TypeError for a model without a staged forward."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, StagedForward):
+        known = ", ".join([*BUNDLED, *DECODERS])
+        raise TypeError(
+            f"no backbone adapter for {type(inner).__name__}; load the model with dllm_memdlm.backbones.load_model "
+            f"(architectures: {known})"
+        )
+    return inner
+
+
+def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True, bnb_4bit_quant_type="nf4"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next(line.strip() for line in str(error).splitlines() if line.strip())

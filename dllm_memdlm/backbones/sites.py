@@ -1,0 +1,70 @@
+"""Where fast weights go: which layers, and which linear layers in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..config import ConfigError, MemoryConfig
+from ..fast_weights import SiteShape
+from .moe import RoutedExperts
+from .staged import StagedForward
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place for fast weights in a model: a linear layer, or one projection of a layer's routed experts."""
+
+    shape: SiteShape
+    module: nn.Module  #: the linear layer as the model calls it (PEFT's wrapper included), or the RoutedExperts
+    projection: str  #: its own name, `down_proj`
+
+
+def adapted_layers(count: int, config: MemoryConfig) -> range:
+    """Layers with fast weights, of `count`: from int(n · (1 - fraction)) on, or as many from the first."""
+    start = int(count * (1 - config.layer_fraction))
+    return range(start, count) if config.layers == "last" else range(count - start)
+
+
+def find_sites(model: StagedForward, config: MemoryConfig) -> list[Site]:
+    """The places for fast weights, in the order of the layers.
+
+    Raises:
+        ConfigError: a target names no linear layer in the adapted layers; the message lists those there are.
+    """
+    layers = adapted_layers(len(model.layers), config)
+    sites: list[Site] = []
+    names: set[str] = set()
+    for index in layers:
+        done: list[str] = []  # modules whose insides are spoken for
+        for path, module in model.layers[index].named_modules():
+            full = f"layers.{index}.{path}"
+            if any(path.startswith(f"{outer}.") for outer in done):
+                continue
+            if isinstance(module, RoutedExperts):
+                done.append(path)
+                for name, linear in module[0].named_children():
+                    if _is_linear(linear):
+                        names.add(name)
+                        if name in config.target_modules:
+                            shape = SiteShape(f"{full}.{name}", linear.in_features, linear.out_features, len(module))
+                            sites.append(Site(shape, module, name))
+            elif _is_linear(module):
+                done.append(path)  # a PEFT layer holds linear layers of its own
+                name = path.rpartition(".")[2]
+                names.add(name)
+                if name in config.target_modules:
+                    sites.append(Site(SiteShape(full, module.in_features, module.out_features), module, name))
+    for target in config.target_modules:
+        if not any(site.projection == target for site in sites):
+            raise ConfigError(
+                f"memory.target_modules: {target!r} matches nothing in layers {layers.start}-{layers.stop - 1} of "
+                f"{type(model).__name__}; linear layers there: {', '.join(sorted(names))}"
+            )
+    return sites
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, BaseTunerLayer)) and hasattr(module, "out_features")

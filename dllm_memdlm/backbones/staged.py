@@ -1,0 +1,101 @@
+"""One forward in two stages: the trunk (layers without fast weights) and the head (the rest, and the logits).
+
+    trunk = model(stage="trunk", input_ids=x, boundary=n).hidden                  # [B, L, D]
+    out = model(stage="head", hidden=trunk, boundary=n, positions=index)          # logits [B, M, V]
+
+The inner loop needs the trunk once for each state and its gradient never, and logits only where there is a loss. Both
+stages pass through the outermost module's `forward`, so that PEFT, DDP, ZeRO and FSDP see an ordinary call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import MaskedLMOutput
+from transformers.utils import ModelOutput
+
+from .layers import additive_mask, take
+
+
+@dataclass
+class StageOutput(ModelOutput):
+    """What a stage returns. `hidden` is [B, L, D] after the trunk, and [B, M, D] after the head's final norm."""
+
+    hidden: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class StagedForward:
+    """Mixed into a language model that has `model.layers`, `model.norm`, `model.rotary_emb` and `lm_head`.
+
+    Attention is bidirectional. The layers take (hidden, attention_mask, position_ids, position_embeddings), and those
+    of a class with `layers_take_queries` also `queries`, the positions whose output is wanted.
+    """
+
+    layers_take_queries = False
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.model.layers
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        *,
+        stage: Literal["full", "trunk", "head"] = "full",
+        boundary: int = 0,
+        hidden: Tensor | None = None,
+        positions: Tensor | None = None,
+        project: bool = True,
+        return_dict: bool | None = None,
+    ) -> MaskedLMOutput | StageOutput:
+        """Run one stage, or both.
+
+        Args:
+            input_ids: tokens [B, L] (full, trunk); `inputs_embeds` [B, L, D] may stand in.
+            attention_mask: none (all positions see each other), [B, L] with 0 on hidden keys, or 4-D, boolean or
+                additive, broadcastable to [B, heads, L, L].
+            position_ids: [1 or B, L]; counted from 0 by default.
+            stage: which part to run. `full` returns logits [B, L, V] as any masked language model does.
+            boundary: index of the first layer that belongs to the head.
+            hidden: the trunk's output [B, L, D] (head).
+            positions: index [B, M] of the positions whose output is wanted (head); all of them by default.
+            project: whether the head computes logits, or stops at the final norm.
+        """
+        if stage != "head":
+            hidden = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is None:
+            position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        context = {
+            "attention_mask": additive_mask(attention_mask, hidden.dtype),
+            "position_ids": position_ids,
+            "position_embeddings": self.model.rotary_emb(hidden, position_ids),
+        }
+        if stage == "trunk":
+            for layer in self.layers[:boundary]:
+                hidden = layer(hidden, **context)
+            return StageOutput(hidden=hidden)
+        if stage == "full":
+            for layer in self.layers:
+                hidden = layer(hidden, **context)
+            return MaskedLMOutput(logits=self.lm_head(self.model.norm(hidden)))
+        hidden = self.model.norm(self._head(hidden, boundary, positions, context))
+        return StageOutput(hidden=hidden, logits=self.lm_head(hidden) if project else None)
+
+    def _head(self, hidden: Tensor, boundary: int, positions: Tensor | None, context: dict) -> Tensor:
+        # Never checkpointed: the fast weights that a recomputation would need are gone by the time of the backward
+        # pass. nn.Module's own __call__ keeps every hook and leaves checkpointing out.
+        *inner, last = self.layers[boundary:]
+        for layer in inner:
+            hidden = nn.Module.__call__(layer, hidden, **context)
+        if positions is None:
+            return nn.Module.__call__(last, hidden, **context)
+        if self.layers_take_queries:
+            return nn.Module.__call__(last, hidden, queries=positions, **context)
+        return take(nn.Module.__call__(last, hidden, **context), positions)

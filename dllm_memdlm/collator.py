@@ -1,0 +1,95 @@
+"""AnchorTrajectoryCollator: from examples to a padded batch with its noise."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import noise
+from .config import ConfigError, MemoryConfig
+from .dllm_api import BaseAlphaScheduler, CollatorWrapper, LinearAlphaScheduler, prepend_bos
+from .trajectory import build_trajectory
+
+#: The field of a feature that holds its index in the dataset. `MemDLMTrainer` adds it.
+EXAMPLE_ID = "example_id"
+
+
+@dataclass
+class AnchorTrajectoryCollator(CollatorWrapper):
+    """Wraps any collator that pads `input_ids` and `labels`, and adds the noise of the batch.
+
+        >>> collator = AnchorTrajectoryCollator(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=eos), memory)
+        >>> collator([{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], "example_id": 0}])
+        {"input_ids": [[5, 6, 7, 8]],              # x0
+         "labels": [[-100, -100, 7, 8]],
+         "maskable": [[0, 0, 1, 1]],               # the response
+         "noise_level": [0.41],                    # t
+         "anchor_mask": [[0, 0, 1, 0]],            # M_t
+         "inner_masks": [[[0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]]],   # M_pre, M_t, and nothing: x0
+         "inner_ratios": [[0.5, 0.5]],             # r of the two inner states
+         "noise_keys": [7138415436909018950]}      # what all of this is a function of
+
+    The noise of an example is a pure function of (seed, epoch, example): no worker, rank, batch or restart changes it.
+    Put this wrapper outside those that change the length of the batch.
+
+    Args:
+        collator: the collator to wrap.
+        config: the strategy of the inner loop; with memory off only the anchor is drawn.
+        seed: noise seed.
+        scheduler: noise schedule; linear by default.
+        time_epsilon: smallest t.
+        bos_token_id: put before every sequence ahead of masking, as models whose logits are shifted need; none
+            leaves the sequences alone.
+    """
+
+    config: MemoryConfig = field(default_factory=MemoryConfig)
+    seed: int = 42
+    scheduler: BaseAlphaScheduler = field(default_factory=LinearAlphaScheduler)
+    time_epsilon: float = 1e-3
+    bos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        # In shared memory, so that workers which outlive an epoch see the next one begin.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose noise is drawn."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the noise of another epoch from now on, in every worker."""
+        self._epoch.fill_(epoch)
+
+    def for_evaluation(self) -> AnchorTrajectoryCollator:
+        """A copy whose noise is that of no training epoch, and never changes."""
+        fixed = copy.copy(self)
+        fixed._epoch = torch.tensor(noise.EVALUATION)
+        return fixed
+
+    def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
+        if any(EXAMPLE_ID not in feature for feature in features):
+            raise ConfigError(
+                f"AnchorTrajectoryCollator: features without {EXAMPLE_ID!r} (fields: {', '.join(features[0])}); "
+                "pass the dataset to MemDLMTrainer, or add each example's index under that name"
+            )
+        examples = torch.tensor([feature[EXAMPLE_ID] for feature in features], dtype=torch.int64)
+        features = [{k: v for k, v in feature.items() if k != EXAMPLE_ID} for feature in features]
+        batch = super().__call__(features, return_tensors)
+        return self.add_noise(batch, examples)
+
+    def add_noise(self, batch: dict[str, Any], examples: Tensor) -> dict[str, Any]:
+        """Add the fields of a `Trajectory` to a padded batch. examples [B] int64, indices in the dataset."""
+        labels = batch["labels"]
+        if self.bos_token_id is not None and not torch.all(labels[:, 0] == -100):
+            batch = prepend_bos(batch, self.bos_token_id)
+            labels = batch["labels"]
+        maskable = labels != -100
+        keys = noise.example_keys(self.seed, self.epoch, examples)
+        t = self.time_epsilon + (1 - self.time_epsilon) * noise.uniform(keys, noise.TIME, 1)[:, 0]
+        trajectory = build_trajectory(batch["input_ids"], maskable, t, 1 - self.scheduler(t), keys, self.config)
+        return {**batch, **trajectory.to_batch()}

@@ -1,0 +1,19 @@
+"""From a dataset's name to token ids: rows (sources), chats (formats), examples (examples), and their tokenizer."""
+
+from dllm_memdlm.data.examples import Counts, Examples, load_examples, training_texts
+from dllm_memdlm.data.formats import FORMATS, Format, choose_format
+from dllm_memdlm.data.sources import load_rows
+from dllm_memdlm.data.tokenizer import tokenizer_for, train_tokenizer
+
+__all__ = [
+    "FORMATS",
+    "Counts",
+    "Examples",
+    "Format",
+    "choose_format",
+    "load_examples",
+    "load_rows",
+    "tokenizer_for",
+    "train_tokenizer",
+    "training_texts",
+]

@@ -1,0 +1,111 @@
+"""How a row becomes a chat: a list of {role, content} messages, of which the last is the response to learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from dllm_memdlm.config import ConfigError, DataConfig
+
+Row = Mapping[str, Any]
+Messages = list[dict[str, str]]
+
+
+class Format(NamedTuple):
+    """The fields a row must have, and the chat that is made of them (ValueError: the row does not allow it)."""
+
+    fields: Callable[[DataConfig], tuple[str, ...]]
+    to_messages: Callable[[Row, DataConfig], Messages]
+
+
+def instruction(row: Row, config: DataConfig) -> Messages:
+    """Alpaca-like fields (LongAlpaca's): instruction and optional input, a blank line between them, and the output."""
+    parts = (_text(row.get(name)) for name in (config.instruction_field, config.input_field))
+    return _chat("\n\n".join(part for part in parts if part), _text(row[config.output_field]))
+
+
+def messages(row: Row, config: DataConfig) -> Messages:
+    """A chat as it stands, of any number of turns; the last message is the response.
+
+    Raises:
+        ValueError: not a list of {role, content}, or the last message is not the assistant's.
+    """
+    chat = row[config.messages_field]
+    if not isinstance(chat, list) or not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in chat):
+        raise ValueError(f"field {config.messages_field!r} is not a list of {{role, content}}")
+    if not chat or chat[-1]["role"] != "assistant":
+        found = chat[-1]["role"] if chat else "no message"
+        raise ValueError(f"field {config.messages_field!r} ends with {found}: expected a message of the assistant")
+    return [{"role": m["role"], "content": m["content"] or ""} for m in chat]
+
+
+def hotpotqa(row: Row, config: DataConfig) -> Messages:
+    """A HotpotQA question over its supporting paragraphs; the response quotes the evidence, then answers.
+
+    Most answers are two or three words, too few masked tokens to train a small model on, and a model that never saw
+    a fact cannot know it. Quoting makes the response a sentence or more that only the prompt determines, so whoever
+    uses the prompt has a far lower loss. The distracting paragraphs are left out to keep examples short. Every
+    sentence follows a space, in the prompt as in the quote, so that both have the same tokens.
+
+    RULER scores this very set (qa_2): a model trained on it must not be scored there.
+    """
+    facts = set(zip(row["supporting_facts"]["title"], row["supporting_facts"]["sent_id"], strict=True))
+    supporting = {title for title, _ in facts}
+    paragraphs, quotes = [], []
+    for title, sentences in zip(row["context"]["title"], row["context"]["sentences"], strict=True):
+        if title in supporting:
+            sentences = [sentence.strip() for sentence in sentences]
+            paragraphs.append(f"{title}: {' '.join(sentences)}")
+            # a few facts name a sentence beyond the paragraph's end; those are left out
+            quotes += [f"> {sentence}" for i, sentence in enumerate(sentences) if (title, i) in facts]
+    prompt = "\n\n".join([*paragraphs, f"Question: {_text(row['question'])}"])
+    return _chat(prompt, "\n".join([*quotes, f"Answer: {_text(row['answer'])}"]))
+
+
+def pairs_to_columns(row: Row) -> Row:
+    """HotpotQA's released rows in the form of the hub's, any other row as it is.
+
+    The release writes [title, sentences] and [title, number] pairs. Arrow has no type for a list of mixed types; the
+    hub keeps a list of titles beside a list of sentences or numbers.
+    """
+    names = {"context": ("title", "sentences"), "supporting_facts": ("title", "sent_id")}
+    if not all(isinstance(row.get(field), list) for field in names):
+        return row
+    columns = {
+        field: {name: [pair[i] for pair in row[field]] for i, name in enumerate(pair_names)}
+        for field, pair_names in names.items()
+    }
+    return {**row, **columns}
+
+
+# `auto` takes the first of which the rows have every field.
+FORMATS: dict[str, Format] = {
+    "messages": Format(lambda c: (c.messages_field,), messages),
+    "hotpotqa": Format(lambda c: ("question", "answer", "context", "supporting_facts"), hotpotqa),
+    "instruction": Format(lambda c: (c.instruction_field, c.output_field), instruction),
+}
+
+
+def choose_format(config: DataConfig, columns: Iterable[str]) -> Format:
+    """The format that the configuration names, or under `auto` the one that the columns fit.
+
+    Raises:
+        ConfigError: the columns lack a field of the format, or fit none.
+    """
+    columns = set(columns)
+    names = FORMATS if config.format == "auto" else (config.format,)
+    for name in names:
+        if columns.issuperset(FORMATS[name].fields(config)):
+            return FORMATS[name]
+    wanted = "; or ".join(f"{name}: {', '.join(FORMATS[name].fields(config))}" for name in names)
+    raise ConfigError(
+        f"data.format={config.format!r}: {config.dataset} has the fields {', '.join(sorted(columns))}; expected {wanted}"
+    )
+
+
+def _text(value: str | None) -> str:
+    return (value or "").strip()
+
+
+def _chat(prompt: str, response: str) -> Messages:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]

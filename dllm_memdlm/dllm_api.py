@@ -1,0 +1,60 @@
+"""The seam to dllm: its classes where dllm is installed, the bundled ones where it is not. Nothing else asks.
+
+`python -m dllm_memdlm.info` prints which are in use, and why.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+
+#: The dllm commit that the bundled subset follows and the contract tests compare with.
+DLLM_COMMIT = "ca176752"
+
+_spec = importlib.util.find_spec("dllm")
+HAS_DLLM = _spec is not None and _spec.origin is not None  # a bare folder called dllm is a namespace package, not dllm
+_description = f"dllm at {_spec.origin}" if HAS_DLLM else "bundled subset (dllm is not installed)"
+
+if HAS_DLLM:
+    try:
+        from dllm.core.schedulers import BaseAlphaScheduler, LinearAlphaScheduler, make_alpha_scheduler
+        from dllm.core.trainers import MDLMConfig, MDLMTrainer
+        from dllm.utils.collators import CollatorWrapper, NoAttentionMaskWrapper
+        from dllm.utils.data import prepend_bos
+    except Exception as error:  # a missing dependency of dllm, or another dllm than the one we know
+        HAS_DLLM = False
+        _reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        _description = f"bundled subset (dllm at {_spec.origin} is not usable: {_reason}; known to work: {DLLM_COMMIT})"
+        warnings.warn(f"using the {_description}", stacklevel=2)
+
+if not HAS_DLLM:
+    from .bundled import (
+        BaseAlphaScheduler,
+        CollatorWrapper,
+        LinearAlphaScheduler,
+        MDLMConfig,
+        MDLMTrainer,
+        NoAttentionMaskWrapper,
+        make_alpha_scheduler,
+        prepend_bos,
+    )
+
+
+def describe() -> str:
+    """Which implementation is in use, and why, in one line."""
+    return _description
+
+
+__all__ = [
+    "DLLM_COMMIT",
+    "HAS_DLLM",
+    "BaseAlphaScheduler",
+    "CollatorWrapper",
+    "LinearAlphaScheduler",
+    "MDLMConfig",
+    "MDLMTrainer",
+    "NoAttentionMaskWrapper",
+    "describe",
+    "make_alpha_scheduler",
+    "prepend_bos",
+]

@@ -1,0 +1,184 @@
+"""Fast weights φ: plain float32 tensors beside the model, and the few things one does with them.
+
+A dense layer's tensors are [S, out, in]-like, a routed expert layer's [E, S, out, in]-like, where S is the number of
+samples (1 if they share) and E that of experts: the last two dimensions are always one matrix. So a norm over them is
+a norm for each tensor of the paper, all at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import ConfigError, MemoryConfig
+from .grouped import grouped_linear
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """A place for fast weights: one linear layer, or the same projection of every expert of a layer."""
+
+    name: str
+    in_features: int
+    out_features: int
+    experts: int | None = None
+
+    def tensors(self, config: MemoryConfig) -> dict[str, tuple[int, int]]:
+        """The matrices of one sample (and of one expert), by name."""
+        if config.kind == "full":
+            return {"delta": (self.out_features, self.in_features)}
+        return {"A": (config.rank, self.in_features), "B": (self.out_features, config.rank)}
+
+    def numel(self, config: MemoryConfig) -> int:
+        """Fast weights of one sample at this site."""
+        return (self.experts or 1) * sum(rows * columns for rows, columns in self.tensors(config).values())
+
+
+class SiteWeights(NamedTuple):
+    """The tensors of one site: those of a low-rank pair, or a single full-size difference."""
+
+    down: Tensor | None  #: A [(E,) S, r, in]; none for a full-size difference
+    up: Tensor  #: B [(E,) S, out, r], or the difference [(E,) S, out, in]
+    scaling: float
+
+    @property
+    def samples(self) -> int:
+        return self.up.shape[-3]
+
+    def dense(self, x: Tensor) -> Tensor:
+        """(α/r)·B·A·x, each sample through its own. x [B, M, in] → [B, M, out]."""
+        if self.samples == 1:
+            for matrix in self._matrices():
+                x = F.linear(x, matrix[0].to(x.dtype))
+            return x * self.scaling
+        if x.dim() != 3 or len(x) != self.samples:
+            raise ValueError(f"fast weights of {self.samples} samples on activations of shape {tuple(x.shape)}")
+        for matrix in self._matrices():
+            x = torch.bmm(x, matrix.to(x.dtype).transpose(1, 2))
+        return x * self.scaling
+
+    def grouped(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """The same for rows sorted by (expert, sample). x [T, in], offsets [E·S] → [T, out]."""
+        for matrix in self._matrices():
+            x = grouped_linear(x, matrix.flatten(0, 1), offsets)
+        return x * self.scaling
+
+    def _matrices(self) -> Iterable[Tensor]:
+        return (self.up,) if self.down is None else (self.down, self.up)
+
+
+@dataclass
+class FastWeights:
+    """All fast weights of a batch: `{site}.A` and `{site}.B`, or `{site}.delta`, and the scaling α/r."""
+
+    tensors: dict[str, Tensor]
+    scaling: float
+
+    @classmethod
+    def initial(
+        cls, sites: Iterable[SiteShape], config: MemoryConfig, keys: Tensor, device: torch.device
+    ) -> FastWeights:
+        """φ0: A is Kaiming-uniform (a = √5), B or the difference is zero, so the model is as without them.
+
+        keys [B] int64: sample i's A depends on keys[i] alone. With `scope: batch` the first key serves all.
+        """
+        keys = keys[:1] if config.scope == "batch" else keys
+        generators = [torch.Generator(device).manual_seed(key) for key in keys.tolist()]
+        tensors = {}
+        for site in sites:
+            experts = () if site.experts is None else (site.experts,)
+            for name, (rows, columns) in site.tensors(config).items():
+                if name == "A":
+                    draws = [torch.rand(*experts, rows, columns, generator=g, device=device) for g in generators]
+                    value = (torch.stack(draws, dim=-3) * 2 - 1) * columns**-0.5
+                else:
+                    value = torch.zeros(*experts, len(keys), rows, columns, device=device)
+                tensors[f"{site.name}.{name}"] = value
+        return cls(tensors, config.scaling)
+
+    @property
+    def samples(self) -> int:
+        """S, sets of fast weights."""
+        return next(iter(self.tensors.values())).shape[-3]
+
+    def site(self, name: str) -> SiteWeights:
+        """The tensors of one site. Raises KeyError if it has none."""
+        if f"{name}.delta" in self.tensors:
+            return SiteWeights(None, self.tensors[f"{name}.delta"], self.scaling)
+        return SiteWeights(self.tensors[f"{name}.A"], self.tensors[f"{name}.B"], self.scaling)
+
+    def leaves(self) -> FastWeights:
+        """The same values as leaves of a new graph."""
+        return FastWeights({k: v.detach().requires_grad_() for k, v in self.tensors.items()}, self.scaling)
+
+    def keep(self, samples: Tensor) -> FastWeights:
+        """φ where `samples` [S] bool holds, and no effect (B or the difference zero) elsewhere."""
+        mask = samples[:, None, None]
+        tensors = {
+            k: v if k.endswith(".A") else torch.where(mask, v, torch.zeros_like(v)) for k, v in self.tensors.items()
+        }
+        return FastWeights(tensors, self.scaling)
+
+    def save(self, path: str | os.PathLike, header: dict[str, Any] | None = None) -> None:
+        """Write a safetensors file; `header` (model, config and prompt hashes) goes into its metadata as JSON."""
+        metadata = {"format": "memdlm-fast-weights", "scaling": repr(self.scaling), "header": json.dumps(header or {})}
+        save_file({k: v.detach().contiguous() for k, v in self.tensors.items()}, path, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, device: str = "cpu") -> tuple[FastWeights, dict[str, Any]]:
+        """Read what `save` wrote: the fast weights and their header. Raises ConfigError for any other file."""
+        try:
+            with safe_open(path, framework="pt", device=device) as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except Exception as error:  # safetensors raises its own error type for a truncated or foreign file
+            raise ConfigError(f"{path}: not a fast-weight snapshot ({error})") from None
+        if metadata.get("format") != "memdlm-fast-weights":
+            raise ConfigError(
+                f"{path}: a safetensors file, but not a fast-weight snapshot; write one with --save-memory"
+            )
+        return cls(tensors, float(metadata["scaling"])), json.loads(metadata["header"])
+
+
+class InnerStep(NamedTuple):
+    """One inner step, for the log. Nothing here is waited for."""
+
+    loss: Tensor  #: of each set of fast weights, before the step [S]
+    grad_norm: Tensor  #: over all its tensors, before clipping [S]
+    finite: Tensor  #: whether both are finite [S] bool
+
+
+def sgd_step(
+    fast: FastWeights, gradients: dict[str, Tensor], loss: Tensor, config: MemoryConfig
+) -> tuple[FastWeights, InnerStep]:
+    """φ ← φ - lr · clip(g). A sample whose loss or gradient is not finite stays where it is.
+
+    Args:
+        fast: current values.
+        gradients: of the same names and shapes.
+        loss: inner loss of each set [S].
+        config: `clip` says what is clipped: `local` every matrix by its own norm, `global` each sample's matrices by
+            their common norm, `none`; `grad_clip` the largest norm that is left, 0 for none.
+    """
+    norms = {k: torch.linalg.vector_norm(g, dim=(-2, -1)) for k, g in gradients.items()}  # [(E,) S] each
+    squares = [n.square() if n.dim() == 1 else n.square().sum(0) for n in norms.values()]
+    total = torch.stack(squares).sum(0).sqrt()
+    finite = torch.isfinite(loss) & torch.isfinite(total)
+    tensors = {}
+    for name, gradient in gradients.items():
+        if config.clip != "none" and config.grad_clip > 0:
+            norm = norms[name] if config.clip == "local" else total
+            factor = (config.grad_clip / (norm + 1e-12)).clamp(max=1.0)
+            gradient = gradient * factor[..., None, None]
+        step = torch.where(finite[:, None, None], gradient, torch.zeros_like(gradient))
+        tensors[name] = fast.tensors[name].detach() - config.inner_lr * step
+    return FastWeights(tensors, fast.scaling), InnerStep(loss.detach(), total, finite)

@@ -1,0 +1,43 @@
+"""Matrix products over rows sorted by group: the arithmetic of routed experts, and of their fast weights."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """y[t] = weight[g] @ x[t], g the group of row t.
+
+    Args:
+        x: rows sorted by group [T, in].
+        weight: one matrix a group [G, out, in].
+        offsets: where each group's rows end [G] int32, the last being T.
+
+    Returns:
+        [T, out], in autocast's dtype where it is on, otherwise in that of x.
+    """
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    x, weight = x.to(dtype), weight.to(dtype)
+    if _kernel_takes(x, weight):
+        return F.grouped_mm(x, weight.transpose(-2, -1), offs=offsets)
+    return grouped_linear_loop(x, weight, offsets)
+
+
+def grouped_linear_loop(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """The same, one product a group: for the dtypes and widths that the kernel does not take."""
+    return torch.cat([F.linear(rows, matrix) for rows, matrix in zip(split(x, offsets), weight, strict=True)])
+
+
+def split(x: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
+    """The rows of each group. Waits for the device."""
+    return x.split(offsets.diff(prepend=offsets.new_zeros(1)).tolist())
+
+
+def _kernel_takes(x: Tensor, weight: Tensor) -> bool:
+    # The kernel reads rows in steps of 16 bytes, of the input and of the output.
+    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+    return x.dtype in _KERNEL_DTYPES and aligned

@@ -1,0 +1,91 @@
+"""The masked diffusion loss, at masked positions only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Positions(NamedTuple):
+    """Where a batch has a loss: its masked positions, gathered to the left and padded to the longest sample."""
+
+    index: Tensor  #: [B, M] int64
+    valid: Tensor  #: [B, M] bool, false on padding
+
+    def logit_index(self, right_shift: bool) -> Tensor:
+        """Positions whose logits predict these tokens: themselves, or the ones before where logits are shifted."""
+        return (self.index - 1).clamp_min(0) if right_shift else self.index
+
+    def gather(self, x: Tensor) -> Tensor:
+        """x [B, L] → [B, M]."""
+        return x.gather(1, self.index)
+
+
+def positions_of(mask: Tensor) -> Positions:
+    """The true positions of each row, in order. mask [B, L] bool → M at least 1, so that a graph always exists."""
+    counts = mask.sum(-1)
+    longest = max(1, int(counts.max()))
+    index = mask.int().argsort(dim=-1, descending=True, stable=True)[:, :longest]
+    return Positions(index, torch.arange(longest, device=mask.device) < counts[:, None])
+
+
+def token_nll(logits: Tensor, tokens: Tensor) -> Tensor:
+    """-log p(token), in nats, float32 (float64 stays). logits [B, M, V], tokens [B, M] → [B, M]."""
+    return F.cross_entropy(widened(logits).transpose(1, 2), tokens, reduction="none")
+
+
+def widened(x: Tensor) -> Tensor:
+    """float16 and bfloat16 to float32, in which losses are computed; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _per_token(total: Tensor, maskable: Tensor) -> Tensor:
+    return total.sum() / maskable.sum().clamp_min(1)
+
+
+def _per_sequence(total: Tensor, maskable: Tensor) -> Tensor:
+    return (total / maskable.clamp_min(1)).mean()
+
+
+def _per_batch(total: Tensor, maskable: Tensor) -> Tensor:
+    return total.mean()
+
+
+#: How the outer loss is normalised: (weighted NLL of each sample [B], its maskable tokens [B]) → scalar.
+NORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "token": _per_token,
+    "sequence": _per_sequence,
+    "batch": _per_batch,
+}
+
+
+def loss_weights(weighting: str, scheduler: Any, level: Tensor) -> Tensor:
+    """Weight of a masked token at a noise level: w(level), or 1. level [...] → [...] float32.
+
+    At level 0 nothing is masked, so its weight, which the schedule makes very large, multiplies nothing.
+    """
+    return scheduler.weight(level) if weighting == "scheduler" else torch.ones_like(level)
+
+
+def masked_diffusion_loss(
+    logits: Tensor, tokens: Tensor, valid: Tensor, weights: Tensor, maskable: Tensor, norm: str
+) -> tuple[Tensor, Tensor]:
+    """Σ_{i in M_t} w(t) · (-log p(x0_i | x_t)), normalised (section 2, and equation of the outer loss in 3.1).
+
+    Args:
+        logits: at the masked positions [B, M, V].
+        tokens: the clean tokens there [B, M].
+        valid: false on padding [B, M].
+        weights: w(t) of each sample [B].
+        maskable: maskable tokens of each sample [B].
+        norm: a key of `NORMS`.
+
+    Returns:
+        The loss, and each sample's weighted sum [B], without normalisation and gradient.
+    """
+    total = (token_nll(logits, tokens) * valid).sum(-1) * weights
+    return NORMS[norm](total, maskable), total.detach()

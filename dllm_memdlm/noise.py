@@ -1,0 +1,56 @@
+"""Counter-based noise: every random number is a pure function of (seed, epoch, example, stream, position).
+
+No generator is carried along, so the noise of an example is the same for any number of workers and ranks, in any
+batch, before and after a restart, and the same on every device. The mixing function is SplitMix64 (Steele et al.,
+OOPSLA 2014), written in wrapping int64 arithmetic.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# The streams of one example. Numbers, not a counter: inserting one must not move the others.
+TIME, ANCHOR, REVEAL, DROPOUT, START = 1, 2, 3, 4, 5
+
+#: The epoch of evaluation: its noise never changes, so that eval curves can be compared point by point.
+EVALUATION = -1
+
+
+def _signed(constant: int) -> int:
+    return constant - (1 << 64) if constant >= 1 << 63 else constant
+
+
+_GAMMA = _signed(0x9E3779B97F4A7C15)
+_MIX_1 = _signed(0xBF58476D1CE4E5B9)
+_MIX_2 = _signed(0x94D049BB133111EB)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64, whose own `>>` copies the sign bit."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * _MIX_1
+    x = (x ^ _shift(x, 27)) * _MIX_2
+    return x ^ _shift(x, 31)
+
+
+def example_keys(seed: int, epoch: int, examples: Tensor) -> Tensor:
+    """One key an example. examples [B] int64 (index in the dataset) → [B] int64."""
+    key = torch.zeros_like(examples)
+    for part in (seed, epoch, examples):
+        key = _mix((key ^ part) + _GAMMA)
+    return key
+
+
+def uniform(keys: Tensor, stream: int, length: int) -> Tensor:
+    """Uniform numbers in [0, 1) with 24 random bits each. keys [B] → [B, length] float32.
+
+    A prefix does not depend on `length`: an example keeps its noise when a batch is padded further.
+    """
+    base = _mix((keys ^ stream) + _GAMMA)
+    position = torch.arange(1, length + 1, device=keys.device)
+    bits = _mix(base[:, None] + position * _GAMMA)
+    return _shift(bits, 40).to(torch.float32) * 2.0**-24

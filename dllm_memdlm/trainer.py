@@ -1,0 +1,309 @@
+"""MemDLMTrainer: masked diffusion training on top of the fast weights that each sample writes for itself."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from . import noise
+from .backbones import staged_backbone
+from .collator import EXAMPLE_ID, AnchorTrajectoryCollator
+from .config import ConfigError, MemoryConfig
+from .dllm_api import MDLMConfig, MDLMTrainer
+from .losses import NORMS, loss_weights, masked_diffusion_loss, positions_of
+from .memory import ParametricMemory, Written
+from .trajectory import Trajectory
+
+
+@dataclass
+class MemDLMConfig(MDLMConfig):
+    """Training arguments: all of dllm's MDLMConfig, hence of transformers, with the defaults below.
+
+    What concerns the fast weights is in `MemoryConfig`.
+    """
+
+    report_to: str = "none"
+    save_only_model: bool = False
+    remove_unused_columns: bool = False
+    logging_first_step: bool = True
+    logging_nan_inf_filter: bool = False
+
+    def __post_init__(self) -> None:
+        if self.gradient_checkpointing and not self.gradient_checkpointing_kwargs:
+            # The reentrant kind, transformers' default, breaks gradients that do not go through `.backward()`.
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        super().__post_init__()
+        for name, known in (("loss_norm_type", tuple(NORMS)), ("loss_weight_type", ("scheduler", "uniform"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"training.{name}={getattr(self, name)!r}: expected one of {', '.join(known)}")
+
+
+class MemDLMTrainer(MDLMTrainer):
+    """Trains a masked diffusion language model, with memory (bi-level, first order) or without (plain MDLM).
+
+    Both see the same noise for the same seed. Beside dllm's logs there are, with memory on: `loss_memory_off` (the
+    train loss of one micro-batch with the fast weights discarded), `inner_loss_k` and `inner_grad_norm_k` of each
+    inner step, and `nonfinite_samples`, the samples that fell back to no fast weights since the last log; and in an
+    evaluation `eval_loss` and `eval_loss_memory_off`.
+
+    Args:
+        model: a backbone of `dllm_memdlm.backbones`, or PEFT's wrapper around one.
+        args: training arguments.
+        memory: settings of the inner loop; the paper's by default.
+        data_collator: any collator that pads `input_ids` and `labels`; it is wrapped in AnchorTrajectoryCollator
+            unless it is one.
+        kwargs: as for dllm's MDLMTrainer. `processing_class`, the tokenizer, needs a mask token.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: MemDLMConfig,
+        memory: MemoryConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        memory = memory or MemoryConfig()
+        staged_backbone(model)  # a model that cannot be trained is refused before anything is built
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=with_example_ids(train_dataset),
+            eval_dataset=with_example_ids(eval_dataset),
+            data_collator=data_collator,
+            **kwargs,
+        )
+        tokenizer = self.processing_class
+        if tokenizer is None or tokenizer.mask_token_id is None:
+            raise ConfigError(
+                "tokenizer without a mask token; add one: tokenizer.add_special_tokens({'mask_token': …})"
+            )
+        self.mask_token_id = tokenizer.mask_token_id
+        if not isinstance(self.data_collator, AnchorTrajectoryCollator):
+            self.data_collator = AnchorTrajectoryCollator(
+                self.data_collator,
+                config=memory,
+                seed=args.seed if args.data_seed is None else args.data_seed,
+                scheduler=self.scheduler,
+                time_epsilon=self.time_epsilon,
+                bos_token_id=tokenizer.bos_token_id if self.right_shift_logits else None,
+            )
+        # The models take loss-like keyword arguments of no loss: dividing by accumulation steps stays transformers' job.
+        self.model_accepts_loss_kwargs = False
+        self.memory_config = memory
+        self.memory = None
+        if memory.enabled:
+            self.memory = ParametricMemory(
+                self.model, memory, self.mask_token_id, self.scheduler, right_shift_logits=self.right_shift_logits
+            )
+        self._train_log = Averages()
+        self._eval_losses_off: list[Tensor] = []
+        self.add_callback(_Clock(self))
+
+    # === the step ===
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """One MemDLM step up to the loss (section 3.1); plain MDLM's with memory off.
+
+        The anchor passes the trunk once, with gradient: the inner loop ends on a detached copy of its output, and the
+        outer loss continues from the attached one. The stages are called on the unwrapped model and only the last on
+        `model`, so that DDP and its kin see one forward for one backward.
+        """
+        trajectory = Trajectory.from_batch(inputs)
+        attention_mask = inputs.get("attention_mask")
+        positions = positions_of(trajectory.anchor_mask)
+        trunk, head = self._stages(model, trajectory, attention_mask, positions)
+
+        written = None
+        if self.memory is not None:
+            written = self.memory.write(trajectory, anchor_trunk=trunk, attention_mask=attention_mask)
+            self._note(written, trajectory, head, positions)
+            fast = written.fast_weights
+            if model.training and self.memory_config.dropout > 0:
+                fast = fast.keep(self._kept(trajectory, fast.samples))
+            with self.memory.holding(fast):
+                logits = head(model)
+        else:
+            logits = head(model)
+        loss, total = self._outer_loss(logits, trajectory, positions)
+        maskable = trajectory.maskable.sum().to(total.dtype)
+        self.meter.update(
+            split="train" if model.training else "eval", value=total.sum() / maskable.clamp_min(1), weight=maskable
+        )
+        if not return_outputs:
+            return loss
+        off = loss if written is None else self._loss_memory_off(trajectory, head, positions)
+        return loss, {"loss_memory_off": off}
+
+    def _stages(self, model: nn.Module, trajectory: Trajectory, attention_mask: Tensor | None, positions: Any):
+        """The anchor's trunk output, and the head on it: a function of the module to call, giving logits [B, M, V]."""
+        root = self.accelerator.unwrap_model(model)
+        # Without memory the head is the last layer, which then computes its output at the loss positions only.
+        boundary = len(staged_backbone(root).layers) - 1 if self.memory is None else self.memory.boundary
+        tokens = trajectory.state(trajectory.anchor_mask, self.mask_token_id)
+        if tokens.shape != trajectory.anchor_mask.shape:
+            raise ValueError(f"masks of shape {tuple(trajectory.anchor_mask.shape)} for tokens {tuple(tokens.shape)}")
+        trunk = root(stage="trunk", input_ids=tokens, attention_mask=attention_mask, boundary=boundary).hidden
+        index = positions.logit_index(self.right_shift_logits)
+
+        def head(module: nn.Module) -> Tensor:
+            out = module(stage="head", hidden=trunk, boundary=boundary, positions=index, attention_mask=attention_mask)
+            return out.logits
+
+        return trunk, head
+
+    def _outer_loss(self, logits: Tensor, trajectory: Trajectory, positions: Any) -> tuple[Tensor, Tensor]:
+        return masked_diffusion_loss(
+            logits,
+            positions.gather(trajectory.input_ids),
+            positions.valid,
+            loss_weights(self.loss_weight_type, self.scheduler, trajectory.noise_level),
+            trajectory.maskable.sum(-1),
+            self.loss_norm_type,
+        )
+
+    def _loss_memory_off(self, trajectory: Trajectory, head: Any, positions: Any) -> Tensor:
+        with torch.no_grad():
+            return self._outer_loss(head(self.memory.model), trajectory, positions)[0]
+
+    def _kept(self, trajectory: Trajectory, samples: int) -> Tensor:
+        """Memory dropout: which sets of fast weights stay in place. → [S] bool."""
+        return noise.uniform(trajectory.noise_keys[:samples], noise.DROPOUT, 1)[:, 0] >= self.memory_config.dropout
+
+    # === logs ===
+
+    def _note(self, written: Written, trajectory: Trajectory, head: Any, positions: Any) -> None:
+        if not self.model.training:
+            return
+        for number, step in enumerate(written.steps, start=1):
+            self._train_log.add(f"inner_loss_{number}", step.loss, step.finite)
+            self._train_log.add(f"inner_grad_norm_{number}", step.grad_norm, step.finite)
+        self._train_log.count("nonfinite_samples", (~written.finite).sum())
+        last = self.state.global_step + 1
+        if self.accelerator.sync_gradients and (last % self.state.logging_steps == 0 or last == 1):
+            # One sample for each log. Its dropout draws must not move those of training.
+            with torch.random.fork_rng(enabled=True):
+                self._train_log.add("loss_memory_off", self._loss_memory_off(trajectory, head, positions))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self._train_log.pop(self.accelerator)}
+        super().log(logs, start_time)
+
+    # === evaluation ===
+
+    @torch.no_grad()
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """The loss of a batch, with fast weights; the one without is kept for `evaluation_loop`. No logits."""
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if self.memory is not None:
+            # Weighted and gathered as transformers does with the loss.
+            repeated = outputs["loss_memory_off"].detach().repeat(len(inputs["input_ids"]))
+            self._eval_losses_off.append(self.gather_function(repeated).cpu())
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        self._eval_losses_off.clear()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._eval_losses_off:
+            output.metrics[f"{metric_key_prefix}_loss_memory_off"] = torch.cat(self._eval_losses_off).mean().item()
+        return output
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        training_collator = self.data_collator
+        self.data_collator = training_collator.for_evaluation()
+        try:
+            return super().get_eval_dataloader(with_example_ids(eval_dataset))
+        finally:
+            self.data_collator = training_collator
+
+
+class Averages:
+    """Running means and counts of tensors on the device: nothing is waited for until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+
+    def add(self, name: str, values: Tensor, where: Tensor | None = None) -> None:
+        """Add values of any shape to a mean, those at which `where` holds."""
+        values = values.detach().double()
+        where = torch.ones_like(values, dtype=torch.bool) if where is None else where
+        pair = torch.stack([values.where(where, 0).sum(), where.sum()])
+        self._sums[name] = self._sums.get(name, 0) + pair
+
+    def count(self, name: str, number: Tensor) -> None:
+        """Add to a count."""
+        self._counts[name] = self._counts.get(name, 0) + number
+
+    def pop(self, accelerator: Any) -> dict[str, float]:
+        """Means and counts over all processes since the last call."""
+        means = {name: accelerator.reduce(pair, "sum").tolist() for name, pair in self._sums.items()}
+        counts = {name: int(accelerator.reduce(number, "sum")) for name, number in self._counts.items()}
+        self._sums, self._counts = {}, {}
+        return {name: total / number for name, (total, number) in means.items() if number} | counts
+
+
+class _Clock(transformers.TrainerCallback):
+    """Tells the collator the epoch, and the log the seconds of an optimizer step (without data, logs, evaluation)."""
+
+    def __init__(self, trainer: MemDLMTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.data_collator.set_epoch(math.floor(state.epoch or 0))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._train_log.add("step_seconds", torch.tensor(time.perf_counter() - self.started))
+
+
+class _WithExampleIds(Dataset):
+    """A map-style dataset whose items carry their index."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.dataset[index], EXAMPLE_ID: index}
+
+
+def with_example_ids(dataset: Any) -> Any:
+    """The dataset, each example with its index under `example_id`, by which its noise is drawn.
+
+    Takes a `datasets` dataset, streaming ones too, any map-style dataset, a dict of them, or none.
+    """
+    if dataset is None or isinstance(dataset, (str, _WithExampleIds)):
+        return dataset
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset.map(lambda row, index: {EXAMPLE_ID: index}, with_indices=True)
+    if isinstance(dataset, datasets.Dataset):
+        return dataset if EXAMPLE_ID in dataset.column_names else dataset.add_column(EXAMPLE_ID, range(len(dataset)))
+    if isinstance(dataset, dict):
+        return {name: with_example_ids(part) for name, part in dataset.items()}
+    return _WithExampleIds(dataset)
