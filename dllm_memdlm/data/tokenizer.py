@@ -1,0 +1,153 @@
+"""The tokenizer of a run: a checkpoint's own, or a byte-level BPE trained on the run's texts."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from dllm_memdlm.config import ConfigError, ModelConfig
+
+# Mask tokens that LLaDA's vocabularies hold without declaring them: the MoE models' and the dense models'.
+MASKS = ("<|mask|>", "<|mdm_mask|>")
+# Tokens that end a turn, in the vocabularies of LLaDA-MoE and LLaDA 2, dense LLaDA, and Qwen-based models.
+TURN_ENDS = ("<|role_end|>", "<|eot_id|>", "<|im_end|>")
+
+BOS, EOS, MASK, TURN_END = "<|startoftext|>", "<|endoftext|>", MASKS[0], TURN_ENDS[0]
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+SPECIAL_TOKENS = (BOS, EOS, MASK, TURN_END, *ROLES)
+
+# Every border is one special token, so a prompt's tokens always are the first tokens of the whole chat.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+    {%- if message.role not in ('system', 'user', 'assistant') -%}
+        {{- raise_exception('unknown role ' ~ message.role ~ ': expected system, user or assistant') -}}
+    {%- endif -%}
+    {{- '<|' ~ message.role ~ '|>' ~ message.content ~ '<|role_end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|assistant|>' -}}
+{%- endif -%}
+"""
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with LLaDA's special tokens and a chat template: the same texts give the same tokenizer.
+
+    Any text can be encoded, and decodes to itself. Few texts may give fewer than `vocab_size` tokens: ask `len`.
+
+    Raises:
+        ConfigError: `vocab_size` has no room for the 256 bytes and the special tokens.
+    """
+    smallest = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise ConfigError(
+            f"model.tokenizer_vocab_size={vocab_size}: expected at least {smallest}, the bytes and the special tokens"
+        )
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=EOS,
+        mask_token=MASK,
+        extra_special_tokens={"eot_token": TURN_END},
+        additional_special_tokens=list(ROLES),
+        chat_template=CHAT_TEMPLATE,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+        model_max_length=131_072,  # only a warning's threshold: data.max_length decides what is trained on
+    )
+
+
+def tokenizer_for(
+    config: ModelConfig, texts: Callable[[], Iterable[str]], cache_dir: str | Path
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of `model.tokenizer`, else of `model.path`, else one trained on `texts()` and kept in `cache_dir`.
+
+    It pads on the right and has a mask, pad, eos and bos token, and the attributes eot_token and eot_token_id: the
+    token that ends a turn. The cache goes by the texts themselves, so runs and ranks on the same data share one
+    tokenizer, and changed data gets another. `texts` is called only when there is no tokenizer to load, at most twice.
+
+    Raises:
+        ConfigError: the tokenizer cannot be loaded, has no mask token or no eos token; or as `train_tokenizer`.
+    """
+    for field in ("tokenizer", "path"):
+        if (name := getattr(config, field)) is not None:
+            where = f"model.{field}={name!r}"
+            return _complete(_load(name, config.trust_remote_code, where), where)
+    folder = Path(cache_dir).absolute() / f"bpe-{config.tokenizer_vocab_size}-{_digest(texts())}"
+    if not folder.exists():
+        _save(train_tokenizer(texts(), config.tokenizer_vocab_size), folder)
+    # loaded in any case: the run that trained it and the runs that find it hold the same object
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _digest(texts: Iterable[str]) -> str:
+    """16 hex digits of everything but the size that a trained tokenizer depends on."""
+    digest = hashlib.sha256("\0".join([tokenizers.__version__, *SPECIAL_TOKENS, CHAT_TEMPLATE]).encode())
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode()).digest())
+    return digest.hexdigest()[:16]
+
+
+def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save under a temporary name, then rename: another rank sees the whole folder or none."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        tokenizer.save_pretrained(Path(scratch) / folder.name)
+        try:
+            (Path(scratch) / folder.name).rename(folder)
+        except OSError:
+            if not folder.exists():  # else another rank came first, with the same tokenizer
+                raise
+
+
+def _load(name: str, trust_remote_code: bool, where: str) -> PreTrainedTokenizerBase:
+    path = Path(name).expanduser()
+    if path.is_dir() and not any(path.glob("tokenizer*")):
+        raise ConfigError(f"{where}: the folder has no tokenizer files (tokenizer.json and its config)")
+    source = str(path) if path.is_dir() else name
+    try:
+        return AutoTokenizer.from_pretrained(source, padding_side="right", trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"{where}: {reason}; expected a local folder, or a hub name (with network, or downloaded before)"
+        ) from error
+
+
+def _complete(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:
+    """Declare the special tokens that a checkpoint's tokenizer has but leaves undeclared."""
+    tokenizer.eos_token = tokenizer.eos_token or tokenizer.pad_token
+    if tokenizer.eos_token is None:
+        raise ConfigError(f"{where}: declares neither an eos nor a pad token; expected one of them")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.bos_token = tokenizer.bos_token or tokenizer.pad_token
+    vocabulary = tokenizer.get_vocab()
+    if tokenizer.mask_token is None:
+        mask = next((token for token in MASKS if token in vocabulary), None)
+        if mask is None:
+            raise ConfigError(
+                f"{where}: declares no mask token, and {' or '.join(MASKS)} is not in its vocabulary; declare "
+                "the model's as mask_token, save the tokenizer to a folder and set model.tokenizer to it"
+            )
+        tokenizer.add_special_tokens({"mask_token": mask})
+    if getattr(tokenizer, "eot_token", None) is None:
+        tokenizer.eot_token = next((token for token in TURN_ENDS if token in vocabulary), tokenizer.eos_token)
+        tokenizer.eot_token_id = tokenizer.convert_tokens_to_ids(tokenizer.eot_token)
+    return tokenizer

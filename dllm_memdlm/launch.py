@@ -1,0 +1,64 @@
+"""What a launch needs before the heavy imports: all of its processes, and to know whether there is a network."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+
+import psutil
+from huggingface_hub import constants
+
+from .config import ConfigError
+
+
+def missing_processes() -> int | None:
+    """The number of processes that accelerate was asked for, where it started this one only; else none.
+
+    accelerate (1.11) starts several processes for GPUs alone. Asked for more without one, it sets the address of a
+    main process, starts a single process, and leaves it without a rank.
+
+    Raises:
+        ConfigError: more than one was asked for by a configuration file, which does not say how many to us.
+    """
+    environment = os.environ
+    if "ACCELERATE_USE_CPU" not in environment or "MASTER_ADDR" not in environment or "RANK" in environment:
+        return None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--num_processes", "--num-processes", type=int)
+    launcher, _ = parser.parse_known_args(psutil.Process(os.getppid()).cmdline())
+    if launcher.num_processes is None:
+        raise ConfigError(
+            "accelerate started one process of several, as there is no GPU; add --multi_gpu for all of them"
+        )
+    return launcher.num_processes
+
+
+def run_in_processes(count: int, module: str, arguments: Sequence[str]) -> None:
+    """Run `python -m module arguments` in `count` processes (gloo), and wait for them.
+
+    Raises:
+        torch.distributed.elastic.multiprocessing.errors.ChildFailedError: one of them failed.
+    """
+    from torch.distributed import run
+
+    os.environ.pop("MASTER_ADDR")
+    os.environ.pop("MASTER_PORT", None)
+    threads = max(1, (psutil.cpu_count(logical=False) or 1) // count)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    run.main(["--standalone", "--nproc_per_node", str(count), "-m", module, *arguments])
+
+
+def work_offline_without_hub(timeout: float = 5.0) -> None:
+    """Switch to local copies where the hub does not answer, which otherwise costs five retries for every file."""
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=timeout).close()
+    except urllib.error.HTTPError:
+        return  # it answers
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        constants.HF_HUB_OFFLINE = True

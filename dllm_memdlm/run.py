@@ -1,0 +1,133 @@
+"""One training run: from a recipe to a trainer, and from a trainer to a folder with everything in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import huggingface_hub
+import transformers
+import yaml
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from .backbones import config_of, load_model
+from .config import ConfigError
+from .data import load_examples, tokenizer_for, training_texts
+from .dllm_api import NoAttentionMaskWrapper, describe
+from .recipe import FILE_NAME, Recipe
+from .trainer import MemDLMTrainer
+
+#: Tokenizers that were trained for runs, so that runs on the same texts share one.
+TOKENIZER_CACHE = Path(huggingface_hub.constants.HF_HOME) / "dllm-memdlm" / "tokenizers"
+
+
+def build_trainer(recipe: Recipe) -> MemDLMTrainer:
+    """Tokenizer, examples, model and trainer of a recipe. Raises ConfigError for what the user can correct."""
+    state = accelerate.PartialState()
+    transformers.set_seed(recipe.training.seed)
+    with state.local_main_process_first():
+        tokenizer = tokenizer_for(recipe.model, lambda: training_texts(recipe.data), TOKENIZER_CACHE)
+        examples = load_examples(recipe.data, tokenizer)
+    if state.is_main_process:
+        print(f"{describe()}\n{examples.summary()}", flush=True)
+    config = config_of(recipe.model, vocab_size=len(tokenizer))
+    if recipe.model.path is None:
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(tokenizer, name))
+    model = load_model(recipe.model, config, recipe.lora, seed=recipe.training.seed)
+    collator = transformers.DataCollatorForSeq2Seq(
+        tokenizer, padding=True, label_pad_token_id=tokenizer.pad_token_id, return_tensors="pt"
+    )
+    trainer = MemDLMTrainer(
+        model=model,
+        args=recipe.training,
+        memory=recipe.memory,
+        # Padding is end-of-sequence: it is a label, and it is visible.
+        data_collator=NoAttentionMaskWrapper(collator),
+        train_dataset=examples.train,
+        eval_dataset=examples.eval,
+        processing_class=tokenizer,
+    )
+    trainer.add_callback(_SaveRecipe(recipe))
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(_Progress())
+    return trainer
+
+
+def train(recipe: Recipe, resume: bool = False) -> MemDLMTrainer:
+    """Train, evaluate at the end, and save the model, the tokenizer, the recipe and the trainer's state.
+
+    With `resume` it goes on from the last checkpoint in the output folder, if there is one.
+    """
+    checkpoint = recipe.training.resume_from_checkpoint
+    output_dir = recipe.training.output_dir
+    if checkpoint is None and resume and Path(output_dir).is_dir():
+        checkpoint = get_last_checkpoint(output_dir)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, recipe)
+    trainer = build_trainer(recipe)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    evaluated = {row["step"] for row in trainer.state.log_history if "eval_loss" in row}
+    if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated:
+        trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        recipe.save(output_dir)
+        print(f"saved to {output_dir}", flush=True)
+    return trainer
+
+
+def check_checkpoint(checkpoint: str, recipe: Recipe) -> None:
+    """Refuse a checkpoint that is not one, or was made by another recipe (its training section may differ)."""
+    folder = Path(checkpoint)
+    if not (folder / "trainer_state.json").is_file():
+        raise ConfigError(f"{checkpoint}: not a checkpoint (no trainer_state.json)")
+    if not (folder / FILE_NAME).is_file():
+        return  # made by the trainer on its own, without a recipe
+    before = yaml.safe_load((folder / FILE_NAME).read_text(encoding="utf-8"))
+    now = yaml.safe_load(recipe.to_yaml())
+    for section in ("model", "lora", "data", "memory"):
+        for key, value in now[section].items():
+            if before.get(section, {}).get(key) != value:
+                raise ConfigError(
+                    f"{checkpoint}: made with {section}.{key}={before.get(section, {}).get(key)!r}, the recipe now "
+                    f"says {value!r}; change it back, or train to another training.output_dir"
+                )
+
+
+class _SaveRecipe(transformers.TrainerCallback):
+    """The resolved recipe beside every checkpoint."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.recipe.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+class _Progress(ProgressCallback):
+    """transformers' progress bar, with its time left, and logs a person can read along."""
+
+    SHOWN = (
+        "loss",
+        "loss_memory_off",
+        "eval_loss",
+        "eval_loss_memory_off",
+        "nll",
+        "eval_nll",
+        "grad_norm",
+        "train_loss",
+    )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or self.training_bar is None:
+            return
+        shown = [f"{name} {logs[name]:.4f}" for name in self.SHOWN if isinstance(logs.get(name), float)]
+        if logs.get("nonfinite_samples"):
+            shown.append(f"{logs['nonfinite_samples']} samples without memory (not finite)")
+        if shown:
+            self.training_bar.write(f"step {state.global_step:>5}  " + "  ".join(shown))

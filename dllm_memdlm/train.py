@@ -1,0 +1,53 @@
+"""Train a recipe.
+
+accelerate launch -m dllm_memdlm.train recipes/tiny_llada2.yaml
+accelerate launch -m dllm_memdlm.train recipes/llada2_mini.yaml memory.inner_lr=0.05 --dry-run
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from .config import ConfigError
+from .launch import missing_processes, run_in_processes, work_offline_without_hub
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `memdlm-train`. Returns 2 where the user can correct something, after one line that says what."""
+    parser = argparse.ArgumentParser(prog="memdlm-train", description="Train a recipe.")
+    parser.add_argument("recipe", help="recipe file (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be trained, and what is missing")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        if not args.dry_run and (count := missing_processes()):
+            print(f"accelerate starts one process where there is no GPU: starting all {count}", flush=True)
+            run_in_processes(count, "dllm_memdlm.train", sys.argv[1:] if argv is None else argv)
+            return 0
+        work_offline_without_hub()
+        # Here, not above: transformers and datasets look at the offline switch when they are imported.
+        from .dry_run import dry_run
+        from .recipe import load_recipe
+        from .run import train
+
+        recipe = load_recipe(args.recipe, args.overrides)
+        if args.dry_run:
+            dry_run(recipe)
+        else:
+            train(recipe, args.resume)
+    except ConfigError as error:
+        if args.debug:
+            raise
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

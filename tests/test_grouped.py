@@ -1,0 +1,126 @@
+"""Grouped products: kernel, loop, and one row at a time give the same numbers and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dllm_memdlm.grouped import grouped_linear, grouped_linear_loop, split
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+SIZES = [[3, 5, 2], [0, 4, 0, 0, 6], [7, 0], [1], [0, 0, 9]]
+
+
+def make_case(
+    sizes: list[int], inner: int, outer: int, dtype: torch.dtype, requires_grad: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, weight, offsets, and the gradient that comes back."""
+    generator = torch.Generator().manual_seed(sum(sizes) + inner + outer)
+    x = torch.randn(sum(sizes), inner, generator=generator, dtype=torch.float64) / inner**0.5
+    weight = torch.randn(len(sizes), outer, inner, generator=generator, dtype=torch.float64)
+    upstream = torch.randn(sum(sizes), outer, generator=generator, dtype=torch.float64)
+    offsets = torch.tensor(sizes).cumsum(0).to(torch.int32)
+    x, weight = (value.to(dtype).requires_grad_(requires_grad) for value in (x, weight))
+    return x, weight, offsets, upstream.to(dtype)
+
+
+def explicit(x: Tensor, weight: Tensor, sizes: list[int], upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and the gradients of x and weight, row by row in float64."""
+    x, weight, upstream = x.detach().double(), weight.detach().double(), upstream.double()
+    y = torch.zeros(len(x), weight.shape[1], dtype=torch.float64)
+    grad_x, grad_weight = torch.zeros_like(x), torch.zeros_like(weight)
+    group_of_row = [g for g, size in enumerate(sizes) for _ in range(size)]
+    for row, g in enumerate(group_of_row):
+        y[row] = weight[g] @ x[row]
+        grad_x[row] = weight[g].T @ upstream[row]
+        grad_weight[g] += torch.outer(upstream[row], x[row])
+    return y, grad_x, grad_weight
+
+
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert actual.dtype == dtype and actual.shape == expected.shape
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(actual.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("widths", [(16, 32), (16, 8), (6, 10), (16, 5), (7, 16)], ids=str)
+@pytest.mark.parametrize("function", [grouped_linear, grouped_linear_loop], ids=lambda f: f.__name__)
+def test_equals_row_by_row(function, widths, dtype, sizes):
+    x, weight, offsets, upstream = make_case(sizes, *widths, dtype)
+    y = function(x, weight, offsets)
+    grad_x, grad_weight = torch.autograd.grad(y, (x, weight), upstream)
+    for actual, expected in zip((y, grad_x, grad_weight), explicit(x, weight, sizes, upstream), strict=True):
+        assert_close(actual, expected, dtype)
+
+
+def runs_on_the_kernel(y: Tensor) -> bool:
+    return "GroupedMm" in y.grad_fn.name()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "widths", "kernel"),
+    [
+        (torch.float32, (16, 32), True),
+        (torch.float32, (4, 12), True),  # 16 bytes
+        (torch.bfloat16, (8, 16), True),
+        (torch.float32, (6, 16), False),
+        (torch.float32, (16, 6), False),
+        (torch.bfloat16, (4, 16), False),  # 8 bytes
+        (torch.bfloat16, (16, 12), False),
+        (torch.float64, (16, 32), False),
+    ],
+    ids=str,
+)
+def test_which_cases_run_on_the_kernel(dtype, widths, kernel):
+    x, weight, offsets, _ = make_case([3, 0, 5], *widths, dtype)
+    assert runs_on_the_kernel(grouped_linear(x, weight, offsets)) is kernel
+
+
+@pytest.mark.parametrize("widths", [(16, 8), (6, 10)], ids=str)
+def test_experts_without_rows_receive_zeros_as_gradient(widths):
+    x, weight, offsets, upstream = make_case([0, 4, 0], *widths, torch.float32)
+    (gradient,) = torch.autograd.grad(grouped_linear(x, weight, offsets), weight, upstream)
+    assert not gradient[0].any() and not gradient[2].any()
+    assert gradient[1].any()
+
+
+@pytest.mark.parametrize("widths", [(16, 8), (6, 10)], ids=str)
+def test_no_rows_at_all(widths):
+    x, weight, offsets, upstream = make_case([0, 0, 0], *widths, torch.float32)
+    y = grouped_linear(x, weight, offsets)
+    assert y.shape == (0, widths[1])
+    grad_x, grad_weight = torch.autograd.grad(y, (x, weight), upstream)
+    assert grad_x.shape == x.shape and not grad_weight.any()
+
+
+@pytest.mark.parametrize("widths", [(16, 8), (6, 10)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_under_autocast(dtype, widths):
+    x, weight, offsets, upstream = make_case([2, 0, 5], *widths, dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = grouped_linear(x, weight.float(), offsets)
+    assert runs_on_the_kernel(y) is (widths == (16, 8))
+    narrow = weight.detach().bfloat16()
+    expected, grad_x, grad_weight = explicit(x.detach().bfloat16(), narrow, [2, 0, 5], upstream)
+    assert_close(y, expected, torch.bfloat16)
+    gradients = torch.autograd.grad(y, (x, weight), upstream.bfloat16())
+    for actual, wanted in zip(gradients, (grad_x, grad_weight), strict=True):
+        assert actual.dtype == dtype  # back in the dtype of what is trained
+        torch.testing.assert_close(actual.double(), wanted, atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize("widths", [(16, 8), (6, 10)], ids=str)
+def test_weights_take_the_dtype_of_the_rows(widths):
+    x, weight, offsets, upstream = make_case([2, 3], *widths, torch.float32)
+    y = grouped_linear(x.bfloat16(), weight, offsets)
+    assert_close(y, explicit(x.bfloat16(), weight.bfloat16(), [2, 3], upstream)[0], torch.bfloat16)
+    assert torch.autograd.grad(y.float().square().sum(), weight)[0].dtype == torch.float32
+
+
+def test_split():
+    rows = torch.arange(10)
+    parts = split(rows, torch.tensor([3, 3, 8, 10], dtype=torch.int32))
+    assert [part.tolist() for part in parts] == [[0, 1, 2], [], [3, 4, 5, 6, 7], [8, 9]]
