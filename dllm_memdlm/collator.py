@@ -23,15 +23,18 @@ class AnchorTrajectoryCollator(CollatorWrapper):
     """Wraps any collator that pads `input_ids` and `labels`, and adds the noise of the batch.
 
         >>> collator = AnchorTrajectoryCollator(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=eos), memory)
-        >>> collator([{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], "example_id": 0}])
-        {"input_ids": [[5, 6, 7, 8]],              # x0
-         "labels": [[-100, -100, 7, 8]],
-         "maskable": [[0, 0, 1, 1]],               # the response
-         "noise_level": [0.41],                    # t
-         "anchor_mask": [[0, 0, 1, 0]],            # M_t
-         "inner_masks": [[[0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]]],   # M_pre, M_t, and nothing: x0
-         "inner_ratios": [[0.5, 0.5]],             # r of the two inner states
-         "noise_keys": [7138415436909018950]}      # what all of this is a function of
+        >>> collator([{"input_ids": [5, 6, 7, 8, 9, 10], "labels": [-100, -100, 7, 8, 9, 10], "example_id": 7}])
+        {"input_ids": [[5, 6, 7, 8, 9, 10]],             # x0
+         "attention_mask": [[1, 1, 1, 1, 1, 1]],
+         "labels": [[-100, -100, 7, 8, 9, 10]],
+         "maskable": [[0, 0, 1, 1, 1, 1]],               # the response
+         "noise_level": [0.2638],                        # t
+         "anchor_mask": [[0, 0, 0, 0, 1, 1]],            # M_t
+         "inner_masks": [[[0, 0, 0, 1, 1, 1],            # M_pre: one and a half times as many tokens
+                          [0, 0, 0, 0, 1, 1],            # M_t
+                          [0, 0, 0, 0, 0, 0]]],          # and the clean text, which follows
+         "inner_ratios": [[0.75, 0.5]],                  # r of the two inner states
+         "noise_keys": [-6596124625521688287]}           # what all of this is a function of
 
     The noise of an example is a pure function of (seed, epoch, example): no worker, rank, batch or restart changes it.
     Put this wrapper outside those that change the length of the batch.
@@ -66,7 +69,7 @@ class AnchorTrajectoryCollator(CollatorWrapper):
         self._epoch.fill_(epoch)
 
     def for_evaluation(self) -> AnchorTrajectoryCollator:
-        """A copy whose noise is that of no training epoch, and never changes."""
+        """A copy with noise of its own: that of no training epoch, and the same whatever epoch is trained."""
         fixed = copy.copy(self)
         fixed._epoch = torch.tensor(noise.EVALUATION)
         return fixed

@@ -6,6 +6,7 @@ Recipe files, command-line overrides, `memdlm-info --keys` and lm-eval arguments
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -90,6 +91,8 @@ class MemoryConfig:
         require("memory", self, "alpha", self.alpha > 0, "more than 0")
         require("memory", self, "target_modules", len(self.target_modules) > 0, "at least one module name")
         require("memory", self, "dropout", 0 <= self.dropout <= 1, "in [0, 1]")
+        falls = self.strategy != "inconsistent" or self.start_ratio >= self.anchor_ratio
+        require("memory", self, "start_ratio", falls, f"at least memory.anchor_ratio, {self.anchor_ratio}")
         for name in ("start_ratio", "anchor_ratio", "layer_fraction"):
             require("memory", self, name, 0 < getattr(self, name) <= 1, "in (0, 1]")
 
@@ -157,8 +160,8 @@ class DataConfig:
     messages_field: str = knob("messages", "field of the chat: a list of {role, content}, the last from the assistant")
     max_length: int = knob(4096, "longest example in tokens; longer ones are dropped and counted, never cut")
     mask_prompt: bool = knob(True, "keep the prompt out of the masks and of the loss")
-    train_size: int | None = knob(None, "use the first N training examples")
-    eval_size: int | None = knob(None, "use the first N evaluation examples")
+    train_size: int | None = knob(None, "use the first N training rows, before long ones are dropped")
+    eval_size: int | None = knob(None, "use the first N evaluation rows, before long ones are dropped")
     num_proc: int = knob(1, "processes that tokenise")
 
     def __post_init__(self) -> None:
@@ -218,8 +221,8 @@ def _as_type(value: Any, hint: Any) -> Any:
         return tuple(_as_type(v, args[0]) for v in value)
     if origin is dict and isinstance(value, dict):
         return dict(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
-    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+    if hint in (bool, int, str, type(None)) and type(value) is hint:
         return value
     raise TypeError

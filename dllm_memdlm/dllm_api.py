@@ -17,10 +17,12 @@ _description = f"dllm at {_spec.origin}" if HAS_DLLM else "bundled subset (dllm 
 
 if HAS_DLLM:
     try:
-        from dllm.core.schedulers import BaseAlphaScheduler, LinearAlphaScheduler, make_alpha_scheduler
-        from dllm.core.trainers import MDLMConfig, MDLMTrainer
-        from dllm.utils.collators import CollatorWrapper, NoAttentionMaskWrapper
-        from dllm.utils.data import prepend_bos
+        with warnings.catch_warnings():  # those of dllm's own sources, which `python -W error` would make fatal
+            warnings.simplefilter("ignore")
+            from dllm.core.schedulers import BaseAlphaScheduler, LinearAlphaScheduler, make_alpha_scheduler
+            from dllm.core.trainers import MDLMConfig, MDLMTrainer
+            from dllm.utils.collators import CollatorWrapper, NoAttentionMaskWrapper
+            from dllm.utils.data import prepend_bos
     except Exception as error:  # a missing dependency of dllm, or another dllm than the one we know
         HAS_DLLM = False
         _reason = f"{type(error).__name__}: {error}".splitlines()[0]

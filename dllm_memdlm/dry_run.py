@@ -52,7 +52,7 @@ def dry_run(recipe: Recipe, console: Console | None = None) -> None:
 
 
 def find_config(recipe: Recipe) -> tuple[PretrainedConfig, str]:
-    """The model's config and where it comes from: config.json, or the recipe's own dimensions where that is out of reach."""
+    """The model's config and where it comes from: config.json, or known dimensions where that is out of reach."""
     model = recipe.model
     if model.path is None:
         return config_of(model, vocab_size=model.tokenizer_vocab_size), "dimensions of the recipe, trained from scratch"

@@ -142,7 +142,7 @@ class FastWeights:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except Exception as error:  # safetensors raises its own error type for a truncated or foreign file
             raise ConfigError(f"{path}: not a fast-weight snapshot ({error})") from None
-        if metadata.get("format") != "memdlm-fast-weights":
+        if metadata.get("format") != "memdlm-fast-weights" or not {"scaling", "header"} <= metadata.keys():
             raise ConfigError(
                 f"{path}: a safetensors file, but not a fast-weight snapshot; write one with --save-memory"
             )

@@ -101,7 +101,7 @@ class MemDLMTrainer(MDLMTrainer):
                 time_epsilon=self.time_epsilon,
                 bos_token_id=tokenizer.bos_token_id if self.right_shift_logits else None,
             )
-        # The models take loss-like keyword arguments of no loss: dividing by accumulation steps stays transformers' job.
+        # The models compute no loss themselves: dividing it by the accumulation steps stays transformers' job.
         self.model_accepts_loss_kwargs = False
         self.memory_config = memory
         self.memory = None

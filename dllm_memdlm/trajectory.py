@@ -127,7 +127,7 @@ def _inconsistent(config: MemoryConfig, maskable: Tensor, anchor: Tensor, t: Ten
     first = config.start_ratio if config.steps > 1 else config.anchor_ratio
     levels = torch.linspace(first, config.anchor_ratio, config.steps, dtype=torch.float64, device=maskable.device)
     start = (noise.uniform(keys, noise.START, maskable.shape[1]) < first) & maskable
-    aims = (maskable.sum(-1, keepdim=True) * levels).floor().long()
+    aims = (maskable.sum(-1, keepdim=True) * levels + 1e-9).floor().long()  # 20 · 0.65 is 13, not 12.99…
     aims[:, 0] = start.sum(-1)  # the first state is as drawn; later ones only reveal
     masks = smallest(noise.uniform(keys, noise.REVEAL, maskable.shape[1]), start, aims.cummin(dim=1).values)
     return _then_clean(masks), levels.to(torch.float32).expand(len(maskable), config.steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from dllm_memdlm import dllm_api
+with warnings.catch_warnings():
+    for category in (DeprecationWarning, SyntaxWarning):  # of dllm's sources, when Python compiles them
+        warnings.simplefilter("ignore", category)
+    from dllm_memdlm import dllm_api
 from dllm_memdlm.backbones import LLaDA2MoeConfig, LLaDAMoEConfig, model_class, with_lora
 from dllm_memdlm.config import LoraConfig, MemoryConfig
 from dllm_memdlm.trainer import MemDLMConfig, MemDLMTrainer

@@ -1,10 +1,15 @@
-"""The backbones' fast paths against the plain ones: stages, sorted experts, packing, checkpointing; and dllm's models."""
+"""The backbones' fast paths against the plain ones: stages, sorted experts, packing, checkpointing; dllm's models."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import peft
 import pytest
 import torch
 from conftest import (
+    COMMON,
+    DIMENSIONS,
     KINDS,
     assert_close_relative,
     make_trainer,
@@ -17,11 +22,11 @@ from conftest import (
 from naive import loop_over_experts, plain_experts
 from torch import Tensor, nn
 
-from dllm_memdlm.backbones import staged_backbone
+from dllm_memdlm.backbones import model_class, staged_backbone, with_lora
 from dllm_memdlm.backbones.layers import GatedMLP, take
 from dllm_memdlm.backbones.moe import RoutedExperts
 from dllm_memdlm.config import LoraConfig, MemoryConfig
-from dllm_memdlm.fast_weights import FastWeights
+from dllm_memdlm.fast_weights import FastWeights, SiteWeights
 from dllm_memdlm.grouped import grouped_linear, grouped_linear_loop
 from dllm_memdlm.memory import ParametricMemory
 
@@ -139,8 +144,6 @@ def experts_of(dtype: torch.dtype, lora: bool, count: int = 6, hidden: int = 16,
     torch.manual_seed(0)
     experts = RoutedExperts(GatedMLP(hidden, width, "silu") for _ in range(count)).to(dtype)
     if lora:
-        import peft
-
         config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["gate_proj", "up_proj", "down_proj"])
         peft.inject_adapter_in_model(config, experts)
         for name, parameter in experts.named_parameters():
@@ -312,8 +315,6 @@ def test_experts_that_no_token_chose_have_a_gradient(kind, lora):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_fast_weights_of_experts_are_a_loop(samples, dtype):
     """Each (expert, sample) through its own low-rank pair."""
-    from dllm_memdlm.fast_weights import SiteWeights
-
     experts = experts_of(dtype, lora=False)
     x, chosen, weights = routing(dtype, [0, 2, 3])
     shapes = {"gate_proj": (16, 8), "up_proj": (16, 8), "down_proj": (8, 16)}
@@ -324,15 +325,15 @@ def test_fast_weights_of_experts_are_a_loop(samples, dtype):
     experts.fast.update(fast)
     ours = experts(x, chosen, weights)
     experts.fast.clear()
+
+    def adding(down: Tensor, up: Tensor) -> Any:
+        return lambda module, inputs, output: output + 0.1 * inputs[0] @ down.T @ up.T
+
     rows = []
     for b in range(2):
         s = b if samples > 1 else 0
         handles = [
-            getattr(expert, name).register_forward_hook(
-                lambda module, inputs, output, pair=(w.down[e, s].to(dtype), w.up[e, s].to(dtype)): (
-                    output + 0.1 * inputs[0] @ pair[0].T @ pair[1].T
-                )
-            )
+            getattr(expert, name).register_forward_hook(adding(w.down[e, s].to(dtype), w.up[e, s].to(dtype)))
             for name, w in fast.items()
             for e, expert in enumerate(experts)
         ]
@@ -400,7 +401,14 @@ AS_PUBLISHED = {
         "num_key_value_heads": 4,
         "shared_expert_intermediate_size": None,
     },
-    "llada2": {"rms_norm_eps": 1e-6, "use_bias": False, "embedding_dropout": 0.0, "output_dropout": 0.0},
+    "llada2": {
+        "rms_norm_eps": 1e-6,
+        "use_bias": False,
+        "num_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "embedding_dropout": 0.0,
+        "output_dropout": 0.0,
+    },
 }
 DENSE_ATTRIBUTES = ("vocab_size", "hidden_size", "rope_theta", "partial_rotary_factor", "attention_dropout")
 
@@ -409,8 +417,6 @@ DENSE_ATTRIBUTES = ("vocab_size", "hidden_size", "rope_theta", "partial_rotary_f
 @pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_bundled_models_are_dllms(kind, attention):
-    from conftest import COMMON, DIMENSIONS
-
     ours_config = tiny_config(kind, **{k: v for k, v in AS_PUBLISHED[kind].items() if "dropout" not in k})
     shared = {name: getattr(ours_config, name) for name in DENSE_ATTRIBUTES}
     theirs_config = {**COMMON, **DIMENSIONS[kind], **shared, **AS_PUBLISHED[kind], "attn_implementation": attention}
@@ -418,8 +424,6 @@ def test_bundled_models_are_dllms(kind, attention):
     torch.manual_seed(0)
     scale_up(theirs)
     ours_config._attn_implementation = attention
-    from dllm_memdlm.backbones import model_class
-
     ours = model_class(ours_config.architectures[0])(ours_config)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     ours.load_state_dict(theirs.state_dict())
@@ -459,8 +463,6 @@ def test_fast_weights_act_alike_in_stages_and_in_full(kind):
 
 
 def test_lora_config_reaches_peft():
-    from dllm_memdlm.backbones import with_lora
-
     model = with_lora(tiny("llama"), LoraConfig(r=3, alpha=6, dropout=0.25, target_modules=("q_proj",)))
     config = model.peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout, config.target_modules) == (3, 6, 0.25, {"q_proj"})

@@ -60,18 +60,18 @@ def assert_same(a: dict, b: dict) -> None:
 
 def test_docstring_example(pad):
     collator = AnchorTrajectoryCollator(pad, MemoryConfig())
-    batch = collator([{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], "example_id": 0}])
-    assert batch.pop("noise_level").tolist() == pytest.approx([0.90271246])
+    batch = collator([{"input_ids": [5, 6, 7, 8, 9, 10], "labels": [-100, -100, 7, 8, 9, 10], "example_id": 7}])
+    assert batch.pop("noise_level").tolist() == pytest.approx([0.2638], abs=5e-5)
     assert {name: value.long().tolist() for name, value in batch.items() if name != "inner_ratios"} == {
-        "input_ids": [[5, 6, 7, 8]],
-        "labels": [[-100, -100, 7, 8]],
-        "attention_mask": [[1, 1, 1, 1]],
-        "maskable": [[0, 0, 1, 1]],
-        "anchor_mask": [[0, 0, 1, 1]],
-        "inner_masks": [[[0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]]],
-        "noise_keys": [7138415436909018950],
+        "input_ids": [[5, 6, 7, 8, 9, 10]],
+        "labels": [[-100, -100, 7, 8, 9, 10]],
+        "attention_mask": [[1, 1, 1, 1, 1, 1]],
+        "maskable": [[0, 0, 1, 1, 1, 1]],
+        "anchor_mask": [[0, 0, 0, 0, 1, 1]],
+        "inner_masks": [[[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0]]],
+        "noise_keys": [-6596124625521688287],
     }
-    assert batch["inner_ratios"].tolist() == [[1.0, 1.0]]
+    assert batch["inner_ratios"].tolist() == [[0.75, 0.5]]
     assert batch["maskable"].dtype == batch["anchor_mask"].dtype == batch["inner_masks"].dtype == torch.bool
 
 

@@ -124,7 +124,7 @@ MESSAGES = [
     ("memory", {"epochs": -1}, "memory.epochs=-1: expected at least 0 (0 trains with empty fast weights)"),
     ("memory", {"pre_anchor_scale": 0.5}, "memory.pre_anchor_scale=0.5: expected at least 1"),
     ("memory", {"inner_lr": -0.1}, "memory.inner_lr=-0.1: expected at least 0"),
-    ("memory", {"inner_lr": float("nan")}, "memory.inner_lr=nan: expected at least 0"),
+    ("memory", {"inner_lr": float("nan")}, "memory.inner_lr=nan: expected number"),
     ("memory", {"grad_clip": -1}, "memory.grad_clip=-1.0: expected at least 0"),
     ("memory", {"rank": 0}, "memory.rank=0: expected at least 1"),
     ("memory", {"alpha": 0}, "memory.alpha=0.0: expected more than 0"),
@@ -237,3 +237,15 @@ def test_mappings_are_copied():
 )
 def test_describe_type(hint, words):
     assert describe_type(hint) == words
+
+
+def test_inconsistent_trajectory_must_fall():
+    with pytest.raises(ConfigError) as error:
+        MemoryConfig(strategy="inconsistent", start_ratio=0.1)
+    assert str(error.value) == "memory.start_ratio=0.1: expected at least memory.anchor_ratio, 0.2"
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_numbers_are_finite(value):
+    with pytest.raises(ConfigError, match=r"memory\.pre_anchor_scale=(inf|nan): expected number"):
+        MemoryConfig(pre_anchor_scale=value)

@@ -7,7 +7,7 @@ import torch
 from conftest import KINDS, tiny
 from torch import nn
 
-from dllm_memdlm.backbones import adapted_layers, find_sites, staged_backbone
+from dllm_memdlm.backbones import LLaDAMoEConfig, LLaDAMoEModelLM, adapted_layers, find_sites, staged_backbone
 from dllm_memdlm.backbones.moe import RoutedExperts
 from dllm_memdlm.config import ConfigError, MemoryConfig
 from dllm_memdlm.memory import ParametricMemory
@@ -35,11 +35,11 @@ def test_the_share_is_counted_from_either_end(count, fraction, expected):
     assert list(first) == list(range(len(expected)))
 
 
-@pytest.mark.parametrize("count", range(1, 41))
 @pytest.mark.parametrize("fraction", [0.05, 0.1, 0.3, 0.5, 0.9, 1.0])
-def test_there_is_always_a_layer(count, fraction):
-    layers = adapted_layers(count, MemoryConfig(layer_fraction=fraction))
-    assert layers.start == int(count * (1 - fraction)) and layers.stop == count and len(layers) >= 1
+def test_there_is_always_a_layer(fraction):
+    for count in range(1, 41):
+        layers = adapted_layers(count, MemoryConfig(layer_fraction=fraction))
+        assert layers.start == int(count * (1 - fraction)) and layers.stop == count and len(layers) >= 1
 
 
 def test_experts_share_a_site_and_shared_experts_have_their_own():
@@ -91,16 +91,10 @@ def test_fast_parameters_are_counted(kind, form):
 def test_llada_moe_in_its_own_size():
     """The fast weights of the published dimensions: 2 layers, 64 experts of width 1024, rank 32."""
     with torch.device("meta"):
-        model = tiny_meta()
+        model = LLaDAMoEModelLM(LLaDAMoEConfig())
     memory = ParametricMemory(model, MemoryConfig(), mask_token_id=2)
     assert memory.boundary == 14
     assert memory.fast_parameters == 2 * 64 * 3 * 32 * (2048 + 1024)
-
-
-def tiny_meta() -> nn.Module:
-    from dllm_memdlm.backbones import LLaDAMoEConfig, LLaDAMoEModelLM
-
-    return LLaDAMoEModelLM(LLaDAMoEConfig())
 
 
 @pytest.mark.parametrize(

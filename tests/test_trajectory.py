@@ -118,7 +118,7 @@ CONFIGS = [
     *(MemoryConfig(strategy="inconsistent", steps=k) for k in range(1, 6)),
     MemoryConfig(strategy="inconsistent", steps=3, start_ratio=0.8, anchor_ratio=0.3),
     MemoryConfig(strategy="inconsistent", steps=2, start_ratio=1.0, anchor_ratio=0.3),
-    MemoryConfig(strategy="inconsistent", steps=3, start_ratio=0.8, anchor_ratio=1.0),  # what is revealed stays so
+    MemoryConfig(strategy="inconsistent", steps=3, start_ratio=0.8, anchor_ratio=0.8),  # reveals next to nothing
     *(MemoryConfig(strategy="pre_anchor_only", pre_anchor_scale=s) for s in SCALES),
     MemoryConfig(strategy="pre_anchor_only", steps=4),
     MemoryConfig(strategy="anchor_only"),
@@ -442,3 +442,13 @@ def test_batch_round_trip():
     del batch["noise_keys"]
     with pytest.raises(KeyError, match="noise_keys"):
         Trajectory.from_batch(batch)
+
+
+@pytest.mark.parametrize(("start", "end", "steps", "total", "second"), [(1.0, 0.3, 3, 20, 13), (0.7, 0.2, 3, 60, 27)])
+def test_inconsistent_levels_are_not_rounded_below_whole_tokens(start, end, steps, total, second):
+    config = MemoryConfig(strategy="inconsistent", start_ratio=start, anchor_ratio=end, steps=steps)
+    maskable = torch.ones(64, total, dtype=torch.bool)
+    keys = noise.example_keys(0, 0, torch.arange(64))
+    t = torch.full((64,), 0.5)
+    counts = build_trajectory(maskable.long(), maskable, t, t, keys, config).inner_masks.sum(-1)
+    assert counts[:, 1].max() == second

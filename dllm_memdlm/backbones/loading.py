@@ -146,7 +146,9 @@ def _all_linear(backbone: PreTrainedModel) -> list[str]:
     PEFT would compare the paths of thousands of expert layers pairwise to find the same names (minutes).
     """
     output = backbone.get_output_embeddings()
-    paths = [path for path, module in backbone.named_modules() if isinstance(module, nn.Linear) and module is not output]
+    paths = [
+        path for path, module in backbone.named_modules() if isinstance(module, nn.Linear) and module is not output
+    ]
     return sorted({path.rpartition(".")[2] for path in paths})
 
 

@@ -1,0 +1,121 @@
+"""A run that is stopped and resumed ends at the weights of one that never stopped, bit by bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import examples, make_trainer, tiny
+
+from dllm_memdlm.config import MemoryConfig
+
+MEMORY = MemoryConfig(rank=4, alpha=8.0, layer_fraction=0.4, inner_lr=1.0, dropout=0.3)
+
+
+def run(folder: Path, tokenizer: Any, kind: str, resume: str | None = None, **settings: Any) -> Any:
+    """A run of six steps with LoRA dropout and memory dropout on fresh objects; examples of one length in no order."""
+    model = tiny(kind, lora=settings.pop("lora", 0.3))
+    defaults: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-2}
+    memory = settings.pop("memory", MEMORY)
+    trainer = make_trainer(model, tokenizer, folder, memory, examples(settings.pop("rows", 12)), **defaults | settings)
+    if resume:
+        torch.rand(5)  # where the generator stands must not matter to a resumed run
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def losses(trainer: Any) -> list[float]:
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def assert_resumes(folder: Path, tokenizer: Any, kind: str, stop: int = 3, **settings: Any) -> None:
+    straight = run(folder / "straight", tokenizer, kind, save_steps=stop, **settings)
+    checkpoint = folder / "straight" / f"checkpoint-{stop}"
+    resumed = run(folder / "resumed", tokenizer, kind, resume=str(checkpoint), save_steps=stop, **settings)
+    assert resumed.state.global_step == 6
+    assert losses(resumed) == losses(straight)
+    expected, actual = weights(straight), weights(resumed)
+    assert expected.keys() == actual.keys()
+    assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
+    start = weights_at_start(kind, settings.get("lora", 0.3))
+    assert sum(not torch.equal(expected[name], start[name]) for name in expected) > 0.5 * len(expected)
+
+
+def weights_at_start(kind: str, lora: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in tiny(kind, lora=lora).named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["llada_moe", "llada2", "llama"])
+def test_resuming_in_the_middle_of_an_epoch(kind, tokenizer, tmp_path):
+    assert_resumes(tmp_path, tokenizer, kind)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_resuming_around_an_epoch_boundary(workers, stop, tokenizer, tmp_path):
+    """Two steps an epoch: in the first epoch, at its end, and in the second."""
+    assert_resumes(tmp_path, tokenizer, "llama", stop=stop, rows=6, dataloader_num_workers=workers)
+
+
+def test_resuming_full_fine_tuning(tokenizer, tmp_path):
+    assert_resumes(tmp_path, tokenizer, "llada_moe", lora=False)
+
+
+def test_resuming_with_accumulation_and_grouping(tokenizer, tmp_path):
+    settings = {"gradient_accumulation_steps": 2, "group_by_length": True, "per_device_train_batch_size": 2}
+    assert_resumes(tmp_path, tokenizer, "llama", rows=18, **settings)
+
+
+def test_resuming_with_evaluations_and_sparse_logs(tokenizer, tmp_path):
+    def with_evaluation(folder: Path, resume: str | None = None) -> Any:
+        model = tiny("llama", lora=0.3)
+        trainer = make_trainer(
+            model,
+            tokenizer,
+            folder,
+            MEMORY,
+            examples(12),
+            examples(3, seed=1),
+            max_steps=6,
+            save_strategy="steps",
+            save_steps=3,
+            eval_strategy="steps",
+            eval_steps=2,
+            logging_steps=4,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    straight = with_evaluation(tmp_path / "straight")
+    resumed = with_evaluation(tmp_path / "resumed", str(tmp_path / "straight" / "checkpoint-3"))
+    expected, actual = weights(straight), weights(resumed)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    logs = [[log for log in t.state.log_history if "eval_loss" in log] for t in (straight, resumed)]
+    evaluations = [[(log["eval_loss"], log["eval_loss_memory_off"]) for log in part] for part in logs]
+    assert evaluations[0] == evaluations[1] and len(evaluations[0]) == 3
+
+
+def test_workers_change_nothing(tokenizer, tmp_path):
+    """The same run with the batches made in this process, in two others, and in two that live on over the epochs."""
+    settings = {
+        "rows": 6,
+        "save_strategy": "no",
+        "lora": True,
+    }  # starting workers moves the generator of LoRA's dropout
+    here = run(tmp_path, tokenizer, "llama", **settings)
+    for extra in ({}, {"dataloader_persistent_workers": True}):
+        there = run(tmp_path, tokenizer, "llama", dataloader_num_workers=2, **settings, **extra)
+        expected, actual = weights(here), weights(there)
+        assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+def test_a_checkpoint_loads_into_the_optimizer_and_the_schedule(tokenizer, tmp_path):
+    run(tmp_path, tokenizer, "llama")
+    names = {path.name for path in (tmp_path / "checkpoint-3").iterdir()}
+    assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= names
