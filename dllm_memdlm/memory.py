@@ -204,16 +204,18 @@ class ParametricMemory:
 
     def _check(self, fast_weights: FastWeights) -> None:
         expected = {
-            f"{shape.name}.{name}": size for shape in self.shapes for name, size in shape.tensors(self.config).items()
+            f"{shape.name}.{name}": (() if shape.experts is None else (shape.experts,)) + size
+            for shape in self.shapes
+            for name, size in shape.tensors(self.config).items()
         }
         if expected.keys() != fast_weights.tensors.keys():
             odd = sorted(expected.keys() ^ fast_weights.tensors.keys())[0]
             where = "model" if odd in expected else "fast weights"
             raise ConfigError(f"fast weights for other sites than this model's: {odd} is in the {where} only")
         for name, size in expected.items():
-            if tuple(fast_weights.tensors[name].shape[-2:]) != size:
-                found = tuple(fast_weights.tensors[name].shape[-2:])
-                raise ConfigError(f"fast weights of another size: {name} is {found}, expected {size}")
+            found = tuple(fast_weights.tensors[name].shape)
+            if found[:-3] + found[-2:] != size:
+                raise ConfigError(f"fast weights of another size: {name} is {found[:-3] + found[-2:]}, expected {size}")
 
 
 def _adding(weights: SiteWeights) -> Any:

@@ -11,7 +11,8 @@ import datasets
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
+from transformers.trainer_utils import has_length
 
 from . import noise
 from .backbones import staged_backbone
@@ -20,6 +21,7 @@ from .config import ConfigError, MemoryConfig
 from .dllm_api import MDLMConfig, MDLMTrainer
 from .losses import NORMS, loss_weights, masked_diffusion_loss, positions_of
 from .memory import ParametricMemory, Written
+from .sampler import EpochSampler, LongestFirst, lengths_of
 from .trajectory import Trajectory
 
 
@@ -189,6 +191,26 @@ class MemDLMTrainer(MDLMTrainer):
         """Memory dropout: which sets of fast weights stay in place. → [S] bool."""
         return noise.uniform(trajectory.noise_keys[:samples], noise.DROPOUT, 1)[:, 0] >= self.memory_config.dropout
 
+    # === order ===
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if dataset is None or not has_length(dataset):
+            return None
+        collator, args = self.data_collator, self.args
+        return EpochSampler(
+            len(dataset),
+            seed=collator.seed,
+            epoch=lambda: collator.epoch,
+            lengths=lengths_of(dataset) if args.group_by_length else None,
+            batch_size=args.train_batch_size * args.gradient_accumulation_steps,
+        )
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        if not self.args.group_by_length or eval_dataset is None or not has_length(eval_dataset):
+            return super()._get_eval_sampler(eval_dataset)
+        return LongestFirst(lengths_of(eval_dataset))
+
     # === logs ===
 
     def _note(self, written: Written, trajectory: Trajectory, head: Any, positions: Any) -> None:
@@ -273,8 +295,13 @@ class _Clock(transformers.TrainerCallback):
     def __init__(self, trainer: MemDLMTrainer) -> None:
         self.trainer = trainer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.next_epoch = math.floor(state.epoch or 0)
+
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.data_collator.set_epoch(math.floor(state.epoch or 0))
+        # Counted, as state.epoch is no epoch where the length of the data is not known.
+        self.trainer.data_collator.set_epoch(self.next_epoch)
+        self.next_epoch += 1
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()

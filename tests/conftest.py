@@ -170,14 +170,21 @@ def make_tokenizer(**special: str) -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def examples(count: int, seed: int = 0, prompt: int = 4, shortest: int = 10, longest: int = 20) -> list[dict[str, Any]]:
-    """Random prompts and responses of several lengths; labels cover the response."""
+def examples(
+    count: int, seed: int = 0, prompt: int = 3, spread: int = 3, shortest: int = 10, longest: int = 20
+) -> list[dict[str, Any]]:
+    """Random prompts and responses of several lengths; labels cover the response.
+
+    Prompts are of `prompt` to `prompt + spread` tokens. Padding is a label too, so after collation nothing else tells
+    the samples' maskable tokens apart.
+    """
     generator = torch.Generator().manual_seed(seed)
     rows = []
-    for _ in range(count):
+    for number in range(count):
         length = int(torch.randint(shortest, longest + 1, (), generator=generator))
         tokens = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
-        rows.append({"input_ids": tokens, "labels": [-100] * prompt + tokens[prompt:]})
+        start = prompt + number % (spread + 1)
+        rows.append({"input_ids": tokens, "labels": [-100] * start + tokens[start:]})
     return rows
 
 
