@@ -122,6 +122,8 @@ class ModelConfig:
         check_types(self, "model")
         if self.path is None and self.architecture is None:
             raise ConfigError("model: neither path nor architecture is set; give one of them")
+        if self.path is None and self.load_in_4bit:
+            raise ConfigError("model.load_in_4bit=True: expected a model.path; only a checkpoint can be quantised")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,9 +32,8 @@ def dry_run(recipe: Recipe, console: Console | None = None) -> None:
     console.print(recipe.to_yaml(), soft_wrap=True)
     config, source = find_config(recipe)
     # Only the shapes: on the meta device nothing is allocated, and no weight is read.
-    shape_only = dataclasses.replace(
-        recipe.model, path=None, architecture=(config.architectures or [recipe.model.architecture])[0]
-    )
+    architecture = (config.architectures or [recipe.model.architecture])[0]
+    shape_only = dataclasses.replace(recipe.model, path=None, load_in_4bit=False, architecture=architecture)
     with torch.device("meta"):
         model = load_model(shape_only, config, recipe.lora)
     memory = ParametricMemory(model, recipe.memory, mask_token_id=0) if recipe.memory.enabled else None
@@ -61,7 +60,7 @@ def find_config(recipe: Recipe) -> tuple[PretrainedConfig, str]:
     except ConfigError:
         if model.architecture is None:
             raise
-        stand_in = dataclasses.replace(model, path=None)
+        stand_in = dataclasses.replace(model, path=None, load_in_4bit=False)
         return config_of(stand_in), f"known dimensions of {model.architecture}, as config.json is out of reach"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import http.client
 import os
 import urllib.error
 import urllib.request
@@ -36,19 +37,20 @@ def missing_processes() -> int | None:
     return launcher.num_processes
 
 
-def run_in_processes(count: int, module: str, arguments: Sequence[str]) -> None:
-    """Run `python -m module arguments` in `count` processes (gloo), and wait for them.
-
-    Raises:
-        torch.distributed.elastic.multiprocessing.errors.ChildFailedError: one of them failed.
-    """
+def run_in_processes(count: int, module: str, arguments: Sequence[str]) -> int:
+    """Run `python -m module arguments` in `count` processes (gloo); the exit code of the first that fails, or 0."""
     from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ.pop("MASTER_ADDR")
     os.environ.pop("MASTER_PORT", None)
     threads = max(1, (psutil.cpu_count(logical=False) or 1) // count)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    run.main(["--standalone", "--nproc_per_node", str(count), "-m", module, *arguments])
+    try:
+        run.main(["--standalone", "--nproc_per_node", str(count), "-m", module, *arguments])
+    except ChildFailedError as error:
+        return error.get_first_failure()[1].exitcode  # the process itself has said why
+    return 0
 
 
 def work_offline_without_hub(timeout: float = 5.0) -> None:
@@ -59,6 +61,6 @@ def work_offline_without_hub(timeout: float = 5.0) -> None:
         urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=timeout).close()
     except urllib.error.HTTPError:
         return  # it answers
-    except OSError:
+    except (OSError, http.client.HTTPException):
         os.environ["HF_HUB_OFFLINE"] = "1"
         constants.HF_HUB_OFFLINE = True

@@ -43,7 +43,7 @@ class Recipe:
         """Every section with every value; of `training` what the recipe sets. Loading it gives the same recipe."""
         sections = ("model", "lora", "data", "memory")
         full = {name: _plain(dataclasses.asdict(getattr(self, name))) for name in sections}
-        return yaml.safe_dump({**full, "training": self.values["training"]}, sort_keys=False, allow_unicode=True)
+        return OmegaConf.to_yaml(OmegaConf.create({**full, "training": self.values["training"]}))
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write recipe.yaml into a folder."""
@@ -71,10 +71,25 @@ def resolve(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()
         key, equals, _ = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"override {override!r}: expected section.key=value, such as memory.inner_lr=0.05")
+        try:
+            change = OmegaConf.from_dotlist([override])
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"override {override!r}: {' '.join(str(error).split())}") from None
+        merged = _merge(merged, change)
     try:
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
         return OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from None
+
+
+def _merge(base: DictConfig, change: DictConfig) -> DictConfig:
+    for section, value in change.items():
+        if isinstance(base.get(section), DictConfig) and not (value is None or isinstance(value, DictConfig)):
+            plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            raise ConfigError(f"{section}={plain!r}: expected a mapping")
+    try:
+        return OmegaConf.merge(base, change)
+    except (OmegaConfBaseException, TypeError) as error:
         raise ConfigError(str(error).splitlines()[0]) from None
 
 
@@ -89,11 +104,14 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"not a readable YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(content, DictConfig):
-        raise ConfigError(f"{path.name}: expected a mapping of sections ({', '.join(_sections())})")
+        raise ConfigError(f"expected a mapping of sections ({', '.join(_sections())})")
     base = content.pop("extends", None)
     if base is None:
         return content
-    return OmegaConf.merge(_read(path.parent / base, (*seen, path)), content)
+    if not isinstance(base, str):
+        plain = OmegaConf.to_container(base) if OmegaConf.is_config(base) else base
+        raise ConfigError(f"extends={plain!r}: expected a file name")
+    return _merge(_read(path.parent / base, (*seen, path)), content)
 
 
 def _sections() -> dict[str, type]:
@@ -112,6 +130,9 @@ def build_recipe(values: dict[str, Any], default_output_dir: str | None = None) 
         known = [f.name for f in dataclasses.fields(sections[name]) if f.init]
         _refuse_unknown(section, known, f"{name}.")
     values["training"].setdefault("output_dir", default_output_dir)
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if values["training"].get(name) is False:  # a bare `no`, which YAML reads as false
+            values["training"][name] = "no"
     _check_training(values["training"])
     built = {name: cls(**values[name]) for name, cls in sections.items() if name != "training"}
     try:

@@ -10,7 +10,7 @@ import huggingface_hub
 import transformers
 import yaml
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from .backbones import config_of, load_model
 from .config import ConfigError
@@ -32,7 +32,13 @@ def build_trainer(recipe: Recipe) -> MemDLMTrainer:
         examples = load_examples(recipe.data, tokenizer)
     if state.is_main_process:
         print(f"{describe()}\n{examples.summary()}", flush=True)
+    if examples.eval is None:
+        recipe.training.eval_strategy, recipe.training.do_eval = IntervalStrategy.NO, False
     config = config_of(recipe.model, vocab_size=len(tokenizer))
+    if config.vocab_size < len(tokenizer):
+        raise ConfigError(
+            f"model.dimensions.vocab_size={config.vocab_size}: expected at least the tokenizer's {len(tokenizer)}"
+        )
     if recipe.model.path is None:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(tokenizer, name))

@@ -25,10 +25,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_intermixed_args(argv)
     try:
-        if not args.dry_run and (count := missing_processes()):
-            print(f"accelerate starts one process where there is no GPU: starting all {count}", flush=True)
-            run_in_processes(count, "dllm_memdlm.train", sys.argv[1:] if argv is None else argv)
-            return 0
         work_offline_without_hub()
         # Here, not above: transformers and datasets look at the offline switch when they are imported.
         from .dry_run import dry_run
@@ -38,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe = load_recipe(args.recipe, args.overrides)
         if args.dry_run:
             dry_run(recipe)
+        elif count := missing_processes():
+            print(f"accelerate starts one process where there is no GPU: starting all {count}", flush=True)
+            return run_in_processes(count, "dllm_memdlm.train", sys.argv[1:] if argv is None else argv)
         else:
             train(recipe, args.resume)
     except ConfigError as error:

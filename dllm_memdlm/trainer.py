@@ -12,12 +12,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import has_length
 
 from . import noise
 from .backbones import staged_backbone
 from .collator import EXAMPLE_ID, AnchorTrajectoryCollator
-from .config import ConfigError, MemoryConfig
+from .config import ConfigError, MemoryConfig, require
 from .dllm_api import MDLMConfig, MDLMTrainer
 from .losses import NORMS, loss_weights, masked_diffusion_loss, positions_of
 from .memory import ParametricMemory, Written
@@ -47,8 +48,17 @@ class MemDLMConfig(MDLMConfig):
             self.use_cpu, self.dataloader_pin_memory = True, False
         super().__post_init__()
         for name, known in (("loss_norm_type", tuple(NORMS)), ("loss_weight_type", ("scheduler", "uniform"))):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"training.{name}={getattr(self, name)!r}: expected one of {', '.join(known)}")
+            choice = getattr(self, name)
+            require("training", self, name, choice in known, f"one of {', '.join(known)}")
+        require("training", self, "time_epsilon", 0 < self.time_epsilon < 1, "in (0, 1)")
+        require("training", self, "learning_rate", self.learning_rate >= 0, "at least 0")
+        require("training", self, "dataloader_num_workers", self.dataloader_num_workers >= 0, "at least 0")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            require("training", self, name, getattr(self, name) >= 1, "at least 1")
+        try:
+            get_reporting_integration_callbacks(self.report_to)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"training.report_to={self.report_to!r}: {' '.join(str(error).split())}") from None
 
 
 class MemDLMTrainer(MDLMTrainer):

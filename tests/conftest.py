@@ -78,9 +78,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    # TrainingArguments with bf16 write it into the environment, where the next test's would find it
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def tiny_config(kind: str, **dimensions: Any) -> transformers.PretrainedConfig:

@@ -121,7 +121,6 @@ def test_bytes_and_folders_are_not_recipes(tmp_path):
         assert message(path).startswith("not a readable YAML file: ")
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="extends is joined to a path before its type is checked")
 @pytest.mark.parametrize("value", ["5", "[base.yaml]", "{a: 1}"])
 def test_extends_that_is_no_file_name(value, tmp_path, base):
     assert message(write(tmp_path / "x.yaml", f"extends: {value}\n")).startswith("extends=")
@@ -158,7 +157,6 @@ def test_an_override_without_key_or_value(override, base):
     assert message(base, override) == expected
 
 
-@pytest.mark.xfail(strict=True, raises=yaml.YAMLError, reason="YAML errors in an override's value are not caught")
 @pytest.mark.parametrize("override", ["memory.rank=[", "memory.target_modules=[a,", "data.split='a"])
 def test_an_override_that_is_not_yaml(override, base):
     assert override in message(base, override)
@@ -258,13 +256,11 @@ def test_what_transformers_refuses_is_one_line(override, names, base):
     assert names in text
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="OmegaConf's own TypeError on merging is not caught")
 def test_a_list_over_a_section_that_is_there(tmp_path, base):
     assert message(base, "training=[a]") == "training=['a']: expected a mapping"
     assert message(write(tmp_path / "x.yaml", "extends: base.yaml\nmemory: [a]\n")).endswith("expected a mapping")
 
 
-@pytest.mark.xfail(strict=True, raises=ConfigError, reason="YAML reads a bare no as false")
 @pytest.mark.parametrize("name", ["eval_strategy", "save_strategy", "logging_strategy"])
 def test_a_strategy_can_be_switched_off_without_quotes(name, base):
     assert getattr(load_recipe(base, [f"training.{name}='no'"]).training, name) == "no"
@@ -308,7 +304,6 @@ def test_a_saved_recipe_loads_as_itself(overrides, base, tmp_path):
     assert again.training.output_dir == "runs/base"  # of the file it came from, not of this one
 
 
-@pytest.mark.xfail(strict=True, raises=ConfigError, reason="PyYAML leaves 1e5 unquoted, OmegaConf reads it as a number")
 def test_text_that_looks_like_a_number_is_saved_as_text(base, tmp_path):
     recipe = load_recipe(base, ["data.split='1e5'"])
     recipe.save(tmp_path / "new")

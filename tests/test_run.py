@@ -190,7 +190,6 @@ def test_the_summary_and_the_progress_are_readable(recipe_file, tmp_path, capsys
     assert out.endswith(f"saved to {tmp_path}\n")
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="eval_strategy stays at steps where nothing is held out")
 def test_a_run_without_evaluation(recipe_file, tmp_path):
     run.train(recipe_for(recipe_file, tmp_path, "data.eval_fraction=0", "training.max_steps=2"))
     assert not [log for log in logs_of(tmp_path) if "eval_loss" in log]

@@ -155,7 +155,7 @@ def test_a_wrong_model_folder(recipe, tmp_path, capsys):
     text = error_of(capsys, recipe, f"model.path={empty}")
     assert text.startswith(f"model.path='{empty}': the folder has no tokenizer files")
     text = error_of(capsys, recipe, "model.path=/no/such/folder")
-    assert text.startswith("model.path='/no/such/folder': ") and "expected a local folder, or a hub name" in text
+    assert text == "model.path='/no/such/folder': no such folder"
     make_chat_tokenizer(empty)
     text = error_of(capsys, recipe, f"model.path={empty}")
     assert text == f"model.path='{empty}': a folder without a readable config.json"
@@ -201,7 +201,6 @@ def test_a_model_that_cannot_be_built(overrides, says, flags, recipe, capsys):
     assert error_of(capsys, recipe, *overrides, *flags).startswith(says)
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="raised after the recipe was built, as plain ValueErrors")
 @pytest.mark.parametrize(
     "override",
     [

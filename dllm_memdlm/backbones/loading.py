@@ -98,7 +98,10 @@ def load_model(
         config._attn_implementation = model.attn_implementation
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            backbone = cls(config).to(dtype)
+            try:
+                backbone = cls(config).to(dtype)
+            except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
+                raise ConfigError(f"model.dimensions: they make no {cls.__name__} ({_first_line(error)})") from error
     else:
         try:
             backbone, report = cls.from_pretrained(

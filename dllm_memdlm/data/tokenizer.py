@@ -121,6 +121,8 @@ def _load(name: str, trust_remote_code: bool, where: str) -> PreTrainedTokenizer
     path = Path(name).expanduser()
     if path.is_dir() and not any(path.glob("tokenizer*")):
         raise ConfigError(f"{where}: the folder has no tokenizer files (tokenizer.json and its config)")
+    if not path.is_dir() and name.startswith(("/", ".", "~")):
+        raise ConfigError(f"{where}: no such folder")
     source = str(path) if path.is_dir() else name
     try:
         return AutoTokenizer.from_pretrained(source, padding_side="right", trust_remote_code=trust_remote_code)
