@@ -12,10 +12,8 @@ from torch import Tensor
 from . import noise
 from .config import ConfigError, MemoryConfig
 from .dllm_api import BaseAlphaScheduler, CollatorWrapper, LinearAlphaScheduler, prepend_bos
+from .example_ids import EXAMPLE_ID
 from .trajectory import build_trajectory
-
-#: The field of a feature that holds its index in the dataset. `MemDLMTrainer` adds it.
-EXAMPLE_ID = "example_id"
 
 
 @dataclass

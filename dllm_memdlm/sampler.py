@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
-import datasets
 import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -55,9 +53,3 @@ class LongestFirst(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.order)
-
-
-def lengths_of(dataset: Any) -> list[int]:
-    """Tokens of every example of a map-style dataset."""
-    rows = dataset["input_ids"] if isinstance(dataset, datasets.Dataset) else (row["input_ids"] for row in dataset)
-    return [len(row) for row in rows]

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import math
-import time
 from dataclasses import dataclass
 from typing import Any
 
-import datasets
 import torch
-import transformers
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import has_length
 
 from . import noise
-from .backbones import staged_backbone
-from .collator import EXAMPLE_ID, AnchorTrajectoryCollator
+from .backbones import adopt, staged_backbone
+from .collator import AnchorTrajectoryCollator
 from .config import ConfigError, MemoryConfig, require
 from .dllm_api import MDLMConfig, MDLMTrainer
+from .example_ids import lengths_of, with_example_ids
+from .logs import Averages, EpochClock
 from .losses import NORMS, loss_weights, masked_diffusion_loss, positions_of
 from .memory import ParametricMemory, Written
-from .sampler import EpochSampler, LongestFirst, lengths_of
+from .sampler import EpochSampler, LongestFirst
 from .trajectory import Trajectory
 
 
@@ -70,7 +68,8 @@ class MemDLMTrainer(MDLMTrainer):
     evaluation `eval_loss` and `eval_loss_memory_off`.
 
     Args:
-        model: a backbone of `dllm_memdlm.backbones`, or PEFT's wrapper around one.
+        model: a backbone of `dllm_memdlm.backbones`, or a LLaDA-MoE, LLaDA2.1 or A2D model of dllm's, which gets our
+            forward (`backbones.adopt`); or PEFT's wrapper around one.
         args: training arguments.
         memory: settings of the inner loop; the paper's by default.
         data_collator: any collator that pads `input_ids` and `labels`; it is wrapped in AnchorTrajectoryCollator
@@ -89,6 +88,7 @@ class MemDLMTrainer(MDLMTrainer):
         **kwargs: Any,
     ) -> None:
         memory = memory or MemoryConfig()
+        adopt(model)
         staged_backbone(model)  # a model that cannot be trained is refused before anything is built
         super().__init__(
             model=model,
@@ -104,7 +104,10 @@ class MemDLMTrainer(MDLMTrainer):
                 "tokenizer without a mask token; add one: tokenizer.add_special_tokens({'mask_token': …})"
             )
         self.mask_token_id = tokenizer.mask_token_id
-        if not isinstance(self.data_collator, AnchorTrajectoryCollator):
+        if isinstance(self.data_collator, AnchorTrajectoryCollator):
+            if self.data_collator.config != memory:
+                raise ConfigError("data_collator.config and memory differ; give both the same MemoryConfig")
+        else:
             self.data_collator = AnchorTrajectoryCollator(
                 self.data_collator,
                 config=memory,
@@ -123,7 +126,7 @@ class MemDLMTrainer(MDLMTrainer):
             )
         self._train_log = Averages()
         self._eval_losses_off: list[Tensor] = []
-        self.add_callback(_Clock(self))
+        self.add_callback(EpochClock(self.data_collator, self._train_log))
 
     # === the step ===
 
@@ -233,7 +236,8 @@ class MemDLMTrainer(MDLMTrainer):
         last = self.state.global_step + 1
         if self.accelerator.sync_gradients and (last % self.state.logging_steps == 0 or last == 1):
             # One sample for each log. Its dropout draws must not move those of training.
-            with torch.random.fork_rng(enabled=True):
+            device = self.args.device
+            with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
                 self._train_log.add("loss_memory_off", self._loss_memory_off(trajectory, head, positions))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -271,79 +275,3 @@ class MemDLMTrainer(MDLMTrainer):
             return super().get_eval_dataloader(with_example_ids(eval_dataset))
         finally:
             self.data_collator = training_collator
-
-
-class Averages:
-    """Running means and counts of tensors on the device: nothing is waited for until they are read."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}
-
-    def add(self, name: str, values: Tensor, where: Tensor | None = None) -> None:
-        """Add values of any shape to a mean, those at which `where` holds."""
-        values = values.detach().double()
-        where = torch.ones_like(values, dtype=torch.bool) if where is None else where
-        pair = torch.stack([values.where(where, 0).sum(), where.sum()])
-        self._sums[name] = self._sums.get(name, 0) + pair
-
-    def count(self, name: str, number: Tensor) -> None:
-        """Add to a count."""
-        self._counts[name] = self._counts.get(name, 0) + number
-
-    def pop(self, accelerator: Any) -> dict[str, float]:
-        """Means and counts over all processes since the last call."""
-        means = {name: accelerator.reduce(pair, "sum").tolist() for name, pair in self._sums.items()}
-        counts = {name: int(accelerator.reduce(number, "sum")) for name, number in self._counts.items()}
-        self._sums, self._counts = {}, {}
-        return {name: total / number for name, (total, number) in means.items() if number} | counts
-
-
-class _Clock(transformers.TrainerCallback):
-    """Tells the collator the epoch, and the log the seconds of an optimizer step (without data, logs, evaluation)."""
-
-    def __init__(self, trainer: MemDLMTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.next_epoch = math.floor(state.epoch or 0)
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Counted, as state.epoch is no epoch where the length of the data is not known.
-        self.trainer.data_collator.set_epoch(self.next_epoch)
-        self.next_epoch += 1
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._train_log.add("step_seconds", torch.tensor(time.perf_counter() - self.started))
-
-
-class _WithExampleIds(Dataset):
-    """A map-style dataset whose items carry their index."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.dataset[index], EXAMPLE_ID: index}
-
-
-def with_example_ids(dataset: Any) -> Any:
-    """The dataset, each example with its index under `example_id`, by which its noise is drawn.
-
-    Takes a `datasets` dataset, streaming ones too, any map-style dataset, a dict of them, or none.
-    """
-    if dataset is None or isinstance(dataset, (str, _WithExampleIds)):
-        return dataset
-    if isinstance(dataset, datasets.IterableDataset):
-        return dataset.map(lambda row, index: {EXAMPLE_ID: index}, with_indices=True)
-    if isinstance(dataset, datasets.Dataset):
-        return dataset if EXAMPLE_ID in dataset.column_names else dataset.add_column(EXAMPLE_ID, range(len(dataset)))
-    if isinstance(dataset, dict):
-        return {name: with_example_ids(part) for name, part in dataset.items()}
-    return _WithExampleIds(dataset)

@@ -22,7 +22,7 @@ from conftest import (
 from naive import loop_over_experts, plain_experts
 from torch import Tensor, nn
 
-from dllm_memdlm.backbones import model_class, staged_backbone, with_lora
+from dllm_memdlm.backbones import adopt, model_class, staged_backbone, with_lora
 from dllm_memdlm.backbones.layers import GatedMLP, take
 from dllm_memdlm.backbones.moe import RoutedExperts
 from dllm_memdlm.config import LoraConfig, MemoryConfig
@@ -466,3 +466,48 @@ def test_lora_config_reaches_peft():
     model = with_lora(tiny("llama"), LoraConfig(r=3, alpha=6, dropout=0.25, target_modules=("q_proj",)))
     config = model.peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout, config.target_modules) == (3, 6, 0.25, {"q_proj"})
+
+
+# === models that dllm built ===
+
+
+@pytest.mark.dllm
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("kind", ["llada_moe", "llada2", "llama"])
+def test_a_model_of_dllms_gets_our_forward(kind, lora):
+    """The same parameters under the same names, the same logits and gradients; and stages, and sites for memory."""
+    if kind == "llama":
+        from dllm.pipelines.a2d import A2DLlamaConfig, A2DLlamaLMHeadModel
+
+        model = A2DLlamaLMHeadModel(A2DLlamaConfig(**{**COMMON, **DIMENSIONS[kind]}))
+    else:
+        shared = {name: getattr(tiny_config(kind), name) for name in DENSE_ATTRIBUTES}
+        model = dllms(kind, {**COMMON, **DIMENSIONS[kind], **shared, **AS_PUBLISHED[kind]})
+    scale_up(model)
+    if lora:
+        model = with_lora(model, LoraConfig(r=4, dropout=0.0))
+        scale_up(model)
+    model.train()
+    names = [name for name, _ in model.named_parameters()]
+    before = {name: parameter for name, parameter in model.named_parameters()}
+
+    def logits_and_gradients():
+        model.zero_grad()
+        logits = model(input_ids=tokens()).logits
+        logits.square().mean().backward()
+        return logits.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None and p.grad.any()]
+
+    logits, gradients = logits_and_gradients()
+    adopt(model)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    again, gradients_again = logits_and_gradients()
+    torch.testing.assert_close(again, logits, rtol=1e-4, atol=1e-4)
+    assert logits.std() > 0.1
+    torch.testing.assert_close(gradients_again, gradients, rtol=1e-3, atol=1e-5)
+
+    memory = ParametricMemory(model, MemoryConfig(rank=4, layer_fraction=0.3), mask_token_id=0)
+    hidden = memory.trunk(tokens())
+    positions = torch.arange(tokens().shape[1]).expand(len(tokens()), -1)
+    torch.testing.assert_close(memory.head(hidden, positions).logits, again, rtol=1e-4, atol=1e-4)
+    adopt(model)  # once is enough, and twice changes nothing

@@ -30,7 +30,8 @@ from dllm_memdlm import bundled, dllm_api
 from dllm_memdlm.collator import AnchorTrajectoryCollator
 from dllm_memdlm.config import ConfigError, MemoryConfig
 from dllm_memdlm.dllm_api import NoAttentionMaskWrapper
-from dllm_memdlm.trainer import MemDLMConfig, MemDLMTrainer, with_example_ids
+from dllm_memdlm.example_ids import with_example_ids
+from dllm_memdlm.trainer import MemDLMConfig, MemDLMTrainer
 
 # dllm's meter computes both splits when an evaluation ends, and torchmetrics says so of the one without tokens
 pytestmark = pytest.mark.filterwarnings(

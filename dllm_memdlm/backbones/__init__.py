@@ -1,5 +1,6 @@
 """What the memory must know of a model: its two stages, its layers, and the places for fast weights."""
 
+from .adopt import adopt
 from .decoder import DECODERS, bidirectional
 from .llada2_moe import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from .llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
@@ -18,6 +19,7 @@ __all__ = [
     "StageOutput",
     "StagedForward",
     "adapted_layers",
+    "adopt",
     "bidirectional",
     "config_of",
     "find_sites",

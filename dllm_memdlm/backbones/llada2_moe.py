@@ -91,20 +91,22 @@ class LLaDA2MoeAttention(nn.Module):
         self.config = config
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
-        self.query_key_value = nn.Linear(config.hidden_size, sum(self.heads) * self.head_dim, bias=config.use_qkv_bias)
+        heads = config.num_attention_heads + 2 * config.num_key_value_heads
+        self.query_key_value = nn.Linear(config.hidden_size, heads * self.head_dim, bias=config.use_qkv_bias)
         self.dense = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=config.use_bias)
         if config.use_qk_norm:
             self.query_layernorm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.key_layernorm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def forward(self, x: Tensor, position_embeddings: Any, attention_mask: Tensor | None, queries: Tensor | None):
-        sizes = [heads * self.head_dim for heads in self.heads]
+        config = self.config
+        heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        sizes = [number * self.head_dim for number in heads]
         query, key, value = self.query_key_value(x).split(sizes, dim=-1)
         if queries is not None:
             query = take(query, queries)
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (query, key, value))
-        if self.config.use_qk_norm:
+        if config.use_qk_norm:
             query, key = self.query_layernorm(query), self.key_layernorm(key)
         return self.dense(attend(self, query, key, value, position_embeddings, attention_mask, queries))
 

@@ -30,8 +30,17 @@ class RoutedExperts(nn.ModuleList):
 
     def __init__(self, experts: Iterable[nn.Module]) -> None:
         super().__init__(experts)
+        self._reset()
+
+    def _reset(self) -> None:
         self.fast: dict[str, SiteWeights] = {}
         self._packed: dict[str, Tensor] = {}
+
+    @classmethod
+    def adopt(cls, experts: nn.ModuleList) -> None:
+        """Make a plain list of experts one of these, in place."""
+        experts.__class__ = cls
+        experts._reset()
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Σ over the chosen experts of weight · expert(x). x [B, M, D]; chosen, weights [B, M, k] → [B, M, D]."""

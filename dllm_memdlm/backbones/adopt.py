@@ -1,0 +1,73 @@
+"""Models that dllm built, given our forward: the same modules, the same parameters, another class.
+
+dllm's classes for LLaDA-MoE, LLaDA2.1 and the converted decoders hold their weights in modules of the same names as
+ours. Changing the class of a few of them gives the model its stages and sorted experts; nothing is copied or renamed,
+so adapters, checkpoints and optimizers do not notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from .decoder import DECODERS, bidirectional
+from .llada2_moe import (
+    LLaDA2MoeAttention,
+    LLaDA2MoeDecoderLayer,
+    LLaDA2MoeGate,
+    LLaDA2MoeModelLM,
+    LLaDA2MoeSparseMoeBlock,
+)
+from .llada_moe import LLaDAMoEAttention, LLaDAMoEDecoderLayer, LLaDAMoEModelLM, LLaDAMoESparseMoeBlock
+from .moe import RoutedExperts
+from .staged import StagedForward
+
+
+def adopt(model: nn.Module) -> None:
+    """Give a model of dllm's our forward, in place; any other model is left alone.
+
+    The model may be wrapped by PEFT already. Its logits are the same up to rounding.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = type(inner).__name__
+    if isinstance(inner, StagedForward) or not type(inner).__module__.startswith("dllm.") or name not in _ADOPTERS:
+        return
+    _ADOPTERS[name](inner)
+
+
+def _llada_moe(model: nn.Module) -> None:
+    for layer in model.model.layers:
+        layer.__class__ = LLaDAMoEDecoderLayer
+        layer.shared_expert = getattr(layer, "shared_expert", None)
+        layer.self_attn.__class__ = LLaDAMoEAttention
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.__class__ = LLaDAMoESparseMoeBlock
+            layer.mlp.config = model.config
+            RoutedExperts.adopt(layer.mlp.experts)
+    model.__class__ = LLaDAMoEModelLM
+
+
+def _llada2_moe(model: nn.Module) -> None:
+    for layer in model.model.layers:
+        layer.__class__ = LLaDA2MoeDecoderLayer
+        layer.attention.__class__ = LLaDA2MoeAttention
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.__class__ = LLaDA2MoeSparseMoeBlock
+            layer.mlp.gate.__class__ = LLaDA2MoeGate
+            layer.mlp.shared_experts = getattr(layer.mlp, "shared_experts", None)
+            RoutedExperts.adopt(layer.mlp.experts)
+    model.__class__ = LLaDA2MoeModelLM
+
+
+def _decoder(model: nn.Module) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    model.__class__ = bidirectional(type(model).__name__)
+
+
+_ADOPTERS: dict[str, Callable[[nn.Module], None]] = {
+    "LLaDAMoEModelLM": _llada_moe,
+    "LLaDA2MoeModelLM": _llada2_moe,
+    **{name: _decoder for name in DECODERS if name.startswith("A2D")},
+}

@@ -1,0 +1,46 @@
+"""Examples and their place in the dataset, by which their noise is drawn, and their lengths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+from torch.utils.data import Dataset
+
+#: The field of an example that holds its index in the dataset.
+EXAMPLE_ID = "example_id"
+
+
+class _Numbered(Dataset):
+    """A map-style dataset whose items carry their index."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.dataset[index], EXAMPLE_ID: index}
+
+
+def with_example_ids(dataset: Any) -> Any:
+    """The dataset, each example with its index under `example_id`, by which its noise is drawn.
+
+    Takes a `datasets` dataset, streaming ones too, any map-style dataset, a dict of them, or none.
+    """
+    if dataset is None or isinstance(dataset, (str, _Numbered)):
+        return dataset
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset.map(lambda row, index: {EXAMPLE_ID: index}, with_indices=True)
+    if isinstance(dataset, datasets.Dataset):
+        return dataset if EXAMPLE_ID in dataset.column_names else dataset.add_column(EXAMPLE_ID, range(len(dataset)))
+    if isinstance(dataset, dict):
+        return {name: with_example_ids(part) for name, part in dataset.items()}
+    return _Numbered(dataset)
+
+
+def lengths_of(dataset: Any) -> list[int]:
+    """Tokens of every example of a map-style dataset."""
+    rows = dataset["input_ids"] if isinstance(dataset, datasets.Dataset) else (row["input_ids"] for row in dataset)
+    return [len(row) for row in rows]

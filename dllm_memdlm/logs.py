@@ -1,0 +1,62 @@
+"""What a training run logs beyond the loss: running means that the device is not waited for, and the clock."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+
+class Averages:
+    """Running means and counts of tensors on the device: nothing is waited for until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+
+    def add(self, name: str, values: Tensor, where: Tensor | None = None) -> None:
+        """Add values of any shape to a mean, those at which `where` holds."""
+        values = values.detach().float()
+        where = torch.ones_like(values, dtype=torch.bool) if where is None else where
+        pair = torch.stack([values.where(where, 0).sum(), where.sum()])
+        self._sums[name] = self._sums.get(name, 0) + pair
+
+    def count(self, name: str, number: Tensor) -> None:
+        """Add to a count."""
+        self._counts[name] = self._counts.get(name, 0) + number
+
+    def pop(self, accelerator: Any) -> dict[str, float]:
+        """Means and counts over all processes since the last call."""
+
+        def over_processes(value: Tensor) -> Tensor:
+            return accelerator.reduce(value.to(accelerator.device), "sum")
+
+        means = {name: over_processes(pair).tolist() for name, pair in self._sums.items()}
+        counts = {name: int(over_processes(number)) for name, number in self._counts.items()}
+        self._sums, self._counts = {}, {}
+        return {name: total / number for name, (total, number) in means.items() if number} | counts
+
+
+class EpochClock(transformers.TrainerCallback):
+    """Tells the collator the epoch, and the log the seconds of an optimizer step (without data, logs, evaluation)."""
+
+    def __init__(self, collator: Any, averages: Averages) -> None:
+        self.collator, self.averages = collator, averages
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.next_epoch = math.floor(state.epoch or 0)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Counted, as state.epoch is no epoch where the length of the data is not known.
+        self.collator.set_epoch(self.next_epoch)
+        self.next_epoch += 1
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.averages.add("step_seconds", torch.tensor(time.perf_counter() - self.started))
