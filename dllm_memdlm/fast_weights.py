@@ -89,7 +89,8 @@ class FastWeights:
     ) -> FastWeights:
         """φ0: A is Kaiming-uniform (a = √5), B or the difference is zero, so the model is as without them.
 
-        keys [B] int64: sample i's A depends on keys[i] alone. With `scope: batch` the first key serves all.
+        keys [B] int64: sample i's A depends on keys[i], and on the kind of device, alone. With `scope: batch` the first
+        key serves all.
         """
         keys = keys[:1] if config.scope == "batch" else keys
         generators = [torch.Generator(device).manual_seed(key) for key in keys.tolist()]

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+#: CUDA's kernel takes fewer than 1,024 groups. Fast weights have as many as experts times samples.
+MAX_GROUPS = 1023
+
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -22,9 +25,17 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     x, weight = x.to(dtype), weight.to(dtype)
-    if _kernel_takes(x, weight):
+    if not _kernel_takes(x, weight):
+        return grouped_linear_loop(x, weight, offsets)
+    if len(weight) <= MAX_GROUPS:
         return F.grouped_mm(x, weight.transpose(-2, -1), offs=offsets)
-    return grouped_linear_loop(x, weight, offsets)
+    # Part by part; where their rows begin is waited for.
+    ends = [*offsets[MAX_GROUPS - 1 : -1 : MAX_GROUPS].tolist(), len(x)]
+    starts = [0, *ends[:-1]]
+    parts = zip(starts, ends, weight.split(MAX_GROUPS), offsets.split(MAX_GROUPS), strict=True)
+    return torch.cat(
+        [F.grouped_mm(x[start:end], w.transpose(-2, -1), offs=offs - start) for start, end, w, offs in parts]
+    )
 
 
 def grouped_linear_loop(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

@@ -24,8 +24,11 @@ def missing_processes() -> int | None:
     Raises:
         ConfigError: more than one was asked for by a configuration file, which does not say how many to us.
     """
-    environment = os.environ
-    if "ACCELERATE_USE_CPU" not in environment or "MASTER_ADDR" not in environment or "RANK" in environment:
+    import torch
+
+    # accelerate sets the worker count beside the address; a cluster's own MASTER_ADDR comes without it
+    left_alone = {"ACCELERATE_USE_CPU", "MASTER_ADDR", "CCL_WORKER_COUNT"} <= os.environ.keys()
+    if not left_alone or "RANK" in os.environ or torch.cuda.is_available():
         return None
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--num_processes", "--num-processes", type=int)
@@ -34,7 +37,7 @@ def missing_processes() -> int | None:
         raise ConfigError(
             "accelerate started one process of several, as there is no GPU; add --multi_gpu for all of them"
         )
-    return launcher.num_processes
+    return launcher.num_processes if launcher.num_processes > 1 else None
 
 
 def run_in_processes(count: int, module: str, arguments: Sequence[str]) -> int:

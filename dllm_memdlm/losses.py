@@ -35,7 +35,8 @@ def positions_of(mask: Tensor) -> Positions:
 
 def token_nll(logits: Tensor, tokens: Tensor) -> Tensor:
     """-log p(token), in nats, float32 (float64 stays). logits [B, M, V], tokens [B, M] → [B, M]."""
-    return F.cross_entropy(widened(logits).transpose(1, 2), tokens, reduction="none")
+    flat = F.cross_entropy(widened(logits).flatten(0, 1), tokens.flatten(), reduction="none")
+    return flat.view_as(tokens)
 
 
 def widened(x: Tensor) -> Tensor:

@@ -67,6 +67,7 @@ class ParametricMemory:
         self.shapes = [site.shape for site in self.sites]
         #: The first layer that carries fast weights; those below are the trunk.
         self.boundary = adapted_layers(len(backbone.layers), config).start
+        self._held = False
 
     @property
     def fast_parameters(self) -> int:
@@ -79,17 +80,20 @@ class ParametricMemory:
 
         Raises:
             ConfigError: they were written for other sites, or for layers of another size.
+            RuntimeError: the model holds fast weights already.
         """
         if fast_weights is None:
             yield
             return
         self._check(fast_weights)
+        if self._held:
+            raise RuntimeError("the model already holds fast weights; leave that block first")
         with ExitStack() as stack:
+            self._held = True
+            stack.callback(setattr, self, "_held", False)
             for site in self.sites:
                 weights = fast_weights.site(site.shape.name)
                 if isinstance(site.module, RoutedExperts):
-                    if site.projection in site.module.fast:
-                        raise RuntimeError(f"{site.shape.name} already holds fast weights; leave that block first")
                     site.module.fast[site.projection] = weights
                     stack.callback(site.module.fast.pop, site.projection)
                 else:

@@ -36,8 +36,9 @@ def build_trainer(recipe: Recipe) -> MemDLMTrainer:
         recipe.training.eval_strategy, recipe.training.do_eval = IntervalStrategy.NO, False
     config = config_of(recipe.model, vocab_size=len(tokenizer))
     if config.vocab_size < len(tokenizer):
+        where = "model.dimensions" if recipe.model.path is None else f"model.path={recipe.model.path!r}"
         raise ConfigError(
-            f"model.dimensions.vocab_size={config.vocab_size}: expected at least the tokenizer's {len(tokenizer)}"
+            f"{where}: vocab_size {config.vocab_size}, expected at least the tokenizer's {len(tokenizer)}"
         )
     if recipe.model.path is None:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

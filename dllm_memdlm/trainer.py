@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import IterableDataset, Sampler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import has_length
 
@@ -42,9 +43,11 @@ class MemDLMConfig(MDLMConfig):
         if self.gradient_checkpointing and not self.gradient_checkpointing_kwargs:
             # The reentrant kind, transformers' default, breaks gradients that do not go through `.backward()`.
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
-        if not torch.accelerator.is_available():
+        if not (torch.cuda.is_available() or torch.xpu.is_available()):
             self.use_cpu, self.dataloader_pin_memory = True, False
         super().__post_init__()
+        if self.n_gpu > 1:
+            self._n_gpu = 1  # one process uses one GPU; nn.DataParallel's replicas would share the fast weights
         for name, known in (("loss_norm_type", tuple(NORMS)), ("loss_weight_type", ("scheduler", "uniform"))):
             choice = getattr(self, name)
             require("training", self, name, choice in known, f"one of {', '.join(known)}")
@@ -102,6 +105,13 @@ class MemDLMTrainer(MDLMTrainer):
         if tokenizer is None or tokenizer.mask_token_id is None:
             raise ConfigError(
                 "tokenizer without a mask token; add one: tokenizer.add_special_tokens({'mask_token': …})"
+            )
+        if self.right_shift_logits and tokenizer.bos_token_id is None:
+            raise ConfigError("training.right_shift_logits=True: expected a tokenizer with a bos token")
+        if isinstance(train_dataset, (IterableDataset, datasets.IterableDataset)) and args.dataloader_num_workers > 1:
+            raise ConfigError(
+                f"training.dataloader_num_workers={args.dataloader_num_workers}: expected 0 or 1 for streaming data, "
+                "whose examples each worker would number from 0"
             )
         self.mask_token_id = tokenizer.mask_token_id
         if isinstance(self.data_collator, AnchorTrajectoryCollator):

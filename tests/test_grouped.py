@@ -124,3 +124,16 @@ def test_split():
     rows = torch.arange(10)
     parts = split(rows, torch.tensor([3, 3, 8, 10], dtype=torch.int32))
     assert [part.tolist() for part in parts] == [[0, 1, 2], [], [3, 4, 5, 6, 7], [8, 9]]
+
+
+def test_more_groups_than_the_kernel_takes_go_part_by_part(monkeypatch):
+    monkeypatch.setattr("dllm_memdlm.grouped.MAX_GROUPS", 3)
+    counts = torch.tensor([2, 0, 3, 1, 0, 4, 5, 0])
+    offsets = counts.cumsum(0).to(torch.int32)
+    weight = torch.randn(8, 8, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x = torch.randn(int(counts.sum()), 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    out, expected = grouped_linear(x, weight, offsets), grouped_linear_loop(x, weight, offsets)
+    torch.testing.assert_close(out, expected)
+    upstream = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, (x, weight), upstream)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, (x, weight), upstream))

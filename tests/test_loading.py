@@ -97,7 +97,9 @@ def test_an_unknown_architecture_is_refused(tmp_path):
     assert message(read_config, str(folder)) == expected
     assert message(model_class, "GPT2LMHeadModel") == expected
     edit(folder, architectures=None)
-    assert message(read_config, str(folder)).startswith("model.architecture='none': no backbone for it; known: ")
+    nameless = f"model.path='{folder}': its config.json names no architecture; set model.architecture"
+    assert message(read_config, str(folder)) == nameless
+    assert isinstance(read_config(str(folder), "LlamaForCausalLM"), transformers.LlamaConfig)
 
 
 def test_a_missing_folder_is_named(tmp_path):
@@ -227,3 +229,16 @@ def test_a_model_without_stages_is_refused():
     model = transformers.LlamaForCausalLM(tiny_config("llama"))
     with pytest.raises(TypeError, match=r"^no backbone adapter for LlamaForCausalLM; load the model with dllm_memdlm"):
         staged_backbone(model)
+
+
+@pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
+def test_a_bfloat16_model_from_scratch_keeps_exact_positions(kind, tmp_path):
+    config = tiny_config(kind)
+    model = load_model(ModelConfig(architecture=ARCHITECTURES[kind], dtype="bfloat16"), config)
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    model.save_pretrained(tmp_path)
+    again = load_model(ModelConfig(path=str(tmp_path), dtype="bfloat16"), read_config(str(tmp_path)))
+    tokens = torch.arange(3, 43)[None]
+    with torch.no_grad():
+        assert torch.equal(again.eval()(input_ids=tokens).logits, model.eval()(input_ids=tokens).logits)

@@ -615,3 +615,23 @@ def test_initial_fast_weights_can_be_given(tokenizer, tmp_path):
 def test_an_unknown_model_is_refused():
     with pytest.raises(TypeError, match=r"^no backbone adapter for Linear; load the model with .* LlamaForCausalLM, "):
         ParametricMemory(nn.Linear(2, 2), MemoryConfig(), MASK)
+
+
+@pytest.mark.parametrize("kind", ["llada_moe", "llama"])
+def test_fast_weights_are_held_once(kind):
+    memory = ParametricMemory(tiny(kind), MemoryConfig(**SMALL), MASK)
+    fast = FastWeights.initial(memory.shapes, memory.config, torch.tensor([1]), torch.device("cpu"))
+    refused = pytest.raises(RuntimeError, match="already holds fast weights")
+    with memory.holding(fast), refused, memory.holding(fast):
+        pass
+    with memory.holding(fast):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["llada_moe", "llama"])
+def test_fast_weights_of_another_number_of_samples_are_refused(kind):
+    memory = ParametricMemory(tiny(kind), MemoryConfig(**SMALL), MASK)
+    fast = FastWeights.initial(memory.shapes, memory.config, torch.tensor([1, 2]), torch.device("cpu"))
+    for batch in (1, 3, 4):
+        with memory.holding(fast), pytest.raises(ValueError, match="fast weights of 2 samples on"):
+            memory.model(input_ids=torch.ones(batch, 5, dtype=torch.int64))

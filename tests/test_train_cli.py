@@ -23,7 +23,16 @@ from dllm_memdlm.config import ConfigError
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 #: What launchers set, and accelerate leaves behind in a process: each would change what a launch does.
-LAUNCHED = ("ACCELERATE_USE_CPU", "MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
+LAUNCHED = (
+    "ACCELERATE_USE_CPU",
+    "CCL_WORKER_COUNT",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "OMP_NUM_THREADS",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -336,7 +345,12 @@ def launcher(monkeypatch) -> Any:
     return set_up
 
 
-ONE_OF_SEVERAL = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+ONE_OF_SEVERAL = {
+    "ACCELERATE_USE_CPU": "True",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+    "CCL_WORKER_COUNT": "0",
+}
 
 
 @pytest.mark.parametrize(

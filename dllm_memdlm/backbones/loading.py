@@ -33,11 +33,11 @@ def model_class(architecture: str) -> type[PreTrainedModel]:
     raise ConfigError(f"model.architecture={architecture!r}: no backbone for it; known: {known}")
 
 
-def read_config(path: str) -> PretrainedConfig:
+def read_config(path: str, architecture: str | None = None) -> PretrainedConfig:
     """config.json of a hub name or a local folder, as the class that its `architectures` entry asks for.
 
     `model_type` and `auto_map` are not looked at: the published LLaDA checkpoints carry a `model_type` that other
-    libraries use for other models.
+    libraries use for other models. `architecture` stands in where config.json names none.
 
     Raises:
         ConfigError: there is no such folder, hub name or network; or the architecture is not known.
@@ -48,8 +48,10 @@ def read_config(path: str) -> PretrainedConfig:
         raise ConfigError(f"model.path={path!r}: {missing_reason(path)}") from error
     if not values:
         raise ConfigError(f"model.path={path!r}: {missing_reason(path)}")
-    architectures = values.get("architectures") or ["none"]
-    cls = model_class(architectures[0])
+    architecture = (values.get("architectures") or [architecture])[0]
+    if architecture is None:
+        raise ConfigError(f"model.path={path!r}: its config.json names no architecture; set model.architecture")
+    cls = model_class(architecture)
     values.pop("auto_map", None)
     values.pop("model_type", None)
     return cls.config_class.from_dict(values)
@@ -67,7 +69,7 @@ def missing_reason(path: str) -> str:
 def config_of(model: ModelConfig, vocab_size: int | None = None) -> PretrainedConfig:
     """The model's config: read from `path`, or built from `architecture` and `dimensions`."""
     if model.path is not None:
-        return read_config(model.path)
+        return read_config(model.path, model.architecture)
     cls = model_class(model.architecture)
     dimensions = dict(model.dimensions)
     if vocab_size is not None:
@@ -95,11 +97,14 @@ def load_model(
     cls = model_class((config.architectures or [model.architecture])[0])
     dtype = getattr(torch, model.dtype)
     if model.path is None:
-        config._attn_implementation = model.attn_implementation
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            try:
-                backbone = cls(config).to(dtype)
+            try:  # not `.to(dtype)`, which would round the rotary frequencies too
+                backbone = cls._from_config(config, dtype=dtype, attn_implementation=model.attn_implementation)
+            except ImportError as error:
+                raise ConfigError(
+                    f"model.attn_implementation={model.attn_implementation!r}: {_first_line(error)}"
+                ) from error
             except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
                 raise ConfigError(f"model.dimensions: they make no {cls.__name__} ({_first_line(error)})") from error
     else:
@@ -113,11 +118,17 @@ def load_model(
                 quantization_config=_nf4(dtype) if model.load_in_4bit else None,
                 output_loading_info=True,
             )
+        except ImportError as error:  # a kernel, or bitsandbytes
+            raise ConfigError(f"model.path={model.path!r}: {_first_line(error)}") from error
         except OSError as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"model.path={model.path!r}: no weights ({reason})") from error
         except RuntimeError as error:
             raise ConfigError(f"model.path={model.path!r}: weights of another shape ({_first_line(error)})") from error
+        for module in backbone.modules():
+            # Forward passes without gradient would repack 4-bit weights on such CPUs, and later gradients be zero.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         if report["missing_keys"]:
             first = sorted(report["missing_keys"])[0]
             raise ConfigError(

@@ -1,4 +1,7 @@
-"""Routed experts over sorted tokens: one grouped product a projection, instead of a Python loop over experts."""
+"""Routed experts over sorted tokens: one grouped product a projection, instead of a Python loop over experts.
+
+Experts that cannot be stacked, such as quantised ones, run one by one on their rows.
+"""
 
 from __future__ import annotations
 
@@ -55,6 +58,8 @@ class RoutedExperts(nn.ModuleList):
 
     def _route(self, chosen: Tensor) -> Routes:
         samples = max((site.samples for site in self.fast.values()), default=1)
+        if samples > 1 and len(chosen) != samples:
+            raise ValueError(f"fast weights of {samples} samples on a batch of {len(chosen)}")
         group = chosen * samples
         if samples > 1:
             group = group + torch.arange(len(chosen), device=chosen.device)[:, None, None]
@@ -106,11 +111,14 @@ def _are_groupable(linears: list[nn.Module]) -> bool:
     first = type(linears[0])
     if first is nn.Linear:
         return all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
-    return first is LoraLinear and all(_has_plain_lora(linear, linears[0].active_adapters) for linear in linears)
+    return first is LoraLinear and all(_has_plain_lora(linear, linears[0]) for linear in linears)
 
 
-def _has_plain_lora(linear: nn.Module, active: list[str]) -> bool:
+def _has_plain_lora(linear: nn.Module, first: LoraLinear) -> bool:
+    active = first.active_adapters
     if type(linear) is not LoraLinear or linear.active_adapters != active or len(active) != 1:
+        return False
+    if linear.scaling != first.scaling:
         return False
     if active[0] not in linear.lora_A or active[0] in linear.lora_variant or linear.lora_bias[active[0]]:
         return False
