@@ -185,8 +185,6 @@ class MemDLMTrainer(MDLMTrainer):
         # Without memory the head is the last layer, which then computes its output at the loss positions only.
         boundary = len(staged_backbone(root).layers) - 1 if self.memory is None else self.memory.boundary
         tokens = trajectory.state(trajectory.anchor_mask, self.mask_token_id)
-        if tokens.shape != trajectory.anchor_mask.shape:
-            raise ValueError(f"masks of shape {tuple(trajectory.anchor_mask.shape)} for tokens {tuple(tokens.shape)}")
         trunk = root(stage="trunk", input_ids=tokens, attention_mask=attention_mask, boundary=boundary).hidden
         index = positions.logit_index(self.right_shift_logits)
 

@@ -44,7 +44,18 @@ class Trajectory:
 
     @classmethod
     def from_batch(cls, batch: dict[str, Any]) -> Trajectory:
-        """The inverse of `to_batch`; other keys are ignored. Raises KeyError naming a missing field."""
+        """The inverse of `to_batch`; other keys are ignored.
+
+        Raises:
+            KeyError: a field is missing.
+            ValueError: the tokens are not as many as the masks.
+        """
+        tokens, masks = batch["input_ids"].shape, batch["anchor_mask"].shape
+        if tokens != masks:
+            raise ValueError(
+                f"tokens of shape {tuple(tokens)} with masks of shape {tuple(masks)}: a collator that changes the length "
+                "belongs inside AnchorTrajectoryCollator"
+            )
         return cls(**{f.name: batch[f.name] for f in fields(cls)})
 
 

@@ -452,3 +452,11 @@ def test_inconsistent_levels_are_not_rounded_below_whole_tokens(start, end, step
     t = torch.full((64,), 0.5)
     counts = build_trajectory(maskable.long(), maskable, t, t, keys, config).inner_masks.sum(-1)
     assert counts[:, 1].max() == second
+
+
+def test_a_batch_whose_length_was_changed_afterwards_is_refused():
+    ids, maskable, t, keys = make_batch(samples=2)
+    batch = build_trajectory(ids, maskable, t, t, keys, MemoryConfig()).to_batch()
+    batch["input_ids"] = torch.cat([ids[:, :1], ids], dim=1)
+    with pytest.raises(ValueError, match="a collator that changes the length belongs inside AnchorTrajectoryCollator"):
+        Trajectory.from_batch(batch)
