@@ -53,8 +53,8 @@ class Trajectory:
         tokens, masks = batch["input_ids"].shape, batch["anchor_mask"].shape
         if tokens != masks:
             raise ValueError(
-                f"tokens of shape {tuple(tokens)} with masks of shape {tuple(masks)}: a collator that changes the length "
-                "belongs inside AnchorTrajectoryCollator"
+                f"tokens of shape {tuple(tokens)} with masks of shape {tuple(masks)}: a collator that changes the "
+                "length belongs inside AnchorTrajectoryCollator"
             )
         return cls(**{f.name: batch[f.name] for f in fields(cls)})
 
