@@ -6,6 +6,7 @@ behaviour of dllm 0.1.0 (commit ca176752); the contract tests compare the two.
 
 from __future__ import annotations
 
+import abc
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from torch import Tensor
 
 
 @dataclass
-class BaseAlphaScheduler:
+class BaseAlphaScheduler(abc.ABC):
     """A noise schedule: α(t) is the probability that a token is still clean at time t in [0, 1]."""
 
     registry: ClassVar[dict[str, type[BaseAlphaScheduler]]] = {}
@@ -48,11 +49,11 @@ class BaseAlphaScheduler:
         result = function(value)
         return result.item() if isinstance(t, float) else result
 
-    def _alpha(self, t: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _alpha(self, t: Tensor) -> Tensor: ...
 
-    def _alpha_derivative(self, t: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _alpha_derivative(self, t: Tensor) -> Tensor: ...
 
 
 @dataclass

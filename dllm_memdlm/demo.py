@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from .info import package_versions
@@ -53,8 +52,10 @@ def wanted_steps(recipe: Path, steps: int | None) -> int | None:
     """The steps a run of the recipe takes, or None where the recipe leaves that to the number of epochs."""
     if steps is not None:
         return steps
-    in_recipe = OmegaConf.select(OmegaConf.load(recipe), "training.max_steps")
-    return in_recipe if in_recipe and in_recipe > 0 else None
+    from .recipe import resolve  # seconds to import, and not needed where the steps are given
+
+    in_recipe = resolve(recipe).get("training", {}).get("max_steps", 0)
+    return in_recipe if in_recipe > 0 else None
 
 
 def train(recipe: Path, run_dir: Path, steps: int | None, console: Console) -> None:

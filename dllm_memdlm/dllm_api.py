@@ -23,7 +23,11 @@ if HAS_DLLM:
             from dllm.core.trainers import MDLMConfig, MDLMTrainer
             from dllm.utils.collators import CollatorWrapper, NoAttentionMaskWrapper
             from dllm.utils.data import prepend_bos
-    except Exception as error:  # a missing dependency of dllm, or another dllm than the one we know
+    except (
+        ImportError,
+        AttributeError,
+        RuntimeError,
+    ) as error:  # a missing dependency of dllm, or another dllm than the one we know
         HAS_DLLM = False
         _reason = f"{type(error).__name__}: {error}".splitlines()[0]
         _description = f"bundled subset (dllm at {_spec.origin} is not usable: {_reason}; known to work: {DLLM_COMMIT})"

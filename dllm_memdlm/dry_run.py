@@ -96,7 +96,7 @@ def missing_parts(recipe: Recipe) -> Iterator[str]:
     if tokenizer is not None and not _at_hand(tokenizer, "tokenizer.json", "tokenizer.model", "vocab.json"):
         yield f"tokenizer {tokenizer!r}"
     if model.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
-        yield "bitsandbytes, for model.load_in_4bit (pip install 'dllm-memdlm[quant]')"
+        yield "bitsandbytes, for model.load_in_4bit (pip install bitsandbytes)"
     if not _on_hub(recipe.data.dataset, "dataset"):
         try:
             load_rows(recipe.data)
@@ -117,6 +117,6 @@ def _at_hand(path: str, *names: str) -> bool:
 def _on_hub(name: str, kind: str) -> bool:
     try:
         huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=10)
-    except Exception:  # not a repository's name, not there, not allowed, or no network: not to be had in any case
+    except (OSError, ValueError):  # no network, not there, not allowed; not a repository's name
         return False
     return True

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -141,7 +141,7 @@ class FastWeights:
             with safe_open(path, framework="pt", device=device) as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except Exception as error:  # safetensors raises its own error type for a truncated or foreign file
+        except (OSError, SafetensorError) as error:
             raise ConfigError(f"{path}: not a fast-weight snapshot ({error})") from None
         if metadata.get("format") != "memdlm-fast-weights" or not {"scaling", "header"} <= metadata.keys():
             raise ConfigError(

@@ -11,10 +11,12 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import datasets
 import pytest
 import tokenizers
 import torch
 import transformers
+from small_run import write_recipe
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -22,6 +24,9 @@ with warnings.catch_warnings():
     for category in (DeprecationWarning, SyntaxWarning):  # of dllm's sources, when Python compiles them
         warnings.simplefilter("ignore", category)
     from dllm_memdlm import dllm_api
+import recipe_files
+
+from dllm_memdlm import run
 from dllm_memdlm.backbones import LLaDA2MoeConfig, LLaDAMoEConfig, model_class, with_lora
 from dllm_memdlm.config import LoraConfig, MemoryConfig
 from dllm_memdlm.trainer import MemDLMConfig, MemDLMTrainer
@@ -83,6 +88,54 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     # TrainingArguments with bf16 write it into the environment, where the next test's would find it
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
+#: What launchers set, and accelerate leaves behind in a process: each would change what a launch does.
+LAUNCHED = (
+    "ACCELERATE_USE_CPU",
+    "CCL_WORKER_COUNT",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "OMP_NUM_THREADS",
+)
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory, monkeypatch):
+    """Datasets are built in a folder of the test's own."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def as_from_a_shell(tmp_path_factory, monkeypatch):
+    """No launcher's variables, caches of the tests' own, no bars on stderr, a wide terminal."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    for name in LAUNCHED:
+        monkeypatch.setenv(name, "")  # so that what a test sets is undone, too
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("COLUMNS", "200")
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache / "datasets")
+    monkeypatch.setattr(run, "TOKENIZER_CACHE", cache / "tokenizers")
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch) -> str:
+    """A recipe that trains; what it writes goes to the test's folder."""
+    monkeypatch.chdir(tmp_path)
+    return str(write_recipe(tmp_path))
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    """A recipe for others to extend."""
+    return recipe_files.write(tmp_path / "base.yaml", recipe_files.BASE)
 
 
 def tiny_config(kind: str, **dimensions: Any) -> transformers.PretrainedConfig:

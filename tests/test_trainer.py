@@ -1,4 +1,4 @@
-"""The trainer: losses and logs in training and in evaluation, with memory and without, and against plain MDLM."""
+"""The trainer: losses and logs of training, against plain MDLM's trainer, what it refuses, accumulated batches."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 import transformers
 from conftest import (
-    AMPLIFIED,
     KINDS,
-    MASK,
     assert_close_relative,
     examples,
     make_tokenizer,
@@ -23,41 +20,15 @@ from conftest import (
     tiny,
     train_batch,
 )
-from naive import mdlm_loss, plain_experts
+from naive import plain_experts
+from steps import OFF, memory_for, plain_loss, train_logs
 from torch import Tensor, nn
 
 from dllm_memdlm import bundled, dllm_api
 from dllm_memdlm.collator import AnchorTrajectoryCollator
-from dllm_memdlm.config import ConfigError, MemoryConfig
+from dllm_memdlm.config import ConfigError
 from dllm_memdlm.dllm_api import NoAttentionMaskWrapper
-from dllm_memdlm.example_ids import with_example_ids
 from dllm_memdlm.trainer import MemDLMConfig, MemDLMTrainer
-
-# dllm's meter computes both splits when an evaluation ends, and torchmetrics says so of the one without tokens
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The ``compute`` method of metric (NLL|PPL)Metric was called before:UserWarning"
-)
-
-SMALL = {"rank": 4, "alpha": 8.0, "layer_fraction": 0.4}
-OFF = MemoryConfig(**SMALL, enabled=False)
-
-
-def memory_for(backbone: str, **changes: Any) -> MemoryConfig:
-    return MemoryConfig(**{**SMALL, **AMPLIFIED[backbone], **changes})
-
-
-def train_logs(trainer: MemDLMTrainer) -> list[dict[str, Any]]:
-    return [log for log in trainer.state.log_history if "loss" in log]
-
-
-def plain_loss(model: nn.Module, batch: dict[str, Any], norm: str = "token") -> Tensor:
-    """Plain MDLM's, from logits everywhere."""
-    tokens = torch.where(batch["anchor_mask"], MASK, batch["input_ids"])
-    with plain_experts(model):
-        logits = model(input_ids=tokens, attention_mask=batch.get("attention_mask")).logits
-    names = ("input_ids", "anchor_mask", "maskable", "noise_level")
-    return mdlm_loss(logits, *(batch[name] for name in names), norm)
-
 
 # === training runs ===
 
@@ -200,67 +171,6 @@ def test_it_is_dllms_trainer_where_dllm_is():
         assert dllm_api.MDLMTrainer is not bundled.MDLMTrainer
 
 
-# === noise ===
-
-
-def test_mdlm_and_memdlm_see_the_same_masks(tokenizer, tmp_path):
-    seen: dict[str, list[Tensor]] = {}
-    for name, memory in (("mdlm", OFF), ("memdlm", memory_for("llama")), ("dropout", memory_for("llama", dropout=0.5))):
-        trainer = make_trainer(tiny("llama", lora=0.5), tokenizer, tmp_path, memory, max_steps=5)  # into a third epoch
-        step, masks = trainer.training_step, seen.setdefault(name, [])
-
-        def recording(model: Any, inputs: Any, *args: Any, step: Any = step, masks: Any = masks) -> Tensor:
-            masks.append(torch.cat([inputs["input_ids"].flatten(), inputs["anchor_mask"].flatten()]))
-            return step(model, inputs, *args)
-
-        trainer.training_step = recording
-        trainer.train()
-    assert len(seen["mdlm"]) == 5
-    for other in ("memdlm", "dropout"):
-        assert all(torch.equal(a, b) for a, b in zip(seen["mdlm"], seen[other], strict=True))
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_epochs_differ_in_their_noise(streaming, tokenizer, tmp_path):
-    data = datasets.Dataset.from_list(examples(3))
-    data = data.to_iterable_dataset() if streaming else data
-    trainer = make_trainer(tiny("llama"), tokenizer, tmp_path, OFF, data, max_steps=3)
-    levels: list[list[float]] = []
-    step = trainer.training_step
-    trainer.training_step = lambda model, inputs, *args: (
-        levels.append(sorted(inputs["noise_level"].tolist())) or step(model, inputs, *args)
-    )
-    trainer.train()
-    assert len({tuple(level) for level in levels}) == 3
-
-
-def test_group_by_length(tokenizer, tmp_path):
-    trainer = make_trainer(
-        tiny("llama"), tokenizer, tmp_path, memory_for("llama"), examples(12), group_by_length=True, max_steps=3
-    )
-    trainer.train()
-    assert all(math.isfinite(log["loss"]) for log in train_logs(trainer))
-
-
-@pytest.mark.parametrize("form", ["list", "datasets", "streaming"])
-def test_any_dataset_gets_example_ids(form, tokenizer, tmp_path):
-    rows = examples(6)
-    data: Any = rows
-    if form != "list":
-        data = datasets.Dataset.from_list(rows)
-        data = data.to_iterable_dataset() if form == "streaming" else data
-    numbered = with_example_ids(data)
-    assert [row["example_id"] for row in numbered] == list(range(6))
-    assert [row["input_ids"] for row in numbered] == [row["input_ids"] for row in rows]
-    assert with_example_ids(None) is None
-    if form != "streaming":
-        again = with_example_ids(numbered)
-        assert [row["example_id"] for row in again] == list(range(6))
-    trainer = make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama"), data, max_steps=2)
-    trainer.train()
-    assert len(train_logs(trainer)) == 2
-
-
 # === collators and tokenizers ===
 
 
@@ -296,125 +206,6 @@ def test_a_model_without_stages_is_refused_before_anything_is_built(tokenizer, t
 def test_unknown_choices_are_refused(setting, value, known, tmp_path):
     with pytest.raises(ConfigError, match=f"^training.{setting}='{value}': expected one of {known}$"):
         MemDLMConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **{setting: value})
-
-
-# === evaluation ===
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_evaluation_reports_both_losses(kind, tokenizer, tmp_path):
-    """The one without fast weights is plain MDLM's, of the same weights on the same noise."""
-    rows, settings = examples(7, seed=5), {"per_device_eval_batch_size": 3}
-    model = tiny(kind, lora=0.5)
-    trainer = make_trainer(model, tokenizer, tmp_path, memory_for(kind), eval_data=rows, **settings)
-    metrics = trainer.evaluate()
-    plain = make_trainer(model, tokenizer, tmp_path, OFF, eval_data=rows, **settings).evaluate()
-    assert "eval_loss_memory_off" not in plain
-    assert metrics["eval_loss_memory_off"] == pytest.approx(plain["eval_loss"], rel=1e-5)
-    assert abs(metrics["eval_loss"] - metrics["eval_loss_memory_off"]) > 0.05
-    logged = [log for log in trainer.state.log_history if "eval_loss" in log]
-    assert logged[0]["eval_loss_memory_off"] == metrics["eval_loss_memory_off"]
-    # and by hand: batches weighted by their size, as transformers does
-    model.eval()
-    collator, total = trainer.data_collator.for_evaluation(), 0.0
-    for start in range(0, 7, 3):
-        batch = dict(collator([trainer.eval_dataset[i] for i in range(start, min(start + 3, 7))]))
-        with torch.no_grad():
-            total += plain_loss(model, batch).item() * len(batch["input_ids"])
-    assert metrics["eval_loss_memory_off"] == pytest.approx(total / 7, rel=1e-5)
-    assert not any(p.grad is not None for p in model.parameters())
-
-
-def test_evaluation_repeats_itself(tokenizer, tmp_path):
-    """Whatever the mode, the epoch and the state of torch's generator were."""
-    model = tiny("llada2", lora=0.5)
-    trainer = make_trainer(model, tokenizer, tmp_path, memory_for("llada2", dropout=1.0), eval_data=examples(5))
-    first = trainer.evaluate()
-    torch.manual_seed(1234)
-    trainer.data_collator.set_epoch(3)
-    model.train()
-    second = trainer.evaluate()
-    for name in ("eval_loss", "eval_loss_memory_off"):
-        assert first[name] == second[name]
-    assert first["eval_loss"] != first["eval_loss_memory_off"]  # memory dropout is for training alone
-    assert trainer.data_collator.epoch == 3
-
-
-def test_evaluation_does_not_move_training(tokenizer, tmp_path):
-    """Evaluations in between, and their number of batches, leave no mark on the weights."""
-    weights = []
-    for every, batch_size in ((0, 3), (1, 2)):
-        model = tiny("llama", lora=True)  # a data loader moves the generator that dropout draws from
-        settings: dict[str, Any] = {"per_device_eval_batch_size": batch_size}
-        if every:
-            settings |= {"eval_strategy": "steps", "eval_steps": every}
-        trainer = make_trainer(
-            model, tokenizer, tmp_path, memory_for("llama"), eval_data=examples(4), max_steps=4, **settings
-        )
-        trainer.train()
-        assert len([log for log in trainer.state.log_history if "eval_loss" in log]) == (4 if every else 0)
-        weights.append(model.state_dict())
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
-def test_several_evaluation_sets(tokenizer, tmp_path):
-    data = {"short": examples(3), "long": examples(3, shortest=20, longest=24)}
-    metrics = make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama"), eval_data=data).evaluate()
-    names = {f"eval_{part}_{loss}" for part in data for loss in ("loss", "loss_memory_off")}
-    assert names <= metrics.keys()
-    alone = make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama"), eval_data=data["long"]).evaluate()
-    assert metrics["eval_long_loss_memory_off"] == pytest.approx(alone["eval_loss_memory_off"])
-
-
-def test_logging_does_not_move_training(tokenizer, tmp_path):
-    """`loss_memory_off` is one more forward with dropout, whose draws must not move those of training."""
-    weights = []
-    for every in (1, 100):
-        model = tiny("llama", lora=0.3)
-        trainer = make_trainer(
-            model, tokenizer, tmp_path, memory_for("llama"), max_steps=4, logging_steps=every, logging_first_step=False
-        )
-        trainer.train()
-        weights.append(model.state_dict())
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
-# === memory dropout ===
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_memory_dropout_of_one_is_plain_mdlm(kind, tokenizer, tmp_path):
-    trainer = make_trainer(tiny(kind, lora=True), tokenizer, tmp_path, memory_for(kind, dropout=1.0))
-    batch = train_batch(trainer)
-    loss = trainer.compute_loss(trainer.model, batch)
-    loss.backward()
-    gradients = take_gradients(trainer.model)
-    expected = plain_loss(trainer.model, batch)
-    expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    expected_gradients = take_gradients(trainer.model, complete=False)
-    ours, theirs = (torch.cat([g[n].flatten() for n in gradients]) for g in (gradients, expected_gradients))
-    assert_close_relative(ours, theirs, 1e-5, "gradient")
-
-
-def test_memory_dropout_is_a_sample_s_own_and_a_function_of_its_noise(tokenizer, tmp_path):
-    model = tiny("llama", torch.float64)
-    rows = examples(24)
-    trainers = [
-        make_trainer(model, tokenizer, tmp_path, memory_for("llama", dropout=p), rows, loss_norm_type="batch")
-        for p in (0.0, 0.5, 1.0)
-    ]
-    kept = 0
-    for i in range(24):
-        on, half, off = (t.compute_loss(model, train_batch(t, [i])).item() for t in trainers)
-        assert half in (on, off)
-        assert trainers[1].compute_loss(model, train_batch(trainers[1], [i])).item() == half
-        kept += half == on
-    assert 6 <= kept <= 18
-    batch = train_batch(trainers[1], range(6))
-    rows = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(6)]
-    alone = [trainers[1].compute_loss(model, row).item() for row in rows]
-    assert trainers[1].compute_loss(model, batch).item() == pytest.approx(sum(alone) / 6, rel=1e-6)
 
 
 # === gradient accumulation ===
@@ -467,21 +258,3 @@ def test_equal_counts_accumulate_exactly_under_the_token_norm(tokenizer, tmp_pat
         losses.append([(log["loss"], log["grad_norm"]) for log in train_logs(trainer)])
     for one, many in zip(*losses, strict=True):
         assert one == pytest.approx(many, rel=1e-4, abs=2e-4)
-
-
-# === the meter ===
-
-
-def test_the_meter_reports_the_mean_over_tokens(tokenizer, tmp_path):
-    trainer = make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama"), eval_data=examples(5))
-    trainer.evaluate()
-    logged = {name: value for log in trainer.state.log_history for name, value in log.items()}
-    collator, total, tokens = trainer.data_collator.for_evaluation(), 0.0, 0
-    trainer.model.eval()
-    for indices in ((0, 1, 2), (3, 4)):
-        batch = dict(collator([trainer.eval_dataset[i] for i in indices]))
-        with torch.no_grad():
-            total += trainer.compute_loss(trainer.model, batch).item() * int(batch["maskable"].sum())
-        tokens += int(batch["maskable"].sum())
-    assert logged["eval_nll"] == pytest.approx(total / tokens, rel=1e-5)
-    assert logged["eval_ppl"] == pytest.approx(math.exp(total / tokens), rel=1e-4)

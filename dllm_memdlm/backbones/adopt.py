@@ -21,7 +21,7 @@ from .llada2_moe import (
 )
 from .llada_moe import LLaDAMoEAttention, LLaDAMoEDecoderLayer, LLaDAMoEModelLM, LLaDAMoESparseMoeBlock
 from .moe import RoutedExperts
-from .staged import StagedForward
+from .staged import StagedForward, unwrapped
 
 
 def adopt(model: nn.Module) -> None:
@@ -29,7 +29,7 @@ def adopt(model: nn.Module) -> None:
 
     The model may be wrapped by PEFT already. Its logits are the same up to rounding.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = unwrapped(model)
     name = type(inner).__name__
     if isinstance(inner, StagedForward) or not type(inner).__module__.startswith("dllm.") or name not in _ADOPTERS:
         return
@@ -41,7 +41,7 @@ def _llada_moe(model: nn.Module) -> None:
         layer.__class__ = LLaDAMoEDecoderLayer
         layer.shared_expert = getattr(layer, "shared_expert", None)
         layer.self_attn.__class__ = LLaDAMoEAttention
-        if hasattr(layer.mlp, "experts"):
+        if type(layer.mlp).__name__ == "LLaDAMoESparseMoeBlock":
             layer.mlp.__class__ = LLaDAMoESparseMoeBlock
             layer.mlp.config = model.config
             RoutedExperts.adopt(layer.mlp.experts)
@@ -52,7 +52,7 @@ def _llada2_moe(model: nn.Module) -> None:
     for layer in model.model.layers:
         layer.__class__ = LLaDA2MoeDecoderLayer
         layer.attention.__class__ = LLaDA2MoeAttention
-        if hasattr(layer.mlp, "experts"):
+        if type(layer.mlp).__name__ == "LLaDA2MoeSparseMoeBlock":
             layer.mlp.__class__ = LLaDA2MoeSparseMoeBlock
             layer.mlp.gate.__class__ = LLaDA2MoeGate
             layer.mlp.shared_experts = getattr(layer.mlp, "shared_experts", None)

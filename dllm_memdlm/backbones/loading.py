@@ -13,7 +13,7 @@ from ..config import ConfigError, LoraConfig, ModelConfig
 from .decoder import DECODERS, bidirectional
 from .llada2_moe import LLaDA2MoeModelLM
 from .llada_moe import LLaDAMoEModelLM
-from .staged import StagedForward
+from .staged import StagedForward, unwrapped
 
 #: Bundled definitions, by the architecture that a checkpoint's config.json names.
 BUNDLED: dict[str, type[PreTrainedModel]] = {
@@ -125,10 +125,8 @@ def load_model(
             raise ConfigError(f"model.path={model.path!r}: no weights ({reason})") from error
         except RuntimeError as error:
             raise ConfigError(f"model.path={model.path!r}: weights of another shape ({_first_line(error)})") from error
-        for module in backbone.modules():
-            # Forward passes without gradient would repack 4-bit weights on such CPUs, and later gradients be zero.
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+        if model.load_in_4bit:
+            _keep_4bit_weights_as_packed(backbone)
         if report["missing_keys"]:
             first = sorted(report["missing_keys"])[0]
             raise ConfigError(
@@ -168,7 +166,7 @@ def _all_linear(backbone: PreTrainedModel) -> list[str]:
 
 def staged_backbone(model: nn.Module) -> StagedForward:
     """The language model inside PEFT's wrapper. Raises TypeError for a model without a staged forward."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = unwrapped(model)
     if not isinstance(inner, StagedForward):
         known = ", ".join([*BUNDLED, *DECODERS])
         raise TypeError(
@@ -176,6 +174,15 @@ def staged_backbone(model: nn.Module) -> StagedForward:
             f"(architectures: {known})"
         )
     return inner
+
+
+def _keep_4bit_weights_as_packed(backbone: PreTrainedModel) -> None:
+    """Forward passes without gradient would repack them on CPUs with AVX512-BF16, and later gradients be zero."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in backbone.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:

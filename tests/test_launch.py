@@ -1,0 +1,156 @@
+"""Before training: whether all processes are there, and whether there is a network."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import socket
+import threading
+from typing import Any
+
+import huggingface_hub
+import pytest
+from command_line import error_of
+
+from dllm_memdlm import launch, train
+
+pytestmark = pytest.mark.usefixtures("as_from_a_shell")
+
+
+# --- one process of several ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launcher(monkeypatch) -> Any:
+    """Sets accelerate's variables, and the command line of the process that started this one."""
+
+    def set_up(*command: str, **environment: str) -> None:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        parent = type("Process", (), {"__init__": lambda self, pid: None, "cmdline": lambda self: list(command)})
+        monkeypatch.setattr(launch.psutil, "Process", parent)
+
+    return set_up
+
+
+ONE_OF_SEVERAL = {
+    "ACCELERATE_USE_CPU": "True",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+    "CCL_WORKER_COUNT": "0",
+}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},  # from a shell
+        {"ACCELERATE_USE_CPU": "True"},  # one process was asked for
+        {"MASTER_ADDR": "127.0.0.1"},
+        {**ONE_OF_SEVERAL, "RANK": "0"},  # started by torchrun: all of them are there
+    ],
+)
+def test_nothing_is_missing_where_all_processes_run(environment, launcher):
+    launcher("accelerate", "launch", "--num_processes", "4", "train.py", **environment)
+    assert launch.missing_processes() is None
+
+
+@pytest.mark.parametrize("flag", [["--num_processes", "4"], ["--num-processes", "4"], ["--num_processes=4"]])
+def test_the_number_of_processes_is_what_accelerate_was_asked_for(flag, launcher):
+    launcher("python", "accelerate", "launch", "--cpu", *flag, "-m", "dllm_memdlm.train", "a.yaml", **ONE_OF_SEVERAL)
+    assert launch.missing_processes() == 4
+
+
+def test_a_number_from_accelerates_configuration_file_is_refused(launcher, recipe, capsys):
+    launcher("accelerate", "launch", "--config_file", "a.yaml", "-m", "dllm_memdlm.train", **ONE_OF_SEVERAL)
+    expected = "accelerate started one process of several, as there is no GPU; add --multi_gpu for all of them"
+    assert error_of(capsys, recipe) == expected
+    assert train.main([recipe, "--dry-run"]) == 0, "which needs one process"
+
+
+def test_all_processes_are_started_by_torchrun(launcher, recipe, capsys, monkeypatch):
+    from torch.distributed import run as torchrun
+
+    calls = []
+    monkeypatch.setattr(torchrun, "main", calls.append)
+    monkeypatch.setattr(launch.psutil, "cpu_count", lambda logical: 8)
+    launcher("accelerate", "launch", "--num_processes", "2", **ONE_OF_SEVERAL)
+    assert train.main([recipe, "memory.rank=2", "--resume"]) == 0
+    expected = ["--standalone", "--nproc_per_node", "2", "-m", "dllm_memdlm.train", recipe, "memory.rank=2", "--resume"]
+    assert calls == [expected]
+    assert "starting all 2" in capsys.readouterr().out
+    assert "MASTER_ADDR" not in os.environ and "MASTER_PORT" not in os.environ
+    assert os.environ["OMP_NUM_THREADS"] == "4"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    launcher("accelerate", "launch", "--num_processes", "2", **ONE_OF_SEVERAL)
+    assert train.main([recipe]) == 0
+    assert os.environ["OMP_NUM_THREADS"] == "3", "the user's own choice stays"
+
+
+# --- no network ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def online(monkeypatch) -> Any:
+    """As if a network were expected: no offline switch is on, and no proxy is between. Everything is put back."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")  # so that what is set below is undone
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+    def switched() -> bool:
+        switch = os.environ.get("HF_HUB_OFFLINE")
+        assert huggingface_hub.constants.HF_HUB_OFFLINE is (switch == "1"), "both, or neither"
+        return switch == "1"
+
+    return switched
+
+
+def test_without_a_hub_it_works_offline(online, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    launch.work_offline_without_hub(timeout=2)
+    assert online()
+
+
+def test_a_name_that_does_not_resolve_is_no_hub(online, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://hub.invalid")
+    launch.work_offline_without_hub(timeout=2)
+    assert online()
+
+
+@pytest.mark.parametrize("status", [200, 403, 500])
+def test_a_hub_that_answers_is_a_hub(status, online, monkeypatch):
+    asked = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(self.command)
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Hub) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        launch.work_offline_without_hub(timeout=2)
+        server.shutdown()
+        thread.join()
+    assert asked == ["HEAD"]
+    assert not online()
+
+
+def test_a_hub_that_hangs_is_waited_for_no_longer_than_asked(online, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes the connection, and says nothing
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        launch.work_offline_without_hub(timeout=0.2)
+    assert online()
+
+
+def test_who_is_offline_already_asks_nobody(online, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(launch.urllib.request, "urlopen", lambda *args, **kwargs: pytest.fail("asked"))
+    launch.work_offline_without_hub()

@@ -1,0 +1,231 @@
+"""Routed experts: sorted, packed and grouped against a loop over experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from conftest import (
+    assert_close_relative,
+    take_gradients,
+    tiny,
+)
+from inputs import tokens
+from naive import loop_over_experts, plain_experts
+from torch import Tensor, nn
+
+from dllm_memdlm.backbones.layers import GatedMLP
+from dllm_memdlm.backbones.moe import RoutedExperts
+from dllm_memdlm.fast_weights import SiteWeights
+from dllm_memdlm.grouped import grouped_linear, grouped_linear_loop
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 4e-2}
+
+
+# === routed experts ===
+
+
+def experts_of(dtype: torch.dtype, lora: bool, count: int = 6, hidden: int = 16, width: int = 8) -> RoutedExperts:
+    """Routed experts, of which LoRA leaves nothing but its own weights to be trained."""
+    torch.manual_seed(0)
+    experts = RoutedExperts(GatedMLP(hidden, width, "silu") for _ in range(count)).to(dtype)
+    if lora:
+        config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["gate_proj", "up_proj", "down_proj"])
+        peft.inject_adapter_in_model(config, experts)
+        for name, parameter in experts.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+            if "lora_" in name:
+                parameter.data = parameter.data.to(dtype)
+    return experts
+
+
+def routing(dtype: torch.dtype, used: list[int], top_k: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 7, 16, generator=generator).to(dtype)
+    orders = torch.stack([torch.randperm(len(used), generator=generator)[:top_k] for _ in range(14)])
+    weights = torch.rand(2, 7, top_k, generator=generator).to(dtype)
+    return x, torch.tensor(used)[orders].view(2, 7, top_k), weights
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("used", [[0, 1, 2, 3, 4, 5], [1, 4]], ids=["all", "few"])
+def test_sorted_experts_are_a_loop_over_experts(dtype, lora, used):
+    experts = experts_of(dtype, lora)
+    results = []
+    for run in (experts, lambda *arguments: loop_over_experts(experts, *arguments)):
+        x, chosen, weights = routing(dtype, used)
+        x.requires_grad_()
+        weights.requires_grad_()
+        output = run(x, chosen, weights)
+        output.square().sum().backward()
+        gradients = {name: p.grad for name, p in experts.named_parameters() if p.requires_grad}
+        results.append((output, x.grad, weights.grad, gradients))
+        experts.zero_grad()
+    (ours, x, w, gradients), (plain, x_plain, w_plain, plain_gradients) = results
+    assert ours.dtype == dtype
+    assert_close_relative(ours, plain, TOLERANCE[dtype], "output")
+    assert_close_relative(x, x_plain, TOLERANCE[dtype], "gradient of the input")
+    assert_close_relative(w, w_plain, TOLERANCE[dtype], "gradient of the weights")
+    for name, gradient in gradients.items():
+        assert gradient is not None, f"{name}: no gradient"
+        number = int(name.split(".")[0])
+        if number in used:
+            assert_close_relative(gradient, plain_gradients[name], 2 * TOLERANCE[dtype], name)
+        else:  # zeros, not None: every rank must have a gradient of everything
+            assert not gradient.any() and plain_gradients[name] is None
+
+
+@pytest.mark.parametrize("hidden", [16, 10])  # the kernel takes the first only
+def test_widths_that_the_kernel_does_not_take(hidden):
+    experts = experts_of(torch.float32, lora=False, hidden=hidden, width=6)
+    x, chosen, weights = routing(torch.float32, [0, 2, 5])
+    x = x[..., :hidden]
+    assert_close_relative(experts(x, chosen, weights), loop_over_experts(experts, x, chosen, weights), 1e-5)
+
+
+def test_disabled_and_merged_adapters_are_followed():
+    experts = experts_of(torch.float32, lora=True)
+    x, chosen, weights = routing(torch.float32, [0, 1, 2])
+    layers = [module for module in experts.modules() if hasattr(module, "enable_adapters")]
+    with_adapters = loop_over_experts(experts, x, chosen, weights).detach()
+    for layer in layers:
+        layer.enable_adapters(False)
+    plain = loop_over_experts(experts, x, chosen, weights).detach()
+    assert not torch.allclose(plain, with_adapters, atol=1e-2)
+    assert_close_relative(experts(x, chosen, weights), plain, 1e-5)
+    for layer in layers:
+        layer.enable_adapters(True)
+        layer.merge()
+    assert_close_relative(experts(x, chosen, weights), with_adapters, 1e-5)
+    for layer in layers:
+        layer.unmerge()
+    assert_close_relative(experts(x, chosen, weights), with_adapters, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_grouped_products_are_a_loop(dtype):
+    torch.manual_seed(0)
+    results = []
+    offsets = torch.tensor([3, 3, 4, 9, 9], dtype=torch.int32)  # groups of 3, 0, 1, 5, 0 rows
+    for function in (grouped_linear, grouped_linear_loop):
+        x, weight = (torch.linspace(-1, 1, n).sin().to(dtype) for n in (9 * 16, 5 * 8 * 16))
+        x, weight = x.view(9, 16).requires_grad_(), weight.view(5, 8, 16).requires_grad_()
+        output = function(x, weight, offsets)
+        output.square().sum().backward()
+        results.append((output, x.grad, weight.grad))
+    for ours, plain in zip(*results, strict=True):
+        assert_close_relative(ours, plain, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
+def test_frozen_experts_are_packed_once(kind, tmp_path):
+    model = tiny(kind, lora=True).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        first = model(input_ids=tokens()).logits
+    routed = [module for module in model.modules() if isinstance(module, RoutedExperts)]
+    for experts in routed:
+        weights = [expert.up_proj.base_layer.weight for expert in experts]
+        assert len({w.untyped_storage().data_ptr() for w in weights}) == 1, "not views of one buffer"
+        assert len({w.data_ptr() for w in weights}) == len(weights)
+        assert all(isinstance(w, nn.Parameter) and not w.requires_grad for w in weights)
+    buffers = [experts._packed["up_proj"].data_ptr() for experts in routed]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=tokens()).logits, first)
+    assert [experts._packed["up_proj"].data_ptr() for experts in routed] == buffers, "packed again"
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+    # weights loaded afterwards are seen, whether they are copied into place or take their place
+    for assign in (False, True):
+        other = tiny(kind, lora=True, seed=1 + assign).eval()
+        model.load_state_dict(other.state_dict(), assign=assign)
+        with torch.no_grad(), plain_experts(other):
+            expected = other(input_ids=tokens()).logits
+        with torch.no_grad():
+            torch.testing.assert_close(model(input_ids=tokens()).logits, expected, rtol=1e-4, atol=1e-4)
+            assert not torch.allclose(expected, first, atol=1e-2)
+    with torch.no_grad():
+        for expert in routed[0]:
+            expert.gate_proj.base_layer.weight.mul_(2)
+        with plain_experts(model):
+            expected = model(input_ids=tokens()).logits
+        torch.testing.assert_close(model(input_ids=tokens()).logits, expected, rtol=1e-4, atol=1e-4)
+
+    # another dtype, and a checkpoint
+    with torch.no_grad():
+        wide = model.double()(input_ids=tokens()).logits
+    assert wide.dtype == torch.float64
+    torch.testing.assert_close(wide.float(), expected, rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        model(input_ids=tokens())
+    merged = model.float().merge_and_unload()
+    for parameter in merged.parameters():
+        parameter.requires_grad_(False)
+    with torch.no_grad():
+        expected = merged(input_ids=tokens()).logits
+    merged.save_pretrained(tmp_path)
+    loaded = type(merged).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=tokens()).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
+def test_trainable_experts_are_read_anew_at_every_step(kind):
+    model = tiny(kind)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    for _ in range(2):
+        logits = model(input_ids=tokens()).logits
+        with plain_experts(model), torch.no_grad():
+            torch.testing.assert_close(model(input_ids=tokens()).logits, logits.detach(), rtol=1e-4, atol=1e-4)
+        logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_experts_that_no_token_chose_have_a_gradient(kind, lora):
+    count = 24 if kind == "llada2" else 20
+    model = tiny(kind, lora=lora, num_experts=count)
+    model(input_ids=tokens()[:1, :3]).logits.square().sum().backward()
+    gradients = take_gradients(model)  # none missing
+    zero = [name for name, g in gradients.items() if ".experts." in name and not g.any()]
+    assert len(zero) > count
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_fast_weights_of_experts_are_a_loop(samples, dtype):
+    """Each (expert, sample) through its own low-rank pair."""
+    experts = experts_of(dtype, lora=False)
+    x, chosen, weights = routing(dtype, [0, 2, 3])
+    shapes = {"gate_proj": (16, 8), "up_proj": (16, 8), "down_proj": (8, 16)}
+    fast = {
+        name: SiteWeights(torch.randn(6, samples, 8, i), torch.randn(6, samples, o, 8), 0.1)
+        for name, (i, o) in shapes.items()
+    }
+    experts.fast.update(fast)
+    ours = experts(x, chosen, weights)
+    experts.fast.clear()
+
+    def adding(down: Tensor, up: Tensor) -> Any:
+        return lambda module, inputs, output: output + 0.1 * inputs[0] @ down.T @ up.T
+
+    rows = []
+    for b in range(2):
+        s = b if samples > 1 else 0
+        handles = [
+            getattr(expert, name).register_forward_hook(adding(w.down[e, s].to(dtype), w.up[e, s].to(dtype)))
+            for name, w in fast.items()
+            for e, expert in enumerate(experts)
+        ]
+        rows.append(loop_over_experts(experts, x[b : b + 1], chosen[b : b + 1], weights[b : b + 1]))
+        for handle in handles:
+            handle.remove()
+    assert_close_relative(ours, torch.cat(rows), TOLERANCE[dtype])
