@@ -42,6 +42,14 @@ class BaseAlphaScheduler(abc.ABC):
         """w(t) = -α'(t) / (1 - α(t)), the weight of a masked token in the diffusion loss."""
         return -self.alpha_derivative(t) / (1 - self.alpha(t) + 1e-6)
 
+    def reverse_mask_prob(self, s: float | Tensor, t: float | Tensor) -> float | Tensor:
+        """Probability that a token masked at time t is masked at the earlier s too. Raises ValueError unless s < t."""
+        early, late = (torch.as_tensor(value, dtype=torch.float32) for value in (s, t))
+        if not torch.all(early < late):
+            raise ValueError(f"s={s}, t={t}: expected s < t")
+        result = (1 - self(early)) / (1 - self(late))
+        return result.item() if isinstance(s, float) and isinstance(t, float) else result
+
     def _evaluate(self, function: Any, t: float | Tensor) -> float | Tensor:
         value = torch.as_tensor(t, dtype=torch.float32)
         if not torch.all((value >= 0) & (value <= 1)):
@@ -235,3 +243,37 @@ class MDLMTrainer(transformers.Trainer):
         if prediction_loss_only:
             return loss.detach(), None, None
         return loss.detach(), outputs.logits.detach(), inputs.get("labels")
+
+
+@dataclass
+class BaseSamplerOutput:
+    """A finished canvas [B, T], and the canvas after every step if that was asked for."""
+
+    sequences: Tensor
+    histories: list[Tensor] | None = None
+
+
+@dataclass
+class BaseSamplerConfig:
+    """Settings that every sampler has."""
+
+    return_dict: bool = False
+
+
+@dataclass
+class BaseSampler(abc.ABC):
+    """A model, its tokenizer and a noise schedule: what decodes prompts."""
+
+    model: Any
+    tokenizer: Any
+    scheduler: BaseAlphaScheduler | None = None
+
+    def __post_init__(self) -> None:
+        if self.scheduler is None:
+            self.scheduler = LinearAlphaScheduler()
+
+    @abc.abstractmethod
+    def sample(self, prompts: list, config: BaseSamplerConfig | None = None, **kwargs: Any) -> BaseSamplerOutput: ...
+
+    @abc.abstractmethod
+    def infill(self, inputs: list, config: BaseSamplerConfig | None = None, **kwargs: Any) -> BaseSamplerOutput: ...

@@ -19,6 +19,7 @@ if HAS_DLLM:
     try:
         with warnings.catch_warnings():  # those of dllm's own sources, which `python -W error` would make fatal
             warnings.simplefilter("ignore")
+            from dllm.core.samplers import BaseSampler, BaseSamplerConfig, BaseSamplerOutput
             from dllm.core.schedulers import BaseAlphaScheduler, LinearAlphaScheduler, make_alpha_scheduler
             from dllm.core.trainers import MDLMConfig, MDLMTrainer
             from dllm.utils.collators import CollatorWrapper, NoAttentionMaskWrapper
@@ -36,6 +37,9 @@ if HAS_DLLM:
 if not HAS_DLLM:
     from .bundled import (
         BaseAlphaScheduler,
+        BaseSampler,
+        BaseSamplerConfig,
+        BaseSamplerOutput,
         CollatorWrapper,
         LinearAlphaScheduler,
         MDLMConfig,
@@ -55,6 +59,9 @@ __all__ = [
     "DLLM_COMMIT",
     "HAS_DLLM",
     "BaseAlphaScheduler",
+    "BaseSampler",
+    "BaseSamplerConfig",
+    "BaseSamplerOutput",
     "CollatorWrapper",
     "LinearAlphaScheduler",
     "MDLMConfig",

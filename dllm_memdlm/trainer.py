@@ -17,11 +17,11 @@ from .backbones import adopt, staged_backbone
 from .collator import AnchorTrajectoryCollator
 from .config import ConfigError, MemoryConfig, require
 from .dllm_api import MDLMConfig, MDLMTrainer
+from .epoch_order import EpochSampler, LongestFirst
 from .example_ids import lengths_of, with_example_ids
 from .logs import Averages, EpochClock
 from .losses import NORMS, loss_weights, masked_diffusion_loss, positions_of
 from .memory import ParametricMemory, Written
-from .sampler import EpochSampler, LongestFirst
 from .trajectory import Trajectory
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -41,13 +43,17 @@ def attend(
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None,
     queries: Tensor | None,
+    cache: Any = None,
 ) -> Tensor:
     """Bidirectional attention. query [B, H, M, d], key and value [B, H_kv, L, d] → [B, M, H·d].
 
-    `queries` [B, M] names the positions of the queries among the L keys; none means all, in order.
+    `queries` [B, M] names those of the L tokens whose output is wanted; none means all, in order. With a layer's part
+    of a `CanvasCache` the L keys are stored there, and all visible ones are attended to.
     """
     cos, sin = position_embeddings
     key = rotate(key, cos, sin)
+    if cache is not None:
+        key, value = cache.update(key, value)
     if queries is not None:
         batch = len(queries)
         cos, sin = (take(part.expand(batch, -1, -1), queries) for part in (cos, sin))

@@ -98,7 +98,14 @@ class LLaDA2MoeAttention(nn.Module):
             self.query_layernorm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.key_layernorm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
-    def forward(self, x: Tensor, position_embeddings: Any, attention_mask: Tensor | None, queries: Tensor | None):
+    def forward(
+        self,
+        x: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        queries: Tensor | None,
+        cache: Any,
+    ) -> Tensor:
         config = self.config
         heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         sizes = [number * self.head_dim for number in heads]
@@ -108,7 +115,7 @@ class LLaDA2MoeAttention(nn.Module):
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (query, key, value))
         if config.use_qk_norm:
             query, key = self.query_layernorm(query), self.key_layernorm(key)
-        return self.dense(attend(self, query, key, value, position_embeddings, attention_mask, queries))
+        return self.dense(attend(self, query, key, value, position_embeddings, attention_mask, queries, cache))
 
 
 class LLaDA2MoeGate(nn.Module):
@@ -176,9 +183,11 @@ class LLaDA2MoeDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        past_key_values: Any = None,
         queries: Tensor | None = None,
     ) -> Tensor:
-        attended = self.attention(self.input_layernorm(hidden), position_embeddings, attention_mask, queries)
+        normed = self.input_layernorm(hidden)
+        attended = self.attention(normed, position_embeddings, attention_mask, queries, past_key_values)
         hidden = attended + (hidden if queries is None else take(hidden, queries))
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 

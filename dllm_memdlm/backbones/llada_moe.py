@@ -90,7 +90,14 @@ class LLaDAMoEAttention(nn.Module):
             self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
-    def forward(self, x: Tensor, position_embeddings: Any, attention_mask: Tensor | None, queries: Tensor | None):
+    def forward(
+        self,
+        x: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        queries: Tensor | None,
+        cache: Any,
+    ) -> Tensor:
         asked = x if queries is None else take(x, queries)
         query, key, value = (
             projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -101,7 +108,7 @@ class LLaDAMoEAttention(nn.Module):
         if self.config.clip_qkv is not None:
             limit = self.config.clip_qkv
             query, key, value = (part.clamp(-limit, limit) for part in (query, key, value))
-        return self.o_proj(attend(self, query, key, value, position_embeddings, attention_mask, queries))
+        return self.o_proj(attend(self, query, key, value, position_embeddings, attention_mask, queries, cache))
 
 
 class LLaDAMoESparseMoeBlock(nn.Module):
@@ -147,9 +154,11 @@ class LLaDAMoEDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        past_key_values: Any = None,
         queries: Tensor | None = None,
     ) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(hidden), position_embeddings, attention_mask, queries)
+        normed = self.input_layernorm(hidden)
+        attended = self.self_attn(normed, position_embeddings, attention_mask, queries, past_key_values)
         hidden = attended + (hidden if queries is None else take(hidden, queries))
         normed = self.post_attention_layernorm(hidden)
         output = self.mlp(normed)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils import ModelOutput
 
+from .cache import CanvasCache
 from .layers import additive_mask, take
 
 
@@ -59,6 +60,7 @@ class StagedForward:
         hidden: Tensor | None = None,
         positions: Tensor | None = None,
         project: bool = True,
+        cache: CanvasCache | None = None,
         return_dict: bool | None = None,
     ) -> MaskedLMOutput | StageOutput:
         """Run one stage, or both.
@@ -66,13 +68,14 @@ class StagedForward:
         Args:
             input_ids: tokens [B, L] (full, trunk); `inputs_embeds` [B, L, D] may stand in.
             attention_mask: none (all positions see each other), [B, L] with 0 on hidden keys, or 4-D, boolean or
-                additive, broadcastable to [B, heads, L, L].
+                additive, broadcastable to [B, heads, L, L] (with a cache [B, heads, L, visible]).
             position_ids: [1 or B, L]; counted from 0 by default.
             stage: which part to run. `full` returns logits [B, L, V] as any masked language model does.
             boundary: index of the first layer that belongs to the head.
             hidden: the trunk's output [B, L, D] (head).
-            positions: index [B, M] of the positions whose output is wanted (head); all of them by default.
-            project: whether the head computes logits, or stops at the final norm.
+            positions: index [B, M] of the positions whose output is wanted (head, full); all of them by default.
+            project: whether to compute logits, or stop at the final norm (head, full).
+            cache: keys and values of the canvas that these tokens are a part of, at `position_ids` [B, L] (full).
         """
         if stage != "head":
             hidden = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
@@ -83,25 +86,33 @@ class StagedForward:
             "position_ids": position_ids,
             "position_embeddings": self.model.rotary_emb(hidden, position_ids),
         }
+        contexts = [context] * len(self.layers)
+        if cache is not None:
+            cache.positions = position_ids
+            contexts = [{**context, "past_key_values": part} for part in cache.layers]
         if stage == "trunk":
             for layer in self.layers[:boundary]:
                 hidden = layer(hidden, **context)
             return StageOutput(hidden=hidden)
-        if stage == "full":
-            for layer in self.layers:
-                hidden = layer(hidden, **context)
-            return MaskedLMOutput(logits=self.lm_head(self.model.norm(hidden)))
-        hidden = self.model.norm(self._head(hidden, boundary, positions, context))
-        return StageOutput(hidden=hidden, logits=self.lm_head(hidden) if project else None)
+        if stage == "full" and positions is None:
+            for layer, own in zip(self.layers, contexts, strict=True):
+                hidden = layer(hidden, **own)
+        else:
+            first = boundary if stage == "head" else 0
+            hidden = self._head(hidden, first, positions, contexts)
+        hidden = self.model.norm(hidden)
+        logits = self.lm_head(hidden) if project else None
+        return MaskedLMOutput(logits=logits) if stage == "full" else StageOutput(hidden=hidden, logits=logits)
 
-    def _head(self, hidden: Tensor, boundary: int, positions: Tensor | None, context: dict) -> Tensor:
+    def _head(self, hidden: Tensor, first: int, positions: Tensor | None, contexts: list[dict]) -> Tensor:
         # Never checkpointed: the fast weights that a recomputation would need are gone by the time of the backward
         # pass. nn.Module's own __call__ keeps every hook and leaves checkpointing out.
-        *inner, last = self.layers[boundary:]
-        for layer in inner:
+        *inner, last = zip(self.layers[first:], contexts[first:], strict=True)
+        for layer, context in inner:
             hidden = nn.Module.__call__(layer, hidden, **context)
+        layer, context = last
         if positions is None:
-            return nn.Module.__call__(last, hidden, **context)
+            return nn.Module.__call__(layer, hidden, **context)
         if self.layers_take_queries:
-            return nn.Module.__call__(last, hidden, queries=positions, **context)
-        return take(nn.Module.__call__(last, hidden, **context), positions)
+            return nn.Module.__call__(layer, hidden, queries=positions, **context)
+        return take(nn.Module.__call__(layer, hidden, **context), positions)

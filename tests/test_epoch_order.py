@@ -5,8 +5,8 @@ from __future__ import annotations
 import datasets
 import torch
 
+from dllm_memdlm.epoch_order import EpochSampler, LongestFirst
 from dllm_memdlm.example_ids import lengths_of
-from dllm_memdlm.sampler import EpochSampler, LongestFirst
 
 LENGTHS = [int(n) for n in torch.randint(5, 500, (256,), generator=torch.Generator().manual_seed(0))]
 
