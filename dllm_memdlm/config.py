@@ -201,7 +201,7 @@ def describe_type(hint: Any) -> str:
         return "one of " + ", ".join(str(a) for a in args)
     if origin in (types.UnionType, typing.Union):
         return " or ".join(describe_type(a) for a in args)
-    if origin is tuple:
+    if origin in (tuple, list):
         return f"list of {describe_type(args[0])}"
     if origin is dict:
         return "mapping"
@@ -219,8 +219,8 @@ def _as_type(value: Any, hint: Any) -> Any:
                 return _as_type(value, arg)
             except TypeError:
                 continue
-    if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_as_type(v, args[0]) for v in value)
+    if origin in (tuple, list) and isinstance(value, (list, tuple)):
+        return origin(_as_type(v, args[0]) for v in value)
     if origin is dict and isinstance(value, dict):
         return dict(value)
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):

@@ -129,6 +129,17 @@ class FastWeights:
         }
         return FastWeights(tensors, self.scaling)
 
+    def select(self, samples: list[int]) -> FastWeights:
+        """Those of the samples, in that order; one may be named more than once."""
+        index = torch.tensor(samples, device=next(iter(self.tensors.values())).device)
+        return FastWeights({k: v.index_select(-3, index) for k, v in self.tensors.items()}, self.scaling)
+
+    @classmethod
+    def stack(cls, parts: list[FastWeights]) -> FastWeights:
+        """The samples of all parts, one after the other."""
+        names = parts[0].tensors
+        return cls({k: torch.cat([part.tensors[k] for part in parts], dim=-3) for k in names}, parts[0].scaling)
+
     def save(self, path: str | os.PathLike, header: dict[str, Any] | None = None) -> None:
         """Write a safetensors file; `header` (model, config and prompt hashes) goes into its metadata as JSON."""
         metadata = {"format": "memdlm-fast-weights", "scaling": repr(self.scaling), "header": json.dumps(header or {})}

@@ -74,6 +74,22 @@ class ParametricMemory:
         """Fast weights of one sample."""
         return sum(shape.numel(self.config) for shape in self.shapes)
 
+    def check(self, fast_weights: FastWeights) -> None:
+        """Raise ConfigError unless they were written for these sites, and for layers of this size."""
+        expected = {
+            f"{shape.name}.{name}": (() if shape.experts is None else (shape.experts,)) + size
+            for shape in self.shapes
+            for name, size in shape.tensors(self.config).items()
+        }
+        if expected.keys() != fast_weights.tensors.keys():
+            odd = sorted(expected.keys() ^ fast_weights.tensors.keys())[0]
+            where = "model" if odd in expected else "fast weights"
+            raise ConfigError(f"fast weights for other sites than this model's: {odd} is in the {where} only")
+        for name, size in expected.items():
+            found = tuple(fast_weights.tensors[name].shape)
+            if found[:-3] + found[-2:] != size:
+                raise ConfigError(f"fast weights of another size: {name} is {found[:-3] + found[-2:]}, expected {size}")
+
     @contextmanager
     def holding(self, fast_weights: FastWeights | None) -> Iterator[None]:
         """The model computes with `fast_weights` in place until the block ends, however it ends.
@@ -85,7 +101,7 @@ class ParametricMemory:
         if fast_weights is None:
             yield
             return
-        self._check(fast_weights)
+        self.check(fast_weights)
         if self._held:
             raise RuntimeError("the model already holds fast weights; leave that block first")
         with ExitStack() as stack:
@@ -205,21 +221,6 @@ class ParametricMemory:
             loss = total / count.clamp_min(1)  # [S]
             gradients = torch.autograd.grad(loss.sum(), list(leaves.tensors.values()), materialize_grads=True)
         return sgd_step(fast, dict(zip(leaves.tensors, gradients, strict=True)), loss, config)
-
-    def _check(self, fast_weights: FastWeights) -> None:
-        expected = {
-            f"{shape.name}.{name}": (() if shape.experts is None else (shape.experts,)) + size
-            for shape in self.shapes
-            for name, size in shape.tensors(self.config).items()
-        }
-        if expected.keys() != fast_weights.tensors.keys():
-            odd = sorted(expected.keys() ^ fast_weights.tensors.keys())[0]
-            where = "model" if odd in expected else "fast weights"
-            raise ConfigError(f"fast weights for other sites than this model's: {odd} is in the {where} only")
-        for name, size in expected.items():
-            found = tuple(fast_weights.tensors[name].shape)
-            if found[:-3] + found[-2:] != size:
-                raise ConfigError(f"fast weights of another size: {name} is {found[:-3] + found[-2:]}, expected {size}")
 
 
 def _adding(weights: SiteWeights) -> Any:

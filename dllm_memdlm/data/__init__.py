@@ -3,7 +3,7 @@
 from dllm_memdlm.data.examples import Counts, Examples, load_examples, training_texts
 from dllm_memdlm.data.formats import FORMATS, Format, choose_format
 from dllm_memdlm.data.sources import load_rows
-from dllm_memdlm.data.tokenizer import tokenizer_for, train_tokenizer
+from dllm_memdlm.data.tokenizer import load_tokenizer, tokenizer_for, train_tokenizer
 
 __all__ = [
     "FORMATS",
@@ -13,6 +13,7 @@ __all__ = [
     "choose_format",
     "load_examples",
     "load_rows",
+    "load_tokenizer",
     "tokenizer_for",
     "train_tokenizer",
     "training_texts",

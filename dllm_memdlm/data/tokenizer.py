@@ -88,13 +88,21 @@ def tokenizer_for(
     """
     for field in ("tokenizer", "path"):
         if (name := getattr(config, field)) is not None:
-            where = f"model.{field}={name!r}"
-            return _complete(_load(name, config.trust_remote_code, where), where)
+            return load_tokenizer(name, f"model.{field}={name!r}", config.trust_remote_code)
     folder = Path(cache_dir).absolute() / f"bpe-{config.tokenizer_vocab_size}-{_digest(texts())}"
     if not folder.exists():
         _save(train_tokenizer(texts(), config.tokenizer_vocab_size), folder)
     # loaded in any case: the run that trained it and the runs that find it hold the same object
     return AutoTokenizer.from_pretrained(folder)
+
+
+def load_tokenizer(name: str, where: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name, with the special tokens that `tokenizer_for` speaks of.
+
+    Raises:
+        ConfigError: as `tokenizer_for`; the message begins with `where`.
+    """
+    return _complete(_load(name, trust_remote_code, where), where)
 
 
 def _digest(texts: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backbones.cache import CanvasCache, block_causal
-from ..config import require
+from ..config import check_types, require
 from ..dllm_api import BaseSamplerConfig
 from .base import CanvasSampler, RowNoise, settings_of
 
@@ -41,6 +41,7 @@ class LLaDA21SamplerConfig(BaseSamplerConfig):
     use_cache: bool = True  #: keep keys and values of finished blocks
 
     def __post_init__(self) -> None:
+        check_types(self, "sampler")
         for name, least in (("block_size", 1), ("num_to_transfer", 1), ("max_post_steps", 0)):
             require("sampler", self, name, getattr(self, name) >= least, f"at least {least}")
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backbones.cache import CanvasCache
-from ..config import require
+from ..config import check_types, require
 from ..dllm_api import BaseSamplerConfig, BaseSamplerOutput
 from ..losses import positions_of
 from .base import CanvasSampler, RowNoise, settings_of
@@ -44,10 +44,9 @@ class MDLMSamplerConfig(BaseSamplerConfig):
     threshold: float | None = None  #: commit every token of more confidence, and at least one, instead of `steps`
 
     def __post_init__(self) -> None:
+        check_types(self, "sampler")
         require("sampler", self, "block_size", self.block_size is None or self.block_size >= 1, "at least 1")
         require("sampler", self, "steps", self.steps >= 1, "at least 1")
-        for name, known in (("remasking", ("low_confidence", "random")), ("cache", ("none", "prefix", "dual"))):
-            require("sampler", self, name, getattr(self, name) in known, f"one of {', '.join(known)}")
 
 
 class Block(NamedTuple):

@@ -1,0 +1,125 @@
+"""Answers to prompts: a trained model, the sampler that suits it, and, if wanted, a memory of each prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from torch import Tensor
+
+from .backbones import LLaDA2MoeModelLM, staged_backbone
+from .config import ConfigError
+from .memory import ParametricMemory
+from .pretrained import Pretrained
+from .prompt_memory import PromptMemory, Text, at_inference, load_snapshot
+from .samplers import LLaDA21Sampler, LLaDA21SamplerConfig, MDLMSampler, MDLMSamplerConfig, completions
+
+#: The samplers and their settings, by the name that `sampler=` takes.
+SAMPLERS = {"mdlm": (MDLMSampler, MDLMSamplerConfig), "llada21": (LLaDA21Sampler, LLaDA21SamplerConfig)}
+
+#: What the number of new tokens decides for each prompt; the rest of a sampler's settings are the user's.
+PER_PROMPT = {"max_new_tokens", "max_length", "return_dict", "right_shift_logits"}
+
+
+def sampler_name(model: Any) -> str:
+    """The sampler that a model was made for: block diffusion for LLaDA2.1, low-confidence remasking for the others."""
+    return "llada21" if isinstance(staged_backbone(model), LLaDA2MoeModelLM) else "mdlm"
+
+
+def sampler_settings(sampler: str) -> set[str]:
+    """The settings of a sampler that a user may choose."""
+    return {f.name for f in fields(SAMPLERS[sampler][1])} - PER_PROMPT
+
+
+@dataclass
+class Decoder:
+    """Answers prompts.
+
+    Args:
+        pretrained: model and tokenizer.
+        sampler: which one; auto is `sampler_name`.
+        settings: of the sampler. `block_size` and `steps` of the MDLM sampler default to the paper's decoding: one
+            block, and as many steps as tokens.
+        memory: writes or holds the fast weights; none decodes with the model as it is.
+    """
+
+    pretrained: Pretrained
+    sampler: Literal["auto", "mdlm", "llada21"] = "auto"
+    settings: dict[str, Any] = field(default_factory=dict)
+    memory: PromptMemory | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampler == "auto":
+            self.sampler = sampler_name(self.pretrained.model)
+        build, self._config = SAMPLERS[self.sampler]
+        self._sampler = build(self.pretrained.model, self.pretrained.tokenizer)
+        self.config_for(1)  # a wrong setting is refused before anything is decoded
+
+    def config_for(self, new_tokens: int, **changes: Any) -> MDLMSamplerConfig | LLaDA21SamplerConfig:
+        """The sampler's settings for answers of `new_tokens`. Raises ConfigError for a setting it does not have."""
+        chosen = {"max_new_tokens": new_tokens, **self.settings, **changes}
+        if self.sampler == "mdlm":
+            shift = self.pretrained.right_shift_logits
+            chosen = {"block_size": new_tokens, "steps": new_tokens, "right_shift_logits": shift, **chosen}
+        unknown = chosen.keys() - {f.name for f in fields(self._config)}
+        if unknown:
+            known = ", ".join(sorted(sampler_settings(self.sampler)))
+            raise ConfigError(f"{sorted(unknown)[0]}: not a setting of the {self.sampler} sampler; known: {known}")
+        return self._config(**chosen)
+
+    def recalled(self, texts: Sequence[Text | None]) -> AbstractContextManager[None]:
+        """The model with the memory of these texts in place, if there is a memory."""
+        return nullcontext() if self.memory is None else self.memory.recalled(texts)
+
+    def stream(
+        self, prompts: Sequence[Text], new_tokens: int, seeds: Sequence[int] | None = None, **changes: Any
+    ) -> Iterator[Tensor]:
+        """The canvas [B, T] before the first step and after each one. See `CanvasSampler.steps`."""
+        return self._sampler.steps(prompts, self.config_for(new_tokens, **changes), seeds)
+
+    def answers(
+        self,
+        prompts: Sequence[Text],
+        new_tokens: int,
+        seeds: Sequence[int] | None = None,
+        *,
+        whole: bool = False,
+        **changes: Any,
+    ) -> list[list[int]]:
+        """The tokens that follow each prompt: all of them, or up to the end of the text or of the turn."""
+        canvas = self._sampler.sample(prompts, self.config_for(new_tokens, **changes), seeds)
+        tokenizer = self.pretrained.tokenizer
+        ends = () if whole else (tokenizer.eos_token_id, tokenizer.eot_token_id)
+        return completions(canvas, [len(prompt) for prompt in prompts], new_tokens, ends)
+
+
+def memory_for(
+    pretrained: Pretrained, changes: dict[str, Any], snapshot: str | None = None, **settings: Any
+) -> PromptMemory:
+    """A memory of prompts with the settings the model was trained with, but for `changes`; or a saved one.
+
+    Args:
+        pretrained: the model.
+        changes: `MemoryConfig` fields that differ.
+        snapshot: a file that holds the fast weights for all prompts; its own settings stand.
+        settings: of `PromptMemory`.
+
+    Raises:
+        ConfigError: the settings, or the snapshot, do not fit the model.
+    """
+    fast_weights, config = None, at_inference(pretrained.memory, **changes)
+    if snapshot is not None:
+        if changes:
+            raise ConfigError(f"{snapshot} brings its memory settings along; give no others ({', '.join(changes)})")
+        fast_weights, config = load_snapshot(snapshot, pretrained.name)
+    memory = ParametricMemory(
+        pretrained.model,
+        config,
+        pretrained.tokenizer.mask_token_id,
+        right_shift_logits=pretrained.right_shift_logits,
+    )
+    if fast_weights is not None:
+        memory.check(fast_weights)
+    return PromptMemory(memory, fixed=fast_weights, **settings)

@@ -1,0 +1,104 @@
+"""What `--model_args` of the model `memdlm` may hold, checked: an unknown name is refused with the nearest known one.
+
+Beside the arguments declared here there are the sampler's settings by their own names (`steps`, `block_size`,
+`threshold`, …) and the fields of `MemoryConfig` behind `memory_` (`memory_inner_lr`, `memory_rank`, …).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..config import ConfigError, MemoryConfig, check_types, knob, require
+from ..decoding import SAMPLERS, sampler_settings
+
+#: Fields of `MemoryConfig` that mean nothing for a prompt, or are declared below in another form.
+TRAINING_ONLY = {"enabled", "dropout", "scope", "weighting"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalArguments:
+    """Raises ConfigError: a value is of the wrong type, out of range, or not among the choices."""
+
+    pretrained: str = knob("", "a run's folder, a hub name, or the folder of an adapter")
+    adapter: str | None = knob(None, "folder or hub name of a PEFT adapter")
+    merge_adapter: bool = knob(False, "add the adapter to the weights: faster, and rounded to their dtype")
+    tokenizer: str | None = knob(None, "folder or hub name; none takes the adapter's or the model's")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "of the weights; auto is the checkpoint's")
+    load_in_4bit: bool = knob(False, "NF4 with double quantisation (extra `quant`)")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = knob("sdpa", "attention kernel")
+    device: str | None = knob(None, "cpu, cuda or cuda:N; none is the GPU where there is one")
+    batch_size: int | str = knob(1, "prompts at a time; auto: as many as fit")
+    max_batch_size: int | None = knob(None, "the most that auto tries; none is 64")
+    max_length: int | None = knob(None, "tokens of prompt and answer together; none is the model's")
+    max_gen_toks: int = knob(256, "new tokens where the task does not say")
+    sampler: Literal["auto", "mdlm", "llada21"] = knob("auto", "how to decode; auto is what the model was made for")
+    seed: int = knob(0, "of the memory's masks, of sampling, and of the likelihood's masks")
+    mc_num: int = knob(128, "masks from which a likelihood is estimated")
+    check_greedy: bool = knob(False, "decode to see whether a continuation is the model's own (one pass a token)")
+
+    memory: bool | None = knob(None, "adapt to each prompt; none: if a memory_ setting is given")
+    memory_scope: Literal["prompt", "prefix"] = knob(
+        "prompt", "one memory for each prompt, or one for prompts that begin with the same document"
+    )
+    memory_attention: Literal["full", "block_causal"] = knob(
+        "full", "who sees whom while the memory is written: all (the paper), or as LLaDA2.1 decodes"
+    )
+    fast_weights: str | None = knob(None, "a saved memory, in place for every prompt")
+
+    def __post_init__(self) -> None:
+        check_types(self, "model_args")
+        require("model_args", self, "pretrained", self.pretrained != "", "a folder or hub name")
+        for name in ("max_batch_size", "max_length", "max_gen_toks", "mc_num"):
+            value = getattr(self, name)
+            require("model_args", self, name, value is None or value >= 1, "at least 1")
+        size = str(self.batch_size)
+        fits = size.split(":")[0] == "auto" or (size.isdigit() and int(size) > 0)
+        require("model_args", self, "batch_size", fits, "a number of at least 1, or auto")
+        require("model_args", self, "memory", not (self.memory and self.fast_weights), "false with fast_weights")
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """The arguments of one evaluation."""
+
+    arguments: EvalArguments
+    sampler: dict[str, Any]  #: settings of the sampler
+    memory: dict[str, Any]  #: fields of `MemoryConfig` that differ from those of training
+    uses_memory: bool
+
+
+def parse(values: dict[str, Any]) -> Parsed:
+    """Sort the arguments out.
+
+    Raises:
+        ConfigError: an argument that does not exist; or as `EvalArguments`.
+    """
+    own = {f.name for f in dataclasses.fields(EvalArguments)}
+    samplers = set().union(*(sampler_settings(name) for name in SAMPLERS))
+    memory = {f"memory_{f.name}": f for f in dataclasses.fields(MemoryConfig) if f.name not in TRAINING_ONLY}
+    known = own | samplers | memory.keys()
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+            advice = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+            raise ConfigError(f"unknown model argument {name!r}; {advice}")
+    arguments = EvalArguments(**{k: v for k, v in values.items() if k in own})
+    changes = {name.removeprefix("memory_"): _as_list(v) for name, v in values.items() if name in memory}
+    wanted = arguments.memory if arguments.memory is not None else bool(changes)
+    if wanted and arguments.fast_weights:
+        raise ConfigError("model_args.fast_weights: a saved memory brings its settings along; give no memory_ setting")
+    if arguments.memory_scope != "prompt" and not wanted:
+        raise ConfigError(f"model_args.memory_scope={arguments.memory_scope!r}: expected memory=true beside it")
+    settings = {k: _as_list(v) for k, v in values.items() if k in samplers}
+    return Parsed(arguments, settings, changes, wanted)
+
+
+def _as_list(value: Any) -> Any:
+    """`[a;b]` as a list, as commas separate arguments; anything else as it is."""
+    if not (isinstance(value, str) and value.startswith("[") and value.endswith("]")):
+        return value
+    parts = [part.strip() for part in value[1:-1].split(";") if part.strip()]
+    return [int(part) if part.lstrip("-").isdigit() else part for part in parts]

@@ -1,0 +1,120 @@
+"""From lm-eval's requests to answers: prompts of tokens, what the task says of its answers, and where they are cut."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import ConfigError
+from ..decoding import sampler_settings
+from ..prompt_memory import shared_prefixes
+
+_logger = logging.getLogger(__name__)
+
+#: What a task may say that is no setting of a sampler: where answers end, and lm-eval's and transformers' other names.
+TASK_KEYS = {"until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature"}
+
+
+@dataclass
+class Prompt:
+    """One request to generate."""
+
+    number: int  #: among the requests
+    tokens: list[int]  #: of an over-long prompt the last ones
+    text: list[int] | None  #: what its memory is written on; none for an over-long prompt
+    new_tokens: int
+    changes: dict[str, Any]  #: settings of the sampler that the task makes
+    seed: int
+    stops: list[str]
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens) + self.new_tokens
+
+    @property
+    def settings(self) -> tuple:
+        """Prompts that agree here can be decoded in one batch."""
+        return self.new_tokens, tuple(sorted((name, str(value)) for name, value in self.changes.items()))
+
+
+def read_prompts(
+    arguments: Sequence[tuple[str, dict[str, Any]]],
+    encode: Callable[[str], list[int]],
+    sampler: str,
+    default_new_tokens: int,
+    max_length: int,
+    seed: int,
+) -> list[Prompt]:
+    """The prompts of lm-eval's (context, generation settings) pairs.
+
+    Of an over-long prompt the last tokens are kept, as lm-eval's own models do.
+
+    Raises:
+        ConfigError: the answers alone are longer than `max_length`.
+    """
+    prompts, seen, ignored = [], Counter(), set()
+    for number, (context, settings) in enumerate(arguments):
+        new_tokens = int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or default_new_tokens)
+        room = max_length - new_tokens
+        if room < 1:
+            raise ConfigError(
+                f"model_args.max_length={max_length}: answers of {new_tokens} tokens leave no room for a prompt; "
+                "expected a larger one, or --gen_kwargs max_gen_toks=N"
+            )
+        changes = {name: value for name, value in settings.items() if name in sampler_settings(sampler)}
+        ignored |= settings.keys() - changes.keys() - TASK_KEYS
+        if settings.get("do_sample") is False:
+            changes["temperature"] = 0.0
+        elif "temperature" in settings or settings.get("do_sample"):
+            changes["temperature"] = float(settings.get("temperature", 1.0))
+        tokens = encode(context)
+        name = hashlib.blake2b(str((seed, tokens)).encode(), digest_size=7)
+        stops = settings.get("until") or []
+        prompts.append(
+            Prompt(
+                number=number,
+                tokens=tokens[-room:],
+                text=tokens if len(tokens) <= room else None,
+                new_tokens=new_tokens,
+                changes=changes,
+                # The n-th time that a prompt is asked it gets other random numbers.
+                seed=int.from_bytes(name.digest(), "little") + seen[context],
+                stops=[stops] if isinstance(stops, str) else [stop for stop in stops if stop],
+            )
+        )
+        seen[context] += 1
+    if ignored:
+        _logger.warning("ignored, as the %s sampler has no such setting: %s", sampler, ", ".join(sorted(ignored)))
+    return prompts
+
+
+def share_prefixes(prompts: list[Prompt], others: Sequence[Sequence[int]] = ()) -> None:
+    """Let prompts about the same document share its memory; `others` are those that other processes decode."""
+    texts = [prompt.text or [] for prompt in prompts]
+    for prompt, length in zip(prompts, shared_prefixes([*texts, *others]), strict=False):
+        if prompt.text is not None:
+            prompt.text = prompt.text[:length]
+
+
+def in_order(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Longest first, so that what does not fit shows at once; prompts that share a memory side by side."""
+    longest: dict[tuple, int] = {}
+    for prompt in prompts:
+        text = tuple(prompt.text or ())
+        longest[text] = max(longest.get(text, 0), prompt.length)
+
+    def place(prompt: Prompt) -> tuple:
+        text = tuple(prompt.text or ())
+        return str(prompt.settings), -longest[text], text, -prompt.length, prompt.number
+
+    return sorted(prompts, key=place)
+
+
+def cut(answer: str, stops: Sequence[str]) -> str:
+    """The answer up to the first stop string in it."""
+    ends = [end for stop in stops if (end := answer.find(stop)) >= 0]
+    return answer[: min(ends)] if ends else answer

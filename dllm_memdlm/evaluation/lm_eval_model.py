@@ -1,0 +1,268 @@
+"""The lm-evaluation-harness model `memdlm`: a masked diffusion model, with or without a memory of the prompt.
+
+lm_eval --model memdlm --model_args pretrained=runs/mine,memory=true --tasks ruler_vt
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import accelerate
+import numpy as np
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+from tqdm import tqdm
+
+from ..decoding import Decoder, memory_for
+from ..pretrained import load_pretrained
+from ..prompt_memory import PromptMemory
+from .arguments import parse
+from .batching import Batches
+from .generation import Prompt, cut, in_order, read_prompts, share_prefixes
+from .likelihood import Masked, log_likelihoods, states
+
+# lm-eval shows the messages of its own loggers only.
+_logger = logging.getLogger("lm_eval.models.memdlm")
+
+Pair = tuple[list[int], list[int]]  #: the tokens of a context and of its continuation
+
+
+class MemDLMEvalLM(LM):
+    """What it takes is declared in `EvalArguments`.
+
+    The same seed gives the same answers for every batch size and number of processes, up to rounding.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__()
+        with _random_state_kept():  # tasks such as RULER's draw their data after this
+            self._set_up(arguments)
+
+    def _set_up(self, given: dict[str, Any]) -> None:
+        parsed = parse(given)
+        arguments = self.arguments = parsed.arguments
+        state = accelerate.PartialState(cpu=not torch.cuda.is_available())
+        self._rank, self._world_size = state.process_index, state.num_processes
+        self._device = state.device if self._world_size > 1 else _device(arguments.device)
+        self.pretrained = load_pretrained(
+            arguments.pretrained,
+            arguments.adapter,
+            arguments.tokenizer,
+            device=self._device,
+            dtype=arguments.dtype,
+            load_in_4bit=arguments.load_in_4bit,
+            attn_implementation=arguments.attn_implementation,
+            merge_adapter=arguments.merge_adapter,
+        )
+        self.tokenizer = self.pretrained.tokenizer
+        self.memory: PromptMemory | None = None
+        if parsed.uses_memory or arguments.fast_weights is not None:
+            self.memory = memory_for(
+                self.pretrained,
+                parsed.memory,
+                arguments.fast_weights,
+                seed=arguments.seed,
+                attention=arguments.memory_attention,
+                block_size=parsed.sampler.get("block_size", 32),
+            )
+        self.decoder = Decoder(self.pretrained, arguments.sampler, parsed.sampler, self.memory)
+        self.max_length = arguments.max_length or self.pretrained.model.config.max_position_embeddings
+        self.batches = Batches(arguments.batch_size, arguments.max_batch_size, self._device)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Decode an answer to every prompt, and cut it at the first of its stop strings."""
+        arguments = [request.args for request in requests]
+        prompts = read_prompts(
+            arguments,
+            self._encode,
+            self.decoder.sampler,
+            self.arguments.max_gen_toks,
+            self.max_length,
+            self.arguments.seed,
+        )
+        if self.arguments.memory_scope == "prefix":
+            share_prefixes(prompts, self._of_other_processes([prompt.text or [] for prompt in prompts]))
+        answers = [""] * len(prompts)
+        for prompt, answer in self._answers(prompts, "decoding", disable_tqdm):
+            text = cut(self.tokenizer.decode(answer, skip_special_tokens=True), prompt.stops)
+            answers[prompt.number] = text
+            self.cache_hook.add_partial("generate_until", arguments[prompt.number], text)
+        self._report()
+        return answers
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Estimate the log-likelihood of each continuation (nats), and whether decoding would give it."""
+        pairs = [self._encode_pair(*request.args) for request in requests]
+        values = self._log_likelihoods(pairs, "likelihood", disable_tqdm)
+        greedy = self._is_greedy(pairs, disable_tqdm) if self.arguments.check_greedy else [False] * len(pairs)
+        results = list(zip(values, greedy, strict=True))
+        for request, result in zip(requests, results, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request.args, result)
+        self._report()
+        return results
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Estimate the log-likelihood of whole texts, in windows of `max_length`. There is no prompt to adapt to."""
+        pairs, owners = [], []
+        for number, request in enumerate(requests):
+            tokens = self._encode(request.args[0])
+            windows = get_rolling_token_windows(tokens, self.tokenizer.bos_token_id, self.max_length - 1, context_len=1)
+            for window in windows:
+                pairs.append(make_disjoint_window(window))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for owner, value in zip(
+            owners, self._log_likelihoods(pairs, "rolling", disable_tqdm, adapt=False), strict=True
+        ):
+            totals[owner] += value
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template in use, which lm-eval keeps with the results."""
+        return self.tokenizer.get_chat_template() if chat_template else None
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Settings, and what became of this process's memories; lm-eval keeps it with the results."""
+        info: dict[str, Any] = {
+            "model_num_parameters": sum(parameter.numel() for parameter in self.pretrained.model.parameters()),
+            "model_dtype": str(next(self.pretrained.model.parameters()).dtype),
+            "sampler": self.decoder.sampler,
+            "sampler_settings": self.decoder.settings,
+        }
+        if self.memory is not None:
+            info["memory"] = dataclasses.asdict(self.memory.memory.config)
+            info["memory_tally"] = dataclasses.asdict(self.memory.tally) | {"hit_rate": self.memory.tally.hit_rate}
+        return info
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        return accelerate.utils.gather(tensor.reshape(-1)) if self.world_size > 1 else tensor
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """What every process has, on process `dst`; none on the others."""
+        gathered = accelerate.utils.gather_object([obj]) if self.world_size > 1 else [obj]
+        return gathered if self.rank == dst else None
+
+    def barrier(self) -> None:
+        accelerate.PartialState().wait_for_everyone()
+
+    def _answers(
+        self, prompts: Sequence[Prompt], title: str, quiet: bool, whole: bool = False
+    ) -> Iterator[tuple[Prompt, list[int]]]:
+        """Each prompt with the tokens that follow it: with `whole` all of them, else up to the end of the text."""
+
+        def decode(batch: list[Prompt]) -> list[list[int]]:
+            first, tokens = batch[0], [prompt.tokens for prompt in batch]
+            with self.decoder.recalled([prompt.text for prompt in batch]):
+                return self.decoder.answers(
+                    tokens, first.new_tokens, [prompt.seed for prompt in batch], whole=whole, **first.changes
+                )
+
+        def alike(prompt: Prompt) -> tuple:
+            shared = prompt.text if self.arguments.memory_scope == "prefix" else None
+            return prompt.settings, shared
+
+        results = self.batches.run(decode, in_order(prompts), lambda prompt: prompt.length, alike)
+        yield from tqdm(results, title, total=len(prompts), disable=quiet or self.rank != 0)
+
+    def _log_likelihoods(self, pairs: Sequence[Pair], title: str, quiet: bool, adapt: bool = True) -> list[float]:
+        items, texts = [], []
+        for number, (context, continuation) in enumerate(pairs):
+            kept = continuation[-self.max_length :]
+            room = self.max_length - len(kept)
+            texts.append(context if len(context) <= room else None)
+            prompt = context[len(context) - min(room, len(context)) :]
+            items += states(number, prompt, kept, self.arguments.mc_num, self.arguments.seed)
+        items.sort(key=lambda item: (-item.length, item.prompt, item.request))
+
+        def score(batch: list[Masked]) -> list[float]:
+            with self.decoder.recalled([texts[item.request] for item in batch]) if adapt else nullcontext():
+                return log_likelihoods(
+                    self.pretrained.model,
+                    batch,
+                    self.tokenizer.mask_token_id,
+                    self.pretrained.right_shift_logits,
+                )
+
+        totals = [0.0] * len(pairs)
+        results = self.batches.run(score, items, lambda item: item.length)
+        for item, value in tqdm(results, title, total=len(items), disable=quiet or self.rank != 0):
+            totals[item.request] += value
+        return totals
+
+    def _is_greedy(self, pairs: Sequence[Pair], quiet: bool) -> list[bool]:
+        """Whether the tokens that decoding gives are those of the continuation."""
+        prompts = []
+        for number, (context, continuation) in enumerate(pairs):
+            room = max(0, self.max_length - len(continuation))
+            text = context if len(context) <= room else None
+            prompt = Prompt(
+                number, context[len(context) - min(room, len(context)) :], text, len(continuation), {}, 0, []
+            )
+            prompts.append(prompt)
+        decoded = self._answers([prompt for prompt in prompts if prompt.new_tokens], "greedy", quiet, whole=True)
+        found = {prompt.number: answer for prompt, answer in decoded}
+        return [found.get(number, []) == continuation for number, (_, continuation) in enumerate(pairs)]
+
+    def _encode(self, text: str) -> list[int]:
+        bos = self.tokenizer.bos_token
+        has_bos = bos is not None and text.startswith(bos)  # a chat template writes it into the text
+        return self.tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
+
+    def _encode_pair(self, context: str, continuation: str) -> Pair:
+        """Spaces between the two belong to the continuation, and the border is where the context alone would end."""
+        spaces = len(context) - len(context.rstrip())
+        if spaces:
+            context, continuation = context[:-spaces], context[-spaces:] + continuation
+        start = self._encode(context) if context else []
+        return start, self._encode(context + continuation)[len(start) :]
+
+    def _of_other_processes(self, texts: list[list[int]]) -> list[list[int]]:
+        if self.world_size == 1:
+            return []
+        everywhere = accelerate.utils.gather_object([texts])
+        return [text for rank, own in enumerate(everywhere) if rank != self.rank for text in own]
+
+    def _report(self) -> None:
+        if self.memory is not None:
+            _logger.info("rank %d: %s", self.rank, self.memory.tally.describe())
+
+
+def _device(name: str | None) -> torch.device:
+    """The device asked for; the CPU where lm-eval asks for a GPU that is not there."""
+    wanted = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        _logger.warning("device=%s: there is none; using the CPU", name)
+        return torch.device("cpu")
+    return wanted
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Python's, numpy's and torch's global generators go on as if nothing had been drawn."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
