@@ -43,18 +43,21 @@ class Decoder:
         settings: of the sampler. `block_size` and `steps` of the MDLM sampler default to the paper's decoding: one
             block, and as many steps as tokens.
         memory: writes or holds the fast weights; none decodes with the model as it is.
+        max_length: tokens of a prompt and its answer; what the model declares if none.
     """
 
     pretrained: Pretrained
     sampler: Literal["auto", "mdlm", "llada21"] = "auto"
     settings: dict[str, Any] = field(default_factory=dict)
     memory: PromptMemory | None = None
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
         if self.sampler == "auto":
             self.sampler = sampler_name(self.pretrained.model)
         build, self._config = SAMPLERS[self.sampler]
         self._sampler = build(self.pretrained.model, self.pretrained.tokenizer)
+        self.max_length = self.max_length or self.pretrained.model.config.max_position_embeddings
         self.config_for(1)  # a wrong setting is refused before anything is decoded
 
     def config_for(self, new_tokens: int, **changes: Any) -> MDLMSamplerConfig | LLaDA21SamplerConfig:

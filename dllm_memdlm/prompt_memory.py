@@ -51,15 +51,19 @@ class Tally:
         """Prompts that found their memory, of all that have one."""
         return self.reused / max(1, self.reused + self.written)
 
+    def failures(self) -> str:
+        """What was decoded without memory, and why; empty if nothing was."""
+        reasons = {
+            "over-long or empty": self.without,
+            "no room on the device": self.out_of_memory,
+            "not finite": self.not_finite,
+        }
+        return ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+
     def describe(self) -> str:
-        parts = [f"{self.written} written", f"{self.reused} reused (hit rate {self.hit_rate:.0%})"]
-        if self.without:
-            parts.append(f"{self.without} prompts over-long or empty, decoded without")
-        if self.out_of_memory:
-            parts.append(f"{self.out_of_memory} without room on the device, decoded without")
-        if self.not_finite:
-            parts.append(f"{self.not_finite} not finite, decoded without")
-        return "memory: " + ", ".join(parts)
+        """All of it in one line."""
+        line = f"memories: {self.written} written, {self.reused} reused (hit rate {self.hit_rate:.0%})"
+        return f"{line}; without: {self.failures()}" if self.failures() else line
 
 
 @dataclass
@@ -185,7 +189,7 @@ def shared_prefixes(prompts: Sequence[Sequence[int]]) -> list[int]:
     group: list[int] = []
     for i in order:
         if group:
-            common = min(shared[group[0]], _common(prompts[group[-1]], prompts[i]))
+            common = min(shared[group[0]], shared_length(prompts[group[-1]], prompts[i]))
             if 2 * common >= max(len(prompts[member]) for member in (*group, i)):
                 group.append(i)
                 for member in group:
@@ -195,7 +199,7 @@ def shared_prefixes(prompts: Sequence[Sequence[int]]) -> list[int]:
     return shared
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens with which both begin."""
+def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
     limit = min(len(one), len(other))
     return next((n for n in range(limit) if one[n] != other[n]), limit)

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from ..config import ConfigError, MemoryConfig, check_types, knob, require
-from ..decoding import SAMPLERS, sampler_settings
+from ..decoding import SAMPLERS, Decoder, memory_for, sampler_settings
+from ..pretrained import load_pretrained
+
+_logger = logging.getLogger("lm_eval.models.memdlm")  # lm-eval shows the messages of its own loggers only
 
 #: Fields of `MemoryConfig` that mean nothing for a prompt, or are declared below in another form.
 TRAINING_ONLY = {"enabled", "dropout", "scope", "weighting"}
@@ -68,6 +74,44 @@ class Parsed:
     sampler: dict[str, Any]  #: settings of the sampler
     memory: dict[str, Any]  #: fields of `MemoryConfig` that differ from those of training
     uses_memory: bool
+
+    def open(self, device: torch.device | None = None) -> Decoder:
+        """Load the model, with its sampler and memory, on a device or on the one of the arguments.
+
+        Raises:
+            ConfigError: something is not there, or does not fit.
+        """
+        own = self.arguments
+        pretrained = load_pretrained(
+            own.pretrained,
+            own.adapter,
+            own.tokenizer,
+            device=device or device_of(own.device),
+            dtype=own.dtype,
+            load_in_4bit=own.load_in_4bit,
+            attn_implementation=own.attn_implementation,
+            merge_adapter=own.merge_adapter,
+        )
+        memory = None
+        if self.uses_memory or own.fast_weights is not None:
+            memory = memory_for(
+                pretrained,
+                self.memory,
+                own.fast_weights,
+                seed=own.seed,
+                attention=own.memory_attention,
+                block_size=self.sampler.get("block_size", 32),
+            )
+        return Decoder(pretrained, own.sampler, self.sampler, memory, own.max_length)
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device asked for; the CPU where a GPU is asked for, as lm-eval does by default, that is not there."""
+    wanted = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        _logger.warning("device=%s: there is none; using the CPU", name)
+        return torch.device("cpu")
+    return wanted
 
 
 def parse(values: dict[str, Any]) -> Parsed:

@@ -21,9 +21,6 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
-from ..decoding import Decoder, memory_for
-from ..pretrained import load_pretrained
-from ..prompt_memory import PromptMemory
 from .arguments import parse
 from .batching import Batches
 from .generation import Prompt, cut, in_order, read_prompts, share_prefixes
@@ -51,30 +48,10 @@ class MemDLMEvalLM(LM):
         arguments = self.arguments = parsed.arguments
         state = accelerate.PartialState(cpu=not torch.cuda.is_available())
         self._rank, self._world_size = state.process_index, state.num_processes
-        self._device = state.device if self._world_size > 1 else _device(arguments.device)
-        self.pretrained = load_pretrained(
-            arguments.pretrained,
-            arguments.adapter,
-            arguments.tokenizer,
-            device=self._device,
-            dtype=arguments.dtype,
-            load_in_4bit=arguments.load_in_4bit,
-            attn_implementation=arguments.attn_implementation,
-            merge_adapter=arguments.merge_adapter,
-        )
-        self.tokenizer = self.pretrained.tokenizer
-        self.memory: PromptMemory | None = None
-        if parsed.uses_memory or arguments.fast_weights is not None:
-            self.memory = memory_for(
-                self.pretrained,
-                parsed.memory,
-                arguments.fast_weights,
-                seed=arguments.seed,
-                attention=arguments.memory_attention,
-                block_size=parsed.sampler.get("block_size", 32),
-            )
-        self.decoder = Decoder(self.pretrained, arguments.sampler, parsed.sampler, self.memory)
-        self.max_length = arguments.max_length or self.pretrained.model.config.max_position_embeddings
+        self.decoder = parsed.open(state.device if self._world_size > 1 else None)
+        self.pretrained, self.memory = self.decoder.pretrained, self.decoder.memory
+        self.tokenizer, self.max_length = self.pretrained.tokenizer, self.decoder.max_length
+        self._device = next(self.pretrained.model.parameters()).device
         self.batches = Batches(arguments.batch_size, arguments.max_batch_size, self._device)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -247,15 +224,6 @@ class MemDLMEvalLM(LM):
     def _report(self) -> None:
         if self.memory is not None:
             _logger.info("rank %d: %s", self.rank, self.memory.tally.describe())
-
-
-def _device(name: str | None) -> torch.device:
-    """The device asked for; the CPU where lm-eval asks for a GPU that is not there."""
-    wanted = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if wanted.type == "cuda" and not torch.cuda.is_available():
-        _logger.warning("device=%s: there is none; using the CPU", name)
-        return torch.device("cpu")
-    return wanted
 
 
 @contextmanager

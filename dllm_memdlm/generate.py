@@ -1,0 +1,162 @@
+"""Ask a trained model about a document, and watch it unmask the answer.
+
+python -m dllm_memdlm.generate --model runs/mine --prompt-file doc.txt --question "Who wrote it?" --memory
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from .config import ConfigError
+from .launch import work_offline_without_hub
+
+#: Ends a chat, beside the end of the input.
+GOODBYE = ("/exit", "/quit")
+
+
+def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. Exits with 2 where it makes no sense."""
+    parser = argparse.ArgumentParser(prog="memdlm-generate", description="Ask a model about a document.")
+    parser.add_argument("--model", required=True, metavar="DIR", help="a run's folder, a hub name, or an adapter")
+    parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter for the model")
+    parser.add_argument("--prompt-file", metavar="FILE", help="the document; - reads it from the standard input")
+    parser.add_argument("--question", metavar="TEXT", help="what to ask")
+    parser.add_argument("--chat", action="store_true", help="keep asking: a question a line, until the input ends")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="of an answer (default: 128)")
+    memory = parser.add_argument_group("memory")
+    memory.add_argument("--memory", action="store_true", help="adapt to the document before answering")
+    either = memory.add_mutually_exclusive_group()
+    either.add_argument("--save-memory", metavar="FILE", help="adapt, and keep the fast weights (.safetensors)")
+    either.add_argument("--load-memory", metavar="FILE", help="use what --save-memory kept; nothing is adapted")
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="name=value",
+        help="settings of the sampler (temperature=0.7 steps=64), of the memory (memory_inner_lr=0.05), and dtype, "
+        "device, seed, max_length: the names that lm_eval --model memdlm takes",
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_intermixed_args(argv)
+    if args.question is None and not args.chat:
+        parser.error("nothing to ask: give --question or --chat")
+    if args.chat and args.prompt_file == "-":
+        parser.error("--chat reads the questions from the standard input: --prompt-file cannot be -")
+    if args.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens {args.max_new_tokens}: expected at least 1")
+    if args.save_memory and args.prompt_file is None and args.question is None:
+        parser.error("--save-memory: nothing to remember; give --prompt-file or --question")
+    if args.memory and args.load_memory:
+        parser.error("--memory adapts, --load-memory uses what was kept: give one of them")
+    return args
+
+
+def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The command line as arguments of the lm-eval model, which share their names and checks."""
+    values: dict[str, Any] = {"pretrained": args.model, "adapter": args.adapter, "fast_weights": args.load_memory}
+    for setting in args.settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"{setting!r}: expected name=value, such as temperature=0.7")
+        values[name] = yaml.safe_load(value)
+    if args.memory or args.save_memory:
+        values["memory"] = True
+    return values
+
+
+def read_document(path: str | None) -> str:
+    """The document, or nothing. Raises ConfigError if it cannot be read."""
+    if path is None:
+        return ""
+    try:
+        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--prompt-file {path}: {getattr(error, 'strerror', None) or 'not a text in UTF-8'}"
+        ) from None
+
+
+def questions(args: argparse.Namespace, console: Console) -> Iterator[str]:
+    """What is asked, one after the other."""
+    if args.question is not None:
+        yield args.question
+    while args.chat:
+        try:
+            line = console.input("[bold]› [/bold]") if sys.stdin.isatty() else input()
+        except EOFError:
+            return
+        if line.strip() in GOODBYE:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def answer(conversation: Any, question: str, out: Console) -> None:
+    """Decode an answer: on a terminal as it is unmasked, otherwise as plain text once it is there."""
+    if not out.is_terminal:
+        for _ in conversation.ask(question):
+            pass
+        out.print(conversation.turns[-1][1], markup=False, highlight=False, soft_wrap=True)
+        return
+    started = time.perf_counter()
+    with Live(console=out, refresh_per_second=20) as live:
+        for progress in conversation.ask(question):
+            text = Text(conversation.text_of(progress.tokens, mask="░"))
+            text.highlight_regex("░+", "dim")
+            live.update(text)
+        live.update(Text(conversation.turns[-1][1]))
+    out.print(f"{progress.steps} steps, {time.perf_counter() - started:.1f} s", style="dim", highlight=False)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load, adapt if asked to, and answer. Raises ConfigError for what the user can correct."""
+    work_offline_without_hub()
+    # Here, not above: transformers looks at the offline switch when it is imported.
+    from .conversation import Conversation
+    from .evaluation.arguments import parse
+    from .prompt_memory import save_snapshot
+
+    document = read_document(args.prompt_file)
+    parsed = parse(model_arguments(args))
+    notes, out = Console(stderr=True, highlight=False), Console()
+    with notes.status("loading"):
+        decoder = parsed.open()
+    conversation = Conversation(decoder, document, args.max_new_tokens, parsed.arguments.seed)
+    if args.save_memory:
+        text = conversation.memory_text(args.question or "")
+        fast_weights = decoder.memory.recall([text])
+        config = decoder.memory.memory.config
+        save_snapshot(args.save_memory, fast_weights, decoder.pretrained.name, config, text)
+        notes.print(f"memory of {len(text)} tokens saved to {args.save_memory}", soft_wrap=True)
+    for question in questions(args, out):
+        answer(conversation, question, out)
+    if decoder.memory is not None and (lost := decoder.memory.tally.failures()):
+        notes.print(f"without memory: {lost}", style="yellow")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `memdlm-generate`. Returns 2 after one line about what the user can correct."""
+    args = arguments_of(argv)
+    try:
+        run(args)
+    except ConfigError as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
