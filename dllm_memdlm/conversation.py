@@ -48,11 +48,11 @@ class Conversation:
             ConfigError: the prompt is too long, or a chat goes on without a chat template.
         """
         prompt = self._encode(question)
-        longest = self.decoder.max_length - self.new_tokens
-        if len(prompt) > longest:
+        length = len(prompt) + self.new_tokens
+        if length > self.decoder.max_length:
             raise ConfigError(
-                f"prompt of {len(prompt)} tokens: expected at most {longest}, which leaves {self.new_tokens} for the "
-                f"answer; max_length={len(prompt) + self.new_tokens} goes beyond what the model declares"
+                f"prompt of {len(prompt)} tokens and answer of {self.new_tokens}: expected at most "
+                f"{self.decoder.max_length} together; max_length={length} tries it all the same"
             )
         tokens: list[int] = []
         with self.decoder.recalled([self.memory_text(question)]):
