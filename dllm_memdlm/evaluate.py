@@ -8,21 +8,26 @@ from __future__ import annotations
 import importlib.util
 import sys
 
+from .config import ConfigError
 from .evaluation import plugin
 from .launch import work_offline_without_hub
 
 
 def main() -> int:
-    """Entry point of `memdlm-evaluate`. Returns 2 where lm-eval is missing; else lm-eval reads `sys.argv`."""
+    """Entry point of `memdlm-evaluate`; lm-eval reads `sys.argv`. Returns 2 after one line about what to correct."""
     if importlib.util.find_spec("lm_eval") is None:
-        print("error: lm_eval is not installed: pip install 'dllm-memdlm[eval]'", file=sys.stderr)
+        print("error: lm_eval is not installed: pip install 'lm_eval[ruler]==0.4.13'", file=sys.stderr)
         return 2
     work_offline_without_hub()
     plugin.install()  # torch has done so already, unless TORCH_DEVICE_BACKEND_AUTOLOAD=0
     # Here, not above: datasets looks at the offline switch when it is imported.
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -325,5 +325,14 @@ def test_without_lm_eval_our_command_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "work_offline_without_hub", lambda: pytest.fail("asked the hub"))
     finders = list(sys.meta_path)
     assert evaluate.main() == 2
-    assert capsys.readouterr() == ("", "error: lm_eval is not installed: pip install 'dllm-memdlm[eval]'\n")
+    assert capsys.readouterr() == ("", "error: lm_eval is not installed: pip install 'lm_eval[ruler]==0.4.13'\n")
     assert sys.meta_path == finders
+
+
+@needs_lm_eval
+def test_a_wrong_model_argument_is_one_line(tmp_path):
+    arguments = ("--model", "memdlm", "--model_args", "pretrained=nowhere,memry=true", "--tasks", "arc_easy")
+    done = run("-m", "dllm_memdlm.evaluate", *arguments, paths=(ROOT,), HF_HUB_OFFLINE="1")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: unknown model argument 'memry'; did you mean memory?"
+    assert "Traceback" not in done.stderr

@@ -120,6 +120,7 @@ def parse(values: dict[str, Any]) -> Parsed:
     Raises:
         ConfigError: an argument that does not exist; or as `EvalArguments`.
     """
+    values = {name: _plain(value) for name, value in values.items()}
     own = {f.name for f in dataclasses.fields(EvalArguments)}
     samplers = set().union(*(sampler_settings(name) for name in SAMPLERS))
     memory = {f"memory_{f.name}": f for f in dataclasses.fields(MemoryConfig) if f.name not in TRAINING_ONLY}
@@ -130,19 +131,25 @@ def parse(values: dict[str, Any]) -> Parsed:
             advice = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
             raise ConfigError(f"unknown model argument {name!r}; {advice}")
     arguments = EvalArguments(**{k: v for k, v in values.items() if k in own})
-    changes = {name.removeprefix("memory_"): _as_list(v) for name, v in values.items() if name in memory}
+    changes = {name.removeprefix("memory_"): v for name, v in values.items() if name in memory}
     wanted = arguments.memory if arguments.memory is not None else bool(changes)
     if wanted and arguments.fast_weights:
         raise ConfigError("model_args.fast_weights: a saved memory brings its settings along; give no memory_ setting")
     if arguments.memory_scope != "prompt" and not wanted:
         raise ConfigError(f"model_args.memory_scope={arguments.memory_scope!r}: expected memory=true beside it")
-    settings = {k: _as_list(v) for k, v in values.items() if k in samplers}
+    settings = {k: v for k, v in values.items() if k in samplers}
     return Parsed(arguments, settings, changes, wanted)
 
 
-def _as_list(value: Any) -> Any:
-    """`[a;b]` as a list, as commas separate arguments; anything else as it is."""
-    if not (isinstance(value, str) and value.startswith("[") and value.endswith("]")):
+def _plain(value: Any) -> Any:
+    """A value as it was meant: lm-eval leaves `none` and lists of words as text, and makes 1e3 and -3 floats."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, str):
         return value
-    parts = [part.strip() for part in value[1:-1].split(";") if part.strip()]
-    return [int(part) if part.lstrip("-").isdigit() else part for part in parts]
+    if value.lower() == "none":
+        return None
+    if value.startswith("[") and value.endswith("]"):
+        parts = [part.strip() for part in value[1:-1].replace(";", ",").split(",") if part.strip()]
+        return [int(part) if part.lstrip("-").isdigit() else part for part in parts]
+    return value
