@@ -22,6 +22,9 @@ SAMPLERS = {"mdlm": (MDLMSampler, MDLMSamplerConfig), "llada21": (LLaDA21Sampler
 #: What the number of new tokens decides for each prompt; the rest of a sampler's settings are the user's.
 PER_PROMPT = {"max_new_tokens", "max_length", "return_dict", "right_shift_logits"}
 
+#: Settings of the MDLM sampler that are the number of new tokens unless they are given: the paper's decoding.
+ONE_BLOCK = ("block_size", "steps")
+
 
 def sampler_name(model: Any) -> str:
     """The sampler that a model was made for: block diffusion for LLaDA2.1, low-confidence remasking for the others."""
@@ -65,7 +68,7 @@ class Decoder:
         chosen = {"max_new_tokens": new_tokens, **self.settings, **changes}
         if self.sampler == "mdlm":
             shift = self.pretrained.right_shift_logits
-            chosen = {"block_size": new_tokens, "steps": new_tokens, "right_shift_logits": shift, **chosen}
+            chosen = {**dict.fromkeys(ONE_BLOCK, new_tokens), "right_shift_logits": shift, **chosen}
         unknown = chosen.keys() - {f.name for f in fields(self._config)}
         if unknown:
             known = ", ".join(sorted(sampler_settings(self.sampler)))

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,9 @@ def find_recipe(name: str) -> Path:
     raise FileNotFoundError(f"no recipe {name!r}; in {RECIPE_FOLDER}: {known or 'none (run the demo from a checkout)'}")
 
 
-def train_command(recipe: Path, run_dir: Path, steps: int | None) -> list[str]:
-    """The command line that trains one recipe into `run_dir`."""
-    overrides = [f"training.output_dir={run_dir}"]
+def train_command(recipe: Path, run_dir: Path, steps: int | None, settings: Sequence[str] = ()) -> list[str]:
+    """The command line that trains one recipe into `run_dir`, with settings that differ."""
+    overrides = [f"training.output_dir={run_dir}", *settings]
     if steps is not None:
         overrides.append(f"training.max_steps={steps}")
     return [sys.executable, *LAUNCH, "-m", "dllm_memdlm.train", str(recipe), *overrides]
@@ -58,7 +59,7 @@ def wanted_steps(recipe: Path, steps: int | None) -> int | None:
     return in_recipe if in_recipe > 0 else None
 
 
-def train(recipe: Path, run_dir: Path, steps: int | None, console: Console) -> None:
+def train(recipe: Path, run_dir: Path, steps: int | None, console: Console, settings: Sequence[str] = ()) -> None:
     """Train one recipe, its output going straight to ours.
 
     Raises:
@@ -66,7 +67,7 @@ def train(recipe: Path, run_dir: Path, steps: int | None, console: Console) -> N
     """
     # A run that is cut short must not be taken for the finished one it replaces
     (run_dir / "trainer_state.json").unlink(missing_ok=True)
-    command = train_command(recipe, run_dir, steps)
+    command = train_command(recipe, run_dir, steps, settings)
     console.print(f"\n$ {' '.join(command)}", style="bold", soft_wrap=True)
     subprocess.run(command, check=True)
 

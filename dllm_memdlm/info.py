@@ -1,4 +1,4 @@
-"""What is installed here and which settings exist: `python -m dllm_memdlm.info [--keys]`."""
+"""What is installed here and which settings exist: `python -m dllm_memdlm.info [--keys | --arguments]`."""
 
 from __future__ import annotations
 
@@ -37,13 +37,26 @@ class Key(NamedTuple):
 
 def recipe_keys() -> list[Key]:
     """Every key of the sections in SECTIONS, in the order of declaration."""
-    keys = []
-    for section, config in SECTIONS.items():
-        hints = typing.get_type_hints(config)
-        for field in dataclasses.fields(config):
-            help_text = field.metadata["help"]
-            keys.append(Key(f"{section}.{field.name}", describe_type(hints[field.name]), _default(field), help_text))
-    return keys
+    return [key for section, config in SECTIONS.items() for key in _keys(f"{section}.", config)]
+
+
+def model_arguments() -> list[Key]:
+    """What `lm_eval --model memdlm --model_args` takes, and `memdlm-generate` as name=value."""
+    from .decoding import ONE_BLOCK, SAMPLERS, sampler_settings  # imports torch and transformers
+    from .evaluation.arguments import TRAINING_ONLY, EvalArguments
+
+    keys = _keys("", EvalArguments)
+    for name, (_, config) in SAMPLERS.items():
+        for key in _keys("", config, sampler_settings(name)):
+            default = "tokens of the answer" if name == "mdlm" and key.name in ONE_BLOCK else key.default
+            keys.append(key._replace(default=default, help=f"{name}: {key.help}"))
+    return keys + _keys("memory_", MemoryConfig, {f.name for f in dataclasses.fields(MemoryConfig)} - TRAINING_ONLY)
+
+
+def _keys(prefix: str, config: type, among: set[str] | None = None) -> list[Key]:
+    hints = typing.get_type_hints(config)
+    fields = [f for f in dataclasses.fields(config) if among is None or f.name in among]
+    return [Key(prefix + f.name, describe_type(hints[f.name]), _default(f), f.metadata["help"]) for f in fields]
 
 
 def _default(field: dataclasses.Field) -> str:
@@ -77,14 +90,15 @@ def devices() -> list[str]:
     return [*lines, f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"]
 
 
-def keys_table(keys: list[Key]) -> Table:
+def keys_table(keys: list[Key], title: str = "Recipe keys") -> Table:
     """The keys as a table, a line between sections."""
-    table = Table(title="Recipe keys")
+    table = Table(title=title)
     table.add_column("key", no_wrap=True)  # to be copied into a recipe, so never cut
     for name in ("type", "default", "meaning"):
         table.add_column(name)
     for i, key in enumerate(keys):
-        ends_section = i + 1 < len(keys) and keys[i + 1].name.split(".")[0] != key.name.split(".")[0]
+        section, _, _ = key.name.rpartition(".")
+        ends_section = i + 1 < len(keys) and keys[i + 1].name.rpartition(".")[0] != section
         table.add_row(*key, end_section=ends_section)
     return table
 
@@ -93,9 +107,14 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of `memdlm-info`."""
     parser = argparse.ArgumentParser(prog="memdlm-info", description="Show versions, devices and recipe keys.")
     parser.add_argument("--keys", action="store_true", help="list every key a recipe can set, with its default")
+    parser.add_argument("--arguments", action="store_true", help="list what lm_eval's --model_args can set")
     # `markup=False`: brackets in help texts, such as "in [0, 1]", are text
     console = Console(markup=False, highlight=False)
-    if parser.parse_args(argv).keys:
+    args = parser.parse_args(argv)
+    if args.arguments:
+        console.print(keys_table(model_arguments(), "Arguments of lm_eval --model memdlm, and of memdlm-generate"))
+        return 0
+    if args.keys:
         console.print(keys_table(recipe_keys()))
         console.print("The `training` section takes the fields of dllm_memdlm.trainer.MemDLMConfig, documented there.")
         return 0

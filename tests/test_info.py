@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from dllm_memdlm import info
-from dllm_memdlm.config import DataConfig, LoraConfig, MemoryConfig, ModelConfig
+from dllm_memdlm.config import ConfigError, DataConfig, LoraConfig, MemoryConfig, ModelConfig
 from dllm_memdlm.dllm_api import describe
+from dllm_memdlm.evaluation.arguments import parse
 
 
 def test_every_setting_is_a_key():
@@ -63,3 +64,14 @@ def test_info_tells_versions_seam_and_devices(capsys):
     assert metadata.version("transformers") in out
     assert describe() in out
     assert info.devices()[-1] in out
+
+
+def test_arguments_are_those_the_evaluation_takes(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    assert info.main(["--arguments"]) == 0
+    out = capsys.readouterr().out
+    names = [key.name for key in info.model_arguments()]
+    assert [name for name in names if name not in out] == []
+    with pytest.raises(ConfigError) as refusal:
+        parse({"zzzzzzzz": 1})
+    assert set(str(refusal.value).partition("known: ")[2].split(", ")) == set(names)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backbones.cache import CanvasCache, block_causal
-from ..config import check_types, require
+from ..config import check_types, knob, require
 from ..dllm_api import BaseSamplerConfig
 from .base import CanvasSampler, RowNoise, settings_of
 
@@ -27,18 +27,18 @@ PREFILL = 1024
 class LLaDA21SamplerConfig(BaseSamplerConfig):
     """Settings, with dllm's names and defaults; the last one is ours, and does not change the tokens."""
 
-    max_new_tokens: int | None = 128
-    max_length: int | None = None  #: of prompt and answer, where max_new_tokens is none
-    block_size: int = 32
-    temperature: float = 0.0
-    top_p: float | None = None
-    top_k: int | None = None
-    threshold: float = 0.95  #: masks are committed above this confidence, and at least `num_to_transfer` of them
-    editing_threshold: float = 0.9  #: committed tokens give way to another one above this confidence
-    max_post_steps: int = 16  #: steps of editing alone, once a block has no mask left
-    num_to_transfer: int = 1
-    eos_early_stop: bool = False  #: stop after the block in which the text ends
-    use_cache: bool = True  #: keep keys and values of finished blocks
+    max_new_tokens: int | None = knob(128, "of an answer")
+    max_length: int | None = knob(None, "of prompt and answer together, where max_new_tokens is none")
+    block_size: int = knob(32, "tokens that see each other; blocks are finished one after the other")
+    temperature: float = knob(0.0, "0 takes the likeliest token")
+    top_p: float | None = knob(None, "sample among the likeliest tokens that hold this probability")
+    top_k: int | None = knob(None, "sample among this many of the likeliest tokens")
+    threshold: float = knob(0.95, "masks are committed above this confidence, and at least num_to_transfer of them")
+    editing_threshold: float = knob(0.9, "committed tokens give way to another one above this confidence")
+    max_post_steps: int = knob(16, "steps of editing alone, once a block has no mask left")
+    num_to_transfer: int = knob(1, "the fewest masks that a step commits")
+    eos_early_stop: bool = knob(False, "stop after the block in which the text ends")
+    use_cache: bool = knob(True, "keep keys and values of finished blocks; the same tokens without")
 
     def __post_init__(self) -> None:
         check_types(self, "sampler")

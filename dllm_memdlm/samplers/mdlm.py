@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backbones.cache import CanvasCache
-from ..config import check_types, require
+from ..config import check_types, knob, require
 from ..dllm_api import BaseSamplerConfig, BaseSamplerOutput
 from ..losses import positions_of
 from .base import CanvasSampler, RowNoise, settings_of
@@ -26,22 +26,24 @@ from .base import CanvasSampler, RowNoise, settings_of
 class MDLMSamplerConfig(BaseSamplerConfig):
     """Settings, with dllm's names and defaults; the last two are ours, and change the tokens."""
 
-    max_new_tokens: int | None = 128
-    max_length: int | None = None  #: of prompt and answer, where max_new_tokens is none
-    block_size: int | None = 128  #: blocks are finished one after the other; none is one block
-    steps: int = 128  #: of all blocks together
-    temperature: float = 0.0
-    remasking: Literal["low_confidence", "random"] = "low_confidence"
-    stochastic_transfer: bool = False  #: draw how many tokens a step commits
-    cfg_scale: float = 0.0  #: classifier-free guidance; costs a second forward pass
-    cfg_keep_tokens: list[int] | None = None
-    suppress_tokens: list[int] | None = None  #: never chosen
-    begin_suppress_tokens: list[int] | None = None  #: of no confidence, so chosen last
-    right_shift_logits: bool = False  #: logits at position i predict token i + 1
-    #: Keep keys and values of all but the current block (dual), or of what stands before it (prefix), from the block's
-    #: first step on. An approximation: with bidirectional attention they change in every step.
-    cache: Literal["none", "prefix", "dual"] = "none"
-    threshold: float | None = None  #: commit every token of more confidence, and at least one, instead of `steps`
+    max_new_tokens: int | None = knob(128, "of an answer")
+    max_length: int | None = knob(None, "of prompt and answer together, where max_new_tokens is none")
+    block_size: int | None = knob(128, "blocks are finished one after the other; none is one block")
+    steps: int = knob(128, "of all blocks together")
+    temperature: float = knob(0.0, "0 takes the likeliest token")
+    remasking: Literal["low_confidence", "random"] = knob("low_confidence", "which tokens are committed last")
+    stochastic_transfer: bool = knob(False, "draw how many tokens a step commits")
+    cfg_scale: float = knob(0.0, "classifier-free guidance; costs a second forward pass")
+    cfg_keep_tokens: list[int] | None = knob(None, "tokens of the prompt that guidance does not hide")
+    suppress_tokens: list[int] | None = knob(None, "never chosen")
+    begin_suppress_tokens: list[int] | None = knob(None, "of no confidence, so committed last")
+    right_shift_logits: bool = knob(False, "logits at position i predict token i + 1")
+    cache: Literal["none", "prefix", "dual"] = knob(
+        "none",
+        "keep keys and values of what stands before the current block (prefix), or of all but it (dual), from the "
+        "block's first step on: an approximation, as with bidirectional attention they change in every step",
+    )
+    threshold: float | None = knob(None, "commit every token of more confidence, and at least one, whatever steps says")
 
     def __post_init__(self) -> None:
         check_types(self, "sampler")
