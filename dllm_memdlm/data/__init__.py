@@ -2,6 +2,7 @@
 
 from dllm_memdlm.data.examples import Counts, Examples, load_examples, training_texts
 from dllm_memdlm.data.formats import FORMATS, Format, choose_format
+from dllm_memdlm.data.needle import Needles, needle_examples
 from dllm_memdlm.data.sources import load_rows
 from dllm_memdlm.data.tokenizer import load_tokenizer, tokenizer_for, train_tokenizer
 
@@ -10,10 +11,12 @@ __all__ = [
     "Counts",
     "Examples",
     "Format",
+    "Needles",
     "choose_format",
     "load_examples",
     "load_rows",
     "load_tokenizer",
+    "needle_examples",
     "tokenizer_for",
     "train_tokenizer",
     "training_texts",

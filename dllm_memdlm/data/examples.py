@@ -12,14 +12,14 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from dllm_memdlm.config import ConfigError, DataConfig
-from dllm_memdlm.data import formats
+from dllm_memdlm.data import formats, needle
 from dllm_memdlm.data.formats import Messages, Row, choose_format
 from dllm_memdlm.data.sources import load_rows
 
 IGNORED = -100
 
 # `datasets` keys its cache by a function's name alone: without this text, an edited format would serve old examples.
-_CODE = Path(__file__).read_text(encoding="utf-8") + inspect.getsource(formats)
+_CODE = Path(__file__).read_text(encoding="utf-8") + inspect.getsource(formats) + inspect.getsource(needle)
 
 
 class Counts(NamedTuple):

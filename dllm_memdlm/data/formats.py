@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from dllm_memdlm.config import ConfigError, DataConfig
+from dllm_memdlm.data.needle import Row, check_needles, plant, sentences_of
 
-Row = Mapping[str, Any]
 Messages = list[dict[str, str]]
 
 # HotpotQA's fields that hold pairs, and what the hub's form calls the two halves of a pair
@@ -19,6 +20,7 @@ class Format(NamedTuple):
 
     fields: Callable[[DataConfig], tuple[str, ...]]
     to_messages: Callable[[Row, DataConfig], Messages]
+    auto: bool = True  #: whether `auto` may choose it
 
 
 def instruction(row: Row, config: DataConfig) -> Messages:
@@ -69,6 +71,21 @@ def hotpotqa(row: Row, config: DataConfig) -> Messages:
     return _chat(prompt, "\n".join([*quotes, f"Answer: {_text(row['answer'])}"]))
 
 
+def needle(row: Row, config: DataConfig) -> Messages:
+    """Keys and values planted in the sentences of a HotpotQA row, all of them asked for (see data/needle.py).
+
+    Of the lengths in `needle_words` each row takes one, the same one always.
+
+    Raises:
+        ConfigError: the lengths have no room for `needle_count` needles.
+    """
+    check_needles(config.needle_words, config.needle_count)
+    haystack = sentences_of(row)
+    words = random.Random(f"length {haystack}").choice(config.needle_words)
+    example = plant(haystack, words, config.needle_count)
+    return _chat(example.prompt, example.response)
+
+
 def pairs_to_columns(row: Row) -> Row:
     """HotpotQA's released rows in the form of the hub's, any other row as it is.
 
@@ -84,11 +101,12 @@ def pairs_to_columns(row: Row) -> Row:
     return {**row, **columns}
 
 
-# `auto` takes the first of which the rows have every field.
+# `auto` takes the first of those it may choose of which the rows have every field.
 FORMATS: dict[str, Format] = {
     "messages": Format(lambda c: (c.messages_field,), messages),
     "hotpotqa": Format(lambda c: ("question", "answer", "context", "supporting_facts"), hotpotqa),
     "instruction": Format(lambda c: (c.instruction_field, c.output_field), instruction),
+    "needle": Format(lambda c: ("context",), needle, auto=False),
 }
 
 
@@ -99,7 +117,8 @@ def choose_format(config: DataConfig, columns: Iterable[str]) -> Format:
         ConfigError: the columns lack a field of the format, or fit none.
     """
     columns = set(columns)
-    names = FORMATS if config.format == "auto" else (config.format,)
+    automatic = [name for name, known in FORMATS.items() if known.auto]
+    names = automatic if config.format == "auto" else [config.format]
     for name in names:
         if columns.issuperset(FORMATS[name].fields(config)):
             return FORMATS[name]
