@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from .backbones import LLaDA2MoeModelLM, staged_backbone
-from .config import ConfigError
+from .config import ConfigError, require
 from .memory import ParametricMemory
 from .pretrained import Pretrained
 from .prompt_memory import PromptMemory, Text, at_inference, load_snapshot
@@ -24,6 +24,9 @@ PER_PROMPT = {"max_new_tokens", "max_length", "return_dict", "right_shift_logits
 
 #: Settings of the MDLM sampler that are the number of new tokens unless they are given: the paper's decoding.
 ONE_BLOCK = ("block_size", "steps")
+
+#: Settings that name tokens.
+TOKEN_LISTS = {"suppress_tokens", "begin_suppress_tokens", "cfg_keep_tokens"}
 
 
 def sampler_name(model: Any) -> str:
@@ -73,11 +76,19 @@ class Decoder:
         if unknown:
             known = ", ".join(sorted(sampler_settings(self.sampler)))
             raise ConfigError(f"{sorted(unknown)[0]}: not a setting of the {self.sampler} sampler; known: {known}")
-        return self._config(**chosen)
+        config = self._config(**chosen)
+        vocabulary = self.pretrained.model.config.vocab_size
+        for name in TOKEN_LISTS & chosen.keys():
+            for token in getattr(config, name) or ():
+                accepted = f"tokens below the vocabulary's size, {vocabulary}"
+                require("sampler", config, name, 0 <= token < vocabulary, accepted)
+        return config
 
-    def recalled(self, texts: Sequence[Text | None]) -> AbstractContextManager[None]:
-        """The model with the memory of these texts in place, if there is a memory."""
-        return nullcontext() if self.memory is None else self.memory.recalled(texts)
+    def recalled(
+        self, texts: Sequence[Text | None], counted: Sequence[bool] | None = None
+    ) -> AbstractContextManager[None]:
+        """The model with the memory of these texts in place, if there is a memory. See `PromptMemory.recall`."""
+        return nullcontext() if self.memory is None else self.memory.recalled(texts, counted)
 
     def stream(
         self, prompts: Sequence[Text], new_tokens: int, seeds: Sequence[int] | None = None, **changes: Any
@@ -95,8 +106,10 @@ class Decoder:
         **changes: Any,
     ) -> list[list[int]]:
         """The tokens that follow each prompt: all of them, or up to the end of the text or of the turn."""
-        canvas = self._sampler.sample(prompts, self.config_for(new_tokens, **changes), seeds)
         tokenizer = self.pretrained.tokenizer
+        if self.pretrained.right_shift_logits:  # the first token is predicted from what stands before it
+            prompts = [prompt if len(prompt) else [tokenizer.bos_token_id] for prompt in prompts]
+        canvas = self._sampler.sample(prompts, self.config_for(new_tokens, **changes), seeds)
         ends = () if whole else (tokenizer.eos_token_id, tokenizer.eot_token_id)
         return completions(canvas, [len(prompt) for prompt in prompts], new_tokens, ends)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import peft
 import torch
 import yaml
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -56,6 +58,8 @@ def load_pretrained(
     Raises:
         ConfigError: something is not there, or does not fit; the message begins with the argument's name.
     """
+    if merge_adapter and load_in_4bit:
+        raise ConfigError("merge_adapter=True: expected false with load_in_4bit; packed weights take no sum")
     if adapter is None and _is_adapter(pretrained):
         adapter, pretrained = pretrained, _base_of(pretrained)
     folders = [name for name in (adapter, pretrained) if name is not None]
@@ -71,18 +75,19 @@ def load_pretrained(
         loaded = load_tokenizer(tokenizer, f"tokenizer={tokenizer!r}")
         model = load_model(model_config, config)
     except ConfigError as error:
-        raise ConfigError(str(error).replace("model.path=", "pretrained=").removeprefix("model.")) from None
+        raise ConfigError(_named(str(error), pretrained)) from None
     if adapter is not None:
-        model = _with_adapter(model, adapter, merge_adapter and not load_in_4bit)
+        model = _with_adapter(model, adapter, merge_adapter)
     if not load_in_4bit:  # those are put in place as they are loaded
         model = model.to(device)
-    recipe = _recipe_beside(folders)
+    memory, right_shift_logits = _settings_beside(folders)
+    name = adapter or pretrained
     return Pretrained(
-        name=adapter or pretrained,
+        name=os.path.realpath(name) if os.path.isdir(name) else name,
         model=model.eval().requires_grad_(False),
         tokenizer=loaded,
-        memory=MemoryConfig(**recipe.get("memory", {})),
-        right_shift_logits=recipe.get("training", {}).get("right_shift_logits", False),
+        memory=memory,
+        right_shift_logits=right_shift_logits,
     )
 
 
@@ -92,7 +97,10 @@ def _is_adapter(name: str) -> bool:
 
 
 def _base_of(adapter: str) -> str:
-    base = json.loads((Path(adapter) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    try:
+        base = json.loads((Path(adapter) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:  # not JSON, or not a mapping
+        raise ConfigError(f"pretrained={adapter!r}: no readable adapter_config.json ({_one_line(error)})") from None
     if not base:
         raise ConfigError(
             f"pretrained={adapter!r}: an adapter that does not name its base; give pretrained=BASE,adapter={adapter}"
@@ -102,16 +110,40 @@ def _base_of(adapter: str) -> str:
 
 def _with_adapter(model: nn.Module, adapter: str, merge: bool) -> nn.Module:
     try:
-        model = peft.PeftModel.from_pretrained(model, adapter)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:  # not there; not an adapter; for another model
-        raise ConfigError(f"adapter={adapter!r}: {' '.join(str(error).split())[:300]}") from error
+        with warnings.catch_warnings():  # PEFT's, of missing keys, which are an error here
+            warnings.simplefilter("ignore", UserWarning)
+            model = peft.PeftModel.from_pretrained(model, adapter)
+        saved = peft.load_peft_weights(adapter, device="cpu")
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise ConfigError(f"adapter={adapter!r}: no adapter for this model ({_one_line(error)})") from error
+    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    odd = sorted(name for name in own.keys() ^ saved.keys() if "lora_" in name)
+    if odd:
+        where = "the adapter" if odd[0] in saved else "the model"
+        raise ConfigError(f"adapter={adapter!r}: made for another model; {odd[0]} is in {where} only")
     return model.merge_and_unload() if merge else model
 
 
-def _recipe_beside(folders: list[str]) -> dict[str, Any]:
-    """The first recipe.yaml in the folders, as plain values."""
-    for folder in folders:
-        path = Path(folder) / FILE_NAME
-        if path.is_file():
-            return yaml.safe_load(path.read_text(encoding="utf-8"))
-    return {}
+def _settings_beside(folders: list[str]) -> tuple[MemoryConfig, bool]:
+    """The memory and whether logits are shifted, of the first recipe.yaml in the folders."""
+    path = next((path for folder in folders if (path := Path(folder) / FILE_NAME).is_file()), None)
+    if path is None:
+        return MemoryConfig(), False
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        memory, training = ({**(recipe.get(section) or {})} for section in ("memory", "training"))
+        return MemoryConfig(**memory), bool(training.get("right_shift_logits", False))
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not a recipe of this version ({_one_line(error)})") from None
+
+
+def _named(message: str, pretrained: str) -> str:
+    """A message about a recipe's key, in terms of the arguments here."""
+    if message.startswith("model.architecture="):
+        return f"pretrained={pretrained!r}: {message.removeprefix('model.')}"
+    message = message.replace("set model.tokenizer to it", "give tokenizer=FOLDER")
+    return message.replace("model.path=", "pretrained=").removeprefix("model.")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

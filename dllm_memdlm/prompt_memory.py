@@ -89,16 +89,17 @@ class PromptMemory:
     _kept: dict[bytes, FastWeights] = field(default_factory=dict, repr=False)
 
     @contextmanager
-    def recalled(self, texts: Sequence[Text | None]) -> Iterator[None]:
+    def recalled(self, texts: Sequence[Text | None], counted: Sequence[bool] | None = None) -> Iterator[None]:
         """The model with the memory of one text for each row of the batches to come; see `recall`."""
-        with self.memory.holding(self.recall(texts)):
+        with self.memory.holding(self.recall(texts, counted)):
             yield
 
-    def recall(self, texts: Sequence[Text | None]) -> FastWeights:
+    def recall(self, texts: Sequence[Text | None], counted: Sequence[bool] | None = None) -> FastWeights:
         """The memory of each text: S = len(texts) sets, or a single one where all are the same text.
 
         No text, or an empty one, means no memory: φ = 0. The texts of a call are kept until the next one, so that
-        prompts on the same text, one after another, share its memory.
+        prompts on the same text, one after another, share its memory. `counted` says which rows are prompts of their
+        own in the tally; all of them by default.
         """
         if self.fixed is not None:
             return self.fixed
@@ -111,9 +112,9 @@ class PromptMemory:
             self._kept |= zip(missing, self._write_if_it_fits([distinct[name] for name in missing]), strict=True)
         if NOTHING in distinct:
             self._kept.setdefault(NOTHING, self._nothing())
-        self.tally.written += len(missing)
-        self.tally.reused += len(names) - names.count(NOTHING) - len(missing)
-        self.tally.without += names.count(NOTHING)
+        rows = [name for name, counts in zip(names, counted or [True] * len(names), strict=True) if counts]
+        self.tally.reused += len(rows) - rows.count(NOTHING) - sum(name in rows for name in missing)
+        self.tally.without += rows.count(NOTHING)
         if len(distinct) == 1:
             return self._kept[names[0]]
         return FastWeights.stack([self._kept[name] for name in names])
@@ -121,12 +122,16 @@ class PromptMemory:
     def _write_if_it_fits(self, texts: list[Text]) -> list[FastWeights]:
         """As `_write`, but a single text that the GPU has no room for goes without; several are left to the caller."""
         try:
-            return self._write([torch.as_tensor(text, dtype=torch.long) for text in texts])
+            written = self._write([torch.as_tensor(text, dtype=torch.long) for text in texts])
         except torch.OutOfMemoryError:
             if len(texts) > 1:
                 raise
-        self.tally.out_of_memory += 1
-        return [self._nothing()]
+            written = None
+        if written is None:
+            self.tally.out_of_memory += 1
+            return [self._nothing()]
+        self.tally.written += len(texts)
+        return written
 
     def _write(self, texts: list[Tensor]) -> list[FastWeights]:
         device = next(self.memory.model.parameters()).device

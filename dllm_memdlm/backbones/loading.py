@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
@@ -120,7 +121,7 @@ def load_model(
             )
         except ImportError as error:  # a kernel, or bitsandbytes
             raise ConfigError(f"model.path={model.path!r}: {_first_line(error)}") from error
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"model.path={model.path!r}: no weights ({reason})") from error
         except RuntimeError as error:

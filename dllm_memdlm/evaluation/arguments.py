@@ -23,6 +23,9 @@ _logger = logging.getLogger("lm_eval.models.memdlm")  # lm-eval shows the messag
 #: Fields of `MemoryConfig` that mean nothing for a prompt, or are declared below in another form.
 TRAINING_ONLY = {"enabled", "dropout", "scope", "weighting"}
 
+#: Arguments one of whose choices is called none, which is not the same as nothing.
+NONE_IS_A_CHOICE = {"memory_clip", "cache"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalArguments:
@@ -100,14 +103,17 @@ class Parsed:
                 own.fast_weights,
                 seed=own.seed,
                 attention=own.memory_attention,
-                block_size=self.sampler.get("block_size", 32),
+                block_size=self.sampler.get("block_size") or 32,
             )
         return Decoder(pretrained, own.sampler, self.sampler, memory, own.max_length)
 
 
 def device_of(name: str | None) -> torch.device:
     """The device asked for; the CPU where a GPU is asked for, as lm-eval does by default, that is not there."""
-    wanted = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        wanted = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ConfigError(f"device={name!r}: expected cpu, cuda or cuda:N") from None
     if wanted.type == "cuda" and not torch.cuda.is_available():
         _logger.warning("device=%s: there is none; using the CPU", name)
         return torch.device("cpu")
@@ -120,7 +126,7 @@ def parse(values: dict[str, Any]) -> Parsed:
     Raises:
         ConfigError: an argument that does not exist; or as `EvalArguments`.
     """
-    values = {name: _plain(value) for name, value in values.items()}
+    values = {name: _plain(value, name in NONE_IS_A_CHOICE) for name, value in values.items()}
     own = {f.name for f in dataclasses.fields(EvalArguments)}
     samplers = set().union(*(sampler_settings(name) for name in SAMPLERS))
     memory = {f"memory_{f.name}": f for f in dataclasses.fields(MemoryConfig) if f.name not in TRAINING_ONLY}
@@ -135,20 +141,22 @@ def parse(values: dict[str, Any]) -> Parsed:
     wanted = arguments.memory if arguments.memory is not None else bool(changes)
     if wanted and arguments.fast_weights:
         raise ConfigError("model_args.fast_weights: a saved memory brings its settings along; give no memory_ setting")
-    if arguments.memory_scope != "prompt" and not wanted:
-        raise ConfigError(f"model_args.memory_scope={arguments.memory_scope!r}: expected memory=true beside it")
+    for name, usual in (("memory_scope", "prompt"), ("memory_attention", "full")):
+        value = getattr(arguments, name)
+        if value != usual and not wanted and arguments.memory is None:
+            raise ConfigError(f"model_args.{name}={value!r}: expected memory=true beside it")
     settings = {k: v for k, v in values.items() if k in samplers}
     return Parsed(arguments, settings, changes, wanted)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, none_is_a_choice: bool) -> Any:
     """A value as it was meant: lm-eval leaves `none` and lists of words as text, and makes 1e3 and -3 floats."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if not isinstance(value, str):
         return value
     if value.lower() == "none":
-        return None
+        return "none" if none_is_a_choice else None
     if value.startswith("[") and value.endswith("]"):
         parts = [part.strip() for part in value[1:-1].replace(";", ",").split(",") if part.strip()]
         return [int(part) if part.lstrip("-").isdigit() else part for part in parts]

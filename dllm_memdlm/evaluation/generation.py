@@ -43,13 +43,14 @@ class Prompt:
 
 def read_prompts(
     arguments: Sequence[tuple[str, dict[str, Any]]],
+    names: Sequence[Any],
     encode: Callable[[str], list[int]],
     sampler: str,
     default_new_tokens: int,
     max_length: int,
     seed: int,
 ) -> list[Prompt]:
-    """The prompts of lm-eval's (context, generation settings) pairs.
+    """The prompts of lm-eval's (context, generation settings) pairs. `names` tell the questions apart everywhere.
 
     Of an over-long prompt the last tokens are kept, as lm-eval's own models do.
 
@@ -58,7 +59,7 @@ def read_prompts(
     """
     prompts, seen, ignored = [], Counter(), set()
     for number, (context, settings) in enumerate(arguments):
-        new_tokens = int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or default_new_tokens)
+        new_tokens = _number(settings, ("max_gen_toks", "max_new_tokens"), int, default_new_tokens)
         room = max_length - new_tokens
         if room < 1:
             raise ConfigError(
@@ -70,9 +71,11 @@ def read_prompts(
         if settings.get("do_sample") is False:
             changes["temperature"] = 0.0
         elif "temperature" in settings or settings.get("do_sample"):
-            changes["temperature"] = float(settings.get("temperature", 1.0))
+            changes["temperature"] = _number(settings, ("temperature",), float, 1.0)
         tokens = encode(context)
-        name = hashlib.blake2b(str((seed, tokens)).encode(), digest_size=7)
+        name = str((seed, names[number], tokens))
+        digest = hashlib.blake2b(f"{name} {seen[name]}".encode(), digest_size=7).digest()
+        seen[name] += 1  # the n-th time that a question is asked it gets other random numbers
         stops = settings.get("until") or []
         prompts.append(
             Prompt(
@@ -81,35 +84,50 @@ def read_prompts(
                 text=tokens if len(tokens) <= room else None,
                 new_tokens=new_tokens,
                 changes=changes,
-                # The n-th time that a prompt is asked it gets other random numbers.
-                seed=int.from_bytes(name.digest(), "little") + seen[context],
-                stops=[stops] if isinstance(stops, str) else [stop for stop in stops if stop],
+                seed=int.from_bytes(digest, "little"),
+                stops=[stops] if isinstance(stops, str) else [str(stop) for stop in stops if stop],
             )
         )
-        seen[context] += 1
     if ignored:
         _logger.warning("ignored, as the %s sampler has no such setting: %s", sampler, ", ".join(sorted(ignored)))
     return prompts
 
 
-def share_prefixes(prompts: list[Prompt], others: Sequence[Sequence[int]] = ()) -> None:
-    """Let prompts about the same document share its memory; `others` are those that other processes decode."""
-    texts = [prompt.text or [] for prompt in prompts]
-    for prompt, length in zip(prompts, shared_prefixes([*texts, *others]), strict=False):
+def _number(settings: dict[str, Any], names: Sequence[str], kind: type, default: Any) -> Any:
+    """The first of these settings that is there. Raises ConfigError unless it is a number; of tokens, at least 1."""
+    name = next((name for name in names if settings.get(name) is not None), None)
+    if name is None:
+        return default
+    try:
+        value = kind(settings[name])
+    except (TypeError, ValueError):
+        raise ConfigError(f"gen_kwargs {name}={settings[name]!r}: expected a number") from None
+    if kind is int and value < 1:
+        raise ConfigError(f"gen_kwargs {name}={value}: expected at least 1")
+    return value
+
+
+def share_prefixes(prompts: list[Prompt]) -> None:
+    """Let prompts about the same document share its memory."""
+    lengths = shared_prefixes([prompt.text or [] for prompt in prompts])
+    for prompt, length in zip(prompts, lengths, strict=True):
         if prompt.text is not None:
             prompt.text = prompt.text[:length]
 
 
 def in_order(prompts: Sequence[Prompt]) -> list[Prompt]:
     """Longest first, so that what does not fit shows at once; prompts that share a memory side by side."""
+
+    def memory(prompt: Prompt) -> tuple:
+        return str(prompt.settings), tuple(prompt.text or ())
+
     longest: dict[tuple, int] = {}
     for prompt in prompts:
-        text = tuple(prompt.text or ())
-        longest[text] = max(longest.get(text, 0), prompt.length)
+        longest[memory(prompt)] = max(longest.get(memory(prompt), 0), prompt.length)
 
     def place(prompt: Prompt) -> tuple:
-        text = tuple(prompt.text or ())
-        return str(prompt.settings), -longest[text], text, -prompt.length, prompt.number
+        settings, text = memory(prompt)
+        return settings, -longest[settings, text], text, -prompt.length, prompt.number
 
     return sorted(prompts, key=place)
 

@@ -59,6 +59,7 @@ class MemDLMEvalLM(LM):
         arguments = [request.args for request in requests]
         prompts = read_prompts(
             arguments,
+            [(request.task_name, request.doc_id, request.idx) for request in requests],
             self._encode,
             self.decoder.sampler,
             self.arguments.max_gen_toks,
@@ -66,7 +67,7 @@ class MemDLMEvalLM(LM):
             self.arguments.seed,
         )
         if self.arguments.memory_scope == "prefix":
-            share_prefixes(prompts, self._of_other_processes([prompt.text or [] for prompt in prompts]))
+            share_prefixes(prompts)  # of this process alone: others may have theirs from lm-eval's cache
         answers = [""] * len(prompts)
         for prompt, answer in self._answers(prompts, "decoding", disable_tqdm):
             text = cut(self.tokenizer.decode(answer, skip_special_tokens=True), prompt.stops)
@@ -90,8 +91,9 @@ class MemDLMEvalLM(LM):
         """Estimate the log-likelihood of whole texts, in windows of `max_length`. There is no prompt to adapt to."""
         pairs, owners = [], []
         for number, request in enumerate(requests):
-            tokens = self._encode(request.args[0])
-            windows = get_rolling_token_windows(tokens, self.tokenizer.bos_token_id, self.max_length - 1, context_len=1)
+            first = self._encode("") or [self.tokenizer.bos_token_id]
+            tokens = self._encode(request.args[0])[len(self._encode("")) :]
+            windows = get_rolling_token_windows(tokens, first[-1], self.max_length - 1, context_len=1)
             for window in windows:
                 pairs.append(make_disjoint_window(window))
                 owners.append(number)
@@ -173,8 +175,15 @@ class MemDLMEvalLM(LM):
             items += states(number, prompt, kept, self.arguments.mc_num, self.arguments.seed)
         items.sort(key=lambda item: (-item.length, item.prompt, item.request))
 
+        counted: set[int] = set()
+        fixed = self.memory is not None and self.memory.fixed is not None
+
         def score(batch: list[Masked]) -> list[float]:
-            with self.decoder.recalled([texts[item.request] for item in batch]) if adapt else nullcontext():
+            requests = [item.request for item in batch]
+            first = [number not in requests[:row] and number not in counted for row, number in enumerate(requests)]
+            counted.update(requests)
+            recalled = self.decoder.recalled([texts[number] for number in requests], first)
+            with recalled if adapt or fixed else nullcontext():
                 return log_likelihoods(
                     self.pretrained.model,
                     batch,
@@ -195,7 +204,13 @@ class MemDLMEvalLM(LM):
             room = max(0, self.max_length - len(continuation))
             text = context if len(context) <= room else None
             prompt = Prompt(
-                number, context[len(context) - min(room, len(context)) :], text, len(continuation), {}, 0, []
+                number,
+                context[len(context) - min(room, len(context)) :],
+                text,
+                len(continuation),
+                {"temperature": 0.0},
+                0,
+                [],
             )
             prompts.append(prompt)
         decoded = self._answers([prompt for prompt in prompts if prompt.new_tokens], "greedy", quiet, whole=True)
@@ -212,14 +227,8 @@ class MemDLMEvalLM(LM):
         spaces = len(context) - len(context.rstrip())
         if spaces:
             context, continuation = context[:-spaces], context[-spaces:] + continuation
-        start = self._encode(context) if context else []
+        start = self._encode(context)
         return start, self._encode(context + continuation)[len(start) :]
-
-    def _of_other_processes(self, texts: list[list[int]]) -> list[list[int]]:
-        if self.world_size == 1:
-            return []
-        everywhere = accelerate.utils.gather_object([texts])
-        return [text for rank, own in enumerate(everywhere) if rank != self.rank for text in own]
 
     def _report(self) -> None:
         if self.memory is not None:

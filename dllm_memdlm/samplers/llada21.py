@@ -42,6 +42,7 @@ class LLaDA21SamplerConfig(BaseSamplerConfig):
 
     def __post_init__(self) -> None:
         check_types(self, "sampler")
+        require("sampler", self, "temperature", self.temperature >= 0, "at least 0")
         for name, least in (("block_size", 1), ("num_to_transfer", 1), ("max_post_steps", 0)):
             require("sampler", self, name, getattr(self, name) >= least, f"at least {least}")
 

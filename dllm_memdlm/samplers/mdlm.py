@@ -47,6 +47,7 @@ class MDLMSamplerConfig(BaseSamplerConfig):
 
     def __post_init__(self) -> None:
         check_types(self, "sampler")
+        require("sampler", self, "temperature", self.temperature >= 0, "at least 0")
         require("sampler", self, "block_size", self.block_size is None or self.block_size >= 1, "at least 1")
         require("sampler", self, "steps", self.steps >= 1, "at least 1")
 
