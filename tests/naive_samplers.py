@@ -1,0 +1,301 @@
+"""Decoding written plainly, to compare with: one prompt, a full forward in every step, logits everywhere, loops over
+positions.
+
+It shares no code with the package's samplers. Only the random numbers come from torch's generators, drawn in the same
+order: a sampler is free in that, and its tokens depend on it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from conftest import MASK, VOCABULARY, tiny
+from torch import Tensor, nn
+
+Canvas = list[int]
+#: α(t): the probability that a token is still clean at time t. In float32, as dllm computes it: 10 masks over 4 steps
+#: are 2.5, and the last digit of 1 - s/t decides whether the first step reveals 2 or 3.
+Schedule = Callable[[Tensor], Tensor]
+
+
+def linear(t: Tensor) -> Tensor:
+    return 1 - t
+
+
+def cosine(t: Tensor) -> Tensor:
+    return 1 - torch.cos(math.pi / 2 * (1 - t))
+
+
+# === what to decode, with which model, and how to compare ===
+
+
+def moves(canvases: list[Canvas]) -> list[Canvas]:
+    """Without the steps that changed nothing."""
+    return [canvas for i, canvas in enumerate(canvases) if i == 0 or canvas != canvases[i - 1]]
+
+
+def prompts(*lengths: int) -> list[Canvas]:
+    """Random prompts without special tokens."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+
+
+def decoder(kind: str, dtype: torch.dtype = torch.float64, **dimensions: Any) -> nn.Module:
+    """A tiny backbone whose answers vary; never chooses the mask.
+
+    In float64, where no two confidences are so close that the order of a sum decides.
+    """
+    model = tiny(kind, dtype, **dimensions).eval()
+    with torch.no_grad():
+        model.lm_head.weight[MASK] = 0
+        # What a masked position predicts should come from where it looks, and it should look at few positions.
+        model.get_input_embeddings().weight[MASK] *= 0.1
+        for name, parameter in model.named_parameters():
+            if name.endswith(("q_proj.weight", "q_norm.weight", "query_layernorm.weight")):
+                parameter *= 8
+    return model
+
+
+# === random numbers ===
+
+
+class Draws:
+    """Random numbers for some positions of a canvas: from a seed, or from torch's global generator.
+
+    The global one draws for every position, and those that are not asked for are thrown away.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
+
+    def uniform(self, length: int, positions: list[int], *width: int, dtype: torch.dtype) -> Tensor:
+        """[positions, *width]."""
+        if self.generator is None:
+            return torch.rand(length, *width, dtype=dtype)[positions]
+        return torch.rand(len(positions), *width, dtype=dtype, generator=self.generator)
+
+    def binomial(self, count: int, probability: float) -> int:
+        n, p = torch.tensor([count, probability], dtype=torch.float64)
+        return int(torch.binomial(n, p, generator=self.generator))
+
+    def token(self, probabilities: Tensor) -> list[int]:
+        """One token for each distribution [M, V]."""
+        return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0].tolist()
+
+
+# === low-confidence remasking ===
+
+
+def reveal_counts(masked: int, steps: int, schedule: Schedule, draws: Draws | None) -> list[int]:
+    """How many of a block's masks each step reveals; steps that reveal none do not take place."""
+    counts, left = [], masked
+    for step in range(steps):
+        if left == 0:
+            break
+        before, after = torch.tensor((steps - step) / steps), torch.tensor((steps - step - 1) / steps)
+        share = 1 - ((1 - schedule(after)) / (1 - schedule(before))).item()
+        count = round(left * share) if draws is None else draws.binomial(left, share)
+        count = min(count, left)
+        left -= count
+        if count > 0:
+            counts.append(count)
+    return counts
+
+
+@torch.no_grad()
+def full_logits(model: nn.Module, canvas: Canvas, visible: Tensor | None = None) -> Tensor:
+    """Logits everywhere [L, V]; `visible` [L, L] says which position sees which."""
+    mask = None if visible is None else visible[None, None]
+    return model(input_ids=torch.tensor([canvas]), attention_mask=mask).logits[0]
+
+
+class Denoiser:
+    """Fills in one canvas. Settings are those of `MDLMSamplerConfig`."""
+
+    def __init__(self, model: nn.Module, settings: Any, mask: int, schedule: Schedule, draws: Draws) -> None:
+        self.model, self.settings, self.mask, self.schedule, self.draws = model, settings, mask, schedule, draws
+
+    def sample(self, prompt: Canvas, new: int) -> list[Canvas]:
+        """The canvas before the first step and after each one."""
+        width = self.settings.block_size or new
+        starts = range(len(prompt), len(prompt) + new, width)
+        blocks = [(start, min(start + width, len(prompt) + new)) for start in starts]
+        # A mask that the prompt brings along may be filled in too, in any block's turn; not so in our approximations.
+        exact = self.settings.cache == "none" and self.settings.threshold is None
+        canvas = prompt + [self.mask] * new
+        return self.fill(canvas, [(start, end, 0 if exact else start, end) for start, end in blocks])
+
+    def infill(self, canvas: Canvas, longest: int) -> list[Canvas]:
+        """The same for the masks of a canvas, blocks counted from its start in a batch of that length."""
+        width = self.settings.block_size or longest
+        bounds = [(min(first, len(canvas)), min(first + width, len(canvas))) for first in range(0, longest, width)]
+        return self.fill(canvas, [(start, end, start, end) for start, end in bounds])
+
+    def fill(self, canvas: Canvas, blocks: list[tuple[int, int, int, int]]) -> list[Canvas]:
+        settings = self.settings
+        canvas, keep = list(canvas), settings.cfg_keep_tokens or []
+        hidden = [i for i, token in enumerate(canvas) if token != self.mask and token not in keep]
+        history = [list(canvas)]
+        for start, end, low, high in blocks:
+            steps = math.ceil(settings.steps / len(blocks))
+            masked = canvas[start:end].count(self.mask)
+            counts = reveal_counts(masked, steps, self.schedule, self.draws if settings.stochastic_transfer else None)
+            with outside_as_first_seen(self.model, settings, start, end) as forward:
+                for count in [None] * (end - start) if settings.threshold is not None else counts:
+                    open_positions = [i for i in range(low, high) if canvas[i] == self.mask]
+                    if not open_positions:
+                        break
+                    found = self.propose(forward, canvas, open_positions, hidden)
+                    surest = sorted(found, key=lambda i: found[i][0], reverse=True)
+                    if count is None:
+                        chosen = [i for i in surest if found[i][0] > settings.threshold] or surest[:1]
+                    else:
+                        chosen = surest[:count]
+                    for i in chosen:
+                        canvas[i] = found[i][1]
+                    history.append(list(canvas))
+        return history
+
+    def propose(
+        self, forward: Callable[[Canvas, int], Tensor], canvas: Canvas, positions: list[int], hidden: list[int]
+    ) -> dict[int, tuple[float, int]]:
+        """Confidence and token of each position."""
+        settings = self.settings
+        logits = forward(canvas, 0)
+        if settings.cfg_scale > 0:
+            unguided = forward([self.mask if i in hidden else token for i, token in enumerate(canvas)], 1)
+            logits = unguided + (settings.cfg_scale + 1) * (logits - unguided)
+        uniform, sure = None, None
+        if settings.temperature > 0:
+            uniform = self.draws.uniform(len(canvas), positions, logits.shape[1], dtype=torch.float64)
+        if settings.remasking == "random":
+            sure = self.draws.uniform(len(canvas), positions, dtype=torch.float32)
+        found = {}
+        for number, position in enumerate(positions):
+            row = logits[max(position - 1, 0) if settings.right_shift_logits else position].double().clone()
+            # With a threshold a block goes on until it has no mask left, so the mask is no answer.
+            endless = [] if settings.threshold is None else [self.mask]
+            for token in [*(settings.suppress_tokens or []), *endless]:
+                row[token] = -math.inf
+            noised = row if uniform is None else row.exp() / (-uniform[number].log()) ** settings.temperature
+            token = int(noised.argmax())
+            for other in settings.begin_suppress_tokens or []:
+                row[other] = -math.inf
+            confidence = float(row.softmax(0)[token]) if sure is None else float(sure[number])
+            found[position] = (confidence, token)
+        return found
+
+
+@contextmanager
+def outside_as_first_seen(
+    model: nn.Module, settings: Any, start: int, end: int
+) -> Iterator[Callable[[Canvas, int], Tensor]]:
+    """A forward, for a guided or an unguided pass, of one block's steps.
+
+    With `cache` the positions outside of the block (dual), or before it (prefix), are to every layer what they were in
+    the first step: that is what keeping their keys and values comes to.
+    """
+    shift = int(settings.right_shift_logits)  # a block's first token is predicted at the position before it
+    first: dict[tuple[int, int], Tensor] = {}
+    which = 0
+
+    def frozen(index: int) -> Callable[..., tuple[Tensor, ...]]:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden, *rest = inputs
+            if (which, index) not in first:
+                first[which, index] = hidden.clone()
+                return inputs
+            seen = first[which, index].clone()
+            until = end if settings.cache == "dual" else hidden.shape[1]
+            seen[:, start - shift : until] = hidden[:, start - shift : until]
+            return (seen, *rest)
+
+        return hook
+
+    def forward(canvas: Canvas, branch: int) -> Tensor:
+        nonlocal which
+        which = branch
+        return full_logits(model, canvas)
+
+    with ExitStack() as stack:
+        if settings.cache != "none":
+            for index, layer in enumerate(model.model.layers):
+                stack.callback(layer.register_forward_pre_hook(frozen(index)).remove)
+        yield forward
+
+
+# === block diffusion with editing ===
+
+
+def block_causal(length: int, size: int) -> Tensor:
+    """Who sees whom: [length, length] bool."""
+    return torch.tensor([[key // size <= query // size for key in range(length)] for query in range(length)])
+
+
+def likeliest(logits: list[float], top_k: int | None, top_p: float | None) -> list[float]:
+    """The logits, -inf but for the likeliest tokens."""
+    order = sorted(range(len(logits)), key=lambda token: logits[token], reverse=True)[: top_k or None]
+    total = sum(math.exp(logits[token]) for token in order)
+    kept, share = [], 0.0
+    for token in order:
+        if share <= (top_p or math.inf):  # the one that crosses the limit stays
+            kept.append(token)
+        share += math.exp(logits[token]) / total
+    return [logit if token in kept else -math.inf for token, logit in enumerate(logits)]
+
+
+def block_diffusion(
+    model: nn.Module, prompt: Canvas, settings: Any, mask: int, eos: int, draws: Draws, limit: int = 1000
+) -> list[Canvas]:
+    """LLaDA2.1's decoding of one prompt: the canvas before the first step and after each one.
+
+    Settings are those of `LLaDA21SamplerConfig`. Raises AssertionError after `limit` steps.
+    """
+    size = settings.block_size
+    length = len(prompt) + settings.max_new_tokens if settings.max_new_tokens else settings.max_length
+    blocks = math.ceil(length / size)
+    canvas = prompt + [mask] * (blocks * size - len(prompt))
+    history = [list(canvas)]
+    for block in range(len(prompt) // size, blocks):
+        start, end = block * size, (block + 1) * size
+        visible = block_causal(end, size)
+        edits_left = settings.max_post_steps
+        while True:
+            masked = [i for i in range(start, end) if canvas[i] == mask]
+            if not masked:
+                if edits_left == 0:
+                    break
+                edits_left -= 1
+            found = predictions(full_logits(model, canvas[:end], visible)[start:], settings, draws)
+            found = {start + i: pair for i, pair in enumerate(found)}
+            commits = [i for i in masked if found[i][0] > settings.threshold]
+            if len(commits) < settings.num_to_transfer:
+                commits = sorted(masked, key=lambda i: found[i][0], reverse=True)[: settings.num_to_transfer]
+            placed = [i for i in range(max(start, len(prompt)), end) if i not in masked]
+            edits = [i for i in placed if found[i][1] != canvas[i] and found[i][0] > settings.editing_threshold]
+            for i in commits + edits:
+                canvas[i] = found[i][1]
+            history.append(list(canvas))
+            assert len(history) <= limit, "no end"
+            if not masked and not edits:
+                break
+        answer = canvas[len(prompt) : end]
+        if settings.eos_early_stop and eos in answer and mask not in answer:
+            break
+    return history
+
+
+def predictions(logits: Tensor, settings: Any, draws: Draws) -> list[tuple[float, int]]:
+    """Confidence and token of every position. logits [M, V]."""
+    if settings.temperature > 0:
+        rows = [
+            likeliest(row, settings.top_k, settings.top_p) for row in (logits.double() / settings.temperature).tolist()
+        ]
+        logits = torch.tensor(rows, dtype=logits.dtype)
+    probabilities = logits.softmax(-1)
+    tokens = draws.token(probabilities) if settings.temperature > 0 else probabilities.argmax(-1).tolist()
+    return [(float(row[token]), token) for row, token in zip(probabilities, tokens, strict=True)]
