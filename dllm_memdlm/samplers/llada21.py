@@ -17,7 +17,7 @@ from torch import Tensor
 from ..backbones.cache import CanvasCache, block_causal
 from ..config import check_types, knob, require
 from ..dllm_api import BaseSamplerConfig
-from .base import CanvasSampler, RowNoise, settings_of
+from .base import CanvasSampler, RowNoise, new_tokens, settings_of
 
 #: Prompt tokens that one forward pass computes while filling the cache: bounds the memory that a long prompt takes.
 PREFILL = 1024
@@ -64,7 +64,8 @@ class Row:
     blocks: int  #: of its canvas, prompt included
     block: int  #: the one that is filled in now
     post_steps: int = 0  #: steps since that had no mask left
-    stalled: int = 0  #: steps in a row that left as many masks as they found
+    steps: int = 0  #: in this block
+    barred: bool = False  #: the mask token may not be chosen in this block any more
     stale: bool = False  #: ended by an edit: its keys and values are computed once more before the next block
     done: bool = False
 
@@ -74,9 +75,12 @@ class Row:
 
     def note(self, step: Step, settings: LLaDA21SamplerConfig) -> bool:
         """Count a step; whether the block has ended with it."""
+        self.steps += 1
         if step.masks_after:
-            no_way_out = settings.block_size if not step.changed else self.stalled + 1
-            self.stalled = no_way_out if step.masks_after >= step.masks_before else 0
+            # Every step commits a mask. Where masks come back, or stay although nothing is left to chance, the model
+            # chooses the mask token itself, and would do so forever.
+            no_change = settings.temperature == 0 and not step.changed
+            self.barred = self.barred or no_change or self.steps >= 2 * settings.block_size
             return False
         if not step.masks_before and not step.edited:
             return True
@@ -84,15 +88,15 @@ class Row:
         return self.post_steps > settings.max_post_steps
 
     def next_block(self) -> None:
-        self.block, self.post_steps, self.stalled, self.stale = self.block + 1, 0, 0, False
+        self.block, self.post_steps, self.steps, self.barred, self.stale = self.block + 1, 0, 0, False, False
 
 
 @dataclass
 class LLaDA21Sampler(CanvasSampler):
     """dllm's `LLaDA21Sampler`, for any number of prompts of any lengths. See `CanvasSampler`.
 
-    A model that keeps choosing the mask token itself keeps dllm's loop running forever; here it may not choose it any
-    more once a step has changed nothing.
+    A model that keeps choosing the mask token itself keeps dllm's loop running forever; here it may not, in a block
+    that it has got stuck in.
     """
 
     @torch.no_grad()
@@ -108,9 +112,7 @@ class LLaDA21Sampler(CanvasSampler):
         prompts = self._prompts(inputs)
         rows = []
         for prompt in prompts:
-            length = len(prompt) + settings.max_new_tokens if settings.max_new_tokens else settings.max_length
-            longer = length > len(prompt)
-            require("sampler", settings, "max_length", longer, f"more than the prompt's {len(prompt)} tokens")
+            length = len(prompt) + new_tokens(settings, len(prompt))
             rows.append(Row(prompt=len(prompt), blocks=-(-length // size), block=len(prompt) // size))
         canvas = self._canvas(prompts, size * max(row.blocks for row in rows))
         for line, row in zip(canvas, rows, strict=True):
@@ -188,10 +190,10 @@ class LLaDA21Sampler(CanvasSampler):
     ) -> list[Step]:
         """Commit and edit tokens in each row's block."""
         mask_id = self.tokenizer.mask_token_id
-        facts = [(row.prompt, row.idle, row.stalled >= settings.block_size) for row in rows]
-        prompt, idle, stalled = torch.tensor(facts, device=canvas.device).T[:, :, None]
-        logits[:, :, mask_id] = logits[:, :, mask_id].masked_fill(stalled.bool(), -torch.inf)
-        tokens, probability = sample_tokens(logits, settings, noise)
+        facts = [(row.prompt, row.idle, row.barred) for row in rows]
+        prompt, idle, barred = torch.tensor(facts, device=canvas.device).T[:, :, None]
+        logits[:, :, mask_id] = logits[:, :, mask_id].masked_fill(barred.bool(), -torch.inf)
+        tokens, probability = sample_tokens(logits, settings, noise, [row.idle for row in rows])
         before = canvas.gather(1, window)
         masked = before == mask_id
 
@@ -211,12 +213,17 @@ class LLaDA21Sampler(CanvasSampler):
         return bool((text != self.tokenizer.mask_token_id).all() and (text == self.tokenizer.eos_token_id).any())
 
 
-def sample_tokens(logits: Tensor, settings: LLaDA21SamplerConfig, noise: RowNoise) -> tuple[Tensor, Tensor]:
-    """A token for each position and its probability: the likeliest one at temperature 0. [B, M, V] → two of [B, M]."""
+def sample_tokens(
+    logits: Tensor, settings: LLaDA21SamplerConfig, noise: RowNoise, idle: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """A token for each position and its probability: the likeliest one at temperature 0. [B, M, V] → two of [B, M].
+
+    Rows that are idle draw nothing, as they would not if they were alone.
+    """
     if settings.temperature > 0:
         logits = _keep_likeliest(logits / settings.temperature, settings.top_k, settings.top_p)
     probabilities = logits.softmax(-1)
-    tokens = probabilities.argmax(-1) if settings.temperature == 0 else noise.choose(probabilities)
+    tokens = probabilities.argmax(-1) if settings.temperature == 0 else noise.choose(probabilities, idle)
     return tokens, probabilities.gather(-1, tokens[..., None])[..., 0]
 
 

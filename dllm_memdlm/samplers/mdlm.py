@@ -19,7 +19,7 @@ from ..backbones.cache import CanvasCache
 from ..config import check_types, knob, require
 from ..dllm_api import BaseSamplerConfig, BaseSamplerOutput
 from ..losses import positions_of
-from .base import CanvasSampler, RowNoise, settings_of
+from .base import CanvasSampler, RowNoise, new_tokens, settings_of
 
 
 @dataclass
@@ -77,17 +77,17 @@ class MDLMSampler(CanvasSampler):
         settings = settings_of(MDLMSamplerConfig, config, kwargs)
         prompts = self._with_bos(self._prompts(inputs), settings)
         lengths = [len(prompt) for prompt in prompts]
-        new = settings.max_new_tokens or settings.max_length - max(lengths)
-        require("sampler", settings, "max_length", new > 0, f"more than the prompt's {max(lengths)} tokens")
+        new = new_tokens(settings, max(lengths))
         block_size = settings.block_size or new
         canvas = self._canvas(prompts, max(lengths) + new)
         for row, length in zip(canvas, lengths, strict=True):
             row[length : length + new] = self.tokenizer.mask_token_id
+        approximate = settings.cache != "none" or settings.threshold is not None
         blocks = []
         for first in range(0, new, block_size):
             starts = [length + first for length in lengths]
             ends = [length + min(first + block_size, new) for length in lengths]
-            lowest = [0] * len(lengths) if settings.cache == "none" else starts
+            lowest = starts if approximate else [0] * len(lengths)
             blocks.append(Block(starts, ends, lowest, [start + block_size for start in starts]))
         yield from self._denoise(canvas, [length + new for length in lengths], blocks, settings, seeds)
 
@@ -190,6 +190,8 @@ class MDLMSampler(CanvasSampler):
         """The confidence of the model's token at every masked position, -inf elsewhere, and that token. Both [B, T]."""
         positions = positions_of(masked)
         logits = forward(positions.logit_index(settings.right_shift_logits))
+        if settings.threshold is not None:  # goes on until no mask is left
+            logits[..., self.tokenizer.mask_token_id] = -torch.inf
         if settings.suppress_tokens:
             logits[..., settings.suppress_tokens] = -torch.inf
         shape = (*masked.shape, logits.shape[-1])
