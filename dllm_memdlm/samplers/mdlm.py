@@ -116,7 +116,7 @@ class MDLMSampler(CanvasSampler):
     def _with_bos(self, rows: list[Tensor], settings: MDLMSamplerConfig) -> list[Tensor]:
         if not settings.right_shift_logits:
             return rows
-        return [row if len(row) else torch.full_like(row.new_empty(1), self.tokenizer.bos_token_id) for row in rows]
+        return [row if len(row) else row.new_tensor([self.tokenizer.bos_token_id]) for row in rows]
 
     def _denoise(
         self,
