@@ -43,6 +43,7 @@ class Size:
     moe_prompt: int
     steps: int  #: a block, where the steps are not what is compared
     repeats: int
+    moe_repeats: int = 1  #: of every way to decode with LLaDA-MoE, which has no cache to make it fast
     new: int = 64
     block: int = 32
     #: Of LLaDA-MoE's logits: random weights are never 90 % sure of a token unless they are scaled up.
@@ -220,13 +221,13 @@ def approximations(size: Size) -> Section:
     settings = {"max_new_tokens": size.new, "block_size": size.block, "steps": size.new, "return_dict": True}
     sampler.sample(prompts, **{**settings, "steps": 1})
     cases = {name: partial(sampler.sample, prompts, **settings, **changes) for name, changes in ways.items()}
-    timed = side_by_side(cases, size.repeats)
+    timed = side_by_side(cases, size.moe_repeats)
     exact = timed["exact"]
     section = Section(
         title=f"LLaDA-MoE, prompt of {size.moe_prompt} tokens, {size.new} new ones in blocks of {size.block}",
         columns=["sampler", "steps", "seconds", "exact ÷ this", "tokens that differ from exact"],
-        note=f"Medians of {size.repeats}; random weights with logits times {size.sharpness:g}, or none would reach the "
-        "threshold. How many tokens differ says nothing about a trained model.",
+        note=f"Medians of {size.moe_repeats}; random weights with logits times {size.sharpness:g}, or none would reach "
+        "the threshold. How many tokens differ says nothing about a trained model.",
     )
     for name, t in timed.items():
         differing = _differing(t.result.sequences, exact.result.sequences)
