@@ -80,7 +80,7 @@ def read_prompts(
         prompts.append(
             Prompt(
                 number=number,
-                tokens=tokens[-room:],
+                tokens=last(tokens, room),
                 text=tokens if len(tokens) <= room else None,
                 new_tokens=new_tokens,
                 changes=changes,
@@ -91,6 +91,11 @@ def read_prompts(
     if ignored:
         _logger.warning("ignored, as the %s sampler has no such setting: %s", sampler, ", ".join(sorted(ignored)))
     return prompts
+
+
+def last(tokens: list[int], count: int) -> list[int]:
+    """The last `count` tokens, or all where there are fewer."""
+    return tokens[max(0, len(tokens) - count) :]
 
 
 def _number(settings: dict[str, Any], names: Sequence[str], kind: type, default: Any) -> Any:

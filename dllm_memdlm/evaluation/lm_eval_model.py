@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .arguments import parse
 from .batching import Batches
-from .generation import Prompt, cut, in_order, read_prompts, share_prefixes
+from .generation import Prompt, cut, in_order, last, read_prompts, share_prefixes
 from .likelihood import Masked, log_likelihoods, states
 
 # lm-eval shows the messages of its own loggers only.
@@ -35,7 +35,8 @@ Pair = tuple[list[int], list[int]]  #: the tokens of a context and of its contin
 class MemDLMEvalLM(LM):
     """What it takes is declared in `EvalArguments`.
 
-    The same seed gives the same answers for every batch size and number of processes, up to rounding.
+    The same seed gives the same answers for every batch size and number of processes, up to rounding; with
+    `memory_scope=prefix` what is shared depends on the prompts that a process is given.
     """
 
     def __init__(self, **arguments: Any) -> None:
@@ -171,8 +172,7 @@ class MemDLMEvalLM(LM):
             kept = continuation[-self.max_length :]
             room = self.max_length - len(kept)
             texts.append(context if len(context) <= room else None)
-            prompt = context[len(context) - min(room, len(context)) :]
-            items += states(number, prompt, kept, self.arguments.mc_num, self.arguments.seed)
+            items += states(number, last(context, room), kept, self.arguments.mc_num, self.arguments.seed)
         items.sort(key=lambda item: (-item.length, item.prompt, item.request))
 
         counted: set[int] = set()
@@ -203,16 +203,8 @@ class MemDLMEvalLM(LM):
         for number, (context, continuation) in enumerate(pairs):
             room = max(0, self.max_length - len(continuation))
             text = context if len(context) <= room else None
-            prompt = Prompt(
-                number,
-                context[len(context) - min(room, len(context)) :],
-                text,
-                len(continuation),
-                {"temperature": 0.0},
-                0,
-                [],
-            )
-            prompts.append(prompt)
+            greedy = {"temperature": 0.0}
+            prompts.append(Prompt(number, last(context, room), text, len(continuation), greedy, seed=0, stops=[]))
         decoded = self._answers([prompt for prompt in prompts if prompt.new_tokens], "greedy", quiet, whole=True)
         found = {prompt.number: answer for prompt, answer in decoded}
         return [found.get(number, []) == continuation for number, (_, continuation) in enumerate(pairs)]
