@@ -30,10 +30,10 @@ demo: venv ## train the four tiny recipes on the CPU and compare them (ARGS="--s
 test: venv ## run the tests (ARGS="-k trajectory -n 2")
 	@$(BIN)/python -m pytest $(ARGS)
 
-needle: venv ## train six models to find words in a text, and ask them at several lengths (20 to 30 minutes)
+needle: venv ## train six models to find words in a text, and ask them at several lengths (half an hour)
 	@$(BIN)/python -m dllm_memdlm.evaluation.needle $(ARGS)
 
-bench-decode: venv ## time decoding, cached and not, into reports/ (10 minutes; ARGS="--quick")
+bench-decode: venv ## time decoding, cached and not, into reports/ (12 minutes; ARGS="--quick")
 	@$(BIN)/python -m benchmarks.decode $(ARGS)
 
 lint: venv ## check style and format
