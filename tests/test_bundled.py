@@ -1,4 +1,4 @@
-"""The bundled subset of dllm by itself, and, where dllm is installed, against dllm."""
+"""The bundled subset of dllm by itself; against dllm in test_bundled_dllm.py."""
 
 from __future__ import annotations
 
@@ -25,18 +25,6 @@ from dllm_memdlm.bundled import (
 
 SCHEDULERS = ["LinearAlphaScheduler", "CosineAlphaScheduler"]
 TIMES = torch.linspace(0, 1, 101)
-
-contract = [
-    pytest.mark.dllm,
-    pytest.mark.skipif(not dllm_api.HAS_DLLM, reason=f"compares with dllm; in use: {dllm_api.describe()}"),
-]
-
-
-def with_contract(function: Any) -> Any:
-    for mark in contract:
-        function = mark(function)
-    return function
-
 
 # --- schedules ---
 
@@ -118,6 +106,20 @@ def test_new_schedules_are_found_by_name():
         assert schedule.weight(0.5) == pytest.approx(6, rel=1e-4)
     finally:
         del BaseAlphaScheduler.registry["poweralphascheduler"]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_masked_token_is_masked_earlier_with_this_probability(name):
+    """(1 - α(s)) / (1 - α(t)), in floats for floats and in tensors for tensors."""
+    scheduler = make_alpha_scheduler(name)
+    s, t = 0.125, 0.5
+    exact = (1 - scheduler.alpha(s)) / (1 - scheduler.alpha(t))
+    assert scheduler.reverse_mask_prob(s=s, t=t) == pytest.approx(exact)
+    assert name != "LinearAlphaScheduler" or exact == pytest.approx(0.25)
+    both = scheduler.reverse_mask_prob(torch.tensor([0.0, s]), torch.tensor([t, t]))
+    assert both.tolist() == pytest.approx([(1 - scheduler.alpha(0.0)) / (1 - scheduler.alpha(t)), exact], abs=1e-6)
+    with pytest.raises(ValueError, match="expected s < t"):
+        scheduler.reverse_mask_prob(s=t, t=t)
 
 
 # --- collator wrappers ---
@@ -246,7 +248,7 @@ def test_run_name_follows_the_output_folder(tmp_path):
     assert MDLMConfig(output_dir=str(tmp_path), run_name="mine", **settings).run_name == "mine"
 
 
-# --- the same as dllm ---
+# --- the seam ---
 
 
 def test_the_seam_says_which_is_in_use():
@@ -254,65 +256,3 @@ def test_the_seam_says_which_is_in_use():
     for name in names:
         assert (getattr(dllm_api, name) is getattr(bundled, name)) != dllm_api.HAS_DLLM, name
     assert dllm_api.describe().startswith("dllm at " if dllm_api.HAS_DLLM else "bundled subset (")
-
-
-@with_contract
-@pytest.mark.parametrize("name", [*SCHEDULERS, "linearalphascheduler"])
-def test_schedules_are_those_of_dllm(name):
-    ours, theirs = make_alpha_scheduler(name), dllm_api.make_alpha_scheduler(name)
-    assert type(ours).__name__ == type(theirs).__name__ and type(ours) is not type(theirs)
-    for function in ("alpha", "alpha_derivative", "weight", "__call__"):
-        a, b = (getattr(schedule, function)(TIMES) for schedule in (ours, theirs))
-        assert torch.equal(a, b), function
-        for t in (0.0, 0.001, 0.37, 1.0):
-            assert getattr(ours, function)(t) == getattr(theirs, function)(t)
-    for schedule in (ours, theirs):
-        for t in (-0.01, 1.01):
-            with pytest.raises(ValueError, match=str(t)):
-                schedule.weight(t)
-
-
-@with_contract
-def test_unknown_schedules_are_refused_as_in_dllm():
-    for make in (make_alpha_scheduler, dllm_api.make_alpha_scheduler):
-        with pytest.raises(ValueError, match=r"CosineAlphaScheduler.*LinearAlphaScheduler"):
-            make("sigmoid")
-
-
-@with_contract
-@pytest.mark.parametrize(
-    "names",
-    [("input_ids",), ("input_ids", "labels"), ("input_ids", "labels", "attention_mask")],
-    ids=len,
-)
-def test_prepend_bos_is_that_of_dllm(names):
-    for extra in ((), (-1,)):
-        ours, theirs = (function(bos_batch(*names), 2, *extra) for function in (prepend_bos, dllm_api.prepend_bos))
-        assert ours.keys() == theirs.keys()
-        for name in names:
-            assert torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype
-
-
-@with_contract
-def test_wrappers_are_those_of_dllm():
-    ours, theirs = NoAttentionMaskWrapper(Stack()), dllm_api.NoAttentionMaskWrapper(Stack())
-    a, b = ours(FEATURES), theirs(FEATURES)
-    assert a.keys() == b.keys() and torch.equal(a["input_ids"], b["input_ids"])
-    assert ours.names == theirs.names
-    for wrapper in (CollatorWrapper, dllm_api.CollatorWrapper):
-        assert wrapper(Stack()).before(FEATURES) is FEATURES
-        with pytest.raises(AttributeError, match="missing"):
-            _ = wrapper(Stack()).missing
-
-
-def default_of(field: dataclasses.Field) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
-@with_contract
-def test_training_arguments_are_those_of_dllm():
-    ours = {f.name: default_of(f) for f in dataclasses.fields(MDLMConfig)}
-    theirs = {f.name: default_of(f) for f in dataclasses.fields(dllm_api.MDLMConfig)}
-    assert MDLMConfig is not dllm_api.MDLMConfig
-    assert len(theirs) > 100
-    assert ours == theirs

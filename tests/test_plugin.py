@@ -1,39 +1,17 @@
-"""lm-eval finds `memdlm`: the import hook on stand-ins of lm-eval and on itself, its stock commands, and our own."""
+"""lm-eval finds `memdlm`: the import hook on stand-ins of lm-eval and on itself, and its stock commands."""
 
 from __future__ import annotations
 
 import configparser
-import importlib.util
-import json
-import os
 import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from fresh_python import MODELS, REGISTRY, ROOT, UNKNOWN, known_models, needs_lm_eval, printed, run, write_lm_eval
 
-import dllm_memdlm
 from dllm_memdlm import evaluate
 from dllm_memdlm.evaluation import plugin
 
-ROOT = Path(dllm_memdlm.__file__).parents[1]
-
-needs_lm_eval = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval: pip install 'dllm-memdlm[eval]'"
-)
-
-#: As in 0.4.13: the registry is filled by lm_eval.models.
-REGISTRY = """
-class Registry(dict):
-    def register(self, name, target):
-        self[name] = target
-model_registry = Registry()
-"""
-MODELS = """
-from lm_eval.api.registry import model_registry
-model_registry.register("dummy", target="lm_eval.models.dummy:DummyLM")
-"""
 #: The start and the end of what runs in an interpreter of its own.
 BEFORE = """
 import importlib, json, sys
@@ -45,34 +23,6 @@ from lm_eval.api.registry import model_registry
 loaders = {type(lm_eval.models.__loader__).__name__, type(lm_eval.models.__spec__.loader).__name__}
 print(json.dumps({"models": dict(model_registry), "clean": sys.meta_path == finders, "loaders": sorted(loaders)}))
 """
-
-
-def run(*arguments: str, paths: tuple[Path, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter, where these paths come first."""
-    before = [*map(str, paths), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(before), **environment},
-        cwd=paths[0] if paths else None,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def printed(done: subprocess.CompletedProcess[str]) -> Any:
-    """The last line that it printed, as JSON."""
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def write_lm_eval(folder: Path, registry: str = REGISTRY, models: str = MODELS, **others: str) -> None:
-    """A package lm_eval of these modules; `others` are files at its top."""
-    files = {"__init__.py": "", "api/__init__.py": "", "api/registry.py": registry, "models/__init__.py": models}
-    for name, text in {**files, **others}.items():
-        path = folder / "lm_eval" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
 
 
 @pytest.fixture
@@ -189,8 +139,7 @@ except ModuleNotFoundError as error:
 
 def test_setup_cfg_names_what_is_here():
     declared = configparser.ConfigParser()
-    if not declared.read(Path(__file__).parents[1] / "setup.cfg"):
-        pytest.skip("needs the repository's setup.cfg")
+    assert declared.read(Path(__file__).parents[1] / "setup.cfg")
     points = declared["options.entry_points"]
     assert points["lm_eval.models"].split() == [plugin.NAME, "=", plugin.TARGET]
     assert points["torch.backends"].split() == ["dllm_memdlm", "=", f"{plugin.__name__}:{plugin.install.__name__}"]
@@ -270,19 +219,10 @@ def test_torch_imports_without_a_word_and_the_hook_waits(installed):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-UNKNOWN = ("--model", "nonesuch", "--tasks", "arc_easy", "--limit", "1")
 COMMANDS = {
     "module": ("-m", "lm_eval"),
     "console script": ("-c", "from lm_eval.__main__ import cli_evaluate; cli_evaluate()"),
 }
-
-
-def known_models(done: subprocess.CompletedProcess[str]) -> list[str]:
-    """What lm-eval offers instead of a model that it does not know."""
-    assert done.returncode == 1, done.stderr[-3000:]
-    last = done.stderr.splitlines()[-1]
-    assert "'nonesuch', but no model for this name found" in last, done.stderr[-3000:]
-    return last.partition("Supported model names: ")[2].split(", ")
 
 
 @needs_lm_eval
@@ -291,48 +231,3 @@ def known_models(done: subprocess.CompletedProcess[str]) -> list[str]:
 def test_the_stock_command_knows_the_model(command, installed):
     known = known_models(run(*command, *UNKNOWN, paths=(installed,)))
     assert {"dummy", "hf", "memdlm"} <= set(known)
-
-
-# --- our command ---------------------------------------------------------------------------------------------------
-
-
-@needs_lm_eval
-@pytest.mark.slow
-def test_our_command_knows_the_model_where_torch_loads_nothing_of_others(tmp_path):
-    off = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    known = known_models(run("-m", "dllm_memdlm.evaluate", *UNKNOWN, paths=(tmp_path, ROOT), **off))
-    assert {"dummy", "hf", "memdlm"} <= set(known)
-
-
-def test_our_command_is_lm_evals_with_the_model_and_offline_without_a_hub(tmp_path):
-    """The stand-in prints its arguments, what it knows, and whether it was offline when it was imported."""
-    main = """
-import json, sys
-import lm_eval, lm_eval.models
-from lm_eval.api.registry import model_registry
-def cli_evaluate():
-    print(json.dumps([sys.argv[1:], sorted(model_registry), lm_eval.offline]))
-"""
-    start = "import os; offline = os.environ.get('HF_HUB_OFFLINE')"
-    write_lm_eval(tmp_path, **{"__init__.py": start, "__main__.py": main})
-    no_hub = {"HF_HUB_OFFLINE": "", "HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "*", "no_proxy": "*"}
-    done = run("-m", "dllm_memdlm.evaluate", "ls", "tasks", paths=(tmp_path, ROOT), **no_hub)
-    assert printed(done) == [["ls", "tasks"], ["dummy", "memdlm"], "1"]
-
-
-def test_without_lm_eval_our_command_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.setattr(evaluate, "work_offline_without_hub", lambda: pytest.fail("asked the hub"))
-    finders = list(sys.meta_path)
-    assert evaluate.main() == 2
-    assert capsys.readouterr() == ("", "error: lm_eval is not installed: pip install 'lm_eval[ruler]==0.4.13'\n")
-    assert sys.meta_path == finders
-
-
-@needs_lm_eval
-def test_a_wrong_model_argument_is_one_line(tmp_path):
-    arguments = ("--model", "memdlm", "--model_args", "pretrained=nowhere,memry=true", "--tasks", "arc_easy")
-    done = run("-m", "dllm_memdlm.evaluate", *arguments, paths=(ROOT,), HF_HUB_OFFLINE="1")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "error: unknown model argument 'memry'; did you mean memory?"
-    assert "Traceback" not in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import difflib
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,7 @@ class CanvasSampler(BaseSampler):
             if getattr(self.tokenizer, name) is None:
                 raise ConfigError(f"tokenizer without {name}: a canvas is made of both")
 
+    @abc.abstractmethod
     def steps(
         self,
         inputs: Sequence[Tensor | list[int]],
@@ -56,7 +58,6 @@ class CanvasSampler(BaseSampler):
                 them torch's global generator is used, in the order in which dllm uses it.
             kwargs: settings that differ from `config`.
         """
-        raise NotImplementedError
 
     @torch.no_grad()
     def sample(
@@ -70,7 +71,9 @@ class CanvasSampler(BaseSampler):
         return self._finished(self.steps(inputs, config, seeds, **kwargs), config, kwargs)
 
     def _finished(self, steps: Iterator[Tensor], config: Any, kwargs: dict[str, Any]) -> BaseSamplerOutput | Tensor:
-        keep = kwargs.get("return_dict", getattr(config, "return_dict", False))
+        keep = settings_of(
+            BaseSamplerConfig, config, {k: v for k, v in kwargs.items() if k == "return_dict"}
+        ).return_dict
         histories = []
         for canvas in steps:
             if keep:
