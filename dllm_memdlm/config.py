@@ -69,6 +69,9 @@ class MemoryConfig:
     scope: Literal["sample", "batch"] = knob(
         "sample", "one set of fast weights for each sample, or one shared by the batch (as the paper's code does)"
     )
+    sync: bool = knob(
+        False, "share one set over all processes, for the whole global batch (scope: batch); false keeps them apart"
+    )
     target_modules: tuple[str, ...] = knob(
         ("gate_proj", "up_proj", "down_proj"), "names of the linear layers that carry fast weights"
     )
@@ -91,6 +94,8 @@ class MemoryConfig:
         require("memory", self, "alpha", self.alpha > 0, "more than 0")
         require("memory", self, "target_modules", len(self.target_modules) > 0, "at least one module name")
         require("memory", self, "dropout", 0 <= self.dropout <= 1, "in [0, 1]")
+        shared = not self.sync or self.scope == "batch"
+        require("memory", self, "sync", shared, "false with memory.scope: sample, as each sample has a set of its own")
         falls = self.strategy != "inconsistent" or self.start_ratio >= self.anchor_ratio
         require("memory", self, "start_ratio", falls, f"at least memory.anchor_ratio, {self.anchor_ratio}")
         for name in ("start_ratio", "anchor_ratio", "layer_fraction"):

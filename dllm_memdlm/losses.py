@@ -73,7 +73,13 @@ def loss_weights(weighting: str, scheduler: Any, level: Tensor) -> Tensor:
 
 
 def masked_diffusion_loss(
-    logits: Tensor, tokens: Tensor, valid: Tensor, weights: Tensor, maskable: Tensor, norm: str
+    logits: Tensor,
+    tokens: Tensor,
+    valid: Tensor,
+    weights: Tensor,
+    maskable: Tensor,
+    norm: str,
+    count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Σ_{i in M_t} w(t) · (-log p(x0_i | x_t)), normalised (section 2, and equation of the outer loss in 3.1).
 
@@ -84,9 +90,12 @@ def masked_diffusion_loss(
         weights: w(t) of each sample [B].
         maskable: maskable tokens of each sample [B].
         norm: a key of `NORMS`.
+        count: what `token` divides by, where this batch is a part of a larger one; its own maskable tokens by default.
 
     Returns:
         The loss, and each sample's weighted sum [B], without normalisation and gradient.
     """
     total = (token_nll(logits, tokens) * valid).sum(-1) * weights
+    if norm == "token" and count is not None:
+        return total.sum() / count, total.detach()
     return NORMS[norm](total, maskable), total.detach()

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import global_batch
 from .backbones import StageOutput, adapted_layers, find_sites, staged_backbone
-from .backbones.moe import RoutedExperts
+from .backbones.moe import RoutedExperts, without_backward_hooks
 from .config import ConfigError, MemoryConfig
 from .dllm_api import LinearAlphaScheduler
 from .fast_weights import FastWeights, InnerStep, SiteWeights, sgd_step
@@ -67,6 +68,7 @@ class ParametricMemory:
         self.shapes = [site.shape for site in self.sites]
         #: The first layer that carries fast weights; those below are the trunk.
         self.boundary = adapted_layers(len(backbone.layers), config).start
+        self._experts = [module for module in backbone.modules() if isinstance(module, RoutedExperts)]
         self._held = False
 
     @property
@@ -136,7 +138,7 @@ class ParametricMemory:
             initial: φ0; drawn from the trajectory's noise keys by default.
         """
         device = trajectory.input_ids.device
-        fast = initial or FastWeights.initial(self.shapes, self.config, trajectory.noise_keys, device)
+        fast = initial or FastWeights.initial(self.shapes, self.config, self.keys_of(trajectory), device)
         finite = torch.ones(fast.samples, dtype=torch.bool, device=device)
         trunks: dict[int, Tensor] = {}
         if anchor_trunk is not None and self.config.strategy in ENDS_ON_ANCHOR:
@@ -157,6 +159,13 @@ class ParametricMemory:
                 steps.append(step)
                 finite = finite & step.finite
         return Written(fast.keep(finite), steps, finite)
+
+    def keys_of(self, trajectory: Trajectory) -> Tensor:
+        """The noise key of each set of fast weights [S]: every sample's, or the first one's if they share."""
+        if self.config.scope == "sample":
+            return trajectory.noise_keys
+        first = trajectory.noise_keys[:1]
+        return global_batch.first(first) if self.config.sync else first
 
     def trunk(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The layers without fast weights. input_ids [B, L] → [B, L, D]."""
@@ -212,14 +221,18 @@ class ParametricMemory:
             with torch.no_grad(), self.holding(fast):
                 target = view(teacher_trunk)
         leaves = fast.leaves()
-        with torch.enable_grad(), self.holding(leaves):
+        with torch.enable_grad(), self.holding(leaves), without_backward_hooks(self._experts):
             weights = loss_weights(config.weighting, self.scheduler, trajectory.inner_ratios[:, k])
             total = (objective.loss(view(trunk), target) * positions.valid).sum(-1) * weights  # [B]
             count = positions.valid.sum(-1)
             if fast.samples == 1:  # shared by the batch: one loss over all its tokens
                 total, count = total.sum(0, keepdim=True), count.sum(0, keepdim=True)
+            if config.sync:
+                (count,) = global_batch.total([count])
             loss = total / count.clamp_min(1)  # [S]
             gradients = torch.autograd.grad(loss.sum(), list(leaves.tensors.values()), materialize_grads=True)
+        if config.sync:
+            loss, *gradients = global_batch.total([loss.detach(), *gradients])
         return sgd_step(fast, dict(zip(leaves.tensors, gradients, strict=True)), loss, config)
 
 

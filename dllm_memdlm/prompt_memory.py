@@ -32,7 +32,7 @@ NOTHING = b""
 
 def at_inference(config: MemoryConfig, **changes: object) -> MemoryConfig:
     """A training configuration as it is used on prompts: uniform weights, and every prompt its own fast weights."""
-    settings = {"enabled": True, "weighting": "uniform", "scope": "sample", "dropout": 0.0, **changes}
+    settings = {"enabled": True, "weighting": "uniform", "scope": "sample", "sync": False, "dropout": 0.0, **changes}
     return replace(config, **settings)
 
 

@@ -12,11 +12,13 @@ import yaml
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
+from . import engines
 from .backbones import config_of, load_model
 from .config import ConfigError
 from .data import load_examples, tokenizer_for, training_texts
 from .dllm_api import NoAttentionMaskWrapper, describe
 from .recipe import FILE_NAME, Recipe
+from .resume import check_engine, check_whole
 from .trainer import MemDLMTrainer
 
 #: Tokenizers that were trained for runs, so that runs on the same texts share one.
@@ -57,7 +59,9 @@ def build_trainer(recipe: Recipe) -> MemDLMTrainer:
         eval_dataset=examples.eval,
         processing_class=tokenizer,
     )
-    trainer.add_callback(_SaveRecipe(recipe))
+    if state.is_main_process:
+        print(f"engine: {engines.describe(trainer.accelerator)}", flush=True)
+    trainer.beside_checkpoints.append(recipe.save)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(_Progress())
     return trainer
@@ -73,8 +77,11 @@ def train(recipe: Recipe, resume: bool = False) -> MemDLMTrainer:
     if checkpoint is None and resume and Path(output_dir).is_dir():
         checkpoint = get_last_checkpoint(output_dir)
     if checkpoint is not None:
-        check_checkpoint(checkpoint, recipe)
+        made_by = check_whole(checkpoint)
+        check_recipe(checkpoint, recipe)
     trainer = build_trainer(recipe)
+    if checkpoint is not None:
+        check_engine(checkpoint, made_by, engines.describe(trainer.accelerator))
     trainer.train(resume_from_checkpoint=checkpoint)
     evaluated = {row["step"] for row in trainer.state.log_history if "eval_loss" in row}
     if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated:
@@ -87,14 +94,12 @@ def train(recipe: Recipe, resume: bool = False) -> MemDLMTrainer:
     return trainer
 
 
-def check_checkpoint(checkpoint: str, recipe: Recipe) -> None:
-    """Refuse a checkpoint that is not one, or was made by another recipe (its training section may differ)."""
-    folder = Path(checkpoint)
-    if not (folder / "trainer_state.json").is_file():
-        raise ConfigError(f"{checkpoint}: not a checkpoint (no trainer_state.json)")
-    if not (folder / FILE_NAME).is_file():
-        return  # made by the trainer on its own, without a recipe
-    before = yaml.safe_load((folder / FILE_NAME).read_text(encoding="utf-8"))
+def check_recipe(checkpoint: str, recipe: Recipe) -> None:
+    """Refuse a checkpoint that another recipe has made (its training section may differ)."""
+    try:
+        before = yaml.safe_load((Path(checkpoint) / FILE_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return  # made by the trainer without a recipe
     now = yaml.safe_load(recipe.to_yaml())
     for section in ("model", "lora", "data", "memory"):
         for key, value in now[section].items():
@@ -103,17 +108,6 @@ def check_checkpoint(checkpoint: str, recipe: Recipe) -> None:
                     f"{checkpoint}: made with {section}.{key}={before.get(section, {}).get(key)!r}, the recipe now "
                     f"says {value!r}; change it back, or train to another training.output_dir"
                 )
-
-
-class _SaveRecipe(transformers.TrainerCallback):
-    """The resolved recipe beside every checkpoint."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.recipe.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 class _Progress(ProgressCallback):

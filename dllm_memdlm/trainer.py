@@ -2,64 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, Sampler
-from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_utils import has_length
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
-from . import noise
+from . import engines, noise
 from .backbones import adopt, staged_backbone
 from .collator import AnchorTrajectoryCollator
-from .config import ConfigError, MemoryConfig, require
-from .dllm_api import MDLMConfig, MDLMTrainer
+from .config import ConfigError, MemoryConfig
+from .dllm_api import MDLMTrainer
 from .epoch_order import EpochSampler, LongestFirst
 from .example_ids import lengths_of, with_example_ids
 from .logs import Averages, EpochClock
-from .losses import NORMS, loss_weights, masked_diffusion_loss, positions_of
+from .losses import loss_weights, masked_diffusion_loss, positions_of
 from .memory import ParametricMemory, Written
+from .resume import written_aside
+from .training_args import MemDLMConfig
 from .trajectory import Trajectory
-
-
-@dataclass
-class MemDLMConfig(MDLMConfig):
-    """Training arguments: all of dllm's MDLMConfig, hence of transformers, with the defaults below.
-
-    What concerns the fast weights is in `MemoryConfig`.
-    """
-
-    report_to: str = "none"
-    save_only_model: bool = False
-    remove_unused_columns: bool = False
-    logging_first_step: bool = True
-    logging_nan_inf_filter: bool = False
-    ddp_find_unused_parameters: bool | None = False  # experts without a token get a gradient of zeros
-
-    def __post_init__(self) -> None:
-        if self.gradient_checkpointing and not self.gradient_checkpointing_kwargs:
-            # The reentrant kind, transformers' default, breaks gradients that do not go through `.backward()`.
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
-        if not (torch.cuda.is_available() or torch.xpu.is_available()):
-            self.use_cpu, self.dataloader_pin_memory = True, False
-        super().__post_init__()
-        if self.n_gpu > 1:
-            self._n_gpu = 1  # one process uses one GPU; nn.DataParallel's replicas would share the fast weights
-        for name, known in (("loss_norm_type", tuple(NORMS)), ("loss_weight_type", ("scheduler", "uniform"))):
-            choice = getattr(self, name)
-            require("training", self, name, choice in known, f"one of {', '.join(known)}")
-        require("training", self, "time_epsilon", 0 < self.time_epsilon < 1, "in (0, 1)")
-        require("training", self, "learning_rate", self.learning_rate >= 0, "at least 0")
-        require("training", self, "dataloader_num_workers", self.dataloader_num_workers >= 0, "at least 0")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            require("training", self, name, getattr(self, name) >= 1, "at least 1")
-        try:
-            get_reporting_integration_callbacks(self.report_to)
-        except (ValueError, ImportError) as error:
-            raise ConfigError(f"training.report_to={self.report_to!r}: {' '.join(str(error).split())}") from None
 
 
 class MemDLMTrainer(MDLMTrainer):
@@ -126,17 +92,54 @@ class MemDLMTrainer(MDLMTrainer):
                 time_epsilon=self.time_epsilon,
                 bos_token_id=tokenizer.bos_token_id if self.right_shift_logits else None,
             )
-        # The models compute no loss themselves: dividing it by the accumulation steps stays transformers' job.
-        self.model_accepts_loss_kwargs = False
+        # Whether transformers counts the maskable tokens of an optimizer step, over accumulated batches and processes,
+        # for the loss to be divided by. It divides by the number of accumulated batches otherwise.
+        self.model_accepts_loss_kwargs = self.loss_norm_type == "token"
         self.memory_config = memory
         self.memory = None
         if memory.enabled:
             self.memory = ParametricMemory(
                 self.model, memory, self.mask_token_id, self.scheduler, right_shift_logits=self.right_shift_logits
             )
+        #: Called with the folder of every checkpoint, before it is complete.
+        self.beside_checkpoints: list[Callable[[Path], None]] = []
+        self._aside: Path | None = None
         self._train_log = Averages()
         self._eval_losses_off: list[Tensor] = []
         self.add_callback(EpochClock(self.data_collator, self._train_log))
+        engines.fit(self.model, self.accelerator)
+
+    # === engines ===
+
+    def create_accelerator_and_postprocess(self) -> None:
+        with engines.fsdp_anywhere():
+            super().create_accelerator_and_postprocess()
+
+    def create_optimizer(self) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer()
+        # With LoRA nothing goes without weight decay, and DeepSpeed takes no empty group.
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    # === checkpoints ===
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = Path(self._get_output_dir(trial))
+        with written_aside(run_dir, self.accelerator, engines.describe(self.accelerator)) as self._aside:
+            super()._save_checkpoint(model, trial)
+            folder = self._aside / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            if self.state.best_model_checkpoint == str(folder):
+                self.state.best_model_checkpoint = str(run_dir / folder.name)
+            if self.args.should_save:
+                self.state.save_to_json(folder / TRAINER_STATE_NAME)
+                for write in self.beside_checkpoints:
+                    write(folder)
+        self._aside = None
+        if self.args.should_save:
+            self._rotate_checkpoints(use_mtime=True, output_dir=run_dir)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._aside or super()._get_output_dir(trial))
 
     # === the step ===
 
@@ -164,12 +167,16 @@ class MemDLMTrainer(MDLMTrainer):
             self._note(written, trajectory, head, positions)
             fast = written.fast_weights
             if model.training and self.memory_config.dropout > 0:
-                fast = fast.keep(self._kept(trajectory, fast.samples))
+                fast = fast.keep(self._kept(trajectory))
             with self.memory.holding(fast):
                 logits = head(model)
         else:
             logits = head(model)
-        loss, total = self._outer_loss(logits, trajectory, positions)
+        # The maskable tokens of a whole optimizer step in all processes, whose gradients will be averaged.
+        count = num_items_in_batch
+        if count is not None and self.args.average_tokens_across_devices:
+            count = count / self.accelerator.num_processes
+        loss, total = self._outer_loss(logits, trajectory, positions, count)
         maskable = trajectory.maskable.sum().to(total.dtype)
         self.meter.update(
             split="train" if model.training else "eval", value=total.sum() / maskable.clamp_min(1), weight=maskable
@@ -194,7 +201,9 @@ class MemDLMTrainer(MDLMTrainer):
 
         return trunk, head
 
-    def _outer_loss(self, logits: Tensor, trajectory: Trajectory, positions: Any) -> tuple[Tensor, Tensor]:
+    def _outer_loss(
+        self, logits: Tensor, trajectory: Trajectory, positions: Any, count: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return masked_diffusion_loss(
             logits,
             positions.gather(trajectory.input_ids),
@@ -202,15 +211,16 @@ class MemDLMTrainer(MDLMTrainer):
             loss_weights(self.loss_weight_type, self.scheduler, trajectory.noise_level),
             trajectory.maskable.sum(-1),
             self.loss_norm_type,
+            count,
         )
 
     def _loss_memory_off(self, trajectory: Trajectory, head: Any, positions: Any) -> Tensor:
         with torch.no_grad():
             return self._outer_loss(head(self.memory.model), trajectory, positions)[0]
 
-    def _kept(self, trajectory: Trajectory, samples: int) -> Tensor:
+    def _kept(self, trajectory: Trajectory) -> Tensor:
         """Memory dropout: which sets of fast weights stay in place. → [S] bool."""
-        return noise.uniform(trajectory.noise_keys[:samples], noise.DROPOUT, 1)[:, 0] >= self.memory_config.dropout
+        return noise.uniform(self.memory.keys_of(trajectory), noise.DROPOUT, 1)[:, 0] >= self.memory_config.dropout
 
     # === order ===
 

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+from dllm_memdlm.recipe import Recipe, load_recipe
 
 #: Twenty examples of one length, in a tokenizer with a token for each byte: sixteen to train on, four to evaluate on.
 ROWS = [{"instruction": f"Say {i % 10} twice, please.", "output": f"{i % 10} and {i % 10}"} for i in range(20)]
+
+#: As many tokens in every example, and other numbers of them in its response.
+UNEQUAL_ROWS = [
+    {"instruction": "?" * (8 + i * 7 % 11), "output": chr(97 + i) * 2 + "." * (20 - i * 7 % 11)} for i in range(20)
+]
 
 RECIPE = """\
 model:
@@ -36,9 +44,22 @@ training:
 """
 
 
-def write_recipe(folder: Path, name: str = "tiny") -> Path:
+def write_recipe(folder: Path, name: str = "tiny", rows: list[dict[str, str]] = ROWS) -> Path:
     """A recipe of a model of 50 thousand parameters, on local examples."""
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     path = folder / f"{name}.yaml"
     path.write_text(RECIPE.replace("DATASET", str(folder / "rows.jsonl")), encoding="utf-8")
     return path
+
+
+def recipe_for(recipe_file: Path, folder: Path, *overrides: str) -> Recipe:
+    return load_recipe(recipe_file, [f"training.output_dir={folder}", *overrides])
+
+
+def logs_of(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def without_times(logs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    timed = ("seconds", "runtime", "per_second", "flos")
+    return [{k: v for k, v in log.items() if not any(word in k for word in timed)} for log in logs]

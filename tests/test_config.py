@@ -39,6 +39,7 @@ def test_defaults_of_the_memory_are_the_papers():
         "rank": 32,
         "alpha": 64.0,
         "scope": "sample",
+        "sync": False,
         "target_modules": ("gate_proj", "up_proj", "down_proj"),
         "layer_fraction": 0.1,
         "layers": "last",

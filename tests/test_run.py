@@ -1,81 +1,29 @@
-"""Whole runs of a recipe: what they leave behind, what they log, that they resume, and that ranks change nothing."""
+"""Whole runs of a recipe: what they leave behind, what they log, and that ranks change nothing."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
 import peft
 import pytest
 import torch
 import transformers
 import yaml
 from safetensors.torch import load_file
-from small_run import write_recipe
+from small_run import logs_of, recipe_for
 
 import dllm_memdlm
 from dllm_memdlm import run
 from dllm_memdlm.backbones import config_of, load_model
 from dllm_memdlm.collator import AnchorTrajectoryCollator
-from dllm_memdlm.config import ConfigError
-from dllm_memdlm.recipe import Recipe, load_recipe
+from dllm_memdlm.recipe import load_recipe
 
-
-@pytest.fixture(scope="module", autouse=True)
-def own_caches(tmp_path_factory):
-    """No cache outside of the tests' folder is read or written, and no bar is drawn."""
-    cache = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # where training arguments leave theirs for the next ones
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache / "datasets")
-        patch.setattr(run, "TOKENIZER_CACHE", cache / "tokenizers")
-        datasets.disable_progress_bars()
-        yield
-        datasets.enable_progress_bars()
-
-
-@pytest.fixture(autouse=True)
-def own_precision(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-
-
-@pytest.fixture(scope="module")
-def recipe_file(tmp_path_factory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("recipe"))
-
-
-@pytest.fixture(scope="module")
-def finished(recipe_file, tmp_path_factory) -> Path:
-    """The folder of a run from scratch that nothing stopped."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    run.train(recipe_for(recipe_file, folder))
-    return folder
-
-
-def recipe_for(recipe_file: Path, folder: Path, *overrides: str) -> Recipe:
-    return load_recipe(recipe_file, [f"training.output_dir={folder}", *overrides])
-
-
-def logs_of(folder: Path) -> list[dict[str, Any]]:
-    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
-
-
-def without_times(logs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    timed = ("seconds", "runtime", "per_second", "flos")
-    return [{k: v for k, v in log.items() if not any(word in k for word in timed)} for log in logs]
-
-
-def message(call: Any, *args: Any) -> str:
-    with pytest.raises(ConfigError) as error:
-        call(*args)
-    return str(error.value)
+pytestmark = pytest.mark.usefixtures("caches_of_runs")
 
 
 # --- what a run leaves behind ------------------------------------------------------------------------------------
@@ -216,80 +164,6 @@ def test_a_lora_run_on_a_saved_model_leaves_a_peft_adapter(finished, recipe_file
     expected = trainer.model.eval()(input_ids=tokens).logits
     assert torch.equal(loaded(input_ids=tokens).logits, expected)
     assert not torch.allclose(before, expected, atol=1e-6)
-
-
-# --- resuming ------------------------------------------------------------------------------------------------------
-
-
-def test_a_resumed_run_ends_at_the_same_bits(finished, recipe_file, tmp_path):
-    """A folder as a killed run leaves it: a checkpoint, and no more. `resume` finds it."""
-    shutil.copytree(finished / "checkpoint-2", tmp_path / "checkpoint-2")
-    trainer = run.train(recipe_for(recipe_file, tmp_path), resume=True)
-    assert trainer.state.global_step == 4
-    assert (tmp_path / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
-    assert without_times(logs_of(tmp_path))[:-1] == without_times(logs_of(finished))[:-1]
-    start = load_file(finished / "checkpoint-2" / "model.safetensors")
-    end = load_file(finished / "model.safetensors")
-    moved = sum(not torch.equal(start[name], end[name]) for name in start)  # all but experts without a token
-    assert moved > 0.8 * len(start)
-
-
-def test_resuming_takes_the_last_checkpoint_or_starts(finished, recipe_file, tmp_path, monkeypatch):
-    taken = []
-
-    class Stop(Exception):
-        pass
-
-    class Trainer:
-        def train(self, resume_from_checkpoint: Any) -> None:
-            taken.append(resume_from_checkpoint)
-            raise Stop
-
-    monkeypatch.setattr(run, "build_trainer", lambda recipe: Trainer())
-    other = finished / "checkpoint-2"
-    cases = [
-        (tmp_path, True, ()),  # an empty folder
-        (tmp_path / "none", True, ()),
-        (finished, False, ()),
-        (finished, True, ()),
-        (finished, True, (f"training.resume_from_checkpoint={other}",)),
-        (tmp_path, False, (f"training.resume_from_checkpoint={other}",)),
-    ]
-    for folder, resume, overrides in cases:
-        with pytest.raises(Stop):
-            run.train(recipe_for(recipe_file, folder, *overrides), resume=resume)
-    assert taken == [None, None, None, str(finished / "checkpoint-4"), str(other), str(other)]
-
-
-def test_a_checkpoint_of_another_recipe_is_refused(finished, recipe_file):
-    checkpoint = finished / "checkpoint-4"
-    cases = [
-        ("memory.rank=8", "memory.rank=4, the recipe now says 8"),
-        ("data.max_length=99", "data.max_length=4096, the recipe now says 99"),
-        ("memory.enabled=false", "memory.enabled=True, the recipe now says False"),
-        ("lora.enabled=true", "lora.enabled=False, the recipe now says True"),
-        ("model.dtype=bfloat16", "model.dtype='float32', the recipe now says 'bfloat16'"),
-        ("memory.target_modules=[up_proj]", "memory.target_modules=['gate_proj', 'up_proj', 'down_proj'], the recipe "),
-    ]
-    for override, says in cases:
-        text = message(run.train, recipe_for(recipe_file, finished, override), True)
-        assert text.startswith(f"{checkpoint}: made with {says}")
-        assert text.endswith("; change it back, or train to another training.output_dir")
-    assert message(run.train, recipe_for(recipe_file, finished, "memory.rank=8"), True) == (
-        f"{checkpoint}: made with memory.rank=4, the recipe now says 8; change it back, or train to another "
-        "training.output_dir"
-    )
-    run.check_checkpoint(str(checkpoint), recipe_for(recipe_file, finished, "training.max_steps=9"))
-
-
-def test_what_is_no_checkpoint_is_refused(finished, recipe_file, tmp_path):
-    for folder in (tmp_path, tmp_path / "none", finished / "recipe.yaml"):
-        recipe = recipe_for(recipe_file, tmp_path, f"training.resume_from_checkpoint={folder}")
-        assert message(run.train, recipe) == f"{folder}: not a checkpoint (no trainer_state.json)"
-    bare = tmp_path / "bare"
-    shutil.copytree(finished / "checkpoint-2", bare)
-    (bare / "recipe.yaml").unlink()  # as a trainer without a recipe leaves it
-    run.check_checkpoint(str(bare), recipe_for(recipe_file, tmp_path, "memory.rank=8"))
 
 
 # --- noise ---------------------------------------------------------------------------------------------------------

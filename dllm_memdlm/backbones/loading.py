@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.integrations import deepspeed
 
 from ..config import ConfigError, LoraConfig, ModelConfig
 from .decoder import DECODERS, bidirectional
@@ -98,7 +101,7 @@ def load_model(
     cls = model_class((config.architectures or [model.architecture])[0])
     dtype = getattr(torch, model.dtype)
     if model.path is None:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _whole():
             torch.manual_seed(seed)
             try:  # not `.to(dtype)`, which would round the rotary frequencies too
                 backbone = cls._from_config(config, dtype=dtype, attn_implementation=model.attn_implementation)
@@ -134,6 +137,18 @@ def load_model(
                 f"model.path={model.path!r}: {len(report['missing_keys'])} weights are missing, {first} the first"
             )
     return with_lora(backbone, lora) if lora is not None and lora.enabled else backbone
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Build a model whole under ZeRO-3 too: drawn in parts its weights would be others than in one process."""
+    held = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if held is not None and held() is not None:
+            deepspeed.set_hf_deepspeed_config(held())
 
 
 def with_lora(backbone: PreTrainedModel, lora: LoraConfig) -> nn.Module:

@@ -5,7 +5,9 @@ Experts that cannot be stacked, such as quantised ones, run one by one on their 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -36,6 +38,7 @@ class RoutedExperts(nn.ModuleList):
         self._reset()
 
     def _reset(self) -> None:
+        self.packs = True  #: whether frozen weights may move into one buffer; not where an engine moves them itself
         self.fast: dict[str, SiteWeights] = {}
         self._packed: dict[str, Tensor] = {}
 
@@ -95,7 +98,7 @@ class RoutedExperts(nn.ModuleList):
 
     def _stack(self, name: str, weights: list[Tensor]) -> Tensor:
         """[E, out, in]. Frozen weights become views of one buffer, so that stacking them costs nothing afterwards."""
-        if any(weight.requires_grad for weight in weights):
+        if not self.packs or any(weight.requires_grad for weight in weights):
             return torch.stack(weights)
         packed = self._packed.get(name)
         if packed is None or any(w.data_ptr() != p.data_ptr() for w, p in zip(weights, packed, strict=True)):
@@ -104,6 +107,23 @@ class RoutedExperts(nn.ModuleList):
                 weight.data = view
             self._packed[name] = packed
         return packed
+
+
+@contextmanager
+def without_backward_hooks(experts: Iterable[RoutedExperts]) -> Iterator[None]:
+    """Forward passes whose backward pass the experts' backward hooks do not see.
+
+    ZeRO-3 takes the first backward pass through such a module for the one that brings its parameters' gradients. The
+    inner loop's brings none: it ends at the fast weights.
+    """
+    held = [(module, module._backward_hooks) for module in experts]
+    for module, _ in held:
+        module._backward_hooks = OrderedDict()
+    try:
+        yield
+    finally:
+        for module, hooks in held:
+            module._backward_hooks = hooks
 
 
 def _are_groupable(linears: list[nn.Module]) -> bool:

@@ -21,7 +21,7 @@ from ..pretrained import load_pretrained
 _logger = logging.getLogger("lm_eval.models.memdlm")  # lm-eval shows the messages of its own loggers only
 
 #: Fields of `MemoryConfig` that mean nothing for a prompt, or are declared below in another form.
-TRAINING_ONLY = {"enabled", "dropout", "scope", "weighting"}
+TRAINING_ONLY = {"enabled", "dropout", "scope", "sync", "weighting"}
 
 #: Arguments one of whose choices is called none, which is not the same as nothing.
 NONE_IS_A_CHOICE = {"memory_clip", "cache"}

@@ -1,0 +1,149 @@
+"""Engines: DDP, FSDP2 or a ZeRO stage of DeepSpeed, chosen by a recipe's `training.engine`, in transformers' terms.
+
+`recipes/accelerate` and `recipes/deepspeed` hold the same configurations for accelerate's own launcher.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
+from torch import nn
+
+from .backbones.moe import RoutedExperts
+from .config import ConfigError
+
+#: `auto` is what the launcher was configured for, DDP by default.
+ENGINES = ("auto", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+
+#: What accelerate's launcher sets for FSDP2. transformers' own arguments reach FSDP1's settings only.
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_OFFLOAD_PARAMS": "false",
+}
+
+
+def zero_config(stage: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for a ZeRO stage; transformers fills in what is `auto`."""
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": "auto"}
+    if stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": "auto",
+            # By default small parameters stay whole on every GPU, and those of a LoRA are small.
+            "stage3_param_persistence_threshold": 0,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        }
+    automatic = ("gradient_clipping", "gradient_accumulation_steps", "train_batch_size")
+    return {
+        "zero_optimization": zero,
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+        **dict.fromkeys((*automatic, "train_micro_batch_size_per_gpu"), "auto"),
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def prepare(args: Any) -> None:
+    """Put `args.engine` into force. For training arguments that transformers has not read yet.
+
+    With one process there is nothing to share out, and the engine is left out.
+
+    Raises:
+        ConfigError: the launcher or another argument has chosen an engine too; DeepSpeed is not installed.
+    """
+    launched = launched_engine()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")  # and not cpu:1, which checkpoints are not loaded to
+    if launched is None:  # what an earlier run of this process has left
+        for name in ("ACCELERATE_USE_DEEPSPEED", *FSDP2):
+            os.environ.pop(name, None)
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if args.engine != "auto":
+        for other, chosen in (("deepspeed", args.deepspeed), ("fsdp", args.fsdp)):
+            if chosen:
+                raise ConfigError(
+                    f"training.engine={args.engine!r} and training.{other} are both set; give one of them"
+                )
+        if launched is not None:
+            raise ConfigError(
+                f"training.engine={args.engine!r}: accelerate's configuration has chosen {launched} already; leave one "
+                "of them out (training.engine=auto takes accelerate's)"
+            )
+    if not alone and args.engine == "fsdp2":
+        os.environ.update(FSDP2)
+    if not alone and args.engine.startswith("zero"):
+        if importlib.util.find_spec("deepspeed") is None:
+            raise ConfigError(
+                f"training.engine={args.engine!r}: expected deepspeed (pip install 'dllm-memdlm[deepspeed]')"
+            )
+        args.deepspeed = zero_config(int(args.engine[-1]))
+    if args.deepspeed or launched == "DeepSpeed":
+        _settle_deepspeed()
+
+
+def launched_engine() -> str | None:
+    """The engine that accelerate's launcher was configured for, by what only the launcher sets."""
+    if "ACCELERATE_CONFIG_DS_FIELDS" in os.environ:
+        return "DeepSpeed"
+    return "FSDP" if "FSDP_MIN_NUM_PARAMS" in os.environ else None
+
+
+def describe(accelerator: Accelerator) -> str:
+    """What runs, in a few words, as accelerate has it: `ZeRO-2, 8 processes`."""
+    if accelerator.num_processes == 1:
+        return "one process"
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        name = f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
+    elif kind == DistributedType.FSDP:
+        name = f"FSDP{accelerator.state.fsdp_plugin.fsdp_version}"
+    else:
+        name = "DDP"
+    return f"{name}, {accelerator.num_processes} processes"
+
+
+def _settle_deepspeed() -> None:
+    """On a CPU DeepSpeed must be told so before it is imported, and not compile a kernel of its own for minutes."""
+    if torch.cuda.is_available():
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextmanager
+def fsdp_anywhere() -> Iterator[None]:
+    """Create an Accelerator that uses FSDP on CPUs too, which accelerate (1.11) overlooks."""
+    state = PartialState._shared_state
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and state.get("distributed_type") == DistributedType.MULTI_CPU:
+        state["distributed_type"] = DistributedType.MULTI_GPU
+    yield
+
+
+def fit(model: nn.Module, accelerator: Accelerator) -> None:
+    """Prepare a model's experts for an engine that shares out the weights themselves (ZeRO-3, FSDP)."""
+    plugin = accelerator.state.deepspeed_plugin
+    zero3 = plugin is not None and plugin.zero_stage == 3
+    experts = [module for module in model.modules() if isinstance(module, RoutedExperts)]
+    if not experts or not (zero3 or accelerator.distributed_type == DistributedType.FSDP):
+        return
+    for module in experts:
+        module.packs = False  # their weights are elsewhere in every pass
+    if zero3:
+        # The experts' own forward is not called, so their weights are to be gathered with the list that holds them.
+        import deepspeed
+
+        deepspeed.utils.set_z3_leaf_modules(model, [RoutedExperts])

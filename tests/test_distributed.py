@@ -1,0 +1,168 @@
+"""Two processes with half of the batch each end at the weights of one with the whole batch, under every engine."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import recipe_files
+import small_run
+import yaml
+from processes import launch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dllm_memdlm.train import main
+
+ENGINES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
+
+#: Five steps. Plain SGD: AdamW divides a rounding error of a vanishing gradient by itself. A large inner learning rate,
+#: so that a wrong inner loop shows.
+COMMON = (
+    "training.max_steps=5",
+    "training.optim=sgd",
+    "training.learning_rate=0.05",
+    "training.warmup_ratio=0.0",
+    "training.save_strategy='no'",
+    "training.eval_steps=3",
+    "memory.inner_lr=10",
+    "memory.grad_clip=0.2",
+)
+LORA = ("lora.enabled=true", "lora.r=4", "lora.alpha=8", "lora.dropout=0.0")
+#: A first layer that is dense, then routed and shared experts.
+LLADA2 = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_group": 3,
+    "topk_group": 2,
+}
+#: What is trained, by name. Every case has its own reference in one process.
+CASES: dict[str, tuple[str, ...]] = {
+    "LLaDA-MoE, LoRA": LORA,
+    "LLaDA-MoE, LoRA, checkpointing, accumulation": (
+        *LORA,
+        "training.gradient_checkpointing=true",
+        "training.gradient_accumulation_steps=2",
+    ),
+    "LLaDA-MoE, all weights, AdamW": (
+        "training.optim=adamw_torch",
+        "training.learning_rate=1e-3",
+        "training.adam_epsilon=1e-3",
+    ),
+    "LLaDA-MoE, LoRA, MDLM": (*LORA, "memory.enabled=false"),
+    "LLaDA-MoE, LoRA, one φ for all (memory.sync)": (*LORA, "memory.scope=batch", "memory.sync=true"),
+    "LLaDA2.1, LoRA, two adapted layers, K = 3, KL": (
+        *LORA,
+        "memory.layer_fraction=0.67",
+        "memory.steps=3",
+        "memory.objective=kl",
+    ),
+    "LLaDA2.1, all weights, checkpointing": ("training.gradient_checkpointing=true",),
+    "LLaDA2.1, all weights, accumulation": ("training.gradient_accumulation_steps=2",),
+}
+#: In every `make test`; the others run in `make test-distributed`.
+SHORT = ("LLaDA-MoE, LoRA, checkpointing, accumulation",)
+
+#: The largest difference of a weight from one process's, over the largest distance a weight has moved.
+TOLERANCE = 3e-5
+TABLE = "Two processes of 4 against one of 8 after 5 steps: largest difference of a weight ÷ largest move of a weight"
+
+
+@dataclass
+class Run:
+    weights: dict[str, Tensor]
+    logs: list[dict[str, Any]]
+    output: str
+
+
+def train(recipe: str, settings: tuple[str, ...]) -> None:
+    """What each process does: the command that a user types."""
+    assert main([recipe, *settings, "--debug"]) == 0
+
+
+def trained(recipe: Path, folder: Path, processes: int, *settings: str) -> Run:
+    launch(processes, folder, train, str(recipe), (f"training.output_dir={folder}", *settings))
+    names = (folder / "adapter_model.safetensors", folder / "model.safetensors")
+    logs = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return Run(load_file(next(filter(Path.exists, names))), logs, (folder / "process0.log").read_text())
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory) -> dict[str, Path]:
+    """By backbone. Responses of several lengths in examples of one length, as padding would be a part of the loss."""
+    folder = tmp_path_factory.mktemp("distributed")
+    llada_moe = small_run.write_recipe(folder, rows=small_run.UNEQUAL_ROWS)
+    values = yaml.safe_load(llada_moe.read_text())
+    values["model"] |= {"architecture": "LLaDA2MoeModelLM", "dimensions": LLADA2}
+    llada2 = recipe_files.write(folder / "llada2.yaml", yaml.safe_dump(values))
+    return {"LLaDA-MoE": llada_moe, "LLaDA2.1": llada2}
+
+
+@pytest.fixture(scope="module")
+def references(recipes, tmp_path_factory) -> Any:
+    """Runs in one process by case: the weights at the start, and the run."""
+    done: dict[str, tuple[dict[str, Tensor], Run]] = {}
+
+    def of(case: str) -> tuple[dict[str, Tensor], Run]:
+        if case not in done:
+            folder = tmp_path_factory.mktemp("one")
+            recipe = recipes[case.partition(",")[0]]
+            settings = (*COMMON, *CASES[case], "training.per_device_train_batch_size=8")
+            start = trained(recipe, folder / "start", 1, *settings, "training.max_steps=1", "training.learning_rate=0")
+            done[case] = start.weights, trained(recipe, folder / "run", 1, *settings)
+        return done[case]
+
+    return of
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "case", [case if case in SHORT else pytest.param(case, marks=pytest.mark.distributed) for case in CASES]
+)
+def test_two_halves_are_one_whole(case, engine, recipes, references, tmp_path, record_property):
+    start, one = references(case)
+    settings = (*COMMON, *CASES[case], "training.per_device_train_batch_size=4", f"training.engine={engine}")
+    two = trained(recipes[case.partition(",")[0]], tmp_path, 2, *settings)
+    assert f"engine: {ENGINES[engine]}, 2 processes" in two.output
+    assert two.weights.keys() == one.weights.keys() == start.keys()
+    moved = max((one.weights[name] - start[name]).abs().max().item() for name in start)
+    off = max((two.weights[name] - one.weights[name]).abs().max().item() for name in start)
+    record_property("table", (TABLE, case, ENGINES[engine], f"{off / moved:.1e}"))
+    assert moved > 1e-3
+    assert off <= TOLERANCE * moved
+    for ours, theirs in zip(two.logs, one.logs, strict=True):
+        for name in ("loss", "grad_norm", "inner_loss_1", "inner_loss_2", "eval_loss", "eval_loss_memory_off", "nll"):
+            assert (name in ours) == (name in theirs)
+            if name in ours:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=2e-4), name
+    if "memory.enabled=false" not in CASES[case]:
+        # the fast weights had an effect, and it is the one that they have in a single process
+        on, without = (
+            [log[key] for log in one.logs if "eval_loss" in log] for key in ("eval_loss", "eval_loss_memory_off")
+        )
+        assert min(abs(a - b) for a, b in zip(on, without, strict=True)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "engine", ["ddp", *(pytest.param(e, marks=pytest.mark.distributed) for e in ENGINES if e != "ddp")]
+)
+def test_uneven_last_batches_do_not_hang(engine, recipes, tmp_path):
+    """Sixteen examples in batches of 2 · 3: the last has four. One φ for all, so that the inner loop waits, too."""
+    settings = ("training.per_device_train_batch_size=3", "training.max_steps=-1", "training.num_train_epochs=2")
+    shared = ("memory.scope=batch", "memory.sync=true", f"training.engine={engine}")
+    run = trained(
+        recipes["LLaDA-MoE"], tmp_path, 2, *COMMON, *LORA, *settings, *shared, "training.group_by_length=true"
+    )
+    losses = [log["loss"] for log in run.logs if "loss" in log]
+    assert len(losses) == 6 and all(math.isfinite(loss) for loss in losses)
+    assert any("eval_loss" in log for log in run.logs), "four examples in batches of 2 · 4"

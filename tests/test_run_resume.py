@@ -1,0 +1,208 @@
+"""Runs that go on from a checkpoint: which one they take, that they end at the same bits, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import examples, make_trainer, tiny
+from safetensors.torch import load_file
+from small_run import logs_of, recipe_for, without_times
+
+from dllm_memdlm import resume, run
+from dllm_memdlm.config import ConfigError
+from dllm_memdlm.trainer import MemDLMTrainer
+
+pytestmark = pytest.mark.usefixtures("caches_of_runs")
+
+
+def message(call: Any, *args: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        call(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_resumed_run_ends_at_the_same_bits(finished, recipe_file, tmp_path):
+    """A folder as a killed run leaves it: a checkpoint, and no more. `resume` finds it."""
+    shutil.copytree(finished / "checkpoint-2", tmp_path / "checkpoint-2")
+    trainer = run.train(recipe_for(recipe_file, tmp_path), resume=True)
+    assert trainer.state.global_step == 4
+    assert (tmp_path / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    assert without_times(logs_of(tmp_path))[:-1] == without_times(logs_of(finished))[:-1]
+    start = load_file(finished / "checkpoint-2" / "model.safetensors")
+    end = load_file(finished / "model.safetensors")
+    moved = sum(not torch.equal(start[name], end[name]) for name in start)  # all but experts without a token
+    assert moved > 0.8 * len(start)
+
+
+def test_resuming_takes_the_last_checkpoint_or_starts(finished, recipe_file, tmp_path, monkeypatch):
+    taken = []
+
+    class Stop(Exception):
+        pass
+
+    def train(trainer: MemDLMTrainer, resume_from_checkpoint: Any) -> None:
+        taken.append(resume_from_checkpoint)
+        raise Stop
+
+    monkeypatch.setattr(MemDLMTrainer, "train", train)
+    other = finished / "checkpoint-2"
+    cases = [
+        (tmp_path, True, ()),  # an empty folder
+        (tmp_path / "none", True, ()),
+        (finished, False, ()),
+        (finished, True, ()),
+        (finished, True, (f"training.resume_from_checkpoint={other}",)),
+        (tmp_path, False, (f"training.resume_from_checkpoint={other}",)),
+    ]
+    for folder, resumes, overrides in cases:
+        with pytest.raises(Stop):
+            run.train(recipe_for(recipe_file, folder, *overrides), resume=resumes)
+    assert taken == [None, None, None, str(finished / "checkpoint-4"), str(other), str(other)]
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(finished, recipe_file):
+    checkpoint = finished / "checkpoint-4"
+    cases = [
+        ("memory.rank=8", "memory.rank=4, the recipe now says 8"),
+        ("data.max_length=99", "data.max_length=4096, the recipe now says 99"),
+        ("memory.enabled=false", "memory.enabled=True, the recipe now says False"),
+        ("lora.enabled=true", "lora.enabled=False, the recipe now says True"),
+        ("model.dtype=bfloat16", "model.dtype='float32', the recipe now says 'bfloat16'"),
+        ("memory.target_modules=[up_proj]", "memory.target_modules=['gate_proj', 'up_proj', 'down_proj'], the recipe "),
+    ]
+    for override, says in cases:
+        text = message(run.train, recipe_for(recipe_file, finished, override), True)
+        assert text.startswith(f"{checkpoint}: made with {says}")
+        assert text.endswith("; change it back, or train to another training.output_dir")
+    assert message(run.train, recipe_for(recipe_file, finished, "memory.rank=8"), True) == (
+        f"{checkpoint}: made with memory.rank=4, the recipe now says 8; change it back, or train to another "
+        "training.output_dir"
+    )
+    run.check_recipe(str(checkpoint), recipe_for(recipe_file, finished, "training.max_steps=9"))
+
+
+def test_what_is_no_checkpoint_is_refused(finished, recipe_file, tmp_path):
+    foreign = tmp_path / "foreign"
+    shutil.copytree(finished / "checkpoint-2", foreign)
+    (foreign / "contents.json").unlink()  # as any other trainer leaves it
+    for folder, why in (
+        (tmp_path / "none", "no such checkpoint"),
+        (finished / "recipe.yaml", "no such checkpoint"),
+        (finished, "not a checkpoint of this trainer (no readable contents.json)"),
+        (foreign, "not a checkpoint of this trainer (no readable contents.json)"),
+    ):
+        recipe = recipe_for(recipe_file, tmp_path / "run", f"training.resume_from_checkpoint={folder}")
+        assert message(run.train, recipe) == f"{folder}: {why}"
+
+
+def test_every_file_of_a_checkpoint_is_missed(finished, recipe_file, tmp_path):
+    whole = finished / "checkpoint-2"
+    files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
+    needed = {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "recipe.yaml"}
+    assert needed <= {str(path) for path in files}
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    for name in files:
+        if name.name == resume.CONTENTS:
+            continue
+        size = (whole / name).stat().st_size
+        for keep, state in ((None, "is missing"), (size // 2, f"has {size // 2:,} bytes of {size:,}")):
+            shutil.copytree(whole, checkpoint)
+            (checkpoint / name).unlink()
+            if keep is not None:
+                (checkpoint / name).write_bytes((whole / name).read_bytes()[:keep])
+            text = message(run.train, recipe_for(recipe_file, tmp_path / "run"), True)
+            assert text == f"{checkpoint}: not whole, {name} {state}; take an earlier checkpoint"
+            shutil.rmtree(checkpoint)
+
+
+@pytest.mark.parametrize("contents", ["", "[]", '{"files": {}}', "{"])
+def test_unreadable_contents_are_those_of_no_checkpoint(contents, tmp_path):
+    (tmp_path / resume.CONTENTS).write_text(contents)
+    assert message(resume.check_whole, tmp_path).endswith(
+        "not a checkpoint of this trainer (no readable contents.json)"
+    )
+
+
+def test_parts_for_other_processes_are_refused(tmp_path):
+    text = message(resume.check_engine, "checkpoint-2", "ZeRO-2, 8 processes", "ZeRO-2, 4 processes")
+    assert text == (
+        "checkpoint-2: made by ZeRO-2, 8 processes, this is ZeRO-2, 4 processes; resume with the same engine and "
+        "number of processes"
+    )
+    for made_by, here in (("one process", "FSDP2, 2 processes"), ("ZeRO-3, 2 processes", "DDP, 2 processes")):
+        assert message(resume.check_engine, "checkpoint-2", made_by, here)
+    resume.check_engine("checkpoint-2", "DDP, 2 processes", "DDP, 2 processes")
+    with pytest.warns(UserWarning, match="the examples will come in another order"):
+        resume.check_engine("checkpoint-2", "DDP, 2 processes", "one process")
+
+
+# --- a save that is cut off ----------------------------------------------------------------------------------------
+
+
+def save_two(folder: Path, tokenizer: Any, stop_at: str | None = None, **settings: Any) -> MemDLMTrainer:
+    """Two steps with a checkpoint after each; the second save ends with an exception at the file `stop_at`."""
+    trainer = make_trainer(
+        tiny("llama"), tokenizer, folder, data=examples(6), save_strategy="steps", save_steps=1, **settings
+    )
+
+    def cut_off(checkpoint: Path) -> None:
+        if stop_at is not None and checkpoint.name == "checkpoint-2":
+            raise KeyboardInterrupt
+
+    trainer.beside_checkpoints.append(cut_off)
+    trainer.train()
+    return trainer
+
+
+def test_a_save_that_is_cut_off_leaves_the_checkpoint_before(tokenizer, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        save_two(tmp_path, tokenizer, stop_at="checkpoint-2")
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", resume.UNFINISHED}
+    assert (tmp_path / resume.UNFINISHED / "checkpoint-2" / "model.safetensors").is_file()
+    assert resume.check_whole(tmp_path / "checkpoint-1") == "one process"
+    save_two(tmp_path, tokenizer)  # the next run clears it away
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2"}
+    assert resume.check_whole(tmp_path / "checkpoint-2") == "one process"
+
+
+# transformers' remark on checkpoints that are less than a second apart
+@pytest.mark.filterwarnings("ignore:mtime may not be reliable:UserWarning")
+def test_old_checkpoints_are_removed_when_the_new_one_is_there(tokenizer, tmp_path):
+    save_two(tmp_path, tokenizer, save_total_limit=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2"}
+
+
+@pytest.mark.filterwarnings("ignore:mtime may not be reliable:UserWarning")
+def test_the_best_checkpoint_is_known_by_its_final_name(tokenizer, tmp_path):
+    trainer = save_two(
+        tmp_path,
+        tokenizer,
+        eval_data=examples(3, seed=1),
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss_memory_off",
+        greater_is_better=False,
+        save_total_limit=1,
+    )
+    best = trainer.state.best_model_checkpoint
+    assert best in (str(tmp_path / "checkpoint-1"), str(tmp_path / "checkpoint-2"))
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == best
+    expected = load_file(Path(best) / "model.safetensors")
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, expected.get(name, tensor)), name
+
+
+def test_a_checkpoint_of_the_same_name_is_replaced(tokenizer, tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "old").touch()
+    save_two(tmp_path, tokenizer)
+    assert not (tmp_path / "checkpoint-1" / "old").exists()
+    assert resume.check_whole(tmp_path / "checkpoint-1") == "one process"
