@@ -74,7 +74,7 @@ def test_every_setting_of_a_sampler_and_of_the_memory_is_an_argument():
         for name in {f.name for f in dataclasses.fields(config)} - per_prompt:
             assert parsed(**{name: 3}).sampler == {name: 3}
     for field in dataclasses.fields(MemoryConfig):
-        if field.name not in {"enabled", "dropout", "weighting", "scope"}:
+        if field.name not in {"enabled", "dropout", "weighting", "scope", "sync"}:
             assert parsed(**{f"memory_{field.name}": 3}).memory == {field.name: 3}
 
 
