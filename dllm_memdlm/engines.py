@@ -115,13 +115,16 @@ def describe(accelerator: Accelerator) -> str:
 
 
 def _settle_deepspeed() -> None:
-    """On a CPU DeepSpeed must be told so before it is imported, and not compile a kernel of its own for minutes."""
+    """On a CPU: DeepSpeed must be told so before it is imported, must not compile a kernel of its own for minutes, and
+    must know of the other processes when ZeRO-3 loads a checkpoint in parts (on GPUs accelerate sees to that)."""
     if torch.cuda.is_available():
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "RANK" in os.environ:
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
 
 
 @contextmanager
@@ -133,16 +136,20 @@ def fsdp_anywhere() -> Iterator[None]:
     yield
 
 
-def fit(model: nn.Module, accelerator: Accelerator) -> None:
-    """Prepare a model's experts for an engine that shares out the weights themselves (ZeRO-3, FSDP)."""
-    plugin = accelerator.state.deepspeed_plugin
-    zero3 = plugin is not None and plugin.zero_stage == 3
+def shares_weights(args: Any) -> bool:
+    """Whether the weights themselves are in parts (ZeRO-3, FSDP), by training arguments that are in force."""
+    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    return zero3 or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
+def fit(model: nn.Module, args: Any) -> None:
+    """Prepare a model's experts for an engine that shares out the weights themselves."""
     experts = [module for module in model.modules() if isinstance(module, RoutedExperts)]
-    if not experts or not (zero3 or accelerator.distributed_type == DistributedType.FSDP):
+    if not experts or not shares_weights(args):
         return
     for module in experts:
         module.packs = False  # their weights are elsewhere in every pass
-    if zero3:
+    if args.deepspeed_plugin is not None:
         # The experts' own forward is not called, so their weights are to be gathered with the list that holds them.
         import deepspeed
 

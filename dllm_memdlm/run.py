@@ -27,6 +27,11 @@ TOKENIZER_CACHE = Path(huggingface_hub.constants.HF_HOME) / "dllm-memdlm" / "tok
 
 def build_trainer(recipe: Recipe) -> MemDLMTrainer:
     """Tokenizer, examples, model and trainer of a recipe. Raises ConfigError for what the user can correct."""
+    if recipe.model.load_in_4bit and engines.shares_weights(recipe.training):
+        raise ConfigError(
+            f"training.engine={recipe.training.engine!r} with model.load_in_4bit: packed weights are not shared out; "
+            "expected ddp, zero1 or zero2"
+        )
     state = accelerate.PartialState()
     transformers.set_seed(recipe.training.seed)
     with state.local_main_process_first():

@@ -107,7 +107,7 @@ class MemDLMTrainer(MDLMTrainer):
         self._train_log = Averages()
         self._eval_losses_off: list[Tensor] = []
         self.add_callback(EpochClock(self.data_collator, self._train_log))
-        engines.fit(self.model, self.accelerator)
+        engines.fit(self.model, self.args)
 
     # === engines ===
 

@@ -1,0 +1,150 @@
+"""4-bit bases: NF4 weights under a LoRA and fast weights, against the same model with the weights written out."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from conftest import KINDS, assert_close_relative, examples, make_trainer, tiny, train_batch
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
+from steps import Step, flat, initial, memory_for, train_logs
+from torch import Tensor, nn
+
+from dllm_memdlm import run
+from dllm_memdlm.backbones import load_model, read_config, staged_backbone
+from dllm_memdlm.config import ConfigError, LoraConfig, ModelConfig
+
+#: Packed in blocks of 64 weights.
+DIMENSIONS: dict[str, dict[str, Any]] = {
+    "llada_moe": {"hidden_size": 64, "expert_intermediate_size": 64},
+    "llada2": {"hidden_size": 64, "moe_intermediate_size": 64},
+    "llama": {"hidden_size": 64},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Checkpoints in float32, by backbone."""
+    paths = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
+    for kind, path in paths.items():
+        tiny(kind, **DIMENSIONS[kind]).save_pretrained(path)
+    return paths
+
+
+def load(folder: Path, dtype: str = "float32", dropout: float = 0.0) -> nn.Module:
+    config = ModelConfig(path=str(folder), dtype=dtype, load_in_4bit=True)
+    model = load_model(config, read_config(str(folder)), LoraConfig(r=4, alpha=8, dropout=dropout))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero to begin with, which would hide every gradient of A
+            parameter.data.normal_(std=0.1, generator=generator)
+    return model.train()
+
+
+def written_out(model: nn.Module) -> nn.Module:
+    """A copy with ordinary linear layers, that hold the weights which the packed ones stand for."""
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        if type(module) is LoraLinear4bit:
+            packed = module.base_layer
+            module.__class__, module.base_layer = LoraLinear, nn.Linear(1, 1, bias=False)
+            weight = dequantize_4bit(packed.weight.data, packed.weight.quant_state)
+            module.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+            module.base_layer.bias = packed.bias
+    return plain
+
+
+def lora_weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_linear_layer_but_the_output_is_packed_and_adapted(kind, folders):
+    backbone = staged_backbone(load(folders[kind]))
+    assert type(backbone.lm_head) is nn.Linear
+    routed = [m for name, m in backbone.named_modules() if name.endswith("experts.0.up_proj")]
+    assert len(routed) == (0 if kind == "llama" else 2)
+    assert all(type(module) is LoraLinear4bit for module in routed)
+    packed = [module for module in backbone.modules() if isinstance(module, Linear4bit)]
+    adapted = [module for module in backbone.modules() if type(module) is LoraLinear4bit]
+    assert len(packed) == len(adapted) > 20
+    for module in packed:
+        state = module.weight.quant_state
+        assert (module.weight.dtype, state.quant_type, state.nested) == (torch.uint8, "nf4", True)
+        assert module.weight.numel() * 2 == module.in_features * module.out_features
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_equals_one_with_the_weights_written_out(kind, folders, tokenizer, tmp_path):
+    """Fast weights, loss and the gradients of the LoRA, with an inner loop that moves far."""
+    packed = load(folders[kind])
+    with torch.no_grad():  # on some CPUs it would leave weights behind through which no gradient passes
+        packed(input_ids=torch.arange(3, 11)[None])
+    steps = []
+    for model in (written_out(packed), packed):
+        trainer = make_trainer(model, tokenizer, tmp_path, memory_for(kind))
+        batch = train_batch(trainer)
+        steps.append(Step(trainer, batch, initial(trainer, batch)))
+    plain, step = steps
+    assert_close_relative(step.loss, plain.loss, 1e-5)
+    for fast, expected in zip(*(flat(each.written.fast_weights) for each in (step, plain)), strict=True):
+        assert all(value.dtype == torch.float32 for value in fast.values())
+        for name, value in expected.items():
+            assert_close_relative(fast[name], value, 1e-4, name)
+    trainable = lora_weights(packed)
+    assert sum(bool(plain.gradients[name].any()) for name in trainable) > 0.5 * len(trainable)
+    for name in trainable:
+        assert_close_relative(step.gradients[name], plain.gradients[name], 1e-4, name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_in_bfloat16_as_the_paper_does(kind, folders, tokenizer, tmp_path):
+    model = load(folders[kind], "bfloat16", dropout=0.05)
+    before = lora_weights(model)
+    settings = {"gradient_checkpointing": True, "bf16": True, "learning_rate": 1e-2, "warmup_ratio": 0.0}
+    trainer = make_trainer(model, tokenizer, tmp_path, memory_for(kind), max_steps=3, **settings)
+    trainer.train()
+    logs = train_logs(trainer)
+    assert len(logs) == 3 and all(math.isfinite(log["loss"]) and log["nonfinite_samples"] == 0 for log in logs)
+    assert all(abs(log["loss"] - log["loss_memory_off"]) > 1e-3 for log in logs), "the fast weights do something"
+    moved = sum(not torch.equal(p, before[name]) for name, p in lora_weights(model).items())
+    assert moved > 0.5 * len(before)
+
+
+def test_a_run_resumes_at_the_same_bits(folders, tokenizer, tmp_path):
+    def weights(name: str, resume: str | None = None) -> dict[str, Tensor]:
+        model = load(folders["llada_moe"], dropout=0.3)
+        settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+        memory = memory_for("llada_moe", dropout=0.3)
+        trainer = make_trainer(model, tokenizer, tmp_path / name, memory, examples(12), **settings)
+        trainer.train(resume_from_checkpoint=resume)
+        return lora_weights(trainer.model)
+
+    straight = weights("straight")
+    resumed = weights("resumed", str(tmp_path / "straight" / "checkpoint-2"))
+    assert [name for name in straight if not torch.equal(straight[name], resumed[name])] == []
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_packed_weights_are_not_shared_out(engine, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.engines, "shares_weights", lambda args: True)  # as in two processes
+    from dllm_memdlm.recipe import build_recipe
+
+    values = {
+        "model": {"path": str(folders["llama"]), "load_in_4bit": True},
+        "data": {"dataset": "rows.jsonl"},
+        "training": {"engine": engine, "output_dir": str(tmp_path), "bf16": False},
+    }
+    with pytest.raises(ConfigError) as error:
+        run.build_trainer(build_recipe(values))
+    assert str(error.value) == (
+        f"training.engine={engine!r} with model.load_in_4bit: packed weights are not shared out; expected ddp, zero1 "
+        "or zero2"
+    )
