@@ -141,9 +141,13 @@ class LoraConfig:
     dropout: float = knob(0.05, "dropout on the adapter's input, in [0, 1)")
     target_modules: str | tuple[str, ...] = knob("all-linear", "all-linear, or names of linear layers")
     bias: Literal["none", "all", "lora_only"] = knob("none", "biases to train")
+    path: str | None = knob(
+        None, "hub name or folder of a LoRA adapter to go on from, made with the settings above; none starts a new one"
+    )
 
     def __post_init__(self) -> None:
         check_types(self, "lora")
+        require("lora", self, "path", self.path is None or self.enabled, "none with lora.enabled=False")
         require("lora", self, "r", self.r >= 1, "at least 1")
         require("lora", self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import peft
+import huggingface_hub
 import torch
 import yaml
-from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from .backbones import load_model, read_config
+from .backbones.adapters import adapter_folder, load_adapter, merge
 from .config import ConfigError, MemoryConfig, ModelConfig
 from .data import load_tokenizer
 from .recipe import FILE_NAME
@@ -30,6 +29,45 @@ class Pretrained:
     tokenizer: PreTrainedTokenizerBase
     memory: MemoryConfig  #: as it was trained; the paper's settings where no recipe stands beside the weights
     right_shift_logits: bool
+
+
+@dataclass
+class Source:
+    """What a model is made of, before any of its weights are read."""
+
+    base: str  #: folder or hub name of the full model
+    adapter: str | None  #: folder or hub name of what goes on it
+    folders: list[str]  #: where to look for files beside the weights: the adapter's folder if there is one, the base
+    config: PretrainedConfig  #: of the base
+
+
+def find_source(pretrained: str, adapter: str | None = None) -> Source:
+    """The base and the adapter that these names stand for; `pretrained` may be the adapter, and name its base.
+
+    Raises:
+        ConfigError: there is no such base, or its architecture is not known.
+    """
+    base = pretrained
+    if adapter is None and _is_adapter(pretrained):
+        adapter, base = pretrained, _base_of(pretrained)
+    try:
+        config = read_config(base)
+    except ConfigError as error:
+        hint = f"; {adapter!r} names that base, for another give pretrained=BASE,adapter={adapter}"
+        raise ConfigError(_named(str(error), base) + (hint if base != pretrained else "")) from None
+    folders = [base] if adapter is None else [adapter_folder(adapter), base]
+    return Source(base, adapter, folders, config)
+
+
+def file_beside(folder: str, name: str) -> Path | None:
+    """A small file of a local folder, or of what the hub has under that name; none where it has none."""
+    if Path(folder).exists():
+        path = Path(folder) / name
+        return path if path.is_file() else None
+    try:
+        return Path(huggingface_hub.hf_hub_download(folder, name))
+    except (OSError, ValueError):  # no such file, name, or network
+        return None
 
 
 def load_pretrained(
@@ -60,28 +98,28 @@ def load_pretrained(
     """
     if merge_adapter and load_in_4bit:
         raise ConfigError("merge_adapter=True: expected false with load_in_4bit; packed weights take no sum")
-    if adapter is None and _is_adapter(pretrained):
-        adapter, pretrained = pretrained, _base_of(pretrained)
-    folders = [name for name in (adapter, pretrained) if name is not None]
+    source = find_source(pretrained, adapter)
     if tokenizer is None:
-        tokenizer = next((f for f in folders if Path(f).is_dir() and any(Path(f).glob("tokenizer*"))), pretrained)
+        beside = (f for f in source.folders if Path(f).is_dir() and any(Path(f).glob("tokenizer*")))
+        tokenizer = next(beside, source.base)
+    if dtype == "auto":
+        dtype = str(source.config.dtype or torch.float32).removeprefix("torch.")
     try:
-        config = read_config(pretrained)
-        if dtype == "auto":
-            dtype = str(config.dtype or torch.float32).removeprefix("torch.")
         model_config = ModelConfig(
-            path=pretrained, dtype=dtype, load_in_4bit=load_in_4bit, attn_implementation=attn_implementation
+            path=source.base, dtype=dtype, load_in_4bit=load_in_4bit, attn_implementation=attn_implementation
         )
         loaded = load_tokenizer(tokenizer, f"tokenizer={tokenizer!r}")
-        model = load_model(model_config, config)
+        model = load_model(model_config, source.config)
     except ConfigError as error:
-        raise ConfigError(_named(str(error), pretrained)) from None
-    if adapter is not None:
-        model = _with_adapter(model, adapter, merge_adapter)
+        raise ConfigError(_named(str(error), source.base)) from None
+    if source.adapter is not None:
+        model = load_adapter(model, source.adapter)
+        if merge_adapter:
+            model = merge(model)
     if not load_in_4bit:  # those are put in place as they are loaded
         model = model.to(device)
-    memory, right_shift_logits = _settings_beside(folders)
-    name = adapter or pretrained
+    memory, right_shift_logits = _settings_beside(source.folders)
+    name = source.adapter or source.base
     return Pretrained(
         name=os.path.realpath(name) if os.path.isdir(name) else name,
         model=model.eval().requires_grad_(False),
@@ -92,13 +130,12 @@ def load_pretrained(
 
 
 def _is_adapter(name: str) -> bool:
-    folder = Path(name)
-    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    return file_beside(name, "adapter_config.json") is not None and file_beside(name, "config.json") is None
 
 
 def _base_of(adapter: str) -> str:
     try:
-        base = json.loads((Path(adapter) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        base = json.loads(file_beside(adapter, "adapter_config.json").read_text()).get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:  # not JSON, or not a mapping
         raise ConfigError(f"pretrained={adapter!r}: no readable adapter_config.json ({_one_line(error)})") from None
     if not base:
@@ -108,25 +145,9 @@ def _base_of(adapter: str) -> str:
     return base
 
 
-def _with_adapter(model: nn.Module, adapter: str, merge: bool) -> nn.Module:
-    try:
-        with warnings.catch_warnings():  # PEFT's, of missing keys, which are an error here
-            warnings.simplefilter("ignore", UserWarning)
-            model = peft.PeftModel.from_pretrained(model, adapter)
-        saved = peft.load_peft_weights(adapter, device="cpu")
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise ConfigError(f"adapter={adapter!r}: no adapter for this model ({_one_line(error)})") from error
-    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    odd = sorted(name for name in own.keys() ^ saved.keys() if "lora_" in name)
-    if odd:
-        where = "the adapter" if odd[0] in saved else "the model"
-        raise ConfigError(f"adapter={adapter!r}: made for another model; {odd[0]} is in {where} only")
-    return model.merge_and_unload() if merge else model
-
-
 def _settings_beside(folders: list[str]) -> tuple[MemoryConfig, bool]:
     """The memory and whether logits are shifted, of the first recipe.yaml in the folders."""
-    path = next((path for folder in folders if (path := Path(folder) / FILE_NAME).is_file()), None)
+    path = next(filter(None, (file_beside(folder, FILE_NAME) for folder in folders)), None)
     if path is None:
         return MemoryConfig(), False
     try:

@@ -135,6 +135,8 @@ def build_recipe(values: dict[str, Any], default_output_dir: str | None = None) 
             values["training"][name] = "no"
     _check_training(values["training"])
     built = {name: cls(**values[name]) for name, cls in sections.items() if name != "training"}
+    if built["lora"].path is not None and built["model"].path is None:
+        raise ConfigError(f"lora.path={built['lora'].path!r}: expected a model.path, of the base that it was made for")
     try:
         training = MemDLMConfig(**values["training"])
     except ConfigError:

@@ -10,8 +10,8 @@ from .trainer import MemDLMConfig, MemDLMTrainer
 def register() -> bool:
     """Register with dllm, so that `dllm.core.trainers.MemDLMTrainer` and its kin resolve.
 
-    Where dllm has a trainer registry (`patches/`), it is used; else the names are set on `dllm.core.trainers` and
-    `dllm.utils`. Calling it again changes nothing.
+    The names are set on `dllm.core.trainers` and `dllm.utils`. Where dllm has a trainer registry, which
+    `patches/0001-trainer-registry.patch` adds, "memdlm" resolves there too. Calling it again changes nothing.
 
     Returns:
         Whether dllm is there to register with.

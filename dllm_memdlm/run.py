@@ -17,6 +17,7 @@ from .backbones import config_of, load_model
 from .config import ConfigError
 from .data import load_examples, tokenizer_for, training_texts
 from .dllm_api import NoAttentionMaskWrapper, describe
+from .model_card import write_run_card
 from .recipe import FILE_NAME, Recipe
 from .resume import check_engine, check_whole
 from .trainer import MemDLMTrainer
@@ -66,7 +67,7 @@ def build_trainer(recipe: Recipe) -> MemDLMTrainer:
     )
     if state.is_main_process:
         print(f"engine: {engines.describe(trainer.accelerator)}", flush=True)
-    trainer.beside_checkpoints.append(recipe.save)
+    trainer.beside_checkpoints += [recipe.save, write_run_card]
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(_Progress())
     return trainer
@@ -95,6 +96,7 @@ def train(recipe: Recipe, resume: bool = False) -> MemDLMTrainer:
     trainer.save_state()
     if trainer.is_world_process_zero():
         recipe.save(output_dir)
+        write_run_card(output_dir)
         print(f"saved to {output_dir}", flush=True)
     return trainer
 

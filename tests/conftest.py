@@ -17,7 +17,9 @@ import tokenizers
 import torch
 import transformers
 from measured_tables import pytest_terminal_summary  # noqa: F401 (a hook)
-from small_run import recipe_for, write_recipe
+from patched_dllm import tree, unpatched  # noqa: F401 (fixtures)
+from run_fixtures import caches_of_runs, finished, recipe_file  # noqa: F401 (fixtures)
+from small_run import write_recipe
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -124,34 +126,6 @@ def as_from_a_shell(tmp_path_factory, monkeypatch):
     datasets.disable_progress_bars()
     yield
     datasets.enable_progress_bars()
-
-
-@pytest.fixture(scope="module")
-def caches_of_runs(tmp_path_factory):
-    """No cache outside of the tests' folder is read or written, and no bar is drawn."""
-    cache = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # where training arguments leave theirs for the next ones
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache / "datasets")
-        patch.setattr(run, "TOKENIZER_CACHE", cache / "tokenizers")
-        datasets.disable_progress_bars()
-        yield
-        datasets.enable_progress_bars()
-
-
-@pytest.fixture(scope="module")
-def recipe_file(tmp_path_factory) -> Path:
-    """A recipe that the tests of a module share."""
-    return write_recipe(tmp_path_factory.mktemp("recipe"))
-
-
-@pytest.fixture(scope="module")
-def finished(recipe_file, caches_of_runs, tmp_path_factory) -> Path:
-    """The folder of a run from scratch that nothing stopped."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    run.train(recipe_for(recipe_file, folder))
-    return folder
 
 
 @pytest.fixture

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 import yaml
 from conftest import MASK, make_tokenizer, tiny
+from safetensors.torch import load_file
+from small_run import write_recipe
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from dllm_memdlm import run
 from dllm_memdlm.backbones import with_lora
 from dllm_memdlm.config import LoraConfig, MemoryConfig
 from dllm_memdlm.data import train_tokenizer
@@ -19,6 +22,7 @@ from dllm_memdlm.decoding import Decoder
 from dllm_memdlm.memory import ParametricMemory
 from dllm_memdlm.pretrained import Pretrained
 from dllm_memdlm.prompt_memory import PromptMemory, at_inference
+from dllm_memdlm.recipe import load_recipe
 
 #: A tokenizer with a token for each byte, which has LLaDA's special tokens and a chat template.
 BYTES = 263
@@ -99,6 +103,29 @@ def save_adapter(folder: Path, base: str, model: nn.Module, recipe: dict[str, An
     adapted.save_pretrained(folder)
     save_recipe(folder, recipe)
     return str(folder)
+
+
+def train_adapter(folder: Path, base: str, *overrides: str) -> str:
+    """The folder of a run that trains a LoRA on a model of the byte tokenizer, three steps far."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = [f"training.output_dir={folder / 'run'}", f"model.path={base}", "model.architecture=null"]
+    settings += ["model.dimensions={}", "lora.enabled=true", "lora.r=4", "lora.alpha=8", "training.max_steps=3"]
+    settings += ["training.save_strategy='no'", "training.learning_rate=0.05", *overrides]
+    run.train(load_recipe(write_recipe(folder), settings))
+    return str(folder / "run")
+
+
+def save_pair(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+    """A base and an adapter for it."""
+    base = save_model(folder / "base", kind, dtype=dtype)
+    return base, save_adapter(folder / "adapter", base, tiny(kind, dtype), {"memory": {"rank": 5}})
+
+
+def weights_of(folder: str | Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
 
 
 def save_recipe(folder: Path, recipe: dict[str, Any] | None) -> None:

@@ -55,6 +55,7 @@ def test_defaults_of_the_lora_are_the_papers():
         "dropout": 0.05,
         "target_modules": "all-linear",
         "bias": "none",
+        "path": None,
     }
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import peft
 import pytest
 import torch
 from conftest import (
@@ -127,3 +130,17 @@ def test_a_model_of_dllms_gets_our_forward(kind, lora):
     positions = torch.arange(tokens().shape[1]).expand(len(tokens()), -1)
     torch.testing.assert_close(memory.head(hidden, positions).logits, again, rtol=1e-4, atol=1e-4)
     adopt(model)  # once is enough, and twice changes nothing
+
+
+@pytest.mark.dllm
+@pytest.mark.parametrize(("kind", "name"), [("llada_moe", "LLaDAMoEModelLM"), ("llada2", "LLaDA2MoeModelLM")])
+def test_the_adapter_of_an_adopted_model_names_dllms_class(kind, name, tmp_path):
+    """A LoRA that PEFT's own function has put on dllm's own model, as `dllm.utils.get_model` does."""
+    shared = {name: getattr(tiny_config(kind), name) for name in DENSE_ATTRIBUTES}
+    model = dllms(kind, {**COMMON, **DIMENSIONS[kind], **shared, **AS_PUBLISHED[kind]})
+    original = type(model).__module__
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["o_proj", "dense"]))
+    adopt(wrapped)
+    wrapped.save_pretrained(tmp_path)
+    mapping = json.loads((tmp_path / "adapter_config.json").read_text())["auto_mapping"]
+    assert mapping == {"base_model_class": name, "parent_library": original}

@@ -18,7 +18,7 @@ from dllm_memdlm.recipe import load_recipe
         ("values.a=4", "unknown key values; known: model, data, training, lora, memory"),
         ("memory.inner_lrr=4", "unknown key memory.inner_lrr; did you mean memory.inner_lr?"),
         ("model.pth=4", "unknown key model.pth; did you mean model.path?"),
-        ("lora.rank=4", "unknown key lora.rank; known: enabled, r, alpha, dropout, target_modules, bias"),
+        ("lora.rank=4", "unknown key lora.rank; known: enabled, r, alpha, dropout, target_modules, bias, path"),
         ("data.max_len=4", "unknown key data.max_len; did you mean data.max_length?"),
         ("training.lerning_rate=1", "unknown key training.lerning_rate; did you mean training.learning_rate?"),
         ("training._n_gpu=2", "unknown key training._n_gpu; known: output_dir, "),  # not for a user to set
@@ -55,6 +55,7 @@ def test_the_nearest_key_is_known(base):
         ("model.path=5", "model.path=5: expected text or none"),
         ("model.dimensions=5", "model.dimensions=5: expected mapping"),
         ("lora.r=0", "lora.r=0: expected at least 1"),
+        ("lora.path=x", "lora.path='x': expected a model.path, of the base that it was made for"),
         ("lora.target_modules=5", "lora.target_modules=5: expected text or list of text"),
         ("data.max_length=long", "data.max_length='long': expected whole number"),
         ("data.dataset=null", "data.dataset=None: expected text"),

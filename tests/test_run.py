@@ -163,6 +163,9 @@ def test_a_lora_run_on_a_saved_model_leaves_a_peft_adapter(finished, recipe_file
     loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     expected = trainer.model.eval()(input_ids=tokens).logits
     assert torch.equal(loaded(input_ids=tokens).logits, expected)
+    for folder in (tmp_path, *tmp_path.glob("checkpoint-*")):
+        card = (folder / "README.md").read_text()
+        assert "A PEFT LoRA adapter for" in card and "More Information Needed" not in card
     assert not torch.allclose(before, expected, atol=1e-6)
 
 

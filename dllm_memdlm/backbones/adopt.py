@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import peft
 from torch import nn
 
+from .adapters import StockLoraConfig
 from .decoder import DECODERS, bidirectional
 from .llada2_moe import (
     LLaDA2MoeAttention,
@@ -34,6 +36,10 @@ def adopt(model: nn.Module) -> None:
     if isinstance(inner, StagedForward) or not type(inner).__module__.startswith("dllm.") or name not in _ADOPTERS:
         return
     _ADOPTERS[name](inner)
+    if isinstance(model, peft.PeftModel):
+        for config in model.peft_config.values():
+            if type(config) is peft.LoraConfig:
+                config.__class__ = StockLoraConfig  # PEFT would note our class as that of the base
 
 
 def _llada_moe(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed
 
 from ..config import ConfigError, LoraConfig, ModelConfig
+from .adapters import with_lora
 from .decoder import DECODERS, bidirectional
 from .llada2_moe import LLaDA2MoeModelLM
 from .llada_moe import LLaDAMoEModelLM
@@ -149,35 +150,6 @@ def _whole() -> Iterator[None]:
     finally:
         if held is not None and held() is not None:
             deepspeed.set_hf_deepspeed_config(held())
-
-
-def with_lora(backbone: PreTrainedModel, lora: LoraConfig) -> nn.Module:
-    """Wrap in PEFT's LoRA, as dllm does. Only the adapters are trainable afterwards."""
-    import peft
-
-    if getattr(backbone, "is_loaded_in_4bit", False):
-        backbone = peft.prepare_model_for_kbit_training(backbone, use_gradient_checkpointing=False)
-    targets = _all_linear(backbone) if lora.target_modules == "all-linear" else lora.target_modules
-    targets = targets if isinstance(targets, str) else list(targets)
-    config = peft.LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias=lora.bias, target_modules=targets
-    )
-    try:
-        return peft.get_peft_model(backbone, config)
-    except ValueError as error:
-        raise ConfigError(f"lora.target_modules={lora.target_modules!r}: {_first_line(error)}") from error
-
-
-def _all_linear(backbone: PreTrainedModel) -> list[str]:
-    """What PEFT means by all-linear, every linear layer but the output one, by own names.
-
-    PEFT would compare the paths of thousands of expert layers pairwise to find the same names (minutes).
-    """
-    output = backbone.get_output_embeddings()
-    paths = [
-        path for path, module in backbone.named_modules() if isinstance(module, nn.Linear) and module is not output
-    ]
-    return sorted({path.rpartition(".")[2] for path in paths})
 
 
 def staged_backbone(model: nn.Module) -> StagedForward:

@@ -1,0 +1,203 @@
+"""PEFT adapters on a backbone: a new LoRA, one to go on training from, one to decode with; and how they are saved."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import peft
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import ConfigError, LoraConfig
+from .decoder import DECODERS
+
+WEIGHTS = "adapter_model.safetensors"
+
+#: Where others find the models that ours stand in for, by the name of the class.
+STOCK_MODULES = {
+    **dict.fromkeys(DECODERS.values(), "transformers"),
+    "LLaDAMoEModelLM": "dllm.pipelines.llada.models.modeling_lladamoe",
+    "LLaDA2MoeModelLM": "dllm.pipelines.llada21.models.modeling_llada21_moe",
+}
+
+
+class StockLoraConfig(peft.LoraConfig):
+    """A LoRA config that is saved without a trace of this package.
+
+    PEFT notes the class of the base model beside the adapter, for `AutoPeftModel` to import. That is noted as
+    transformers' or dllm's class of the same name and weights, since a user of the adapter need not have ours.
+    """
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's."""
+        mapping = kwargs.get("auto_mapping_dict")
+        if mapping is not None and mapping["base_model_class"] in STOCK_MODULES:
+            module = STOCK_MODULES[mapping["base_model_class"]]
+            kwargs["auto_mapping_dict"] = {**mapping, "parent_library": module}
+        super().save_pretrained(save_directory, **kwargs)
+
+
+def with_lora(backbone: PreTrainedModel, lora: LoraConfig) -> nn.Module:
+    """Wrap in PEFT's LoRA, as dllm does: a new one, or that of `lora.path`. Only the adapters train afterwards.
+
+    Raises:
+        ConfigError: the targets match nothing; or the adapter of `lora.path` cannot be read, was made for another
+            model, or with other settings.
+    """
+    if getattr(backbone, "is_loaded_in_4bit", False):
+        backbone = peft.prepare_model_for_kbit_training(backbone, use_gradient_checkpointing=False)
+    if lora.path is not None and backbone.device.type != "meta":  # where there are only shapes, those are the same
+        return _go_on_from(backbone, lora)
+    targets = _all_linear(backbone) if lora.target_modules == "all-linear" else lora.target_modules
+    targets = targets if isinstance(targets, str) else list(targets)
+    config = StockLoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias=lora.bias, target_modules=targets
+    )
+    try:
+        return peft.get_peft_model(backbone, config)
+    except ValueError as error:
+        raise ConfigError(f"lora.target_modules={lora.target_modules!r}: {_one_line(error)}") from error
+
+
+def load_adapter(backbone: PreTrainedModel, name: str) -> peft.PeftModel:
+    """Put a saved adapter on a model, to decode with.
+
+    Args:
+        backbone: the model it was made for.
+        name: folder, or hub name.
+
+    Raises:
+        ConfigError: it cannot be read, or was made for another model. The message begins with `adapter=`.
+    """
+    where = f"adapter={name!r}"
+    folder = adapter_folder(name)
+    return _loaded(backbone, folder, _read_config(folder, where), where)
+
+
+def merge(model: peft.PeftModel) -> nn.Module:
+    """Add the adapter to the weights, in place, a layer at a time. The sums are taken in float32 and rounded once.
+
+    Input and output embeddings that share a weight come apart where the adapter is on one of them.
+    """
+    backbone = model.get_base_model()
+    ends = backbone.get_input_embeddings(), backbone.get_output_embeddings()
+    if backbone.config.tie_word_embeddings and any(isinstance(e, (BaseTunerLayer, ModulesToSaveWrapper)) for e in ends):
+        head = ends[1].get_base_layer() if isinstance(ends[1], BaseTunerLayer) else ends[1]
+        if not isinstance(head, ModulesToSaveWrapper):  # which has a weight of its own already
+            head.weight = nn.Parameter(head.weight.detach().clone())
+        backbone.config.tie_word_embeddings = False
+    return model.merge_and_unload()
+
+
+def adapter_folder(name: str) -> str:
+    """Where the files of an adapter are: the folder of this name, or the local copy of what the hub has.
+
+    The name itself where there is neither.
+    """
+    if Path(name).exists():
+        return name
+    try:  # without the checkpoints that a run's folder has inside
+        files = ["*.json", "*.jinja", "*.model", "*.txt", "*.yaml", WEIGHTS]
+        return huggingface_hub.snapshot_download(name, allow_patterns=files, ignore_patterns="*/*")
+    except (OSError, ValueError):
+        return name
+
+
+def _go_on_from(backbone: PreTrainedModel, lora: LoraConfig) -> peft.PeftModel:
+    where = f"lora.path={lora.path!r}"
+    folder = adapter_folder(lora.path)
+    config = _read_config(folder, where)
+    if config.peft_type != peft.PeftType.LORA:
+        raise ConfigError(f"{where}: an adapter of type {config.peft_type.value}, expected LORA")
+    for name, own, made in (
+        ("r", lora.r, config.r),
+        ("alpha", lora.alpha, config.lora_alpha),
+        ("bias", lora.bias, config.bias),
+    ):
+        if own != made:
+            raise ConfigError(f"lora.{name}={own!r}: the adapter of lora.path was made with {made!r}; set it to that")
+    wanted = _own_names(backbone, lora.target_modules)
+    config.__class__ = StockLoraConfig
+    config.lora_dropout = lora.dropout
+    config.base_model_name_or_path, config.revision = backbone.name_or_path, None  # not the path of who made it
+    model = _loaded(backbone, folder, config, where, trainable=True)
+    made = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if made != wanted:
+        raise ConfigError(
+            f"lora.target_modules={lora.target_modules!r}: the adapter of lora.path is on {', '.join(sorted(made))}; "
+            "set it to these"
+        )
+    return model
+
+
+def _read_config(folder: str, where: str) -> peft.PeftConfig:
+    try:
+        with warnings.catch_warnings():  # PEFT's, of settings that a later release has
+            warnings.simplefilter("ignore", UserWarning)
+            config = peft.PeftConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # not there, not JSON, not a config
+        raise ConfigError(f"{where}: no readable adapter_config.json ({_one_line(error)})") from error
+    kind = None if config.peft_type is None else config.peft_type.value
+    if kind is None or config.is_prompt_learning or config.is_adaption_prompt:
+        raise ConfigError(f"{where}: an adapter of type {kind}, expected one of weights, such as LORA")
+    if not (Path(folder) / WEIGHTS).is_file():
+        raise ConfigError(f"{where}: no {WEIGHTS}")
+    # With a task PEFT would put a forward of its own, with arguments of its own, around that of the model.
+    config.task_type = None
+    return config
+
+
+def _loaded(
+    backbone: PreTrainedModel, folder: str, config: peft.PeftConfig, where: str, trainable: bool = False
+) -> peft.PeftModel:
+    """The adapter on the model, every tensor of it in its place, or a ConfigError."""
+    try:
+        with warnings.catch_warnings():  # PEFT's, of missing keys, which are an error here
+            warnings.simplefilter("ignore", UserWarning)
+            model = peft.PeftModel.from_pretrained(backbone, folder, config=config, is_trainable=trainable)
+        with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
+            saved = set(file.keys())
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise ConfigError(f"{where}: no adapter for this model ({_one_line(error)})") from error
+    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    odd = {name for name in own.keys() ^ saved if "lora_" in name}
+    odd |= saved - own.keys() - model.state_dict().keys()  # embeddings may come along whole
+    if odd:
+        first = min(odd)
+        holder = "the adapter" if first in saved else "the model"
+        raise ConfigError(f"{where}: made for another model; {first} is in {holder} only")
+    return model
+
+
+def _own_names(backbone: PreTrainedModel, target_modules: str | tuple[str, ...]) -> set[str]:
+    """The last names of the linear layers that LoRA is meant for."""
+    if target_modules == "all-linear":
+        return set(_all_linear(backbone))
+    if isinstance(target_modules, str):  # a pattern of whole paths, for PEFT
+        paths = (path for path, _ in backbone.named_modules() if re.fullmatch(target_modules, path))
+        return {path.rpartition(".")[2] for path in paths}
+    return {name.rpartition(".")[2] for name in target_modules}
+
+
+def _all_linear(backbone: PreTrainedModel) -> list[str]:
+    """What PEFT means by all-linear, every linear layer but the output one, by own names.
+
+    PEFT would compare the paths of thousands of expert layers pairwise to find the same names (minutes).
+    """
+    output = backbone.get_output_embeddings()
+    paths = [
+        path for path, module in backbone.named_modules() if isinstance(module, nn.Linear) and module is not output
+    ]
+    return sorted({path.rpartition(".")[2] for path in paths})
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
