@@ -70,6 +70,7 @@ def test_the_papers_recipes_hold_its_numbers(name):
     assert (training.bf16, training.group_by_length, training.gradient_checkpointing) == (True, True, True)
     assert training.gradient_checkpointing_kwargs == {"use_reentrant": False}
     assert training.per_device_train_batch_size in (2, 4)
+    assert training.engine == "zero2" and training.deepspeed is None, "in one process there is nothing to share out"
     assert (training.loss_norm_type, training.loss_weight_type) == ("token", "scheduler")
 
 

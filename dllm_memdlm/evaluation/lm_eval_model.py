@@ -5,6 +5,7 @@ lm_eval --model memdlm --model_args pretrained=runs/mine,memory=true --tasks rul
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import logging
 import random
@@ -49,6 +50,7 @@ class MemDLMEvalLM(LM):
         arguments = self.arguments = parsed.arguments
         state = accelerate.PartialState(cpu=not torch.cuda.is_available())
         self._rank, self._world_size = state.process_index, state.num_processes
+        atexit.register(state.destroy_process_group)  # lm-eval leaves it open, and gloo's threads may abort at the end
         self.decoder = parsed.open(state.device if self._world_size > 1 else None)
         self.pretrained, self.memory = self.decoder.pretrained, self.decoder.memory
         self.tokenizer, self.max_length = self.pretrained.tokenizer, self.decoder.max_length
