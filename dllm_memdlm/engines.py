@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -127,13 +125,11 @@ def _settle_deepspeed() -> None:
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
 
 
-@contextmanager
-def fsdp_anywhere() -> Iterator[None]:
-    """Create an Accelerator that uses FSDP on CPUs too, which accelerate (1.11) overlooks."""
+def allow_fsdp_on_cpus() -> None:
+    """For an Accelerator that is about to be made: use FSDP on CPUs too, which accelerate (1.11) overlooks."""
     state = PartialState._shared_state
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and state.get("distributed_type") == DistributedType.MULTI_CPU:
         state["distributed_type"] = DistributedType.MULTI_GPU
-    yield
 
 
 def shares_weights(args: Any) -> bool:

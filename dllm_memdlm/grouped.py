@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 #: CUDA's kernel takes fewer than 1,024 groups. Fast weights have as many as experts times samples.
 MAX_GROUPS = 1023
@@ -30,12 +31,11 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if len(weight) <= MAX_GROUPS:
         return F.grouped_mm(x, weight.transpose(-2, -1), offs=offsets)
     # Part by part; where their rows begin is waited for.
-    ends = [*offsets[MAX_GROUPS - 1 : -1 : MAX_GROUPS].tolist(), len(x)]
-    starts = [0, *ends[:-1]]
-    parts = zip(starts, ends, weight.split(MAX_GROUPS), offsets.split(MAX_GROUPS), strict=True)
-    return torch.cat(
-        [F.grouped_mm(x[start:end], w.transpose(-2, -1), offs=offs - start) for start, end, w, offs in parts]
-    )
+    offsets = offsets.split(MAX_GROUPS)
+    sizes = _sizes(torch.stack([part[-1] for part in offsets]), len(x))
+    starts = [sum(sizes[:number]) for number in range(len(sizes))]
+    parts = zip(x.split(sizes), starts, weight.split(MAX_GROUPS), offsets, strict=True)
+    return torch.cat([F.grouped_mm(rows, w.transpose(-2, -1), offs=offs - start) for rows, start, w, offs in parts])
 
 
 def grouped_linear_loop(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -45,7 +45,14 @@ def grouped_linear_loop(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 def split(x: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
     """The rows of each group. Waits for the device."""
-    return x.split(offsets.diff(prepend=offsets.new_zeros(1)).tolist())
+    return x.split(_sizes(offsets, len(x)))
+
+
+def _sizes(offsets: Tensor, rows: int) -> list[int]:
+    """How many rows each group has. A fake tensor has no values (`--dry-run`): its groups are as even as can be."""
+    if isinstance(offsets, FakeTensor):
+        return [rows // len(offsets) + (number < rows % len(offsets)) for number in range(len(offsets))]
+    return offsets.diff(prepend=offsets.new_zeros(1)).tolist()
 
 
 def _kernel_takes(x: Tensor, weight: Tensor) -> bool:

@@ -56,6 +56,14 @@ def run_in_processes(count: int, module: str, arguments: Sequence[str]) -> int:
     return 0
 
 
+def close_process_group() -> None:
+    """Leave the group of processes, if there is one: at the end of an interpreter its threads may abort it."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def work_offline_without_hub(timeout: float = 5.0) -> None:
     """Switch to local copies where the hub does not answer, which otherwise costs five retries for every file."""
     if constants.HF_HUB_OFFLINE:

@@ -10,7 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import peft
 from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .config import ConfigError
 
@@ -97,3 +101,20 @@ def check_engine(checkpoint: str | os.PathLike, made_by: str, here: str) -> None
     warnings.warn(
         f"{checkpoint}: made by {made_by}, this is {here}: the examples will come in another order", stacklevel=2
     )
+
+
+def load_shared_out(model: nn.Module, checkpoint: str | os.PathLike) -> None:
+    """Read the weights of a checkpoint into a model that FSDP2 shares out, of which every process holds a part.
+
+    accelerate (1.11) saves and restores an adapter's first part alone; the checkpoint's own safetensors are whole.
+    """
+    own = peft.get_peft_model_state_dict(model) if isinstance(model, peft.PeftModel) else model.state_dict()
+    folder = Path(checkpoint)
+    for path in sorted(folder.glob("adapter_model*.safetensors")) or sorted(folder.glob("model*.safetensors")):
+        for name, tensor in load_file(path).items():
+            part = own[name]
+            if isinstance(part, DTensor):
+                tensor = distribute_tensor(
+                    tensor.to(part.device), part.device_mesh, part.placements, src_data_rank=None
+                )
+            part.copy_(tensor)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from .config import ConfigError
-from .launch import missing_processes, run_in_processes, work_offline_without_hub
+from .launch import close_process_group, missing_processes, run_in_processes, work_offline_without_hub
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,18 +22,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     parser.add_argument("--dry-run", action="store_true", help="show what would be trained, and what is missing")
+    parser.add_argument("--gpus", help="plan for so many GPUs (with --dry-run; default: WORLD_SIZE, or 1)")
+    parser.add_argument("--memory", help="say whether it fits GPUs of this size, such as 80GiB (with --dry-run)")
+    parser.add_argument("--response-share", help="masked part of an example (with --dry-run; default: 0.25)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_intermixed_args(argv)
     try:
         work_offline_without_hub()
         # Here, not above: transformers and datasets look at the offline switch when they are imported.
-        from .dry_run import dry_run
         from .recipe import load_recipe
         from .run import train
 
+        planned = (args.gpus, args.memory, args.response_share)
+        if not args.dry_run and planned != (None, None, None):
+            raise ConfigError("--gpus, --memory and --response-share: expected with --dry-run, to plan for")
         recipe = load_recipe(args.recipe, args.overrides)
         if args.dry_run:
-            dry_run(recipe)
+            from .dry_run import Machine, dry_run
+
+            dry_run(recipe, Machine.from_arguments(*planned))
         elif count := missing_processes():
             print(f"accelerate starts one process where there is no GPU: starting all {count}", flush=True)
             return run_in_processes(count, "dllm_memdlm.train", sys.argv[1:] if argv is None else argv)
@@ -45,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        close_process_group()
     return 0
 
 

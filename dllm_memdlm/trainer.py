@@ -10,7 +10,7 @@ import datasets
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, Sampler
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from . import engines, noise
@@ -23,7 +23,7 @@ from .example_ids import lengths_of, with_example_ids
 from .logs import Averages, EpochClock
 from .losses import loss_weights, masked_diffusion_loss, positions_of
 from .memory import ParametricMemory, Written
-from .resume import written_aside
+from .resume import load_shared_out, written_aside
 from .training_args import MemDLMConfig
 from .trajectory import Trajectory
 
@@ -92,11 +92,10 @@ class MemDLMTrainer(MDLMTrainer):
                 time_epsilon=self.time_epsilon,
                 bos_token_id=tokenizer.bos_token_id if self.right_shift_logits else None,
             )
-        # Whether transformers counts the maskable tokens of an optimizer step, over accumulated batches and processes,
-        # for the loss to be divided by. It divides by the number of accumulated batches otherwise.
+        # Whether transformers counts the maskable tokens of a whole optimizer step, for the loss to be divided by. It
+        # divides by the number of accumulated batches otherwise.
         self.model_accepts_loss_kwargs = self.loss_norm_type == "token"
-        self.memory_config = memory
-        self.memory = None
+        self.memory_config, self.memory = memory, None
         if memory.enabled:
             self.memory = ParametricMemory(
                 self.model, memory, self.mask_token_id, self.scheduler, right_shift_logits=self.right_shift_logits
@@ -109,19 +108,17 @@ class MemDLMTrainer(MDLMTrainer):
         self.add_callback(EpochClock(self.data_collator, self._train_log))
         engines.fit(self.model, self.args)
 
-    # === engines ===
+    # === engines and checkpoints ===
 
     def create_accelerator_and_postprocess(self) -> None:
-        with engines.fsdp_anywhere():
-            super().create_accelerator_and_postprocess()
+        engines.allow_fsdp_on_cpus()
+        super().create_accelerator_and_postprocess()
 
     def create_optimizer(self) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer()
         # With LoRA nothing goes without weight decay, and DeepSpeed takes no empty group.
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
-
-    # === checkpoints ===
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = Path(self._get_output_dir(trial))
@@ -131,12 +128,20 @@ class MemDLMTrainer(MDLMTrainer):
             if self.state.best_model_checkpoint == str(folder):
                 self.state.best_model_checkpoint = str(run_dir / folder.name)
             if self.args.should_save:
+                # accelerate's copy of what FSDP shares out, of an adapter a part only; the safetensors are whole
+                (folder / f"{FSDP_MODEL_NAME}.bin").unlink(missing_ok=True)
                 self.state.save_to_json(folder / TRAINER_STATE_NAME)
                 for write in self.beside_checkpoints:
                     write(folder)
         self._aside = None
         if self.args.should_save:
             self._rotate_checkpoints(use_mtime=True, output_dir=run_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.accelerator.is_fsdp2:
+            load_shared_out(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._aside or super()._get_output_dir(trial))

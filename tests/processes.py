@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from dllm_memdlm.launch import close_process_group
+
 #: What the server imports before it forks. No thread may have been started by then.
 PRELOADED = ("dllm_memdlm.train", "dllm_memdlm.run", "dllm_memdlm.dry_run", "deepspeed")
 
@@ -100,8 +102,7 @@ def _work(group: dict[str, Any], log: Path, target: Callable[..., None], argumen
     torch.set_num_threads(1)
     target(*arguments)
     sys.stdout.flush()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    close_process_group()
 
 
 def _free_port() -> int:

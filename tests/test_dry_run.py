@@ -103,3 +103,43 @@ def cell(out: str, row: str) -> str:
     """The second cell of a table's row."""
     (line,) = (line for line in out.splitlines() if line.startswith(f"│ {row} "))
     return line.split("│")[2].strip()
+
+
+def test_a_dry_run_says_whether_it_fits(recipe, capsys):
+    assert train.main([recipe, "--dry-run", "--memory", "1GiB", "--gpus", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "Memory of a GPU in GiB (2 GPUs, ddp; most at once: " in out
+    assert "Each step: 32,768 tokens, 8 examples of 4,096; " in out
+    assert "Steps: 4\n" in out
+    parts = [
+        float(cell(out, row)) for row in ("weights", "optimizer", "gradients", "activations", "fast weights", "logits")
+    ]
+    assert float(cell(out, "together")) == pytest.approx(sum(parts), abs=0.003)
+    assert re.search(r"\nfits: 0\.\d of 1\.0 GiB, 0\.\d GiB to spare; tight\nnothing is missing\n$", out)
+    assert train.main([recipe, "--dry-run", "--memory", "100MiB"]) == 0
+    assert re.search(
+        r"\ndoes not fit: .* of 0\.1 GiB, .* GiB too much; first try training.gradient_checkpointing=true\n",
+        capsys.readouterr().out,
+    )
+
+
+def test_without_a_size_of_memory_there_is_no_verdict(recipe, capsys):
+    assert train.main([recipe, "--dry-run", "training.max_steps=-1", "training.num_train_epochs=2"]) == 0
+    out = capsys.readouterr().out
+    assert "fit" not in out
+    assert "(1 GPU; most at once: " in out
+    assert "Steps: about 8 (2 epochs of 16 examples; long ones would be dropped)\n" in out
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--gpus", "0", "a whole number, at least 1"),
+        ("--gpus", "two", "a whole number, at least 1"),
+        ("--memory", "lots", "a size such as 80GiB, 141GB or 40000MiB"),
+        ("--response-share", "0", "a number above 0, at most 1"),
+        ("--response-share", "1.5", "a number above 0, at most 1"),
+    ],
+)
+def test_options_of_a_dry_run_that_cannot_be(recipe, capsys, option, value, expected):
+    assert error_of(capsys, recipe, "--dry-run", option, value) == f"{option} {value!r}: expected {expected}"

@@ -13,6 +13,7 @@ import small_run
 import torch
 from processes import Launch, launch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 
 from dllm_memdlm.resume import UNFINISHED
@@ -32,8 +33,18 @@ SETTINGS = (
     "lora.r=4",
     "lora.dropout=0.3",
 )
-#: Processes and engine, by the name in the table.
-KINDS = {"one process": (1, "auto"), "DDP": (2, "ddp"), "ZeRO-2": (2, "zero2")}
+#: Processes, kills and settings, by the name in the table.
+KINDS: dict[str, tuple[int, int, tuple[str, ...]]] = {
+    "one process": (1, 8, ()),
+    "DDP": (2, 8, ("training.engine=ddp",)),
+    "ZeRO-1": (2, 2, ("training.engine=zero1",)),
+    "ZeRO-2": (2, 8, ("training.engine=zero2",)),
+    "ZeRO-3": (2, 2, ("training.engine=zero3",)),
+    "FSDP2": (2, 2, ("training.engine=fsdp2",)),
+    "FSDP2, all weights": (2, 2, ("training.engine=fsdp2", "lora.enabled=false")),
+}
+#: In every `make test`; the others run in `make soak`.
+SHORT = {"one process": 2, "DDP": 1}
 ROWS = [{"instruction": "?" * (5 + 3 * i % 20), "output": chr(97 + i) * (6 + i % 4)} for i in range(19)]
 TABLE = "Runs of 40 steps, killed with SIGKILL and resumed, against one that was never stopped"
 
@@ -46,6 +57,11 @@ class Killed:
 
 def train(recipe: str, settings: tuple[str, ...]) -> None:
     assert main([recipe, *settings, "--resume", "--debug"]) == 0
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    names = (folder / "adapter_model.safetensors", folder / "model.safetensors")
+    return load_file(next(filter(Path.exists, names)))
 
 
 def last_step(folder: Path) -> int:
@@ -77,19 +93,19 @@ def killed_run(
 
 @pytest.mark.parametrize(
     ("kind", "kills"),
-    [("one process", 2), ("DDP", 1), *(pytest.param(kind, 8, marks=pytest.mark.soak) for kind in KINDS)],
+    [*SHORT.items(), *(pytest.param(kind, KINDS[kind][1], marks=pytest.mark.soak) for kind in KINDS)],
 )
 def test_killed_runs_end_at_the_same_bits(kind, kills, tmp_path, record_property):
-    count, engine = KINDS[kind]
+    count, _, own = KINDS[kind]
     recipe = small_run.write_recipe(tmp_path, rows=ROWS)
-    settings = (*SETTINGS, f"training.engine={engine}")
+    settings = (*SETTINGS, *own)
     straight, again = tmp_path / "straight", tmp_path / "again"
     launch(count, straight / "logs", train, str(recipe), (*settings, f"training.output_dir={straight}"))
     seed = random.randrange(1 << 30)  # another moment every time; a failure tells which
     settings = (*settings, f"training.output_dir={again}")
     killed = killed_run(recipe, again, count, settings, kills, random.Random(seed))
 
-    expected, actual = (load_file(folder / "adapter_model.safetensors") for folder in (straight, again))
+    expected, actual = weights(straight), weights(again)
     assert expected.keys() == actual.keys()
     off = max((actual[name] - expected[name]).abs().max().item() for name in expected)
     record_property("table", (TABLE, kind, "kills", str(killed.kills)))

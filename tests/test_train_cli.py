@@ -25,7 +25,8 @@ def test_the_command_line_is_frozen(capsys):
         train.main(["--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    assert set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", text)) == {"-h", "--help", "--resume", "--dry-run", "--debug"}
+    planning = {"--dry-run", "--gpus", "--memory", "--response-share"}
+    assert set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", text)) == {"-h", "--help", "--resume", "--debug"} | planning
     assert text.startswith("usage: memdlm-train ")
     positional = re.findall(r"^  (\S+) ", text[text.index("positional arguments") : text.index("options")], re.M)
     assert positional == ["recipe", "section.key=value"]
@@ -37,6 +38,12 @@ def test_a_wrong_command_line_is_argparses_to_refuse(arguments, capsys):
         train.main(arguments)
     assert stopped.value.code == 2
     assert "usage: memdlm-train " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", [["--gpus", "8"], ["--memory", "80GiB"], ["--response-share", "0.5"]])
+def test_planning_flags_are_those_of_a_dry_run(flag, recipe, capsys):
+    assert train.main([recipe, *flag]) == 2
+    assert "--gpus, --memory and --response-share: expected with --dry-run" in capsys.readouterr().err
 
 
 def test_flags_and_overrides_may_come_in_any_order(recipe, capsys):
