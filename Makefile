@@ -30,10 +30,10 @@ demo: venv ## train the four tiny recipes on the CPU and compare them (ARGS="--s
 test: venv ## run the tests (ARGS="-k trajectory -n 2")
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-distributed: venv ## train in two processes under every engine, against one process (5 minutes)
-	@$(BIN)/python -m pytest tests/test_distributed.py -m "distributed or not distributed" $(ARGS)
+test-distributed: venv ## train in two processes under every engine, against one process (8 minutes)
+	@$(BIN)/python -m pytest tests/test_distributed.py tests/test_engines.py -m "distributed or not distributed" $(ARGS)
 
-soak: venv ## kill runs 24 times and resume them (5 minutes)
+soak: venv ## kill runs 32 times and resume them (6 minutes)
 	@$(BIN)/python -m pytest tests/test_killed.py -m soak $(ARGS)
 
 needle: venv ## train six models to find words in a text, and ask them at several lengths (half an hour)

@@ -31,6 +31,9 @@ FSDP2 = {
     "FSDP_OFFLOAD_PARAMS": "false",
 }
 
+#: Variables of the environment that an engine of this process has left there, for the next run to clear away.
+_ours: set[str] = set()
+
 
 def zero_config(stage: int) -> dict[str, Any]:
     """DeepSpeed's configuration for a ZeRO stage; transformers fills in what is `auto`."""
@@ -61,12 +64,12 @@ def prepare(args: Any) -> None:
     Raises:
         ConfigError: the launcher or another argument has chosen an engine too; DeepSpeed is not installed.
     """
+    for name in _ours:
+        os.environ.pop(name, None)
+    _ours.clear()
     launched = launched_engine()
     if not torch.cuda.is_available():
         os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")  # and not cpu:1, which checkpoints are not loaded to
-    if launched is None:  # what an earlier run of this process has left
-        for name in ("ACCELERATE_USE_DEEPSPEED", *FSDP2):
-            os.environ.pop(name, None)
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     if args.engine != "auto":
         for other, chosen in (("deepspeed", args.deepspeed), ("fsdp", args.fsdp)):
@@ -81,35 +84,43 @@ def prepare(args: Any) -> None:
             )
     if not alone and args.engine == "fsdp2":
         os.environ.update(FSDP2)
+        _ours.update(FSDP2)
     if not alone and args.engine.startswith("zero"):
         if importlib.util.find_spec("deepspeed") is None:
             raise ConfigError(
                 f"training.engine={args.engine!r}: expected deepspeed (pip install 'dllm-memdlm[deepspeed]')"
             )
         args.deepspeed = zero_config(int(args.engine[-1]))
+    if args.deepspeed:
+        _ours.add("ACCELERATE_USE_DEEPSPEED")  # transformers sets it
     if args.deepspeed or launched == "DeepSpeed":
         _settle_deepspeed()
 
 
 def launched_engine() -> str | None:
-    """The engine that accelerate's launcher was configured for, by what only the launcher sets."""
-    if "ACCELERATE_CONFIG_DS_FIELDS" in os.environ:
-        return "DeepSpeed"
-    return "FSDP" if "FSDP_MIN_NUM_PARAMS" in os.environ else None
+    """The engine that accelerate's launcher, or somebody's environment, has chosen."""
+    for name, variable in (("DeepSpeed", "ACCELERATE_USE_DEEPSPEED"), ("FSDP", "ACCELERATE_USE_FSDP")):
+        if _is_on(variable):
+            return name
+    return None
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("true", "1")
 
 
 def describe(accelerator: Accelerator) -> str:
     """What runs, in a few words, as accelerate has it: `ZeRO-2, 8 processes`."""
-    if accelerator.num_processes == 1:
+    kind, count = accelerator.distributed_type, accelerator.num_processes
+    if kind == DistributedType.NO:
         return "one process"
-    kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
         name = f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
     elif kind == DistributedType.FSDP:
         name = f"FSDP{accelerator.state.fsdp_plugin.fsdp_version}"
     else:
         name = "DDP"
-    return f"{name}, {accelerator.num_processes} processes"
+    return f"{name}, {count} process{'es' if count > 1 else ''}"
 
 
 def _settle_deepspeed() -> None:
@@ -128,14 +139,14 @@ def _settle_deepspeed() -> None:
 def allow_fsdp_on_cpus() -> None:
     """For an Accelerator that is about to be made: use FSDP on CPUs too, which accelerate (1.11) overlooks."""
     state = PartialState._shared_state
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and state.get("distributed_type") == DistributedType.MULTI_CPU:
+    if _is_on("ACCELERATE_USE_FSDP") and state.get("distributed_type") == DistributedType.MULTI_CPU:
         state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def shares_weights(args: Any) -> bool:
     """Whether the weights themselves are in parts (ZeRO-3, FSDP), by training arguments that are in force."""
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-    return zero3 or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    return zero3 or _is_on("ACCELERATE_USE_FSDP")
 
 
 def fit(model: nn.Module, args: Any) -> None:

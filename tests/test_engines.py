@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,10 +58,15 @@ def test_one_process_has_nothing_to_share_out(engine, tmp_path):
 
 
 def test_another_run_of_the_process_begins_afresh(tmp_path, monkeypatch):
-    for name, value in {**engines.FSDP2, "ACCELERATE_USE_DEEPSPEED": "true"}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    engines.prepare(SimpleNamespace(engine="fsdp2", deepspeed=None, fsdp=None))
+    assert engines.FSDP2.items() <= os.environ.items()
+    engines.prepare(SimpleNamespace(engine="zero3", deepspeed=None, fsdp=None))
+    assert not engines.FSDP2.keys() & os.environ.keys()
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as transformers does on reading the arguments
+    monkeypatch.setenv("WORLD_SIZE", "1")
     assert config(tmp_path, engine="ddp").deepspeed_plugin is None
-    assert not {"ACCELERATE_USE_DEEPSPEED", *engines.FSDP2} & os.environ.keys()
+    assert "ACCELERATE_USE_DEEPSPEED" not in os.environ
 
 
 @pytest.mark.parametrize(
@@ -82,10 +88,10 @@ def test_contradictions_are_refused(settings, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("variable", "name"), [("ACCELERATE_CONFIG_DS_FIELDS", "DeepSpeed"), ("FSDP_MIN_NUM_PARAMS", "FSDP")]
+    ("variable", "name"), [("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")]
 )
 def test_the_launcher_and_the_recipe_do_not_both_choose(variable, name, tmp_path, monkeypatch):
-    monkeypatch.setenv(variable, "1")
+    monkeypatch.setenv(variable, "true")
     text = refusal(tmp_path, engine="zero2")
     assert text.startswith(f"training.engine='zero2': accelerate's configuration has chosen {name} already")
     assert "training.engine=auto" in text
