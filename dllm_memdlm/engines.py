@@ -9,10 +9,10 @@ import importlib.util
 import os
 from typing import Any
 
-import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.fsdp import StateDictType
 
 from .backbones.moe import RoutedExperts
 from .config import ConfigError
@@ -37,7 +37,7 @@ _ours: set[str] = set()
 
 def zero_config(stage: int) -> dict[str, Any]:
     """DeepSpeed's configuration for a ZeRO stage; transformers fills in what is `auto`."""
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": "auto"}
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": "auto"}
     if stage == 3:
         zero |= {
             "stage3_prefetch_bucket_size": "auto",
@@ -68,7 +68,7 @@ def prepare(args: Any) -> None:
         os.environ.pop(name, None)
     _ours.clear()
     launched = launched_engine()
-    if not torch.cuda.is_available():
+    if args.use_cpu:
         os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")  # and not cpu:1, which checkpoints are not loaded to
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     if args.engine != "auto":
@@ -91,10 +91,12 @@ def prepare(args: Any) -> None:
                 f"training.engine={args.engine!r}: expected deepspeed (pip install 'dllm-memdlm[deepspeed]')"
             )
         args.deepspeed = zero_config(int(args.engine[-1]))
+        if args.use_cpu:
+            args.deepspeed["zero_optimization"]["overlap_comm"] = False  # which needs streams
     if args.deepspeed:
         _ours.add("ACCELERATE_USE_DEEPSPEED")  # transformers sets it
-    if args.deepspeed or launched == "DeepSpeed":
-        _settle_deepspeed()
+    if args.use_cpu and (args.deepspeed or launched == "DeepSpeed"):
+        _settle_deepspeed_on_cpu()
 
 
 def launched_engine() -> str | None:
@@ -123,11 +125,9 @@ def describe(accelerator: Accelerator) -> str:
     return f"{name}, {count} process{'es' if count > 1 else ''}"
 
 
-def _settle_deepspeed() -> None:
-    """On a CPU: DeepSpeed must be told so before it is imported, must not compile a kernel of its own for minutes, and
-    must know of the other processes when ZeRO-3 loads a checkpoint in parts (on GPUs accelerate sees to that)."""
-    if torch.cuda.is_available():
-        return
+def _settle_deepspeed_on_cpu() -> None:
+    """DeepSpeed must be told so before it is imported, must not compile a kernel of its own for minutes, and must know
+    of the other processes when ZeRO-3 loads a checkpoint in parts (on GPUs accelerate sees to that)."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
@@ -141,6 +141,20 @@ def allow_fsdp_on_cpus() -> None:
     state = PartialState._shared_state
     if _is_on("ACCELERATE_USE_FSDP") and state.get("distributed_type") == DistributedType.MULTI_CPU:
         state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def check(accelerator: Accelerator) -> None:
+    """Refuse what could not be saved or trained. Raises ConfigError."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise ConfigError(f"FSDP{plugin.fsdp_version}: expected FSDP2 (training.engine=fsdp2, or fsdp_version: 2)")
+    if plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
+        raise ConfigError(
+            f"fsdp_state_dict_type={plugin.state_dict_type.name}: expected FULL_STATE_DICT, with which weights are "
+            "saved whole (training.engine=fsdp2, or recipes/accelerate/fsdp2.yaml)"
+        )
 
 
 def shares_weights(args: Any) -> bool:

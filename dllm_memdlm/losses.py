@@ -97,5 +97,5 @@ def masked_diffusion_loss(
     """
     total = (token_nll(logits, tokens) * valid).sum(-1) * weights
     if norm == "token" and count is not None:
-        return total.sum() / count, total.detach()
+        return total.sum() / count.clamp_min(1), total.detach()
     return NORMS[norm](total, maskable), total.detach()

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import peft
+import transformers
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from . import engines
 from .config import ConfigError
 
 #: In the output folder: a checkpoint that is being written. What a killed run leaves there, the next save removes.
@@ -25,29 +29,85 @@ UNFINISHED = ".unfinished-checkpoint"
 CONTENTS = "contents.json"
 
 
+class WholeCheckpoints(transformers.Trainer):
+    """What a trainer does about checkpoints: `written_aside`, and FSDP2's put together again. To be mixed in first."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        #: Called with the folder of every checkpoint, before it is complete.
+        self.beside_checkpoints: list[Callable[[Path], None]] = []
+        self._aside: Path | None = None
+        super().__init__(*args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        made_by = engines.describe(self.accelerator)
+        try:
+            with written_aside(run_dir, self.accelerator, self.args.should_save, made_by) as self._aside:
+                super()._save_checkpoint(model, trial)
+                self._complete(self._aside / name, run_dir / name)
+        finally:
+            self._aside = None
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run_dir / name))
+        if self.args.should_save:
+            self._rotate_checkpoints(use_mtime=True, output_dir=run_dir)
+
+    def _complete(self, folder: Path, place: Path) -> None:
+        if self.state.best_model_checkpoint == str(folder):
+            self.state.best_model_checkpoint = str(place)
+        if self.args.should_save:
+            # accelerate's copy of what FSDP shares out, of an adapter a part only; the safetensors are whole
+            (folder / f"{FSDP_MODEL_NAME}.bin").unlink(missing_ok=True)
+            self.state.save_to_json(folder / TRAINER_STATE_NAME)
+            for write in self.beside_checkpoints:
+                write(folder)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._aside or super()._get_output_dir(trial))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._aside is None:  # it uploads in the background: not what is about to be renamed
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.accelerator.is_fsdp2:
+            load_shared_out(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.accelerator.is_fsdp2:
+            load_shared_out(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+
 @contextmanager
-def written_aside(output_dir: str | os.PathLike, accelerator: Accelerator, made_by: str) -> Iterator[Path]:
+def written_aside(output_dir: str | os.PathLike, accelerator: Accelerator, saves: bool, made_by: str) -> Iterator[Path]:
     """A folder to write checkpoints into, which move to `output_dir` at the end. For all processes together.
 
     Each is on the disk before it gets its name, so a name that is there is that of a whole checkpoint.
+
+    Args:
+        output_dir: where the checkpoints shall be.
+        accelerator: of the processes that write.
+        saves: whether this process finishes them: one for each file system.
+        made_by: what `check_engine` compares.
     """
     final, aside = Path(output_dir), Path(output_dir) / UNFINISHED
-    if accelerator.is_local_main_process:
+    if saves:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
     yield aside
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    if saves:
         _finish(aside, final, made_by)
     accelerator.wait_for_everyone()
-    if accelerator.is_local_main_process:  # on a node that does not see the main process's files
-        _finish(aside, final, made_by)
 
 
 def _finish(aside: Path, final: Path, made_by: str) -> None:
-    if not aside.is_dir():
-        return
     for folder in aside.iterdir():
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
@@ -67,6 +127,9 @@ def _to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError:
+        if path.is_file():  # some network file systems take no folder
+            raise
     finally:
         os.close(descriptor)
 
@@ -81,6 +144,11 @@ def check_whole(checkpoint: str | os.PathLike) -> str:
         made_by, files = contents["made_by"], contents["files"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{checkpoint}: not a checkpoint of this trainer (no readable {CONTENTS})") from None
+    if "scheduler.pt" not in files:
+        raise ConfigError(
+            f"{checkpoint}: weights without the optimizer's state (training.save_only_model); to start from them, name "
+            "it as model.path or lora.path"
+        )
     for name, size in files.items():
         path = folder / name
         found = path.stat().st_size if path.is_file() else None
@@ -91,26 +159,27 @@ def check_whole(checkpoint: str | os.PathLike) -> str:
 
 
 def check_engine(checkpoint: str | os.PathLike, made_by: str, here: str) -> None:
-    """Refuse a checkpoint in parts that were made for other processes, and say so where resuming is not exact."""
-    if made_by == here:
-        return
-    if any(name in described for name in ("ZeRO", "FSDP") for described in (made_by, here)):
+    """Refuse a checkpoint of another engine or number of processes: its parts, or its examples, would not fit."""
+    if made_by != here:
         raise ConfigError(
             f"{checkpoint}: made by {made_by}, this is {here}; resume with the same engine and number of processes"
         )
-    warnings.warn(
-        f"{checkpoint}: made by {made_by}, this is {here}: the examples will come in another order", stacklevel=2
-    )
 
 
 def load_shared_out(model: nn.Module, checkpoint: str | os.PathLike) -> None:
     """Read the weights of a checkpoint into a model that FSDP2 shares out, of which every process holds a part.
 
     accelerate (1.11) saves and restores an adapter's first part alone; the checkpoint's own safetensors are whole.
+
+    Raises:
+        ConfigError: there are none.
     """
     own = peft.get_peft_model_state_dict(model) if isinstance(model, peft.PeftModel) else model.state_dict()
     folder = Path(checkpoint)
-    for path in sorted(folder.glob("adapter_model*.safetensors")) or sorted(folder.glob("model*.safetensors")):
+    files = sorted(folder.glob("adapter_model*.safetensors")) or sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise ConfigError(f"{checkpoint}: expected adapter_model.safetensors or model.safetensors")
+    for path in files:
         for name, tensor in load_file(path).items():
             part = own[name]
             if isinstance(part, DTensor):

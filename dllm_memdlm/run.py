@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,18 @@ from .model_card import write_run_card
 from .recipe import FILE_NAME, Recipe
 from .resume import check_engine, check_whole
 from .trainer import MemDLMTrainer
+from .training_args import MemDLMConfig
 
 #: Tokenizers that were trained for runs, so that runs on the same texts share one.
 TOKENIZER_CACHE = Path(huggingface_hub.constants.HF_HOME) / "dllm-memdlm" / "tokenizers"
+
+
+#: Training arguments on which the noise and the order of the examples depend, with their defaults.
+ORDER = {
+    f.name: f.default
+    for f in dataclasses.fields(MemDLMConfig)
+    if f.name in ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "group_by_length")
+}
 
 
 def build_trainer(recipe: Recipe) -> MemDLMTrainer:
@@ -80,8 +90,11 @@ def train(recipe: Recipe, resume: bool = False) -> MemDLMTrainer:
     """
     checkpoint = recipe.training.resume_from_checkpoint
     output_dir = recipe.training.output_dir
-    if checkpoint is None and resume and Path(output_dir).is_dir():
-        checkpoint = get_last_checkpoint(output_dir)
+    last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    if checkpoint is None and resume:
+        checkpoint = last
+    elif checkpoint is None and last is not None and accelerate.PartialState().is_main_process:
+        print(f"{last} is of an earlier run, and stays until this one gets as far; --resume would go on from it")
     if checkpoint is not None:
         made_by = check_whole(checkpoint)
         check_recipe(checkpoint, recipe)
@@ -102,18 +115,21 @@ def train(recipe: Recipe, resume: bool = False) -> MemDLMTrainer:
 
 
 def check_recipe(checkpoint: str, recipe: Recipe) -> None:
-    """Refuse a checkpoint that another recipe has made (its training section may differ)."""
+    """Refuse a checkpoint that another recipe has made. Of its training section only `ORDER` counts."""
     try:
         before = yaml.safe_load((Path(checkpoint) / FILE_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return  # made by the trainer without a recipe
     now = yaml.safe_load(recipe.to_yaml())
-    for section in ("model", "lora", "data", "memory"):
-        for key, value in now[section].items():
-            if before.get(section, {}).get(key) != value:
+    for values in (before, now):  # a recipe holds what it sets of this section, and no more
+        values["training"] = {key: values["training"].get(key, default) for key, default in ORDER.items()}
+    for section, values in now.items():
+        for key, value in values.items():
+            made = before.get(section, {}).get(key)
+            if made != value:
                 raise ConfigError(
-                    f"{checkpoint}: made with {section}.{key}={before.get(section, {}).get(key)!r}, the recipe now "
-                    f"says {value!r}; change it back, or train to another training.output_dir"
+                    f"{checkpoint}: made with {section}.{key}={made!r}, the recipe now says {value!r}; change it back, "
+                    "or train to another training.output_dir"
                 )
 
 

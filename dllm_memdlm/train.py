@@ -46,14 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_in_processes(count, "dllm_memdlm.train", sys.argv[1:] if argv is None else argv)
         else:
             train(recipe, args.resume)
+            close_process_group()  # not where something has failed: it would wait for processes that may be gone
     except ConfigError as error:
         if args.debug:
             raise
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # on every node, as the next may lack another file
             print(f"error: {error}", file=sys.stderr)
         return 2
-    finally:
-        close_process_group()
     return 0
 
 

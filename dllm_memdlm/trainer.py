@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, Sampler
-from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
+from transformers.trainer_utils import has_length
 
 from . import engines, noise
 from .backbones import adopt, staged_backbone
@@ -23,12 +20,12 @@ from .example_ids import lengths_of, with_example_ids
 from .logs import Averages, EpochClock
 from .losses import loss_weights, masked_diffusion_loss, positions_of
 from .memory import ParametricMemory, Written
-from .resume import load_shared_out, written_aside
+from .resume import WholeCheckpoints
 from .training_args import MemDLMConfig
 from .trajectory import Trajectory
 
 
-class MemDLMTrainer(MDLMTrainer):
+class MemDLMTrainer(WholeCheckpoints, MDLMTrainer):
     """Trains a masked diffusion language model, with memory (bi-level, first order) or without (plain MDLM).
 
     Both see the same noise for the same seed. Beside dllm's logs there are, with memory on: `loss_memory_off` (the
@@ -57,6 +54,8 @@ class MemDLMTrainer(MDLMTrainer):
         **kwargs: Any,
     ) -> None:
         memory = memory or MemoryConfig()
+        if memory.enabled and args.fp16:
+            raise ConfigError("training.fp16=True: expected bf16 with memory.enabled; inner gradients would underflow")
         adopt(model)
         staged_backbone(model)  # a model that cannot be trained is refused before anything is built
         super().__init__(
@@ -100,51 +99,23 @@ class MemDLMTrainer(MDLMTrainer):
             self.memory = ParametricMemory(
                 self.model, memory, self.mask_token_id, self.scheduler, right_shift_logits=self.right_shift_logits
             )
-        #: Called with the folder of every checkpoint, before it is complete.
-        self.beside_checkpoints: list[Callable[[Path], None]] = []
-        self._aside: Path | None = None
         self._train_log = Averages()
         self._eval_losses_off: list[Tensor] = []
         self.add_callback(EpochClock(self.data_collator, self._train_log))
         engines.fit(self.model, self.args)
 
-    # === engines and checkpoints ===
+    # === engines ===
 
     def create_accelerator_and_postprocess(self) -> None:
         engines.allow_fsdp_on_cpus()
         super().create_accelerator_and_postprocess()
+        engines.check(self.accelerator)
 
     def create_optimizer(self) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer()
         # With LoRA nothing goes without weight decay, and DeepSpeed takes no empty group.
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run_dir = Path(self._get_output_dir(trial))
-        with written_aside(run_dir, self.accelerator, engines.describe(self.accelerator)) as self._aside:
-            super()._save_checkpoint(model, trial)
-            folder = self._aside / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            if self.state.best_model_checkpoint == str(folder):
-                self.state.best_model_checkpoint = str(run_dir / folder.name)
-            if self.args.should_save:
-                # accelerate's copy of what FSDP shares out, of an adapter a part only; the safetensors are whole
-                (folder / f"{FSDP_MODEL_NAME}.bin").unlink(missing_ok=True)
-                self.state.save_to_json(folder / TRAINER_STATE_NAME)
-                for write in self.beside_checkpoints:
-                    write(folder)
-        self._aside = None
-        if self.args.should_save:
-            self._rotate_checkpoints(use_mtime=True, output_dir=run_dir)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.accelerator.is_fsdp2:
-            load_shared_out(self.model, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._aside or super()._get_output_dir(trial))
 
     # === the step ===
 

@@ -42,6 +42,7 @@ class MemDLMConfig(MDLMConfig):
         for name, known in (("loss_norm_type", tuple(NORMS)), ("loss_weight_type", ("scheduler", "uniform"))):
             choice = getattr(self, name)
             require("training", self, name, choice in known, f"one of {', '.join(known)}")
+        require("training", self, "save_safetensors", self.save_safetensors, "true; weights are saved as nothing else")
         require("training", self, "time_epsilon", 0 < self.time_epsilon < 1, "in (0, 1)")
         require("training", self, "learning_rate", self.learning_rate >= 0, "at least 0")
         require("training", self, "dataloader_num_workers", self.dataloader_num_workers >= 0, "at least 0")

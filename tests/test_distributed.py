@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import recipe_files
 import small_run
+import torch
 import yaml
 from processes import launch
 from safetensors.torch import load_file
@@ -180,3 +181,30 @@ def test_uneven_last_batches_do_not_hang(engine, recipes, tmp_path):
     losses = [log["loss"] for log in run.logs if "loss" in log]
     assert len(losses) == 6 and all(math.isfinite(loss) for loss in losses)
     assert any("eval_loss" in log for log in run.logs), "four examples in batches of 2 · 4"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
+def test_bfloat16_as_in_the_full_size_recipes(engine, recipes, tmp_path):
+    """ZeRO casts the weights, FSDP2 shares out float32 ones, a single process uses autocast: alike, not the same."""
+    settings = (*COMMON, *LORA, "training.bf16=true", "model.dtype=bfloat16", "training.gradient_checkpointing=true")
+    one = trained(recipes["LLaDA-MoE"], tmp_path / "one", 1, *settings, "training.per_device_train_batch_size=8")
+    two = trained(recipes["LLaDA-MoE"], tmp_path / "two", 2, *settings, f"training.engine={engine}")
+    for name in ("loss", "inner_loss_1", "inner_loss_2", "eval_loss", "eval_loss_memory_off"):
+        ours, theirs = ([log[name] for log in run.logs if name in log] for run in (two, one))
+        assert ours and ours == pytest.approx(theirs, rel=0.05), name
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
+def test_the_best_model_comes_back(engine, recipes, tmp_path):
+    settings = (*COMMON, *LORA, "training.learning_rate=1.0", "training.eval_steps=1", "training.save_steps=1")
+    best = ("training.save_strategy=steps", "training.load_best_model_at_end=true", f"training.engine={engine}")
+    run = trained(recipes["LLaDA-MoE"], tmp_path, 2, *settings, *best)
+    losses = {log["step"]: log["eval_loss"] for log in run.logs if "eval_loss" in log}
+    step = min(losses, key=losses.get)
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["best_global_step"] == step
+    saved = {s: load_file(tmp_path / f"checkpoint-{s}" / "adapter_model.safetensors") for s in losses}
+    assert all(torch.equal(run.weights[name], tensor) for name, tensor in saved[step].items())
+    other = saved[1 if step == 5 else 5]
+    assert not all(torch.equal(run.weights[name], tensor) for name, tensor in other.items())

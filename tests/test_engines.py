@@ -14,8 +14,9 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from conftest import tiny
+from conftest import make_trainer, tiny
 from small_run import write_recipe
 
 import dllm_memdlm
@@ -59,9 +60,9 @@ def test_one_process_has_nothing_to_share_out(engine, tmp_path):
 
 def test_another_run_of_the_process_begins_afresh(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    engines.prepare(SimpleNamespace(engine="fsdp2", deepspeed=None, fsdp=None))
+    engines.prepare(SimpleNamespace(engine="fsdp2", use_cpu=True, deepspeed=None, fsdp=None))
     assert engines.FSDP2.items() <= os.environ.items()
-    engines.prepare(SimpleNamespace(engine="zero3", deepspeed=None, fsdp=None))
+    engines.prepare(SimpleNamespace(engine="zero3", use_cpu=True, deepspeed=None, fsdp=None))
     assert not engines.FSDP2.keys() & os.environ.keys()
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as transformers does on reading the arguments
     monkeypatch.setenv("WORLD_SIZE", "1")
@@ -101,6 +102,28 @@ def test_without_deepspeed_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     assert refusal(tmp_path, engine="zero1").startswith("training.engine='zero1': expected deepspeed (pip install")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fsdp_version": 1}, "FSDP1: expected FSDP2"),
+        (
+            {"fsdp_version": 2, "state_dict_type": "SHARDED_STATE_DICT"},
+            "fsdp_state_dict_type=SHARDED_STATE_DICT: expected",
+        ),
+    ],
+)
+def test_kinds_of_fsdp_that_could_not_be_saved_are_refused(settings, message):
+    plugin = FullyShardedDataParallelPlugin(**settings)
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        engines.check(SimpleNamespace(distributed_type=DistributedType.FSDP, state=state))
+
+
+def test_fp16_is_refused_with_memory(tokenizer, tmp_path):
+    with pytest.raises(ConfigError, match=r"^training\.fp16=True: expected bf16"):
+        make_trainer(tiny("llama"), tokenizer, tmp_path, fp16=True)
 
 
 def test_hooks_of_experts_are_left_out_and_come_back():

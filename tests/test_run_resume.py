@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import examples, make_trainer, tiny
 from safetensors.torch import load_file
 from small_run import logs_of, recipe_for, without_times
@@ -74,6 +75,8 @@ def test_a_checkpoint_of_another_recipe_is_refused(finished, recipe_file):
         ("memory.enabled=false", "memory.enabled=True, the recipe now says False"),
         ("lora.enabled=true", "lora.enabled=False, the recipe now says True"),
         ("model.dtype=bfloat16", "model.dtype='float32', the recipe now says 'bfloat16'"),
+        ("training.seed=7", "training.seed=42, the recipe now says 7"),
+        ("training.gradient_accumulation_steps=2", "training.gradient_accumulation_steps=1, the recipe now says 2"),
         ("memory.target_modules=[up_proj]", "memory.target_modules=['gate_proj', 'up_proj', 'down_proj'], the recipe "),
     ]
     for override, says in cases:
@@ -135,40 +138,65 @@ def test_parts_for_other_processes_are_refused(tmp_path):
         "checkpoint-2: made by ZeRO-2, 8 processes, this is ZeRO-2, 4 processes; resume with the same engine and "
         "number of processes"
     )
-    for made_by, here in (("one process", "FSDP2, 2 processes"), ("ZeRO-3, 2 processes", "DDP, 2 processes")):
+    for made_by, here in (("one process", "FSDP2, 2 processes"), ("DDP, 4 processes", "DDP, 2 processes")):
         assert message(resume.check_engine, "checkpoint-2", made_by, here)
     resume.check_engine("checkpoint-2", "DDP, 2 processes", "DDP, 2 processes")
-    with pytest.warns(UserWarning, match="the examples will come in another order"):
-        resume.check_engine("checkpoint-2", "DDP, 2 processes", "one process")
+    resume.check_engine("checkpoint-2", "one process", "one process")
 
 
 # --- a save that is cut off ----------------------------------------------------------------------------------------
 
 
-def save_two(folder: Path, tokenizer: Any, stop_at: str | None = None, **settings: Any) -> MemDLMTrainer:
-    """Two steps with a checkpoint after each; the second save ends with an exception at the file `stop_at`."""
+def save_two(folder: Path, tokenizer: Any, cut: bool = False, **settings: Any) -> MemDLMTrainer:
+    """Two steps with a checkpoint after each; the second save may be cut off, which leaves the trainer as it is."""
     trainer = make_trainer(
         tiny("llama"), tokenizer, folder, data=examples(6), save_strategy="steps", save_steps=1, **settings
     )
 
     def cut_off(checkpoint: Path) -> None:
-        if stop_at is not None and checkpoint.name == "checkpoint-2":
+        if checkpoint.name == "checkpoint-2":
             raise KeyboardInterrupt
 
-    trainer.beside_checkpoints.append(cut_off)
-    trainer.train()
+    if cut:
+        trainer.beside_checkpoints.append(cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    else:
+        trainer.train()
     return trainer
 
 
 def test_a_save_that_is_cut_off_leaves_the_checkpoint_before(tokenizer, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        save_two(tmp_path, tokenizer, stop_at="checkpoint-2")
+    trainer = save_two(tmp_path, tokenizer, cut=True)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", resume.UNFINISHED}
     assert (tmp_path / resume.UNFINISHED / "checkpoint-2" / "model.safetensors").is_file()
     assert resume.check_whole(tmp_path / "checkpoint-1") == "one process"
-    save_two(tmp_path, tokenizer)  # the next run clears it away
+    trainer.beside_checkpoints.clear()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))  # the next save clears it away
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2"}
     assert resume.check_whole(tmp_path / "checkpoint-2") == "one process"
+
+
+def test_weights_alone_are_not_gone_on_from(tokenizer, tmp_path):
+    save_two(tmp_path, tokenizer, save_only_model=True)
+    text = message(resume.check_whole, tmp_path / "checkpoint-2")
+    assert text.startswith(f"{tmp_path / 'checkpoint-2'}: weights without the optimizer's state (training.save_only")
+
+
+def test_what_is_uploaded_is_a_finished_checkpoint(tokenizer, tmp_path, monkeypatch):
+    """Without a hub: where transformers would begin to upload from."""
+    folders: list[str] = []
+    monkeypatch.setattr(transformers.Trainer, "_push_from_checkpoint", lambda self, folder: folders.append(folder))
+    monkeypatch.setattr(transformers.Trainer, "init_hf_repo", lambda self, **kwargs: None)
+    monkeypatch.setattr(transformers.Trainer, "_finish_current_push", lambda self: None)
+    save_two(tmp_path, tokenizer, push_to_hub=True)
+    assert folders == [str(tmp_path / f"checkpoint-{step}") for step in (1, 2)]
+
+
+def test_a_new_run_beside_old_checkpoints_says_so(finished, recipe_file, tmp_path, capsys):
+    shutil.copytree(finished / "checkpoint-4", tmp_path / "checkpoint-4")
+    run.train(recipe_for(recipe_file, tmp_path, "training.max_steps=1", "training.eval_strategy='no'"))
+    assert f"{tmp_path / 'checkpoint-4'} is of an earlier run" in capsys.readouterr().out
 
 
 # transformers' remark on checkpoints that are less than a second apart

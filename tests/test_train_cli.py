@@ -180,8 +180,8 @@ def test_debug_shows_where_it_was_raised(recipe, capsys):
     assert "error: " not in capsys.readouterr().err
 
 
-def test_one_rank_speaks(recipe, monkeypatch, capsys):
+def test_one_rank_of_a_node_speaks(recipe, monkeypatch, capsys):
     for rank, lines in (("0", 1), ("1", 0)):
-        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
         assert train.main([recipe, "memory.inner_lrr=1"]) == 2
         assert capsys.readouterr().err.count("\n") == lines
