@@ -109,10 +109,10 @@ def answer(conversation: Any, question: str, out: Console) -> None:
         return
     started = time.perf_counter()
     with Live(console=out, refresh_per_second=20) as live:
-        for progress in conversation.ask(question):
+        for number, progress in enumerate(conversation.ask(question)):
             text = Text(conversation.text_of(progress.tokens, mask="░"))
             text.highlight_regex("░+", "dim")
-            live.update(text)
+            live.update(text, refresh=number == 0)  # at once, however short the answer
         live.update(Text(conversation.turns[-1][1]))
     out.print(f"{progress.steps} steps, {time.perf_counter() - started:.1f} s", style="dim", highlight=False)
 

@@ -108,7 +108,7 @@ def written_aside(output_dir: str | os.PathLike, accelerator: Accelerator, saves
 
 
 def _finish(aside: Path, final: Path, made_by: str) -> None:
-    for folder in aside.iterdir():
+    for folder in list(aside.iterdir()):
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
         contents = folder / CONTENTS

@@ -198,13 +198,15 @@ def test_bfloat16_as_in_the_full_size_recipes(engine, recipes, tmp_path):
 @pytest.mark.distributed
 @pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
 def test_the_best_model_comes_back(engine, recipes, tmp_path):
-    settings = (*COMMON, *LORA, "training.learning_rate=1.0", "training.eval_steps=1", "training.save_steps=1")
-    best = ("training.save_strategy=steps", "training.load_best_model_at_end=true", f"training.engine={engine}")
-    run = trained(recipes["LLaDA-MoE"], tmp_path, 2, *settings, *best)
-    losses = {log["step"]: log["eval_loss"] for log in run.logs if "eval_loss" in log}
-    step = min(losses, key=losses.get)
+    """By the highest loss, so that it is not the last one."""
+    settings = (*COMMON, *LORA, "training.eval_steps=1", "training.save_strategy=steps", "training.save_steps=1")
+    best = ("training.load_best_model_at_end=true", "training.greater_is_better=true", f"training.engine={engine}")
+    metric = "training.metric_for_best_model=eval_loss_memory_off"
+    run = trained(recipes["LLaDA-MoE"], tmp_path, 2, *settings, *best, metric)
+    losses = {log["step"]: log["eval_loss_memory_off"] for log in run.logs if "eval_loss_memory_off" in log}
+    step = max(losses, key=losses.get)
+    assert step < 5 and len(losses) == 5
     assert json.loads((tmp_path / "trainer_state.json").read_text())["best_global_step"] == step
     saved = {s: load_file(tmp_path / f"checkpoint-{s}" / "adapter_model.safetensors") for s in losses}
     assert all(torch.equal(run.weights[name], tensor) for name, tensor in saved[step].items())
-    other = saved[1 if step == 5 else 5]
-    assert not all(torch.equal(run.weights[name], tensor) for name, tensor in other.items())
+    assert not all(torch.equal(run.weights[name], tensor) for name, tensor in saved[5].items())
