@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -20,6 +21,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         for column in columns:
             table.add_column(column, justify="right")
         for row in dict.fromkeys(row for row, _ in cells):
-            table.add_row(row, *(cells.get((row, column), "") for column in columns))
+            table.add_row(escape(row), *(cells.get((row, column), "") for column in columns))
         terminalreporter.write_line("")
         Console(file=terminalreporter._tw._file, width=120, force_terminal=False).print(table)
