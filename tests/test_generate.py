@@ -85,12 +85,12 @@ def test_a_chat_answers_line_by_line(ask, monkeypatch):
     assert len(out) > len(ask("--memory"))
 
 
-def test_on_a_terminal_the_unmasking_is_seen(model, document, monkeypatch):
+def test_on_a_terminal_the_unmasking_is_seen(model, document):
     from dllm_memdlm.conversation import Conversation
     from dllm_memdlm.evaluation.arguments import parse
 
-    monkeypatch.setenv("TERM", "xterm")  # on a dumb one nothing is drawn
-    out = Console(file=io.StringIO(), force_terminal=True, width=80)
+    terminal = {"TERM": "xterm"}  # whatever the tests run on: on a dumb one nothing is drawn
+    out = Console(file=io.StringIO(), force_terminal=True, width=80, _environ=terminal)
     chat = Conversation(parse({"pretrained": model}).open(), Path(document).read_text(), 10)
     generate.answer(chat, "Who?", out)
     shown = out.file.getvalue()
