@@ -33,7 +33,7 @@ test: venv ## run the tests (ARGS="-k trajectory -n 2")
 test-distributed: venv ## train in two processes under every engine, against one process (8 minutes)
 	@$(BIN)/python -m pytest tests/test_distributed.py tests/test_engines.py -m "distributed or not distributed" $(ARGS)
 
-soak: venv ## kill runs 32 times and resume them (6 minutes)
+soak: venv ## kill runs 32 times and resume them (8 minutes)
 	@$(BIN)/python -m pytest tests/test_killed.py -m soak $(ARGS)
 
 needle: venv ## train six models to find words in a text, and ask them at several lengths (half an hour)
