@@ -9,8 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .config import ConfigError
-from .launch import work_offline_without_hub
+from .launch import exit_code, work_offline_without_hub
 
 DESCRIPTION = "Write a plain checkpoint, with the adapter added to the weights; those are loaded unquantised."
 
@@ -29,21 +28,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    try:
-        work_offline_without_hub()
-        # Here, not above: transformers looks at the offline switch when it is imported.
-        from .plain_checkpoint import export
+    return exit_code(lambda: run(args), args.debug)
 
-        out = export(args.model, args.out, args.adapter, args.dtype)
-    except ConfigError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    print(f"saved to {out}")
-    return 0
+
+def run(args: argparse.Namespace) -> None:
+    """Write the checkpoint. Raises ConfigError for what the user can correct."""
+    work_offline_without_hub()
+    # Here, not above: transformers looks at the offline switch when it is imported.
+    from .plain_checkpoint import export
+
+    print(f"saved to {export(args.model, args.out, args.adapter, args.dtype)}")
 
 
 if __name__ == "__main__":

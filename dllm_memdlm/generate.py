@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.text import Text
 
 from .config import ConfigError
-from .launch import work_offline_without_hub
+from .launch import exit_code, work_offline_without_hub
 
 #: Ends a chat, beside the end of the input.
 GOODBYE = ("/exit", "/quit")
@@ -146,16 +146,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `memdlm-generate`. Returns 2 after one line about what the user can correct."""
     args = arguments_of(argv)
-    try:
-        run(args)
-    except ConfigError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_code(lambda: run(args), args.debug)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import http.client
 import os
+import sys
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import psutil
 from huggingface_hub import constants
@@ -53,6 +54,20 @@ def run_in_processes(count: int, module: str, arguments: Sequence[str]) -> int:
         run.main(["--standalone", "--nproc_per_node", str(count), "-m", module, *arguments])
     except ChildFailedError as error:
         return error.get_first_failure()[1].exitcode  # the process itself has said why
+    return 0
+
+
+def exit_code(command: Callable[[], None], debug: bool) -> int:
+    """Run a command: 0, or 2 after one line about what the user can correct (its traceback with `debug`)."""
+    try:
+        command()
+    except ConfigError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
