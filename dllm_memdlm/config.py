@@ -162,13 +162,17 @@ class DataConfig:
     split: str = knob("train", "split to train on")
     eval_split: str | None = knob(None, "split to evaluate on; none holds eval_fraction of `split` out")
     eval_fraction: float = knob(0.05, "share of the examples held out when there is no eval_split, in [0, 1)")
-    format: Literal["auto", "instruction", "messages", "hotpotqa", "needle"] = knob(
-        "auto", "how a row becomes a prompt and a response; auto decides by the field names, and never for needle"
+    format: Literal["auto", "instruction", "messages", "hotpotqa", "paragraphs", "needle"] = knob(
+        "auto", "how a row becomes a prompt and a response; auto goes by the field names, never to paragraphs or needle"
     )
     instruction_field: str = knob("instruction", "field of the prompt (instruction format)")
     input_field: str = knob("input", "optional field appended to the prompt (instruction format)")
     output_field: str = knob("output", "field of the response (instruction format)")
     messages_field: str = knob("messages", "field of the chat: a list of {role, content}, the last from the assistant")
+    hotpotqa_paragraphs: Literal["supporting", "all"] = knob(
+        "supporting",
+        "paragraphs of the prompt: the two with the evidence, or all, in the row's order (hotpotqa format)",
+    )
     needle_words: tuple[int, ...] = knob(
         (64,), "lengths of the text with its needles, in words; a row takes one (needle format)"
     )

@@ -6,14 +6,14 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from typing import Any
 
 from rich.table import Table
 
 #: Baselines are named after the recipe they are compared with: tiny_llada2_mdlm.yaml is plain MDLM of tiny_llada2.yaml.
 MDLM_SUFFIX = "_mdlm"
-BACKBONES = {"tiny_llada_moe": "LLaDA-MoE", "tiny_llada2": "LLaDA2.1"}
+BACKBONES = {"tiny_llada_moe": "LLaDA-MoE", "tiny_llada2": "LLaDA2.1"}  #: by recipe; others are called as it is
 
 #: Losses nearer to each other than this share of MDLM's are called equal in the reading.
 SAME = 0.005
@@ -34,6 +34,7 @@ class Run:
     recipe: str
     path: Path
     log_history: list[dict[str, Any]]
+    title: str | None = None  #: of the backbone; by default after the recipe
 
     @property
     def is_mdlm(self) -> bool:
@@ -46,7 +47,7 @@ class Run:
     @property
     def backbone(self) -> str:
         stem = self.recipe.removesuffix(MDLM_SUFFIX)
-        return BACKBONES.get(stem, stem)
+        return self.title or BACKBONES.get(stem, stem)
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of one logged quantity."""
@@ -68,12 +69,12 @@ def is_finished(run_dir: Path, max_steps: int | None = None) -> bool:
     return state is not None and state["global_step"] >= (max_steps or state["max_steps"])
 
 
-def load_run(recipe: str, run_dir: Path) -> Run:
-    """The run of a recipe (its file name without .yaml) that was written to `run_dir`."""
+def load_run(recipe: str, run_dir: Path, title: str | None = None) -> Run:
+    """The run of a recipe (its file name without .yaml) that was written to `run_dir`; `title` names its backbone."""
     state = read_state(run_dir)
     if state is None:
         raise FileNotFoundError(f"{run_dir}: no trainer_state.json, so the run did not finish")
-    return Run(recipe, run_dir, state["log_history"])
+    return Run(recipe, run_dir, state["log_history"], title)
 
 
 def summarise(runs: list[Run]) -> list[dict[str, Any]]:
@@ -163,7 +164,10 @@ def _against(loss: float, base: float) -> str:
 
 
 def draw_curves(runs: list[Run], path: Path) -> None:
-    """A PNG with a row for each backbone: train loss left, eval loss right; raw train losses faint, smoothed bold."""
+    """A PNG with a row for each backbone: train loss left, eval loss right; raw train losses faint, smoothed bold.
+
+    Runs of one backbone and method are its seeds: their mean is drawn, in a band of a standard deviation to each side.
+    """
     from matplotlib.figure import Figure  # without pyplot, a PNG is always drawn by Agg and needs no display
 
     backbones = list(dict.fromkeys(run.backbone for run in runs))
@@ -173,23 +177,31 @@ def draw_curves(runs: list[Run], path: Path) -> None:
         for ax, key, name in zip(axes, ("loss", "eval_loss"), ("train", "eval"), strict=True):
             ax.set(title=f"{backbone}, {name}", xlabel="optimizer step", ylabel="loss (nats)")
             ax.spines[["top", "right"]].set_visible(False)
-            for run in (run for run in runs if run.backbone == backbone):
-                _draw_line(ax, *run.series(key), run.method, noisy=name == "train")
-                _draw_line(ax, *run.series(f"{key}_memory_off"), DISCARDED, noisy=name == "train")
+            for method in dict.fromkeys(run.method for run in runs if run.backbone == backbone):
+                seeds = [run for run in runs if (run.backbone, run.method) == (backbone, method)]
+                _draw_line(ax, [run.series(key) for run in seeds], method, noisy=name == "train")
+                _draw_line(ax, [run.series(f"{key}_memory_off") for run in seeds], DISCARDED, noisy=name == "train")
     drawn = {line.get_label(): line for ax in grid.flat for line in ax.get_lines()}
     lines = [drawn[label] for label in STYLES if label in drawn]
     figure.legend(handles=lines, loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(path, dpi=150)
 
 
-def _draw_line(ax: Any, steps: list[int], values: list[float], label: str, noisy: bool) -> None:
+def _draw_line(ax: Any, seeds: list[tuple[list[int], list[float]]], label: str, noisy: bool) -> None:
+    steps = [step for step in seeds[0][0] if all(step in other for other, _ in seeds)]
     if not steps:  # MDLM has no fast weights to discard
         return
     style = STYLES[label]
+    values = [[dict(zip(*series, strict=True))[step] for step in steps] for series in seeds]
     if noisy:
-        ax.plot(steps, values, color=style["color"], alpha=0.25, linewidth=0.8)
-        values = smooth(values)
-    ax.plot(steps, values, **style, label=label, linewidth=2, marker="" if noisy else "o", markersize=3)
+        ax.plot(steps, [fmean(v) for v in zip(*values, strict=True)], color=style["color"], alpha=0.25, linewidth=0.8)
+        values = [smooth(series) for series in values]
+    mean = [fmean(v) for v in zip(*values, strict=True)]
+    ax.plot(steps, mean, **style, label=label, linewidth=2, marker="" if noisy else "o", markersize=3)
+    if len(values) > 1:
+        wide = [stdev(v) for v in zip(*values, strict=True)]
+        low, high = ([m + sign * w for m, w in zip(mean, wide, strict=True)] for sign in (-1, 1))
+        ax.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def smooth(values: list[float]) -> list[float]:

@@ -104,7 +104,11 @@ MESSAGES = [
     ("memory", {"layers": "middle"}, "memory.layers='middle': expected one of last, first"),
     ("model", {"dtype": "int8"}, "model.dtype='int8': expected one of float32, bfloat16, float16"),
     ("lora", {"bias": "some"}, "lora.bias='some': expected one of none, all, lora_only"),
-    ("data", {"format": "csv"}, "data.format='csv': expected one of auto, instruction, messages, hotpotqa, needle"),
+    (
+        "data",
+        {"format": "csv"},
+        "data.format='csv': expected one of auto, instruction, messages, hotpotqa, paragraphs, needle",
+    ),
     # of the type
     ("memory", {"enabled": 1}, "memory.enabled=1: expected true or false"),
     ("memory", {"enabled": "yes"}, "memory.enabled='yes': expected true or false"),

@@ -82,6 +82,43 @@ def test_hotpotqa_quotes_the_supporting_sentences_in_document_order(tmp_path):
     assert chats(write(tmp_path / "hub.jsonl", [as_on_the_hub], lines=True)) == [QUESTION_CHAT]
 
 
+def test_hotpotqa_with_all_paragraphs_has_them_in_the_order_of_the_row(tmp_path):
+    config = write(tmp_path / "rows.json", [QUESTION])
+    ((prompt, response),) = chats(replace(config, hotpotqa_paragraphs="all"))
+    assert prompt["content"] == f"Other: A distraction.\n\n{QUESTION_CHAT[0]['content']}"
+    assert response == QUESTION_CHAT[1]
+
+
+def test_an_unknown_choice_of_paragraphs_names_the_known_ones():
+    assert message_of(lambda: DataConfig(dataset="x", hotpotqa_paragraphs="ten")) == (
+        "data.hotpotqa_paragraphs='ten': expected one of supporting, all"
+    )
+
+
+def test_paragraphs_are_a_text_without_question_and_answer_and_only_when_asked_for(tmp_path):
+    text = "Other: A distraction.\n\nBook: It is old. Ann wrote it.\n\nAnn: Ann is a writer. She is ill."
+    config = write(tmp_path / "rows.json", [{"context": QUESTION["context"], "supporting_facts": []}, QUESTION])
+    assert chats(replace(config, format="paragraphs")) == [[{"role": "assistant", "content": text}]] * 2
+    assert message_of(choose_format, config, ["context"]).startswith("data.format='auto': ")
+
+
+def test_a_row_without_paragraphs_is_named(tmp_path, tokenizer):
+    config = replace(write(tmp_path / "rows.json", [{"context": "c"}]), format="paragraphs")
+    assert message_of(load_examples, config, tokenizer) == (
+        f"data.dataset='{config.dataset}', train row 0: context is not as in HotpotQA: expected paragraphs, at least "
+        "one, in lists of sentences"
+    )
+
+
+def test_every_token_of_a_text_alone_is_learned_or_all_but_its_opening(tmp_path, tokenizer):
+    config = replace(write(tmp_path / "rows.json", [QUESTION]), format="paragraphs")
+    (whole,) = load_examples(replace(config, mask_prompt=False), tokenizer).train
+    assert whole["labels"] == whole["input_ids"]
+    (row,) = load_examples(config, tokenizer).train
+    assert row["input_ids"] == whole["input_ids"]
+    assert row["labels"] == [-100, *whole["labels"][1:]]
+
+
 def test_auto_names_the_fields_present_and_the_formats():
     config = DataConfig(dataset="some/rows")
     assert message_of(choose_format, config, ["text", "id"]) == (

@@ -13,19 +13,23 @@ from dllm_memdlm.config import MemoryConfig
 from dllm_memdlm.recipe import load_recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+FOLDERS = (RECIPES, *(RECIPES / name for name in ("cpu", "small", "ablations")))
 PAPER = ("llada_moe", "llada2_mini")
 
 
 def names_of(pattern: str) -> list[str]:
-    return sorted(path.stem for path in RECIPES.glob(pattern))
+    """Without the suffix, and with the folder: `llada_moe`, `small/smollm2`."""
+    paths = (path for folder in FOLDERS for path in folder.glob(pattern))
+    return sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in paths)
 
 
 def values_of(name: str) -> dict[str, Any]:
     return yaml.safe_load(load_recipe(RECIPES / f"{name}.yaml").to_yaml())
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_loads_and_round_trips(path, tmp_path):
+@pytest.mark.parametrize("name", names_of("*.yaml"))
+def test_every_recipe_loads_and_round_trips(name, tmp_path):
+    path = RECIPES / f"{name}.yaml"
     text = path.read_text(encoding="utf-8")
     recipe = load_recipe(path)
     recipe.save(tmp_path)
@@ -43,8 +47,8 @@ def test_a_baseline_differs_in_the_memory_only(name):
     mdlm, memdlm = values_of(name), values_of(name.removesuffix("_mdlm"))
     assert memdlm["memory"].pop("enabled") is True
     assert mdlm["memory"].pop("enabled") is False
-    assert memdlm["training"].pop("output_dir") == f"runs/{name.removesuffix('_mdlm')}"
-    assert mdlm["training"].pop("output_dir") == f"runs/{name}"
+    assert memdlm["training"].pop("output_dir") == f"runs/{Path(name).name.removesuffix('_mdlm')}"
+    assert mdlm["training"].pop("output_dir") == f"runs/{Path(name).name}"
     assert mdlm == memdlm
 
 
@@ -80,3 +84,16 @@ def test_tiny_recipes_train_from_scratch_with_memory_dropout(name):
     assert (recipe.model.path, recipe.model.dtype, recipe.lora.enabled) == (None, "float32", False)
     assert 0 < recipe.memory.dropout < 1
     assert not recipe.training.bf16
+
+
+def test_the_small_model_is_adapted_and_tuned_on_other_rows_than_it_is_evaluated_on():
+    base, tuned = (load_recipe(RECIPES / f"small/{name}.yaml") for name in ("smollm2_base", "smollm2"))
+    assert tuned.model.path == base.training.output_dir
+    assert base.training.right_shift_logits and tuned.training.right_shift_logits
+    for name in ("dataset", "split", "eval_split", "eval_fraction", "train_size", "eval_size", "max_length"):
+        assert getattr(base.data, name) == getattr(tuned.data, name), name
+    assert (base.data.format, base.data.mask_prompt) == ("paragraphs", False)
+    assert (tuned.data.format, tuned.data.hotpotqa_paragraphs, tuned.data.mask_prompt) == ("hotpotqa", "all", True)
+    assert not (base.lora.enabled or base.memory.enabled)
+    assert tuned.memory == MemoryConfig()
+    assert (tuned.lora.r, tuned.lora.alpha, tuned.lora.dropout) == (32, 64, 0.05)

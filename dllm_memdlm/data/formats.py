@@ -45,12 +45,12 @@ def messages(row: Row, config: DataConfig) -> Messages:
 
 
 def hotpotqa(row: Row, config: DataConfig) -> Messages:
-    """A HotpotQA question over its supporting paragraphs; the response quotes the evidence, then answers.
+    """A HotpotQA question over its paragraphs; the response quotes the evidence, then answers.
 
     Most answers are a few words: too few masked tokens to train a small model on, and facts it cannot know. The quotes
     make the response long, and the prompt alone determines them, so the loss rewards using the prompt. Every sentence
-    follows a space, in the prompt as in the quote, so that both have the same tokens. The distracting paragraphs are
-    left out to keep examples short.
+    follows a space, in the prompt as in the quote, so that both have the same tokens. The two supporting paragraphs
+    alone keep examples short; with all ten, in the row's order, the evidence has to be found first.
 
     RULER scores this very set (qa_2): a model trained on it must not be scored there.
     """
@@ -60,15 +60,27 @@ def hotpotqa(row: Row, config: DataConfig) -> Messages:
         )
     facts = set(zip(row["supporting_facts"]["title"], row["supporting_facts"]["sent_id"], strict=True))
     supporting = {title for title, _ in facts}
-    paragraphs, quotes = [], []
-    for title, sentences in zip(row["context"]["title"], row["context"]["sentences"], strict=True):
-        if title in supporting:
-            sentences = [sentence.strip() for sentence in sentences]
-            paragraphs.append(f"{title}: {' '.join(sentences)}")
-            # a few facts name a sentence beyond the paragraph's end; those are left out
-            quotes += [f"> {sentence}" for i, sentence in enumerate(sentences) if (title, i) in facts]
-    prompt = "\n\n".join([*paragraphs, f"Question: {_text(row['question'])}"])
+    kept, quotes = [], []
+    for title, sentences in _paragraphs(row):
+        if title in supporting or config.hotpotqa_paragraphs == "all":
+            kept.append(f"{title}: {' '.join(sentences)}")
+        # a few facts name a sentence beyond the paragraph's end; those are left out
+        quotes += [f"> {sentence}" for i, sentence in enumerate(sentences) if (title, i) in facts]
+    prompt = "\n\n".join([*kept, f"Question: {_text(row['question'])}"])
     return _chat(prompt, "\n".join([*quotes, f"Answer: {_text(row['answer'])}"]))
+
+
+def paragraphs(row: Row, config: DataConfig) -> Messages:
+    """The paragraphs of a HotpotQA row as a text of their own, in one message: no question, and no answer.
+
+    Something to train on all tokens of, such as a causal model that has to learn to fill in masks.
+
+    Raises:
+        ValueError: the row has no paragraphs.
+    """
+    sentences_of(row)
+    text = "\n\n".join(f"{title}: {' '.join(sentences)}" for title, sentences in _paragraphs(row))
+    return [{"role": "assistant", "content": text}]
 
 
 def needle(row: Row, config: DataConfig) -> Messages:
@@ -106,6 +118,7 @@ FORMATS: dict[str, Format] = {
     "messages": Format(lambda c: (c.messages_field,), messages),
     "hotpotqa": Format(lambda c: ("question", "answer", "context", "supporting_facts"), hotpotqa),
     "instruction": Format(lambda c: (c.instruction_field, c.output_field), instruction),
+    "paragraphs": Format(lambda c: ("context",), paragraphs, auto=False),
     "needle": Format(lambda c: ("context",), needle, auto=False),
 }
 
@@ -127,6 +140,12 @@ def choose_format(config: DataConfig, columns: Iterable[str]) -> Format:
         f"data.format={config.format!r}: {config.dataset} has the fields {', '.join(sorted(columns))}; "
         f"expected {wanted}"
     )
+
+
+def _paragraphs(row: Row) -> list[tuple[str, list[str]]]:
+    """The title and the stripped sentences of each paragraph of a HotpotQA row."""
+    pairs = zip(row["context"]["title"], row["context"]["sentences"], strict=True)
+    return [(title, [sentence.strip() for sentence in sentences]) for title, sentences in pairs]
 
 
 def _text(value: Any) -> str:

@@ -1,0 +1,67 @@
+"""What the evaluations of a run share as commands: their arguments, the run's data, the report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..config import ConfigError, DataConfig
+from ..generate import model_arguments
+from ..info import package_versions
+
+if TYPE_CHECKING:
+    from ..decoding import Decoder
+    from .arguments import Parsed
+
+
+def of_a_run(prog: str, description: str) -> argparse.ArgumentParser:
+    """The arguments of every evaluation; to be read with `parse_intermixed_args`."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--model", required=True, metavar="DIR", help="a run's folder")
+    parser.add_argument("--memory", action="store_true", help="adapt to each prompt")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the JSON file to write")
+    parser.add_argument("settings", nargs="*", metavar="name=value", help="as memdlm-generate takes them")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(adapter=None, save_memory=None, load_memory=None)  # for `model_arguments`
+    return parser
+
+
+def read(args: argparse.Namespace, **defaults: Any) -> tuple[Parsed, DataConfig]:
+    """What was asked for, as the arguments of lm-eval's model, and the data of the run's recipe.
+
+    Raises:
+        ConfigError: an argument that does not exist or fit; no recipe beside the model; `--output` is a folder.
+    """
+    # Here, not above: transformers looks at the offline switch when it is imported.
+    from ..recipe import FILE_NAME, load_recipe
+    from .arguments import parse
+
+    if args.output.is_dir():
+        raise ConfigError(f"--output {args.output}: a folder; expected a file")
+    parsed = parse({**defaults, **model_arguments(args)})
+    folder = parsed.arguments.adapter or parsed.arguments.pretrained
+    return parsed, load_recipe(Path(folder) / FILE_NAME).data
+
+
+def finish(path: Path, report: dict[str, Any], decoder: Decoder, table: Table, console: Console) -> None:
+    """Write the report with the versions that made it, and show the table and what went wrong.
+
+    It is written aside and renamed: who looks sees a whole file. Raises ConfigError if it cannot be written.
+    """
+    text = json.dumps(report | {"versions": package_versions()}, indent=2) + "\n"
+    aside = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        raise ConfigError(f"--output {path}: {error.strerror or error}") from error
+    console.print(table)
+    console.print(str(path), soft_wrap=True)
+    if decoder.memory is not None and (lost := decoder.memory.tally.failures()):
+        console.print(f"without memory: {lost}", style="yellow")

@@ -1,0 +1,1 @@
+"""Commands that make figures, tables and the models they need."""

@@ -1,0 +1,205 @@
+"""Commands that leave a folder behind. What is missing is run, several at a time; what is there is not run again.
+
+A folder holds what its command wrote, `log.txt` with what it printed, and, once it has ended well, `done.json`. A
+training that was cut short goes on from its last checkpoint; other commands begin anew.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from rich.console import Console
+
+from ..config import ConfigError
+from ..info import devices, package_versions
+
+DONE = "done.json"
+LOG = "log.txt"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command line, and the folder it writes to.
+
+    Args:
+        folder: where its results go; no other command writes there.
+        argv: what stands behind the interpreter.
+        made_from: what its result depends on that the command line does not say, such as the keys of a recipe.
+        env: environment variables to set.
+    """
+
+    folder: Path
+    argv: tuple[str, ...]
+    made_from: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    env: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    @property
+    def line(self) -> str:
+        """As one would type it."""
+        return " ".join([*(f"{name}={value}" for name, value in self.env.items()), "python", *self.argv])
+
+    def record(self) -> dict[str, Any] | None:
+        """What `done.json` says: the command, the seconds it took, versions, devices; none where it has not ended."""
+        try:
+            return json.loads((self.folder / DONE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+
+    def is_done(self) -> bool:
+        """Whether the folder holds the result of this very command.
+
+        Raises:
+            ConfigError: it holds another one's.
+        """
+        record = self.record()
+        if record is None:
+            return False
+        before, now = ({"command": c, **made} for c, made in ((record["command"], record["made_from"]), self._made()))
+        for key in sorted(before.keys() | now.keys(), key=lambda key: (key == "command", key)):
+            if before.get(key) != now.get(key):
+                raise ConfigError(
+                    f"{self.folder}: made with {key}={before.get(key)!r}, now {now.get(key)!r}; move it away, or give "
+                    "another folder with --runs"
+                )
+        return True
+
+    def _made(self) -> tuple[str, dict[str, Any]]:
+        return self.line, json.loads(json.dumps(dict(self.made_from)))  # lists, as JSON gives them back
+
+    def write_record(self, seconds: float) -> None:
+        """Write `done.json`: from here on the command is done."""
+        line, made_from = self._made()
+        record = {"command": line, "made_from": made_from, "seconds": round(seconds, 1)}
+        record |= {"versions": package_versions(), "devices": devices()}
+        aside = self.folder / f"{DONE}.part"
+        aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        aside.rename(self.folder / DONE)
+
+
+def run_missing(stages: Sequence[Sequence[Command]], folder: Path, at_once: int, console: Console) -> None:
+    """Run what is not done, stage after stage, up to `at_once` commands of a stage at a time.
+
+    Raises:
+        ConfigError: a command failed (the message ends with the last line it printed), a folder holds another
+            command's result, or another process is at work in `folder`.
+    """
+    missing = [[command for command in dict.fromkeys(stage) if not command.is_done()] for stage in stages]
+    count = sum(map(len, missing))
+    console.print(f"{sum(len(set(stage)) for stage in stages) - count} commands done, {count} to run", highlight=False)
+    if count == 0:
+        return
+    with _alone_in(folder), _ended_by_sigterm():
+        number = 0
+        for stage in missing:
+            with _Processes(console, at_once) as processes:
+                for command in stage:
+                    number += 1
+                    processes.start(command, f"{number}/{count}")
+
+
+class _Processes:
+    """Runs commands in threads that wait for their processes; leaving the block waits for all, or ends all."""
+
+    def __init__(self, console: Console, at_once: int) -> None:
+        self.console = console
+        self.pool = ThreadPoolExecutor(at_once)
+        self.futures: list[Any] = []
+        self.running: set[subprocess.Popen] = set()
+        self.lock, self.stopped = Lock(), False
+
+    def __enter__(self) -> _Processes:
+        return self
+
+    def start(self, command: Command, number: str) -> None:
+        self.futures.append(self.pool.submit(self._run, command, number))
+
+    def __exit__(self, kind: Any, *details: Any) -> None:
+        try:
+            if kind is None:
+                done, _ = wait(self.futures, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+        finally:
+            with self.lock:  # nothing is started from here on
+                self.stopped = True
+                for process in self.running:
+                    process.terminate()
+            self.pool.shutdown(cancel_futures=True)
+
+    def _run(self, command: Command, number: str) -> None:
+        folder = command.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / LOG, "a", encoding="utf-8") as log:
+            with self.lock:
+                if self.stopped:
+                    return
+                self.console.print(f"{number}  {command.line}", highlight=False, markup=False, soft_wrap=True)
+                started = time.perf_counter()
+                process = subprocess.Popen(
+                    [sys.executable, *command.argv],
+                    env={**os.environ, **command.env},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    close_fds=False,  # it keeps the lock of `_alone_in` for as long as it lives
+                )
+                self.running.add(process)
+            process.wait()
+        with self.lock:
+            self.running.remove(process)
+            stopped = self.stopped
+        if process.returncode and not stopped:
+            raise ConfigError(
+                f"{folder / LOG}: the command ended with {process.returncode}: {_last_line(folder / LOG)}"
+            )
+        if not process.returncode:
+            seconds = time.perf_counter() - started
+            command.write_record(seconds)
+            self.console.print(f"{number}  {folder} took {seconds:.0f} s", highlight=False, style="dim", soft_wrap=True)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock. Commands inherit it, so it outlives a process that was killed until they end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        os.set_inheritable(file.fileno(), True)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{folder}: another run, or a command that one has left behind, is at work there; wait for it"
+            ) from None
+        yield
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, so that its commands are ended too."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

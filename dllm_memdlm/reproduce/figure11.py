@@ -1,0 +1,98 @@
+"""Figure 11: exposure bias, the loss on what the model unmasked itself over that on the true text, step by step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .commands import Command
+from .curves import Spread, spread
+from .lines import Chart, Line, draw_lines
+from .page import Grid, Page
+from .scales import MDLM, MEMDLM, Backbone, Model, Scale
+
+#: The models, by the label of their curve: the method that was trained, and whether it adapts to the prompt.
+CASES = {"MDLM": (MDLM, False), "MemDLM, memory off": (MEMDLM, False), "MemDLM, memory on": (MEMDLM, True)}
+
+#: What is drawn of each step, with the axis' label.
+MEASURES = {
+    "ratio": "L_seq / L_static",
+    "static": "L_static (nats)",
+    "sequential": "L_seq (nats)",
+}
+
+STEPS = {"cpu": 16, "small": 48, "paper": 48}  #: of denoising; the responses at CPU scale are short
+
+
+def stages(scale: Scale) -> list[list[Command]]:
+    """What has to be run."""
+    runs = [scale.run(b, method, seed) for seed in scale.seeds for b in scale.backbones for method in (MDLM, MEMDLM)]
+    return [*scale.bases(scale.backbones), runs, [command for _, _, _, command in _measured(scale)]]
+
+
+def page(scale: Scale, folder: Path) -> Page:
+    """Draw figure11.png, and put the numbers beside it."""
+    points = []
+    for backbone, label, seed, command in _measured(scale):
+        steps = json.loads((command.folder / "scores.json").read_text(encoding="utf-8"))["steps"]
+        head = {"backbone": backbone.title, "model": label, "seed": seed, "run": str(command.folder)}
+        points += [{**head, **step} for step in steps]
+    folder.mkdir(parents=True, exist_ok=True)
+    charts = [[_chart(backbone, measure, points) for measure in MEASURES] for backbone in scale.backbones]
+    draw_lines(charts, folder / "figure11.png")
+    shown = [STEPS[scale.name] * part // 4 for part in (1, 2, 3)] + [STEPS[scale.name] - 1]
+    rows = [
+        (backbone.title, label, *(_at(points, backbone, label, "ratio", step).text(2) for step in shown))
+        for backbone in scale.backbones
+        for label in CASES
+    ]
+    return Page(
+        name="figure11",
+        title="Exposure bias (figure 11)",
+        scale=scale.name,
+        about=[
+            f"{scale.questions} held-out examples, {STEPS[scale.name]} steps. L_static: nats a token on the true text "
+            "with that share of the response masked; L_seq: on the text that the model has unmasked itself, most "
+            "confident tokens first. Both score the true tokens at the positions still masked.",
+            "The paper: MDLM's ratio climbs past 20 in 48 steps; MemDLM's stays nearly flat, with the memory on "
+            "flatter still.",
+        ],
+        points=points,
+        pictures={"figure11.png": "Exposure bias and its two losses. Band: a standard deviation over the seeds."},
+        tables=[
+            Grid(
+                "R_EB, mean ± standard deviation over the seeds",
+                ("backbone", "model", *(f"step {step}" for step in shown)),
+                rows,
+            )
+        ],
+    ).made_by(command for stage in stages(scale) for command in stage)
+
+
+def _measured(scale: Scale) -> Iterator[tuple[Backbone, str, int, Command]]:
+    for seed in scale.seeds:
+        for backbone in scale.backbones:
+            for label, (method, memory) in CASES.items():
+                arguments = [*["--memory"] * memory, "--examples", str(scale.questions)]
+                arguments += ["--steps", str(STEPS[scale.name])]
+                model = Model.of(scale.run(backbone, method, seed))
+                name = f"exposure-{'memory' if memory else 'off'}"
+                yield (
+                    backbone,
+                    label,
+                    seed,
+                    scale.evaluated(name, model, "dllm_memdlm.evaluation.exposure_bias", arguments),
+                )
+
+
+def _at(points: list[dict[str, Any]], backbone: Backbone, label: str, measure: str, step: int) -> Spread:
+    wanted = (backbone.title, label, step)
+    return spread([p[measure] for p in points if (p["backbone"], p["model"], p["step"]) == wanted])
+
+
+def _chart(backbone: Backbone, measure: str, points: list[dict[str, Any]]) -> Chart:
+    steps = sorted({point["step"] for point in points})
+    lines = [Line(label, steps, [_at(points, backbone, label, measure, s) for s in steps]) for label in CASES]
+    return Chart(backbone.title, "denoising step", MEASURES[measure], lines)

@@ -1,0 +1,136 @@
+"""Figure 4: train and eval loss of MDLM and MemDLM over the steps, with the curve that the paper leaves out.
+
+MemDLM's loss is computed with fast weights that have just been fitted to the tokens being scored. The third curve has
+the same slow weights with the fast weights discarded, and is the fair one to compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ..reporting import DISCARDED, Run, draw_curves, load_run
+from .commands import Command
+from .curves import final, first_step_at, spread
+from .page import Grid, Page
+from .scales import MDLM, MEMDLM, Backbone, Scale
+
+#: The curves: the method that was trained, and the name of the losses in its logs.
+CURVES = {"MDLM": (MDLM, "loss"), "MemDLM": (MEMDLM, "loss"), DISCARDED: (MEMDLM, "loss_memory_off")}
+
+#: What the paper shows, in words; it prints no numbers beside its curves.
+PAPER = {
+    "MDLM": "higher throughout",
+    "MemDLM": "falls faster, stays lower",
+    DISCARDED: "not shown",
+}
+
+
+def stages(scale: Scale) -> list[list[Command]]:
+    """What has to be run."""
+    runs = [
+        scale.run(backbone, method, seed)
+        for seed in scale.seeds
+        for backbone in scale.backbones
+        for method in (MDLM, MEMDLM)
+    ]
+    return [*scale.bases(scale.backbones), runs]
+
+
+def page(scale: Scale, folder: Path) -> Page:
+    """Draw figure4.png, and put the numbers beside it."""
+    runs = {
+        (backbone, method, seed): _load(scale, backbone, method, seed)
+        for backbone in scale.backbones
+        for method in (MDLM, MEMDLM)
+        for seed in scale.seeds
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_curves([*runs.values()], folder / "figure4.png")
+    rows = [row for backbone in scale.backbones for row in _rows(scale, backbone, runs)]
+    columns = (
+        *("backbone", "curve", "final train loss", "final eval loss", "− MDLM's, same seed"),
+        *("steps to MDLM's final eval loss", "the paper"),
+    )
+    return Page(
+        name="figure4",
+        title="Training dynamics (figure 4)",
+        scale=scale.name,
+        about=_about(scale, runs),
+        points=[point for key, run in runs.items() for point in _points(*key, run)],
+        pictures={"figure4.png": "Train and eval loss. Line: mean of the seeds; band: a standard deviation."},
+        tables=[Grid("Final losses (nats), mean ± standard deviation over the seeds", columns, rows)],
+    ).made_by(command for stage in stages(scale) for command in stage)
+
+
+def _load(scale: Scale, backbone: Backbone, method: str, seed: int) -> Run:
+    recipe = backbone.key + ("_mdlm" if method == MDLM else "")
+    return load_run(recipe, scale.run(backbone, method, seed).folder, backbone.title)
+
+
+def _rows(scale: Scale, backbone: Backbone, runs: dict[Any, Run]) -> list[Sequence[str]]:
+    baselines = {seed: final(runs[backbone, MDLM, seed], "eval_loss") for seed in scale.seeds}
+    rows = []
+    for label, (method, key) in CURVES.items():
+        own = {seed: runs[backbone, method, seed] for seed in scale.seeds}
+        train = spread([fmean(_tail(run.series(key)[1])) for run in own.values()])
+        evals = spread([final(run, f"eval_{key}") for run in own.values()])
+        against = spread([final(run, f"eval_{key}") - baselines[seed] for seed, run in own.items()])
+        reached = [first_step_at(run.series(f"eval_{key}"), baselines[seed]) for seed, run in own.items()]
+        rows.append(
+            (
+                *(backbone.title, label, train.text(), evals.text()),
+                "-" if method == MDLM else against.text(digits=4, sign=True),
+                ", ".join("not reached" if step is None else f"{step:.0f}" for step in reached),
+                PAPER[label],
+            )
+        )
+    return rows
+
+
+def _tail(values: Sequence[float]) -> Sequence[float]:
+    """The last tenth, at least one: single train losses are noisy."""
+    return values[-max(1, len(values) // 10) :]
+
+
+def _points(backbone: Backbone, method: str, seed: int, run: Run) -> list[dict[str, Any]]:
+    """Every logged loss, each with where it is from."""
+    keys = [f"{split}{key}" for _, (own, key) in CURVES.items() if own == method for split in ("", "eval_")]
+    head = {"backbone": backbone.title, "method": method, "seed": seed, "run": str(run.path)}
+    return [
+        {**head, "loss": key, "step": step, "value": value}
+        for key in keys
+        for step, value in zip(*run.series(key), strict=True)
+    ]
+
+
+def _about(scale: Scale, runs: dict[Any, Run]) -> list[str]:
+    sentences = []
+    for backbone in scale.backbones:
+        base = fmean(final(runs[backbone, MDLM, seed], "eval_loss") for seed in scale.seeds)
+        on, off = (
+            [final(runs[backbone, MEMDLM, s], key) - final(runs[backbone, MDLM, s], "eval_loss") for s in scale.seeds]
+            for key in ("eval_loss", "eval_loss_memory_off")
+        )
+        sentences.append(
+            f"{backbone.title}: MDLM ends at an eval loss of {base:.3f}. With its fast weights MemDLM ends "
+            f"{_against(on)}; with them discarded, {_against(off)}."
+        )
+    return [
+        "MDLM and MemDLM start from the same weights and see the same examples under the same masks, in the same "
+        f"order; {len(scale.seeds)} seed{'s' if len(scale.seeds) > 1 else ''} ({', '.join(map(str, scale.seeds))}), "
+        "which decide order, masks and the LoRA's first weights.",
+        "MemDLM's loss is computed with fast weights that have just been fitted to the tokens being scored, so part of "
+        "its gap is the inner loop having seen the answer. The third curve, which the paper does not draw, has the "
+        "same slow weights with the fast weights discarded: it is the one to compare with MDLM.",
+        " ".join(sentences),
+    ]
+
+
+def _against(differences: Sequence[float]) -> str:
+    """How far below or above MDLM's, in words, and whether every seed agrees."""
+    mean, signs = fmean(differences), {difference < 0 for difference in differences}
+    agree = f"in all {len(differences)} seeds" if len(signs) == 1 else "though not in every seed"
+    return f"{abs(mean):.4f} {'lower' if mean < 0 else 'higher'}, {agree}"

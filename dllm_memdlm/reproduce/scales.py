@@ -1,0 +1,169 @@
+"""Three sizes to reproduce the paper at: which models are trained from what, with which seeds, and how.
+
+`paper` trains the paper's backbones from the hub, with the recipes of its runs. `cpu` does the same with models of half
+a million parameters that it first trains itself, `small` with one of 135 million that a package ships.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from ..demo import RECIPE_FOLDER
+from ..recipe import resolve
+from .commands import Command
+
+#: Plain MDLM on the examples and masks of the recipe without this ending.
+MDLM_SUFFIX = "_mdlm"
+
+#: The two methods, by the name of their runs.
+MDLM, MEMDLM = "mdlm", "memdlm"
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A model that is fine-tuned with and without memory."""
+
+    title: str
+    recipe: str  #: MemDLM's, in the recipe folder, without .yaml
+    base: str | None = None  #: the recipe that trains the weights to start from; none takes what `recipe` names
+    convert: str | None = None  #: the module that writes the weights which `base` starts from; none is from scratch
+
+    @property
+    def key(self) -> str:
+        """A short name, for folders."""
+        return Path(self.recipe).name
+
+
+class Model(NamedTuple):
+    """A model to be scored."""
+
+    pretrained: str  #: folder or hub name
+    scores: Path  #: the folder for its scores
+
+    @classmethod
+    def of(cls, run: Command) -> Model:
+        """What a run has trained."""
+        return cls(str(run.folder), run.folder.parent / "scores" / run.folder.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What is run at one size, and where to."""
+
+    name: str
+    backbones: tuple[Backbone, ...]
+    seeds: tuple[int, ...]
+    launch: tuple[str, ...]  #: what stands before a recipe on the command line
+    at_once: int  #: commands at a time
+    questions: int  #: held-out texts of each length, or examples, that a model is scored on
+    env: Mapping[str, str] = field(default_factory=dict)
+    settings: tuple[str, ...] = ()  #: overrides of every recipe
+    runs: Path = Path("runs/reproduce")
+
+    def bases(self, backbones: Sequence[Backbone]) -> list[list[Command]]:
+        """The stages that make the weights to start from."""
+        converted = [self._converted(b) for b in backbones if b.convert]
+        trained = [self.base(b) for b in backbones if b.base]
+        return [stage for stage in (converted, trained) if stage]
+
+    def base(self, backbone: Backbone) -> Command:
+        """Train the weights that fine-tuning starts from."""
+        start = [f"model.path={self._converted(backbone).folder / 'model'}"] if backbone.convert else []
+        return self._trained(f"{backbone.key}/base", backbone.base, [*start, *self.settings])
+
+    def run(self, backbone: Backbone, method: str, seed: int, changes: Mapping[str, Any] | None = None) -> Command:
+        """Fine-tune: `method` is MDLM, MEMDLM, or the name of a variant of MemDLM with `changes` in its recipe."""
+        start = [f"model.path={self.base(backbone).folder}"] if backbone.base else []
+        changed = [f"{key}={_as_yaml(value)}" for key, value in (changes or {}).items()]
+        recipe = backbone.recipe + (MDLM_SUFFIX if method == MDLM else "")
+        overrides = [*start, *changed, *self.settings, f"training.seed={seed}"]
+        return self._trained(f"{backbone.key}/{method}-{seed}", recipe, overrides)
+
+    def untuned(self, backbone: Backbone) -> Model:
+        """The model before fine-tuning."""
+        scores = self.runs / self.name / backbone.key / "scores" / "untuned"
+        if backbone.base:
+            return Model(str(self.base(backbone).folder), scores)
+        return Model(resolve(RECIPE_FOLDER / f"{backbone.recipe}.yaml")["model"]["path"], scores)
+
+    def evaluated(self, name: str, model: Model, module: str, arguments: Sequence[str]) -> Command:
+        """Run one of our evaluations on a model; it writes `scores.json`."""
+        output = ("--output", str(model.scores / name / "scores.json"))
+        argv = ("-m", module, "--model", model.pretrained, *arguments, *output)
+        return Command(model.scores / name, argv, env=self.env)
+
+    def _converted(self, backbone: Backbone) -> Command:
+        folder = self.runs / self.name / backbone.key / "converted"
+        return Command(folder, ("-m", backbone.convert, "--output", str(folder / "model")), env=self.env)
+
+    def _trained(self, name: str, recipe: str, overrides: Sequence[str]) -> Command:
+        folder, path = self.runs / self.name / name, RECIPE_FOLDER / f"{recipe}.yaml"
+        overrides = [*overrides, f"training.output_dir={folder}"]
+        argv = (*self.launch, os.path.relpath(path), *overrides, "--resume")
+        return Command(folder, argv, dict(flat(resolve(path, overrides))), self.env)
+
+
+def differences(recipe: Path) -> dict[str, Any]:
+    """What a recipe that extends another says itself: {"memory.steps": 3}."""
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    return dict(flat({section: values for section, values in content.items() if section != "extends"}))
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings as pairs of a dotted key and a value."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _as_yaml(value: Any) -> str:
+    """One line that YAML reads as this value."""
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
+
+
+_TRAIN = ("-m", "dllm_memdlm.train")
+
+SCALES = {
+    scale.name: scale
+    for scale in (
+        Scale(
+            name="cpu",
+            backbones=(
+                Backbone("LLaDA-MoE", "cpu/llada_moe", "cpu/llada_moe_base"),
+                Backbone("LLaDA2.1", "cpu/llada2", "cpu/llada2_base"),
+            ),
+            seeds=(42, 43, 44),
+            launch=_TRAIN,
+            # One thread each, as more bring little at this size; and the same numbers for any count of them.
+            at_once=os.cpu_count() or 1,
+            questions=50,
+            env={"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+        ),
+        Scale(
+            name="small",
+            backbones=(
+                Backbone("SmolLM2-135M", "small/smollm2", "small/smollm2_base", "dllm_memdlm.reproduce.smollm2"),
+            ),
+            seeds=(42,),
+            launch=("-m", "accelerate.commands.launch", *_TRAIN),
+            at_once=1,
+            questions=200,
+        ),
+        Scale(
+            name="paper",
+            backbones=(Backbone("LLaDA-MoE", "llada_moe"), Backbone("LLaDA2.1", "llada2_mini")),
+            seeds=(42,),
+            launch=("-m", "accelerate.commands.launch", *_TRAIN),
+            at_once=1,
+            questions=500,
+        ),
+    )
+}

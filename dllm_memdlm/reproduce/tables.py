@@ -1,0 +1,105 @@
+"""Tables 1 to 3: RULER, BABILong and LongBench, for MDLM and MemDLM without and with the inner loop at inference.
+
+On a CPU the columns are RULER tasks that read no files, a few questions each: the way from a recipe to a table, and not
+a measure of models of this size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import paper
+from .commands import Command
+from .curves import spread
+from .page import Grid, Page
+from .scales import MDLM, MEMDLM, Backbone, Model, Scale
+from .scores import RULER_OFFLINE, TABLES, Task
+
+#: The rows: the method that was trained, and whether it adapts to the prompt.
+CASES = dict(zip(paper.ROWS, ((MDLM, False), (MEMDLM, False), (MEMDLM, True)), strict=True))
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """One table. `printed` is what the paper has, by backbone, row by row."""
+
+    number: int
+    title: str
+    columns: Sequence[str]
+    printed: dict[str, Sequence[Sequence[float]]]
+
+    def stages(self, scale: Scale) -> list[list[Command]]:
+        """What has to be run."""
+        models = [scale.run(b, m, seed) for seed in scale.seeds for b in self._backbones(scale) for m in (MDLM, MEMDLM)]
+        scores = [command for _, _, _, commands in self._scored(scale) for command in commands]
+        return [*scale.bases(self._backbones(scale)), models, scores]
+
+    def page(self, scale: Scale, folder: Path) -> Page:
+        """The scores, beside the paper's where they are of the same columns."""
+        points = [
+            {"backbone": backbone.title, "model": row, "seed": seed, "run": str(command.folder)}
+            | {"column": column, "score": score}
+            for backbone, row, seed, commands in self._scored(scale)
+            for task, command in zip(self._tasks(scale), commands, strict=True)
+            for column, score in task.read(command).items()
+        ]
+        columns = [column for task in self._tasks(scale) for column in task.columns]
+        rows = []
+        for backbone in self._backbones(scale):
+            for number, row in enumerate(CASES):
+                cells = [self._cell(points, backbone, row, column) for column in columns]
+                rows.append((backbone.title, row, *cells))
+                if backbone.title in self.printed and scale.name == "paper":
+                    theirs = dict(zip(self.columns, self.printed[backbone.title][number], strict=True))
+                    rows.append(("", "the paper", *(f"{theirs[column]:.2f}" for column in columns)))
+        grids = [Grid("Ours, %", ("backbone", "method", *columns), rows)]
+        if scale.name != "paper":
+            theirs = [
+                (title, row, *(f"{score:.2f}" for score in scores))
+                for title, printed in self.printed.items()
+                for row, scores in zip(CASES, printed, strict=True)
+            ]
+            grids.append(Grid("The paper's, %", ("backbone", "method", *self.columns), theirs))
+        return Page(
+            name=f"table{self.number}",
+            title=f"{self.title} (table {self.number})",
+            scale=scale.name,
+            about=[self._about(scale)],
+            points=points,
+            tables=grids,
+        ).made_by(command for stage in self.stages(scale) for command in stage)
+
+    def _about(self, scale: Scale) -> str:
+        if scale.name == "paper":
+            return "The tasks, lengths and decoding of the paper, through lm-eval."
+        return (
+            "RULER tasks that read no files, four questions of each at 1,024 tokens, decoded as the paper does. So few "
+            "questions measure nothing: this shows that the way from a recipe to a table works. `SCALE=paper` runs the "
+            "paper's tasks; its numbers stand below."
+        )
+
+    def _backbones(self, scale: Scale) -> list[Backbone]:
+        """Those of the paper's table, or all at the other scales."""
+        return [b for b in scale.backbones if scale.name != "paper" or b.title in self.printed]
+
+    def _tasks(self, scale: Scale) -> Sequence[Task]:
+        return TABLES[self.number] if scale.name == "paper" else (RULER_OFFLINE,)
+
+    def _scored(self, scale: Scale) -> Iterator[tuple[Backbone, str, int, list[Command]]]:
+        seeds = scale.seeds if scale.name == "paper" else scale.seeds[:1]
+        for seed in seeds:
+            for backbone in self._backbones(scale):
+                for row, (method, memory) in CASES.items():
+                    model = Model.of(scale.run(backbone, method, seed))
+                    yield backbone, row, seed, [task.command(scale, model, memory) for task in self._tasks(scale)]
+
+    def _cell(self, points: Sequence[dict], backbone: Backbone, row: str, column: str) -> str:
+        wanted = (backbone.title, row, column)
+        return spread([p["score"] for p in points if (p["backbone"], p["model"], p["column"]) == wanted]).text(2)
+
+
+TABLE_1 = PaperTable(1, "RULER and BABILong within the context", paper.TABLE_1_COLUMNS, paper.TABLE_1)
+TABLE_2 = PaperTable(2, "RULER and BABILong beyond the context", paper.TABLE_2_COLUMNS, paper.TABLE_2)
+TABLE_3 = PaperTable(3, "LongBench", paper.TABLE_3_COLUMNS, paper.TABLE_3)
