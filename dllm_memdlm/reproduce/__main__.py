@@ -24,6 +24,7 @@ TARGETS = {
     "figure7": ("figure7", None),
     "figure11": ("figure11", None),
     "ablations": ("ablations", None),
+    "dropout": ("dropout", None),
     "table1": ("tables", "TABLE_1"),
     "table2": ("tables", "TABLE_2"),
     "table3": ("tables", "TABLE_3"),

@@ -161,6 +161,7 @@ class _Processes:
         with self.lock:
             self.running.remove(process)
             stopped = self.stopped
+            self.stopped = stopped or process.returncode != 0  # the next one is not begun
         if process.returncode and not stopped:
             raise ConfigError(
                 f"{folder / LOG}: the command ended with {process.returncode}: {_last_line(folder / LOG)}"

@@ -52,7 +52,9 @@ def page(scale: Scale, folder: Path) -> Page:
         name="figure11",
         title="Exposure bias (figure 11)",
         scale=scale.name,
+        seeds=scale.seeds,
         about=[
+            scale.about,
             f"{scale.questions} held-out examples, {STEPS[scale.name]} steps. L_static: nats a token on the true text "
             "with that share of the response masked; L_seq: on the text that the model has unmasked itself, most "
             "confident tokens first. Both score the true tokens at the positions still masked.",

@@ -56,9 +56,11 @@ def page(scale: Scale, folder: Path) -> Page:
         name="figure3",
         title="Before and after fine-tuning, by context length (figure 3)",
         scale=scale.name,
+        seeds=scale.seeds,
         about=[
+            scale.about,
             f"{scale.questions} texts of each length that training has not seen; the model before fine-tuning is one "
-            f"for all seeds. Seeds: {', '.join(map(str, scale.seeds))}.",
+            "for all seeds.",
             "The paper finds that MDLM's fine-tuning takes something away from the model at 1K and 2K, and that MemDLM "
             "stays above both from 1K to 32K.",
         ],

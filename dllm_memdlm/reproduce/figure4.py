@@ -58,7 +58,8 @@ def page(scale: Scale, folder: Path) -> Page:
         name="figure4",
         title="Training dynamics (figure 4)",
         scale=scale.name,
-        about=_about(scale, runs),
+        seeds=scale.seeds,
+        about=[scale.about, *_about(scale, runs)],
         points=[point for key, run in runs.items() for point in _points(*key, run)],
         pictures={"figure4.png": "Train and eval loss. Line: mean of the seeds; band: a standard deviation."},
         tables=[Grid("Final losses (nats), mean ± standard deviation over the seeds", columns, rows)],
@@ -120,8 +121,7 @@ def _about(scale: Scale, runs: dict[Any, Run]) -> list[str]:
         )
     return [
         "MDLM and MemDLM start from the same weights and see the same examples under the same masks, in the same "
-        f"order; {len(scale.seeds)} seed{'s' if len(scale.seeds) > 1 else ''} ({', '.join(map(str, scale.seeds))}), "
-        "which decide order, masks and the LoRA's first weights.",
+        "order. The seed decides order, masks and the LoRA's first weights.",
         "MemDLM's loss is computed with fast weights that have just been fitted to the tokens being scored, so part of "
         "its gap is the inner loop having seen the answer. The third curve, which the paper does not draw, has the "
         "same slow weights with the fast weights discarded: it is the one to compare with MDLM.",

@@ -47,7 +47,9 @@ def page(scale: Scale, folder: Path) -> Page:
         name="figure7",
         title="Anchor ratio at inference (figure 7)",
         scale=scale.name,
+        seeds=scale.seeds,
         about=[
+            scale.about,
             f"{scale.backbones[0].title} trained with memory, and with it on; {scale.questions} texts of each length.",
             "The paper finds the ratio to make next to no difference from 1K to 16K (at 16K all scores are within 2 "
             f"points). Ours differ by at most {max(means[widest]) - min(means[widest]):.1f} points, at {widest}.",

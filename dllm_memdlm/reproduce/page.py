@@ -34,6 +34,7 @@ class Page:
     points: list[dict[str, Any]]  #: what is drawn or tabled
     pictures: dict[str, str] = field(default_factory=dict)  #: files in the folder, and what they show
     tables: Sequence[Grid] = ()
+    seeds: Sequence[int] = ()
     commands: Sequence[dict[str, Any]] = ()  #: line, folder and seconds of each
     versions: dict[str, str] = field(default_factory=dict)
     devices: Sequence[str] = ()

@@ -57,6 +57,7 @@ class Scale:
     """What is run at one size, and where to."""
 
     name: str
+    about: str  #: what it can show, and what it cannot
     backbones: tuple[Backbone, ...]
     seeds: tuple[int, ...]
     launch: tuple[str, ...]  #: what stands before a recipe on the command line
@@ -64,6 +65,7 @@ class Scale:
     questions: int  #: held-out texts of each length, or examples, that a model is scored on
     env: Mapping[str, str] = field(default_factory=dict)
     settings: tuple[str, ...] = ()  #: overrides of every recipe
+    shorter: Mapping[str, Any] = field(default_factory=dict)  #: what ablations change in all of their recipes
     runs: Path = Path("runs/reproduce")
 
     def bases(self, backbones: Sequence[Backbone]) -> list[list[Command]]:
@@ -77,13 +79,22 @@ class Scale:
         start = [f"model.path={self._converted(backbone).folder / 'model'}"] if backbone.convert else []
         return self._trained(f"{backbone.key}/base", backbone.base, [*start, *self.settings])
 
-    def run(self, backbone: Backbone, method: str, seed: int, changes: Mapping[str, Any] | None = None) -> Command:
-        """Fine-tune: `method` is MDLM, MEMDLM, or the name of a variant of MemDLM with `changes` in its recipe."""
+    def run(
+        self, backbone: Backbone, method: str, seed: int, changes: Mapping[str, Any] | None = None, prefix: str = ""
+    ) -> Command:
+        """Fine-tune: `method` is MDLM, MEMDLM, or the name of a variant of MemDLM, with `changes` in its recipe.
+
+        `prefix` keeps runs of one method apart that differ in their changes.
+        """
         start = [f"model.path={self.base(backbone).folder}"] if backbone.base else []
-        changed = [f"{key}={_as_yaml(value)}" for key, value in (changes or {}).items()]
         recipe = backbone.recipe + (MDLM_SUFFIX if method == MDLM else "")
-        overrides = [*start, *changed, *self.settings, f"training.seed={seed}"]
-        return self._trained(f"{backbone.key}/{method}-{seed}", recipe, overrides)
+        overrides = [*start, *_overrides(changes or {}), *self.settings, f"training.seed={seed}"]
+        return self._trained(f"{backbone.key}/{prefix}{method}-{seed}", recipe, overrides)
+
+    def scratch(self, backbone: Backbone, case: str, seed: int, changes: Mapping[str, Any]) -> Command:
+        """Train the base anew, with `changes` in its recipe."""
+        overrides = [*_overrides(changes), *self.settings, f"training.seed={seed}"]
+        return self._trained(f"{backbone.key}/scratch-{case}-{seed}", backbone.base, overrides)
 
     def untuned(self, backbone: Backbone) -> Model:
         """The model before fine-tuning."""
@@ -124,18 +135,27 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def _as_yaml(value: Any) -> str:
-    """One line that YAML reads as this value."""
-    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
+def _overrides(changes: Mapping[str, Any]) -> list[str]:
+    """Changes of a recipe as the command line takes them: values in one line of YAML."""
+    written = {key: yaml.safe_dump(value, default_flow_style=True, width=1000) for key, value in changes.items()}
+    return [
+        f"{key}={text.splitlines()[0]}" for key, text in written.items()
+    ]  # a plain value is followed by a line "..."
 
 
 _TRAIN = ("-m", "dllm_memdlm.train")
+#: A process for each GPU. Quiet, as the training itself says what is wrong.
+_LAUNCH = ("-m", "accelerate.commands.launch", "--quiet", *_TRAIN)
 
 SCALES = {
     scale.name: scale
     for scale in (
         Scale(
             name="cpu",
+            about="Models of half a million parameters, trained here to find eight words planted in a short text, and "
+            "then fine-tuned for 100 steps to find them in longer ones; the inner loop is the paper's. This shows that "
+            "the method runs as described and which way it moves such models. It cannot say how models of billions of "
+            "parameters fare, on natural tasks, or at the paper's lengths.",
             backbones=(
                 Backbone("LLaDA-MoE", "cpu/llada_moe", "cpu/llada_moe_base"),
                 Backbone("LLaDA2.1", "cpu/llada2", "cpu/llada2_base"),
@@ -144,24 +164,30 @@ SCALES = {
             launch=_TRAIN,
             # One thread each, as more bring little at this size; and the same numbers for any count of them.
             at_once=os.cpu_count() or 1,
-            questions=50,
+            questions=40,
+            # Eighty-one runs: half as many steps, and one evaluation, at the end.
+            shorter={"training.max_steps": 50, "training.eval_steps": 50, "training.eval_on_start": False},
             env={"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
         ),
         Scale(
             name="small",
+            about="SmolLM2-135M, a causal model, adapted to masked diffusion, then fine-tuned on HotpotQA with all ten "
+            "paragraphs of a question (1,500 tokens on average). A real pretrained model and real text, but fifty "
+            "times smaller than the paper's, and adapted for minutes only.",
             backbones=(
                 Backbone("SmolLM2-135M", "small/smollm2", "small/smollm2_base", "dllm_memdlm.reproduce.smollm2"),
             ),
             seeds=(42,),
-            launch=("-m", "accelerate.commands.launch", *_TRAIN),
+            launch=_LAUNCH,
             at_once=1,
             questions=200,
         ),
         Scale(
             name="paper",
+            about="The paper's models, data and settings.",
             backbones=(Backbone("LLaDA-MoE", "llada_moe"), Backbone("LLaDA2.1", "llada2_mini")),
             seeds=(42,),
-            launch=("-m", "accelerate.commands.launch", *_TRAIN),
+            launch=_LAUNCH,
             at_once=1,
             questions=500,
         ),

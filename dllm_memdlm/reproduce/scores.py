@@ -65,13 +65,11 @@ class Harness:
         config: a file of recipes/eval, without .yaml.
         cells: where a column's score stands in lm-eval's results: (task, metric).
         lengths: `max_seq_lengths` of the task's data, where it is not the configuration's.
-        limit: questions of each task, where it is not all.
     """
 
     config: str
     cells: tuple[tuple[str, str, str], ...]  #: column, task, metric
     lengths: str | None = None
-    limit: int | None = None
 
     @property
     def columns(self) -> list[str]:
@@ -85,8 +83,6 @@ class Harness:
         argv = ["-m", "dllm_memdlm.evaluate", "run", "--config", config, "--model_args", ",".join(arguments)]
         if self.lengths is not None:
             argv += ["--metadata", f"max_seq_lengths={self.lengths}"]
-        if self.limit is not None:
-            argv += ["--limit", str(self.limit)]
         return Command(folder, (*argv, "--output_path", str(folder)), env=scale.env)
 
     def read(self, command: Command) -> dict[str, float]:
@@ -122,31 +118,30 @@ def _babilong(name: str) -> Harness:
     return Harness("babilong", ((f"BABI {name}", "babilong_longctx", "acc"),), name.lower())
 
 
-#: RULER that reads no files, four questions of each task.
-RULER_OFFLINE = Harness(
-    "ruler_offline",
-    tuple(
-        (f"{column} 1K", task, "1024")
-        for column, task in (
-            ("NIAH", "niah_single_1"),
-            ("MK-2", "niah_multikey_2"),
-            ("MK-3", "niah_multikey_3"),
-            ("VT", "ruler_vt"),
-            ("CWE", "ruler_cwe"),
-            ("FWE", "ruler_fwe"),
-        )
-    ),
+_OFFLINE = tuple(
+    (f"{column} 1K", task, "1024")
+    for column, task in (
+        ("NIAH", "niah_single_1"),
+        ("MK-2", "niah_multikey_2"),
+        ("MK-3", "niah_multikey_3"),
+        ("VT", "ruler_vt"),
+        ("CWE", "ruler_cwe"),
+        ("FWE", "ruler_fwe"),
+    )
 )
+
+#: RULER that reads no files, in place of the tables' tasks.
+RULER_OFFLINE = {"cpu": Harness("ruler_offline", _OFFLINE), "small": Harness("ruler_small", _OFFLINE)}
 
 #: Retrieval by context length, at each scale.
 RETRIEVAL: dict[str, tuple[Task, ...]] = {
     "cpu": (Needles((40, 80, 160, 320)),),
-    "small": (RULER_OFFLINE,),
+    "small": (RULER_OFFLINE["small"],),
     "paper": tuple(_babilong(name) for name in ("1K", "2K", "4K", "8K", "16K", "32K")),
 }
 
 #: What ablations are scored on.
-ABLATED: dict[str, Task] = {"cpu": Needles((160,)), "small": RULER_OFFLINE, "paper": _babilong("1K")}
+ABLATED: dict[str, Task] = {"cpu": Needles((160,)), "small": RULER_OFFLINE["small"], "paper": _babilong("1K")}
 
 #: The tables of the paper, by number: what each backbone is scored on.
 TABLES: dict[int, tuple[Task, ...]] = {

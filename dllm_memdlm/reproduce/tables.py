@@ -1,7 +1,7 @@
 """Tables 1 to 3: RULER, BABILong and LongBench, for MDLM and MemDLM without and with the inner loop at inference.
 
-On a CPU the columns are RULER tasks that read no files, a few questions each: the way from a recipe to a table, and not
-a measure of models of this size.
+At the smaller scales the columns are RULER tasks that read no files; on a CPU a few questions each, which shows the way
+from a recipe to a table and measures nothing.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ class PaperTable:
 
     def stages(self, scale: Scale) -> list[list[Command]]:
         """What has to be run."""
-        models = [scale.run(b, m, seed) for seed in scale.seeds for b in self._backbones(scale) for m in (MDLM, MEMDLM)]
+        seeds, backbones = self._seeds(scale), self._backbones(scale)
+        models = [scale.run(backbone, m, seed) for seed in seeds for backbone in backbones for m in (MDLM, MEMDLM)]
         scores = [command for _, _, _, commands in self._scored(scale) for command in commands]
-        return [*scale.bases(self._backbones(scale)), models, scores]
+        return [*scale.bases(backbones), models, scores]
 
     def page(self, scale: Scale, folder: Path) -> Page:
         """The scores, beside the paper's where they are of the same columns."""
@@ -66,7 +67,8 @@ class PaperTable:
             name=f"table{self.number}",
             title=f"{self.title} (table {self.number})",
             scale=scale.name,
-            about=[self._about(scale)],
+            seeds=self._seeds(scale),
+            about=[scale.about, self._about(scale)],
             points=points,
             tables=grids,
         ).made_by(command for stage in self.stages(scale) for command in stage)
@@ -74,22 +76,28 @@ class PaperTable:
     def _about(self, scale: Scale) -> str:
         if scale.name == "paper":
             return "The tasks, lengths and decoding of the paper, through lm-eval."
+        count = {
+            "cpu": "four questions of each, which measure nothing but show that the way from a recipe to a table works",
+            "small": "a hundred questions of each",
+        }
         return (
-            "RULER tasks that read no files, four questions of each at 1,024 tokens, decoded as the paper does. So few "
-            "questions measure nothing: this shows that the way from a recipe to a table works. `SCALE=paper` runs the "
-            "paper's tasks; its numbers stand below."
+            f"RULER tasks that read no files, at 1,024 tokens, decoded as the paper does; {count[scale.name]}. "
+            "`SCALE=paper` runs the paper's tasks; its numbers stand below."
         )
+
+    def _seeds(self, scale: Scale) -> tuple[int, ...]:
+        """One where nothing is measured."""
+        return scale.seeds if scale.name == "paper" else scale.seeds[:1]
 
     def _backbones(self, scale: Scale) -> list[Backbone]:
         """Those of the paper's table, or all at the other scales."""
         return [b for b in scale.backbones if scale.name != "paper" or b.title in self.printed]
 
     def _tasks(self, scale: Scale) -> Sequence[Task]:
-        return TABLES[self.number] if scale.name == "paper" else (RULER_OFFLINE,)
+        return TABLES[self.number] if scale.name == "paper" else (RULER_OFFLINE[scale.name],)
 
     def _scored(self, scale: Scale) -> Iterator[tuple[Backbone, str, int, list[Command]]]:
-        seeds = scale.seeds if scale.name == "paper" else scale.seeds[:1]
-        for seed in seeds:
+        for seed in self._seeds(scale):
             for backbone in self._backbones(scale):
                 for row, (method, memory) in CASES.items():
                     model = Model.of(scale.run(backbone, method, seed))
