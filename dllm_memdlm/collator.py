@@ -67,8 +67,9 @@ class AnchorTrajectoryCollator(CollatorWrapper):
         self._epoch.fill_(epoch)
 
     def for_evaluation(self) -> AnchorTrajectoryCollator:
-        """A copy with noise of its own: that of no training epoch, and the same whatever epoch is trained."""
+        """A copy with noise of its own: that of no training epoch, and the same for every epoch and seed."""
         fixed = copy.copy(self)
+        fixed.seed = noise.EVALUATION_SEED
         fixed._epoch = torch.tensor(noise.EVALUATION)
         return fixed
 

@@ -84,7 +84,7 @@ def _rows(scale: Scale, backbone: Backbone, runs: dict[Any, Run]) -> list[Sequen
             (
                 *(backbone.title, label, train.text(), evals.text()),
                 "-" if method == MDLM else against.text(digits=4, sign=True),
-                ", ".join("not reached" if step is None else f"{step:.0f}" for step in reached),
+                "-" if method == MDLM else ", ".join("not reached" if s is None else f"{s:.0f}" for s in reached),
                 PAPER[label],
             )
         )
