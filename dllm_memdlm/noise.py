@@ -13,8 +13,8 @@ from torch import Tensor
 # The streams of one example. Numbers, not a counter: inserting one must not move the others.
 TIME, ANCHOR, REVEAL, DROPOUT, START = 1, 2, 3, 4, 5
 
-#: The epoch and the seed of evaluation: its noise never changes, so that eval curves can be compared point by point, and
-#: runs of one seed with runs of another.
+#: The epoch and the seed of evaluation: its noise never changes, so that eval curves can be compared point by point,
+#: and runs of one seed with runs of another.
 EVALUATION, EVALUATION_SEED = -1, 42
 
 

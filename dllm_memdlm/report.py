@@ -35,7 +35,7 @@ _PAGE = """\
 <!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ page.title }}</title><style>{{ style }}</style></head><body>
 <h1>{{ page.title }}</h1>
-<p class="small">Scale: {{ page.scale }}; seeds: {{ page.seeds | join(", ") }}. Every number drawn or tabled
+<p class="small">Scale: {{ page.scale }}; seeds: {{ page.seeds | join(", ") }}. Every point drawn or tabled
 here is a line of <a href="{{ page.name }}.json">{{ page.name }}.json</a>, with the run that it is from.</p>
 {% for text in page.about %}<p>{{ text }}</p>
 {% endfor %}

@@ -85,7 +85,7 @@ def summarise(runs: list[Run]) -> list[dict[str, Any]]:
     for run in runs:
         own, baseline = seconds[run.recipe], baselines.get(run.backbone)
         row = {"recipe": run.recipe, "backbone": run.backbone, "method": run.method}
-        row |= {key: _tail_mean(run.series(key)[1]) for key in ("loss", "loss_memory_off")}
+        row |= {key: tail_mean(run.series(key)[1]) for key in ("loss", "loss_memory_off")}
         row |= {key: _last(run.series(key)[1]) for key in ("eval_loss", "eval_loss_memory_off")}
         row |= {"step_seconds": own, "step_seconds_over_mdlm": own / baseline if own and baseline else None}
         row |= {"steps": max((log["step"] for log in run.log_history), default=0), "path": str(run.path)}
@@ -93,7 +93,7 @@ def summarise(runs: list[Run]) -> list[dict[str, Any]]:
     return rows
 
 
-def _tail_mean(values: list[float]) -> float | None:
+def tail_mean(values: list[float]) -> float | None:
     """The mean of the last tenth, at least of one value: single training losses are noisy."""
     return fmean(values[-math.ceil(len(values) / 10) :]) if values else None
 

@@ -223,7 +223,9 @@ def table(steps: Sequence[DenoisingStep]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns 2 after one line about what the user can correct."""
-    parser = of_a_run("memdlm-exposure-bias", "Measure exposure bias, as in figure 11 of the paper.")
+    parser = of_a_run(
+        "python -m dllm_memdlm.evaluation.exposure_bias", "Measure exposure bias, as in figure 11 of the paper."
+    )
     parser.add_argument("--examples", type=int, default=64, metavar="N", help="of those it held out (default: 64)")
     parser.add_argument("--steps", type=int, default=48, metavar="N", help="of denoising (default: 48)")
     parser.add_argument("--batch-size", default="8", metavar="N", help="examples at a time, or auto (default: 8)")

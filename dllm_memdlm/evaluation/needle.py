@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ..config import DataConfig
+from ..config import ConfigError, DataConfig
 from ..launch import exit_code, work_offline_without_hub
 from .command import finish, of_a_run, read
 
@@ -27,12 +27,22 @@ if TYPE_CHECKING:
 def held_out(data: DataConfig, words: int, questions: int) -> list[Needles]:
     """Texts of one length from the first `questions` rows behind those that training evaluates on.
 
-    No choice was made by looking at them. Raises ConfigError where the rows or the needles do not fit.
+    No choice was made by looking at them.
+
+    Raises:
+        ConfigError: there is no such row, or they or the needles do not fit.
     """
     from ..data import load_rows, needle_examples
 
     rows = load_rows(replace(data, eval_size=None))[1]
-    first = data.eval_size or 0
+    if rows is None:
+        raise ConfigError(f"data.eval_fraction={data.eval_fraction}: the run holds no row of {data.dataset} out")
+    first = len(rows) if data.eval_size is None else data.eval_size
+    if first >= len(rows):
+        raise ConfigError(f"data.eval_size={data.eval_size}: training evaluates on all {len(rows)} rows it holds out")
+    if "context" not in rows.column_names:
+        fields = ", ".join(rows.column_names)
+        raise ConfigError(f"data.dataset={data.dataset!r}: rows with {fields}; expected HotpotQA's, with a context")
     return needle_examples(rows.select(range(first, min(first + questions, len(rows)))), words, data.needle_count)
 
 
@@ -63,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         examples = held_out(data, words, args.questions)
         right = found(decoder, examples, args.batch_size)
         rows.append({"words": words, "right": sum(right), "asked": len(right) * data.needle_count})
-    report: dict[str, Any] = {"model": args.model, "memory": decoder.memory is not None, "questions": args.questions}
+    report: dict[str, Any] = {"model": args.model, "memory": decoder.memory is not None, "questions": len(examples)}
     finish(args.output, report | {"scores": rows}, decoder, table(rows), console)
 
 
@@ -78,7 +88,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns 2 after one line about what the user can correct."""
-    parser = of_a_run("memdlm-needle", "Retrieval by context length.")
+    parser = of_a_run("python -m dllm_memdlm.evaluation.needle", "Retrieval by context length.")
     parser.add_argument("--words", type=int, nargs="+", required=True, metavar="N", help="lengths of the texts")
     parser.add_argument("--questions", type=int, default=50, metavar="N", help="texts of each length (default: 50)")
     parser.add_argument("--batch-size", type=int, default=25, metavar="N", help="texts at a time (default: 25)")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
+import pkgutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,17 +17,11 @@ from rich.console import Console
 from ..config import ConfigError
 from ..launch import exit_code
 
-#: What can be reproduced, and where it stands: modules or objects with `stages(scale)` and `page(scale, folder)`.
+#: What can be reproduced, and the name to import: a module or an object with `stages(scale)` and `page(scale, folder)`.
 TARGETS = {
-    "figure3": ("figure3", None),
-    "figure4": ("figure4", None),
-    "figure7": ("figure7", None),
-    "figure11": ("figure11", None),
-    "ablations": ("ablations", None),
-    "dropout": ("dropout", None),
-    "table1": ("tables", "TABLE_1"),
-    "table2": ("tables", "TABLE_2"),
-    "table3": ("tables", "TABLE_3"),
+    **{name: f"dllm_memdlm.reproduce.{name}" for name in ("figure3", "figure4", "figure7", "figure11")},
+    **{name: f"dllm_memdlm.reproduce.{name}" for name in ("ablations", "dropout")},
+    **{f"table{number}": f"dllm_memdlm.reproduce.tables.TABLE_{number}" for number in (1, 2, 3)},
 }
 
 
@@ -56,30 +50,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Reproduce each target in turn. Raises ConfigError for what the user can correct."""
-    from ..report import write_reports  # seconds to import, as they read recipes
+    from ..demo import RECIPE_FOLDER  # seconds to import, as they read recipes
+    from ..report import write_page, write_reports
     from .commands import run_missing
     from .scales import SCALES
 
     if args.scale not in SCALES:
         raise ConfigError(f"--scale {args.scale}: expected one of {', '.join(SCALES)}")
-    changes = {"runs": args.runs, "settings": tuple(args.set), "seeds": tuple(args.seeds or ())}
+    if not RECIPE_FOLDER.is_dir():
+        raise ConfigError(f"{RECIPE_FOLDER}: no such folder; the recipes are in a checkout, so run this from one")
+    scale = SCALES[args.scale]
+    changes = {"runs": args.runs, "settings": (*scale.settings, *args.set), "seeds": tuple(args.seeds or ())}
     changes |= {"at_once": args.jobs, "questions": args.questions}
-    scale = dataclasses.replace(SCALES[args.scale], **{name: value for name, value in changes.items() if value})
+    scale = dataclasses.replace(scale, **{name: value for name, value in changes.items() if value})
     console = Console(highlight=False)
-    for target in args.targets:
-        module, name = TARGETS[target]
-        found = importlib.import_module(f".{module}", __package__)
-        what = found if name is None else getattr(found, name)
-        stages = what.stages(scale)
+    for name in args.targets:
+        target = pkgutil.resolve_name(TARGETS[name])
+        stages = target.stages(scale)
         if args.commands:
             for command in dict.fromkeys(command for stage in stages for command in stage):
                 console.print(command.line, markup=False, soft_wrap=True)
             continue
         run_missing(stages, scale.runs / scale.name, scale.at_once, console)
-        folder = args.reports / (target if scale.name == "cpu" else f"{target}-{scale.name}")
-        what.page(scale, folder).write(folder)
+        folder = args.reports / (name if scale.name == "cpu" else f"{name}-{scale.name}")
+        page = target.page(scale, folder)
+        page.write(folder)
+        console.print(str(write_page(folder, page)), soft_wrap=True)
+    if not args.commands:
         write_reports(args.reports)
-        console.print(f"{folder}/index.html", soft_wrap=True)
 
 
 if __name__ == "__main__":

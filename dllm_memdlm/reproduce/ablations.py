@@ -6,20 +6,23 @@ Every variant is MemDLM but for what its file in recipes/ablations says.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from ..demo import RECIPE_FOLDER
 from ..reporting import load_run
 from .bars import BASELINE, OURS, PAPERS, Bar, Panel, draw_bars
 from .commands import Command
-from .curves import Spread, final, spread
+from .curves import Spread, final, over_seeds, spread
 from .page import Grid, Page
 from .paper import ABLATIONS, Variant
 from .scales import MDLM, MEMDLM, Model, Scale, differences
 from .scores import ABLATED, mean_score
 
 
+@cache
 def methods() -> dict[str, dict[str, Any]]:
     """What is trained, in order, and what each changes in MemDLM's recipe."""
     names = dict.fromkeys(variant.method for group in ABLATIONS.values() for variant in group)
@@ -86,13 +89,18 @@ def _point(scale: Scale, method: str, seed: int) -> dict[str, Any]:
     return point | {"eval_loss": loss, "eval_loss_memory_off": off}
 
 
-def _over_seeds(points: list[dict[str, Any]], method: str, key: str, against: str | None = None) -> Spread:
-    """A number of one variant over its seeds; less that of MDLM with the same seed, if asked for."""
-    own = {point["seed"]: point[key] for point in points if point["method"] == method}
-    if against is not None:
-        base = {point["seed"]: point[against] for point in points if point["method"] == MDLM}
-        own = {seed: value - base[seed] for seed, value in own.items()}
-    return spread([*own.values()])
+def _by_seed(points: list[dict[str, Any]], method: str, key: str) -> dict[int, float]:
+    return {point["seed"]: point[key] for point in points if point["method"] == method}
+
+
+def _less(points: list[dict[str, Any]], one: str, key: str, other: str, its_key: str) -> dict[int, float]:
+    """A number of one variant less that of another, seed by seed."""
+    base = _by_seed(points, other, its_key)
+    return {seed: value - base[seed] for seed, value in _by_seed(points, one, key).items()}
+
+
+def _against_mdlm(points: list[dict[str, Any]], method: str, key: str) -> Spread:
+    return spread([*_less(points, method, key, MDLM, "eval_loss").values()])
 
 
 def _panels(scale: Scale, title: str, group: tuple[Variant, ...], points: list[dict[str, Any]]) -> list[Panel]:
@@ -101,35 +109,43 @@ def _panels(scale: Scale, title: str, group: tuple[Variant, ...], points: list[d
     def bars(color: str, value: Any) -> list[Bar]:
         return [Bar(v.label, value(v), BASELINE if v.method == MDLM and color == OURS else color) for v in group]
 
-    ours = bars(OURS, lambda v: _over_seeds(points, v.method, "score"))
-    off = bars(OURS, lambda v: _over_seeds(points, v.method, "eval_loss_memory_off", "eval_loss"))
+    ours = bars(OURS, lambda v: over_seeds(points, "score", method=v.method))
+    off = bars(OURS, lambda v: _against_mdlm(points, v.method, "eval_loss_memory_off"))
     papers = bars(PAPERS, lambda v: None if v.score is None else Spread(v.score, None, 1))
     return [
-        Panel(title, "the paper: BABILong-1K, %", papers, zero=False),
-        Panel("", f"ours: {', '.join(ABLATED[scale.name].columns)}, %", ours, zero=False),
+        Panel(title, "the paper: BABILong-1K, %", papers),
+        Panel("", f"ours: {', '.join(ABLATED[scale.name].columns)}, %", ours),
         Panel("", "eval loss − MDLM's, φ discarded (nats)", off),
     ]
 
 
 def _row(variant: Variant, points: list[dict[str, Any]]) -> tuple[str, ...]:
-    def against(key: str) -> str:
-        return _over_seeds(points, variant.method, key, "eval_loss").text(4, sign=True)
-
+    keys = ("eval_loss_memory_off", "eval_loss")
+    losses = [_against_mdlm(points, variant.method, key).text(4, sign=True) for key in keys]
+    if variant.method == MDLM:
+        losses = ["-", "-"]
     paper = "-" if variant.score is None else f"{variant.score:.1f}"
-    losses = ("-", "-") if variant.method == MDLM else (against("eval_loss_memory_off"), against("eval_loss"))
-    return variant.label, paper, _over_seeds(points, variant.method, "score").text(1), *losses
+    return variant.label, paper, over_seeds(points, "score", method=variant.method).text(1), *losses
 
 
 def _about(scale: Scale, points: list[dict[str, Any]]) -> list[str]:
-    """What was run, and for each group of variants whether the paper's order is seen."""
-    task = ", ".join(ABLATED[scale.name].columns)
+    """What was run, how far the clips bind, and for each group of variants whether the paper's order is seen."""
+    task, backbone = ABLATED[scale.name], scale.backbones[0]
     steps = f" in {scale.shorter['training.max_steps']} steps" if scale.shorter else ""
+    norms = [norm for seed in scale.seeds for norm in _inner_norms(scale, seed)]
     return [
-        f"{scale.backbones[0].title}, fine-tuned{steps} from the same weights for each variant and seed; scored on "
-        f"{task} ({scale.questions} texts that training has not seen), memory on, and by the loss on held-out "
-        "examples. A loss is compared with MDLM's of the same seed, which saw the same examples under the same masks.",
+        f"{backbone.title}, fine-tuned{steps} from the same weights for each variant and seed; scored on "
+        f"{task.asked(scale)} ({', '.join(task.columns)}), those trained with memory with it on, and by the loss on "
+        "held-out examples, compared with MDLM's of the same seed, which saw the same examples under the same masks.",
+        f"The gradients of MemDLM's inner steps have a norm of {median(norms):.2g} in the median and at most "
+        f"{max(norms):.2g}, all fast weights of a sample together: only what is above a clip is clipped.",
         *(f"{title}: {_agreement(group, points)}" for title, group in ABLATIONS.items()),
     ]
+
+
+def _inner_norms(scale: Scale, seed: int) -> list[float]:
+    run = load_run(MEMDLM, _run(scale, MEMDLM, seed).folder)
+    return [norm for step in (1, 2) for norm in run.series(f"inner_grad_norm_{step}")[1]]
 
 
 def _agreement(group: tuple[Variant, ...], points: list[dict[str, Any]]) -> str:
@@ -142,12 +158,16 @@ def _agreement(group: tuple[Variant, ...], points: list[dict[str, Any]]) -> str:
 
 
 def _verdict(default: Variant, variant: Variant, points: list[dict[str, Any]]) -> str:
-    ours, other = (_over_seeds(points, method, "score") for method in (MEMDLM, variant.method))
-    gap, printed = ours.mean - other.mean, default.score - variant.score
-    text = f"{default.label} − {variant.label} = {gap:+.1f} (paper {printed:+.1f})"
-    losses = [{p["seed"]: p["eval_loss"] for p in points if p["method"] == m} for m in (MEMDLM, variant.method)]
-    if losses[0] == losses[1]:
-        return f"{text}, the same layers in a model of this depth"
-    if abs(gap) <= max(ours.stdev or 0, other.stdev or 0):
-        return f"{text}, within the spread of the seeds"
-    return f"{text}, {'the paper has the same sign' if gap * printed > 0 else 'the paper has the other sign'}"
+    """The default's lead over a variant, ours and the paper's, and whether the seeds agree on its sign."""
+    leads = [*_less(points, MEMDLM, "score", variant.method, "score").values()]
+    printed = default.score - variant.score
+    text = f"{default.label} − {variant.label} = {spread(leads).text(1, sign=True)} (the paper {printed:+.1f})"
+    if _by_seed(points, MEMDLM, "eval_loss") == _by_seed(points, variant.method, "eval_loss"):
+        return f"{text}, the very same in every run"
+    if len(leads) == 1:
+        return text
+    signs = {(lead > 0) - (lead < 0) for lead in leads}
+    if len(signs) > 1 or 0 in signs:
+        return f"{text}, the seeds do not agree"
+    agrees = "as in the paper" if (leads[0] > 0) == (printed > 0) else "unlike the paper"
+    return f"{text}, {agrees} in all {len(leads)} seeds"

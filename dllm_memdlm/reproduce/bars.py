@@ -26,7 +26,6 @@ class Panel(NamedTuple):
     title: str
     axis: str  #: what is measured, with its unit
     bars: Sequence[Bar]
-    zero: bool = True  #: whether the axis begins at zero
 
 
 def draw_bars(rows: Sequence[Sequence[Panel]], path: Path) -> None:
@@ -57,8 +56,3 @@ def _draw(ax: Any, panel: Panel, labelled: bool) -> None:
     ax.axvline(0, color="black", linewidth=0.8)
     ax.tick_params(labelsize=9)
     ax.spines[["top", "right"]].set_visible(False)
-    if not panel.zero:
-        ends = [bar.value for bar in panel.bars if bar.value is not None]
-        low, high = (f(e.mean + s * (e.stdev or 0) for e in ends) for f, s in ((min, -1), (max, 1)))
-        margin = 0.1 * (high - low or 1)
-        ax.set_xlim(low - margin, high + margin)

@@ -9,13 +9,16 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -38,18 +41,22 @@ class Command:
         folder: where its results go; no other command writes there.
         argv: what stands behind the interpreter.
         made_from: what its result depends on that the command line does not say, such as the keys of a recipe.
+        after: the commands whose results it reads.
         env: environment variables to set.
+        resumes: whether it goes on from what it left behind; if not, that is removed before it begins anew.
     """
 
     folder: Path
     argv: tuple[str, ...]
     made_from: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    after: tuple[Command, ...] = field(default=(), hash=False)
     env: Mapping[str, str] = field(default_factory=dict, hash=False)
+    resumes: bool = False
 
     @property
     def line(self) -> str:
         """As one would type it."""
-        return " ".join([*(f"{name}={value}" for name, value in self.env.items()), "python", *self.argv])
+        return shlex.join([*(f"{name}={value}" for name, value in self.env.items()), "python", *self.argv])
 
     def record(self) -> dict[str, Any] | None:
         """What `done.json` says: the command, the seconds it took, versions, devices; none where it has not ended."""
@@ -59,7 +66,7 @@ class Command:
             return None
 
     def is_done(self) -> bool:
-        """Whether the folder holds the result of this very command.
+        """Whether the folder holds the result of this very command, on what is there of those before it.
 
         Raises:
             ConfigError: it holds another one's.
@@ -67,26 +74,51 @@ class Command:
         record = self.record()
         if record is None:
             return False
-        before, now = ({"command": c, **made} for c, made in ((record["command"], record["made_from"]), self._made()))
-        for key in sorted(before.keys() | now.keys(), key=lambda key: (key == "command", key)):
-            if before.get(key) != now.get(key):
-                raise ConfigError(
-                    f"{self.folder}: made with {key}={before.get(key)!r}, now {now.get(key)!r}; move it away, or give "
-                    "another folder with --runs"
-                )
+        advice = "move it away, or give another folder with --runs"
+        for command in self.after:
+            if record["after"].get(str(command.folder)) != _id(command):
+                raise ConfigError(f"{self.folder}: made from what {command.folder} was before; {advice}")
+        now = self._made()
+        for key in sorted(record["made_from"].keys() | now["made_from"].keys()):
+            before, here = record["made_from"].get(key), now["made_from"].get(key)
+            if before != here:
+                raise ConfigError(f"{self.folder}: made with {key}={before!r}, now {here!r}; {advice}")
+        if record["command"] != now["command"]:
+            before, here = (set(shlex.split(line)) for line in (record["command"], now["command"]))
+            words = (" ".join(sorted(one - other)) or "nothing" for one, other in ((before, here), (here, before)))
+            raise ConfigError("{}: made with {}, now {}; {}".format(self.folder, *words, advice))
         return True
 
-    def _made(self) -> tuple[str, dict[str, Any]]:
-        return self.line, json.loads(json.dumps(dict(self.made_from)))  # lists, as JSON gives them back
+    def _made(self) -> dict[str, Any]:
+        made_from = json.loads(json.dumps(dict(self.made_from)))  # lists, as JSON gives them back
+        return {"command": self.line, "made_from": made_from, "after": {str(c.folder): _id(c) for c in self.after}}
 
     def write_record(self, seconds: float) -> None:
         """Write `done.json`: from here on the command is done."""
-        line, made_from = self._made()
-        record = {"command": line, "made_from": made_from, "seconds": round(seconds, 1)}
-        record |= {"versions": package_versions(), "devices": devices()}
+        record = {"id": uuid.uuid4().hex, **self._made(), "seconds": round(seconds, 1)}
+        record |= {"versions": package_versions(), "devices": self._devices()}
         aside = self.folder / f"{DONE}.part"
         aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         aside.rename(self.folder / DONE)
+
+    def _devices(self) -> list[str]:
+        if self.env.get("CUDA_VISIBLE_DEVICES") == "":
+            return [f"cpu: {os.cpu_count()} cores, {self.env.get('OMP_NUM_THREADS', 'all')} used by each command"]
+        return devices()
+
+    def clear(self) -> None:
+        """Remove what an attempt that did not end has left, but for its log."""
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOG:
+                path.unlink()
+
+
+def _id(command: Command) -> str | None:
+    """The name of a command's result: another one each time that it is made."""
+    record = command.record()
+    return None if record is None else record["id"]
 
 
 def run_missing(stages: Sequence[Sequence[Command]], folder: Path, at_once: int, console: Console) -> None:
@@ -96,13 +128,10 @@ def run_missing(stages: Sequence[Sequence[Command]], folder: Path, at_once: int,
         ConfigError: a command failed (the message ends with the last line it printed), a folder holds another
             command's result, or another process is at work in `folder`.
     """
-    missing = [[command for command in dict.fromkeys(stage) if not command.is_done()] for stage in stages]
-    count = sum(map(len, missing))
-    console.print(f"{sum(len(set(stage)) for stage in stages) - count} commands done, {count} to run", highlight=False)
-    if count == 0:
-        return
     with _alone_in(folder), _ended_by_sigterm():
-        number = 0
+        missing = [[command for command in dict.fromkeys(stage) if not command.is_done()] for stage in stages]
+        count, number = sum(map(len, missing)), 0
+        console.print(f"{sum(len(set(stage)) for stage in stages) - count} commands done, {count} to run")
         for stage in missing:
             with _Processes(console, at_once) as processes:
                 for command in stage:
@@ -116,7 +145,7 @@ class _Processes:
     def __init__(self, console: Console, at_once: int) -> None:
         self.console = console
         self.pool = ThreadPoolExecutor(at_once)
-        self.futures: list[Any] = []
+        self.futures: list[Future] = []
         self.running: set[subprocess.Popen] = set()
         self.lock, self.stopped = Lock(), False
 
@@ -136,7 +165,8 @@ class _Processes:
             with self.lock:  # nothing is started from here on
                 self.stopped = True
                 for process in self.running:
-                    process.terminate()
+                    with suppress(ProcessLookupError):  # it has just ended
+                        os.killpg(process.pid, signal.SIGTERM)  # accelerate's launcher would not pass it on
             self.pool.shutdown(cancel_futures=True)
 
     def _run(self, command: Command, number: str) -> None:
@@ -146,7 +176,9 @@ class _Processes:
             with self.lock:
                 if self.stopped:
                     return
-                self.console.print(f"{number}  {command.line}", highlight=False, markup=False, soft_wrap=True)
+                if not command.resumes:
+                    command.clear()
+                self.console.print(f"{number}  {command.line}", markup=False, soft_wrap=True)
                 started = time.perf_counter()
                 process = subprocess.Popen(
                     [sys.executable, *command.argv],
@@ -155,6 +187,7 @@ class _Processes:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     close_fds=False,  # it keeps the lock of `_alone_in` for as long as it lives
+                    start_new_session=True,  # a group of its own, to be ended as a whole
                 )
                 self.running.add(process)
             process.wait()
@@ -169,7 +202,7 @@ class _Processes:
         if not process.returncode:
             seconds = time.perf_counter() - started
             command.write_record(seconds)
-            self.console.print(f"{number}  {folder} took {seconds:.0f} s", highlight=False, style="dim", soft_wrap=True)
+            self.console.print(f"{number}  {folder} took {seconds:.0f} s", style="dim", soft_wrap=True)
 
 
 def _last_line(log: Path) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from ..config import ConfigError
 from ..reporting import Run
 
 Series = tuple[list[int], list[float]]  #: steps, and the values logged at them
@@ -29,6 +30,11 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
 
 
+def over_seeds(points: Sequence[Mapping[str, Any]], key: str, **where: Any) -> Spread:
+    """A number of those points whose fields are `where`: one for each seed."""
+    return spread([point[key] for point in points if all(point[name] == value for name, value in where.items())])
+
+
 def first_step_at(series: Series, loss: float) -> float | None:
     """The optimizer step at which a loss curve first comes down to `loss`, between two points on a straight line."""
     before: tuple[int, float] | None = None
@@ -42,8 +48,8 @@ def first_step_at(series: Series, loss: float) -> float | None:
 
 
 def final(run: Run, key: str) -> float:
-    """The last value that a run logged of something. Raises KeyError if it logged none."""
+    """The last value that a run logged of something. Raises ConfigError if it logged none."""
     values = run.series(key)[1]
     if not values:
-        raise KeyError(f"{run.path} logged no {key}")
+        raise ConfigError(f"{run.path}: no {key} was logged; expected a recipe that evaluates")
     return values[-1]

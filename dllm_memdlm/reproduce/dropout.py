@@ -57,7 +57,7 @@ def page(scale: Scale, folder: Path) -> Page:
         scale=scale.name,
         seeds=scale.seeds,
         about=[
-            f"{scale.backbones[0].title} of half a million parameters from scratch, {SHORTER['training.max_steps']} "
+            f"{scale.backbones[0].title} of 0.7 million parameters from scratch, {SHORTER['training.max_steps']} "
             "steps on the task that the base of the other figures learns, with the paper's inner loop. The paper "
             "fine-tunes pretrained models and has no memory dropout; this asks what its default, 0, does to a model "
             "that knows nothing yet.",

@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from .commands import Command
-from .curves import Spread, spread
+from .curves import Spread, over_seeds
 from .lines import Chart, Line, draw_lines
 from .page import Grid, Page
-from .scales import MDLM, MEMDLM, Backbone, Model, Scale
-
-#: The models, by the label of their curve: the method that was trained, and whether it adapts to the prompt.
-CASES = {"MDLM": (MDLM, False), "MemDLM, memory off": (MEMDLM, False), "MemDLM, memory on": (MEMDLM, True)}
+from .scales import CASES, MDLM, MEMDLM, Backbone, Model, Scale
 
 #: What is drawn of each step, with the axis' label.
 MEASURES = {
@@ -34,11 +31,12 @@ def stages(scale: Scale) -> list[list[Command]]:
 
 def page(scale: Scale, folder: Path) -> Page:
     """Draw figure11.png, and put the numbers beside it."""
-    points = []
+    points, examples = [], set()
     for backbone, label, seed, command in _measured(scale):
-        steps = json.loads((command.folder / "scores.json").read_text(encoding="utf-8"))["steps"]
+        measured = json.loads((command.folder / "scores.json").read_text(encoding="utf-8"))
         head = {"backbone": backbone.title, "model": label, "seed": seed, "run": str(command.folder)}
-        points += [{**head, **step} for step in steps]
+        points += [{**head, **step} for step in measured["steps"]]
+        examples.add(measured["examples"])
     folder.mkdir(parents=True, exist_ok=True)
     charts = [[_chart(backbone, measure, points) for measure in MEASURES] for backbone in scale.backbones]
     draw_lines(charts, folder / "figure11.png")
@@ -55,9 +53,9 @@ def page(scale: Scale, folder: Path) -> Page:
         seeds=scale.seeds,
         about=[
             scale.about,
-            f"{scale.questions} held-out examples, {STEPS[scale.name]} steps. L_static: nats a token on the true text "
-            "with that share of the response masked; L_seq: on the text that the model has unmasked itself, most "
-            "confident tokens first. Both score the true tokens at the positions still masked.",
+            f"{' or '.join(map(str, sorted(examples)))} held-out examples, {STEPS[scale.name]} steps. L_static: nats a "
+            "token on the true text with that share of the response masked; L_seq: on the text that the model has "
+            "unmasked itself, most confident tokens first. Both score the true tokens at the positions still masked.",
             "The paper: MDLM's ratio climbs past 20 in 48 steps; MemDLM's stays nearly flat, with the memory on "
             "flatter still.",
         ],
@@ -90,8 +88,7 @@ def _measured(scale: Scale) -> Iterator[tuple[Backbone, str, int, Command]]:
 
 
 def _at(points: list[dict[str, Any]], backbone: Backbone, label: str, measure: str, step: int) -> Spread:
-    wanted = (backbone.title, label, step)
-    return spread([p[measure] for p in points if (p["backbone"], p["model"], p["step"]) == wanted])
+    return over_seeds(points, measure, backbone=backbone.title, model=label, step=step)
 
 
 def _chart(backbone: Backbone, measure: str, points: list[dict[str, Any]]) -> Chart:

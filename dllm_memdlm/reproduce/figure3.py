@@ -4,30 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .commands import Command
-from .curves import Spread, spread
+from .curves import Spread, over_seeds
 from .lines import Chart, Line, draw_lines
 from .page import Grid, Page
-from .scales import MDLM, MEMDLM, Backbone, Model, Scale
+from .scales import CASES, MDLM, MEMDLM, Backbone, Model, Scale
 from .scores import RETRIEVAL
 
-
-class Case(NamedTuple):
-    """A model and whether it adapts to what it is asked."""
-
-    label: str
-    method: str | None  #: none is the model before fine-tuning
-    memory: bool
-
-
-CASES = (
-    Case("before fine-tuning", None, False),
-    Case("MDLM", MDLM, False),
-    Case("MemDLM, memory off", MEMDLM, False),
-    Case("MemDLM, memory on", MEMDLM, True),
-)
+BEFORE = "before fine-tuning"
+LABELS = (BEFORE, *CASES)
 
 
 def stages(scale: Scale) -> list[list[Command]]:
@@ -40,17 +27,17 @@ def stages(scale: Scale) -> list[list[Command]]:
 def page(scale: Scale, folder: Path) -> Page:
     """Draw figure3.png, and put the numbers beside it."""
     points = []
-    for backbone, case, seed, commands in _scored(scale):
+    for backbone, label, seed, commands in _scored(scale):
         for task, command in zip(RETRIEVAL[scale.name], commands, strict=True):
-            head = {"backbone": backbone.title, "model": case.label, "seed": seed, "run": str(command.folder)}
+            head = {"backbone": backbone.title, "model": label, "seed": seed, "run": str(command.folder)}
             points += [{**head, "column": column, "score": score} for column, score in task.read(command).items()]
     columns = [column for task in RETRIEVAL[scale.name] for column in task.columns]
     folder.mkdir(parents=True, exist_ok=True)
     draw_lines([[_chart(backbone, columns, points) for backbone in scale.backbones]], folder / "figure3.png")
     rows = [
-        (backbone.title, case.label, *(_over_seeds(points, backbone, case, column).text(1) for column in columns))
+        (backbone.title, label, *(score.text(1) for score in _scores(points, backbone, label, columns)))
         for backbone in scale.backbones
-        for case in CASES
+        for label in LABELS
     ]
     return Page(
         name="figure3",
@@ -59,8 +46,8 @@ def page(scale: Scale, folder: Path) -> Page:
         seeds=scale.seeds,
         about=[
             scale.about,
-            f"{scale.questions} texts of each length that training has not seen; the model before fine-tuning is one "
-            "for all seeds.",
+            f"Asked: {RETRIEVAL[scale.name][0].asked(scale)}, at each length. The model before fine-tuning is one for "
+            "all seeds.",
             "The paper finds that MDLM's fine-tuning takes something away from the model at 1K and 2K, and that MemDLM "
             "stays above both from 1K to 32K.",
         ],
@@ -70,26 +57,23 @@ def page(scale: Scale, folder: Path) -> Page:
     ).made_by(command for stage in stages(scale) for command in stage)
 
 
-def _scored(scale: Scale) -> Iterator[tuple[Backbone, Case, int | None, list[Command]]]:
-    """Every model with the commands that score it."""
+def _scored(scale: Scale) -> Iterator[tuple[Backbone, str, int | None, list[Command]]]:
+    """Every model with the commands that score it; the one before fine-tuning has no seed."""
+    tasks = RETRIEVAL[scale.name]
+    for backbone in scale.backbones:
+        untuned = scale.untuned(backbone)
+        yield backbone, BEFORE, None, [task.command(scale, untuned, memory=False) for task in tasks]
     for seed in scale.seeds:
         for backbone in scale.backbones:
-            for case in CASES:
-                if case.method is not None:
-                    model = Model.of(scale.run(backbone, case.method, seed))
-                elif seed == scale.seeds[0]:
-                    model = scale.untuned(backbone)
-                else:
-                    continue
-                tasks = RETRIEVAL[scale.name]
-                yield backbone, case, seed, [task.command(scale, model, case.memory) for task in tasks]
+            for label, (method, memory) in CASES.items():
+                model = Model.of(scale.run(backbone, method, seed))
+                yield backbone, label, seed, [task.command(scale, model, memory) for task in tasks]
 
 
-def _over_seeds(points: list[dict[str, Any]], backbone: Backbone, case: Case, column: str) -> Spread:
-    wanted = (backbone.title, case.label, column)
-    return spread([p["score"] for p in points if (p["backbone"], p["model"], p["column"]) == wanted])
+def _scores(points: list[dict[str, Any]], backbone: Backbone, label: str, columns: list[str]) -> list[Spread]:
+    return [over_seeds(points, "score", backbone=backbone.title, model=label, column=column) for column in columns]
 
 
 def _chart(backbone: Backbone, columns: list[str], points: list[dict[str, Any]]) -> Chart:
-    lines = [Line(c.label, columns, [_over_seeds(points, backbone, c, column) for column in columns]) for c in CASES]
+    lines = [Line(label, columns, _scores(points, backbone, label, columns)) for label in LABELS]
     return Chart(backbone.title, "length of the text", "right answers (%)", lines)

@@ -11,9 +11,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..reporting import DISCARDED, Run, draw_curves, load_run
+from ..reporting import DISCARDED, MDLM_SUFFIX, Run, draw_curves, load_run, tail_mean
 from .commands import Command
-from .curves import final, first_step_at, spread
+from .curves import Series, final, first_step_at, spread
+from .lines import Chart, Line, draw_lines
 from .page import Grid, Page
 from .scales import MDLM, MEMDLM, Backbone, Scale
 
@@ -49,9 +50,10 @@ def page(scale: Scale, folder: Path) -> Page:
     }
     folder.mkdir(parents=True, exist_ok=True)
     draw_curves([*runs.values()], folder / "figure4.png")
+    draw_lines([[_differences(scale, backbone, runs) for backbone in scale.backbones]], folder / "differences.png")
     rows = [row for backbone in scale.backbones for row in _rows(scale, backbone, runs)]
     columns = (
-        *("backbone", "curve", "final train loss", "final eval loss", "− MDLM's, same seed"),
+        *("backbone", "curve", "train loss, last tenth", "final eval loss", "− MDLM's, same seed"),
         *("steps to MDLM's final eval loss", "the paper"),
     )
     return Page(
@@ -61,13 +63,16 @@ def page(scale: Scale, folder: Path) -> Page:
         seeds=scale.seeds,
         about=[scale.about, *_about(scale, runs)],
         points=[point for key, run in runs.items() for point in _points(*key, run)],
-        pictures={"figure4.png": "Train and eval loss. Line: mean of the seeds; band: a standard deviation."},
+        pictures={
+            "figure4.png": "Train and eval loss. Line: mean of the seeds; band: a standard deviation.",
+            "differences.png": "Eval loss less MDLM's of the same seed. Line: mean; band: a standard deviation.",
+        },
         tables=[Grid("Final losses (nats), mean ± standard deviation over the seeds", columns, rows)],
     ).made_by(command for stage in stages(scale) for command in stage)
 
 
 def _load(scale: Scale, backbone: Backbone, method: str, seed: int) -> Run:
-    recipe = backbone.key + ("_mdlm" if method == MDLM else "")
+    recipe = backbone.key + (MDLM_SUFFIX if method == MDLM else "")
     return load_run(recipe, scale.run(backbone, method, seed).folder, backbone.title)
 
 
@@ -76,7 +81,7 @@ def _rows(scale: Scale, backbone: Backbone, runs: dict[Any, Run]) -> list[Sequen
     rows = []
     for label, (method, key) in CURVES.items():
         own = {seed: runs[backbone, method, seed] for seed in scale.seeds}
-        train = spread([fmean(_tail(run.series(key)[1])) for run in own.values()])
+        train = spread([tail_mean(run.series(key)[1]) for run in own.values()])
         evals = spread([final(run, f"eval_{key}") for run in own.values()])
         against = spread([final(run, f"eval_{key}") - baselines[seed] for seed, run in own.items()])
         reached = [first_step_at(run.series(f"eval_{key}"), baselines[seed]) for seed, run in own.items()]
@@ -91,9 +96,20 @@ def _rows(scale: Scale, backbone: Backbone, runs: dict[Any, Run]) -> list[Sequen
     return rows
 
 
-def _tail(values: Sequence[float]) -> Sequence[float]:
-    """The last tenth, at least one: single train losses are noisy."""
-    return values[-max(1, len(values) // 10) :]
+def _differences(scale: Scale, backbone: Backbone, runs: dict[Any, Run]) -> Chart:
+    """The eval loss of both of MemDLM's curves less MDLM's of the same seed, over the steps."""
+    lines = []
+    for label, (method, key) in CURVES.items():
+        if method == MDLM:
+            continue
+        pairs = [(runs[backbone, method, s].series(f"eval_{key}"), _baseline(runs, backbone, s)) for s in scale.seeds]
+        seeds = [[a - b for a, b in zip(own[1], base[1], strict=True)] for own, base in pairs]
+        lines.append(Line(label, pairs[0][0][0], [spread(values) for values in zip(*seeds, strict=True)]))
+    return Chart(backbone.title, "optimizer step", "eval loss − MDLM's (nats)", lines, zero=True)
+
+
+def _baseline(runs: dict[Any, Run], backbone: Backbone, seed: int) -> Series:
+    return runs[backbone, MDLM, seed].series("eval_loss")
 
 
 def _points(backbone: Backbone, method: str, seed: int, run: Run) -> list[dict[str, Any]]:
@@ -132,5 +148,7 @@ def _about(scale: Scale, runs: dict[Any, Run]) -> list[str]:
 def _against(differences: Sequence[float]) -> str:
     """How far below or above MDLM's, in words, and whether every seed agrees."""
     mean, signs = fmean(differences), {difference < 0 for difference in differences}
-    agree = f"in all {len(differences)} seeds" if len(signs) == 1 else "though not in every seed"
-    return f"{abs(mean):.4f} {'lower' if mean < 0 else 'higher'}, {agree}"
+    text = f"{abs(mean):.4f} {'lower' if mean < 0 else 'higher'}"
+    if len(differences) == 1:
+        return text
+    return f"{text}, in all {len(differences)} seeds" if len(signs) == 1 else f"{text}, though not in every seed"

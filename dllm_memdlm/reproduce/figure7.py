@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .commands import Command
-from .curves import spread
+from .curves import over_seeds
 from .lines import Chart, Line, draw_lines
 from .page import Grid, Page
 from .paper import ANCHOR_RATIOS
 from .scales import MEMDLM, Model, Scale
-from .scores import RETRIEVAL
+from .scores import ANCHORED
 
 
 def stages(scale: Scale) -> list[list[Command]]:
@@ -22,7 +22,7 @@ def stages(scale: Scale) -> list[list[Command]]:
 
 def page(scale: Scale, folder: Path) -> Page:
     """Draw figure7.png, and put the numbers beside it."""
-    tasks = RETRIEVAL[scale.name]
+    tasks = ANCHORED[scale.name]
     columns = [column for task in tasks for column in task.columns]
     points = [
         {"ratio": ratio, "seed": seed, "run": str(command.folder), "column": column, "score": score}
@@ -30,19 +30,22 @@ def page(scale: Scale, folder: Path) -> Page:
         for task, command in zip(tasks, commands, strict=True)
         for column, score in task.read(command).items()
     ]
-    over_seeds = {
-        (ratio, column): spread([p["score"] for p in points if (p["ratio"], p["column"]) == (ratio, column)])
-        for ratio in ANCHOR_RATIOS
+    scores = {
+        column: [over_seeds(points, "score", ratio=ratio, column=column) for ratio in ANCHOR_RATIOS]
         for column in columns
     }
-    lines = [Line(column, ANCHOR_RATIOS, [over_seeds[ratio, column] for ratio in ANCHOR_RATIOS]) for column in columns]
+    lines = [Line(column, ANCHOR_RATIOS, scores[column]) for column in columns]
     folder.mkdir(parents=True, exist_ok=True)
     draw_lines(
         [[Chart(scale.backbones[0].title, "masked ratio of the anchor", "right answers (%)", lines)]],
         folder / "figure7.png",
     )
-    means = {column: [over_seeds[ratio, column].mean for ratio in ANCHOR_RATIOS] for column in columns}
+    means = {column: [score.mean for score in scores[column]] for column in columns}
     widest = max(columns, key=lambda column: max(means[column]) - min(means[column]))
+    rows = [
+        (f"{ratio:g}", *(scores[column][place].text(1) for column in columns))
+        for place, ratio in enumerate(ANCHOR_RATIOS)
+    ]
     return Page(
         name="figure7",
         title="Anchor ratio at inference (figure 7)",
@@ -50,19 +53,14 @@ def page(scale: Scale, folder: Path) -> Page:
         seeds=scale.seeds,
         about=[
             scale.about,
-            f"{scale.backbones[0].title} trained with memory, and with it on; {scale.questions} texts of each length.",
+            f"{scale.backbones[0].title}, trained with memory and with it on; asked: "
+            f"{ANCHORED[scale.name][0].asked(scale)}, at each length.",
             "The paper finds the ratio to make next to no difference from 1K to 16K (at 16K all scores are within 2 "
             f"points). Ours differ by at most {max(means[widest]) - min(means[widest]):.1f} points, at {widest}.",
         ],
         points=points,
         pictures={"figure7.png": "Share of right answers. Band: a standard deviation over the seeds."},
-        tables=[
-            Grid(
-                "%, mean ± standard deviation over the seeds",
-                ("ratio", *columns),
-                [(f"{r:g}", *(over_seeds[r, column].text(1) for column in columns)) for r in ANCHOR_RATIOS],
-            )
-        ],
+        tables=[Grid("%, mean ± standard deviation over the seeds", ("ratio", *columns), rows)],
     ).made_by(command for stage in stages(scale) for command in stage)
 
 
@@ -72,4 +70,4 @@ def _scored(scale: Scale) -> Iterator[tuple[float, int, list[Command]]]:
         for ratio in ANCHOR_RATIOS:
             # The default is scored for figure 3 too, by the same command
             settings = [] if ratio == ANCHOR_RATIOS[0] else [f"memory_anchor_ratio={ratio}"]
-            yield ratio, seed, [task.command(scale, model, True, settings) for task in RETRIEVAL[scale.name]]
+            yield ratio, seed, [task.command(scale, model, True, settings) for task in ANCHORED[scale.name]]

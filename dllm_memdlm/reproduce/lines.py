@@ -14,6 +14,8 @@ STYLES = {
     "MDLM": {"color": "#6b6b6b", "linestyle": "-"},
     "MemDLM, memory off": {"color": "#d55e00", "linestyle": "--"},
     "MemDLM, memory on": {"color": "#0072b2", "linestyle": "-"},
+    "MemDLM": {"color": "#0072b2", "linestyle": "-"},
+    "MemDLM, fast weights discarded": {"color": "#d55e00", "linestyle": "--"},
 }
 
 #: Colours of curves with other labels, in their order.
@@ -35,6 +37,7 @@ class Chart(NamedTuple):
     x: str
     y: str
     lines: Sequence[Line]
+    zero: bool = False  #: whether to draw where nothing differs
 
 
 def draw_lines(rows: Sequence[Sequence[Chart]], path: Path) -> None:
@@ -47,8 +50,13 @@ def draw_lines(rows: Sequence[Sequence[Chart]], path: Path) -> None:
     for axes, row in zip(grid, rows, strict=True):
         for ax, chart in zip(axes, row, strict=True):
             _draw(ax, chart)
-    drawn = {line.get_label(): line for ax in grid.flat for line in ax.get_lines()}
-    figure.legend(handles=[*drawn.values()], loc="outside upper center", ncols=len(drawn), frameon=False)
+    drawn = {line.get_label(): line for ax in grid.flat for line in ax.get_legend_handles_labels()[0]}
+    figure.legend(
+        handles=[*drawn.values()],
+        loc="outside upper center",
+        ncols=min(len(drawn), 3 * max(map(len, rows))),
+        frameon=False,
+    )
     figure.savefig(path, dpi=150)
 
 
@@ -56,6 +64,8 @@ def _draw(ax: Any, chart: Chart) -> None:
     ax.set(title=chart.title, xlabel=chart.x, ylabel=chart.y)
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_prop_cycle(color=OTHERS)
+    if chart.zero:
+        ax.axhline(0, color="#6b6b6b", linewidth=1, label="_zero")
     for line in chart.lines:
         style = STYLES.get(line.label, {})
         means = [value.mean for value in line.values]

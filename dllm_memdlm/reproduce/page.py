@@ -46,8 +46,12 @@ class Page:
             {"command": command.line, "folder": str(command.folder), "seconds": record["seconds"]}
             for command, record in records.items()
         ]
-        last = [*records.values()][-1]
-        self.versions, self.devices = last["versions"], last["devices"]
+        found: dict[str, list[str]] = {}
+        for record in records.values():
+            for name, version in record["versions"].items():
+                found.setdefault(name, []).append(version)
+        self.versions = {name: " and ".join(dict.fromkeys(versions)) for name, versions in found.items()}
+        self.devices = [*dict.fromkeys(device for record in records.values() for device in record["devices"])]
         return self
 
     def write(self, folder: Path) -> Path:

@@ -1,7 +1,7 @@
 """Three sizes to reproduce the paper at: which models are trained from what, with which seeds, and how.
 
-`paper` trains the paper's backbones from the hub, with the recipes of its runs. `cpu` does the same with models of half
-a million parameters that it first trains itself, `small` with one of 135 million that a package ships.
+`paper` trains the paper's backbones from the hub, with the recipes of its runs. `cpu` does the same with models of 0.6
+and 0.7 million parameters that it first trains itself, `small` with one of 135 million that a package ships.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import yaml
 
 from ..demo import RECIPE_FOLDER
 from ..recipe import resolve
+from ..reporting import MDLM_SUFFIX
 from .commands import Command
-
-#: Plain MDLM on the examples and masks of the recipe without this ending.
-MDLM_SUFFIX = "_mdlm"
 
 #: The two methods, by the name of their runs.
 MDLM, MEMDLM = "mdlm", "memdlm"
+
+#: The models that are compared: the method they were trained with, and whether they adapt to what they are asked.
+CASES = {"MDLM": (MDLM, False), "MemDLM, memory off": (MEMDLM, False), "MemDLM, memory on": (MEMDLM, True)}
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,12 @@ class Model(NamedTuple):
 
     pretrained: str  #: folder or hub name
     scores: Path  #: the folder for its scores
+    made_by: tuple[Command, ...]  #: the run that trains it; none where it is taken as it is
 
     @classmethod
     def of(cls, run: Command) -> Model:
         """What a run has trained."""
-        return cls(str(run.folder), run.folder.parent / "scores" / run.folder.name)
+        return cls(str(run.folder), run.folder.parent / "scores" / run.folder.name, (run,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,9 @@ class Scale:
     seeds: tuple[int, ...]
     launch: tuple[str, ...]  #: what stands before a recipe on the command line
     at_once: int  #: commands at a time
-    questions: int  #: held-out texts of each length, or examples, that a model is scored on
+    questions: int  #: held-out texts of each length, or examples, that our own evaluations score a model on
+    harness: tuple[str, ...] = ("-m", "dllm_memdlm.evaluate", "run")  #: what stands before lm-eval's arguments
+    model_args: tuple[str, ...] = ()  #: how a trained model is loaded, as lm-eval's model takes it
     env: Mapping[str, str] = field(default_factory=dict)
     settings: tuple[str, ...] = ()  #: overrides of every recipe
     shorter: Mapping[str, Any] = field(default_factory=dict)  #: what ablations change in all of their recipes
@@ -76,8 +81,9 @@ class Scale:
 
     def base(self, backbone: Backbone) -> Command:
         """Train the weights that fine-tuning starts from."""
-        start = [f"model.path={self._converted(backbone).folder / 'model'}"] if backbone.convert else []
-        return self._trained(f"{backbone.key}/base", backbone.base, [*start, *self.settings])
+        before = (self._converted(backbone),) if backbone.convert else ()
+        start = [f"model.path={command.folder / 'model'}" for command in before]
+        return self._trained(f"{backbone.key}/base", backbone.base, [*start, *self.settings], before)
 
     def run(
         self, backbone: Backbone, method: str, seed: int, changes: Mapping[str, Any] | None = None, prefix: str = ""
@@ -86,10 +92,11 @@ class Scale:
 
         `prefix` keeps runs of one method apart that differ in their changes.
         """
-        start = [f"model.path={self.base(backbone).folder}"] if backbone.base else []
+        before = (self.base(backbone),) if backbone.base else ()
+        start = [f"model.path={command.folder}" for command in before]
         recipe = backbone.recipe + (MDLM_SUFFIX if method == MDLM else "")
         overrides = [*start, *_overrides(changes or {}), *self.settings, f"training.seed={seed}"]
-        return self._trained(f"{backbone.key}/{prefix}{method}-{seed}", recipe, overrides)
+        return self._trained(f"{backbone.key}/{prefix}{method}-{seed}", recipe, overrides, before)
 
     def scratch(self, backbone: Backbone, case: str, seed: int, changes: Mapping[str, Any]) -> Command:
         """Train the base anew, with `changes` in its recipe."""
@@ -100,24 +107,24 @@ class Scale:
         """The model before fine-tuning."""
         scores = self.runs / self.name / backbone.key / "scores" / "untuned"
         if backbone.base:
-            return Model(str(self.base(backbone).folder), scores)
-        return Model(resolve(RECIPE_FOLDER / f"{backbone.recipe}.yaml")["model"]["path"], scores)
+            return Model(str(self.base(backbone).folder), scores, (self.base(backbone),))
+        return Model(resolve(RECIPE_FOLDER / f"{backbone.recipe}.yaml")["model"]["path"], scores, ())
 
     def evaluated(self, name: str, model: Model, module: str, arguments: Sequence[str]) -> Command:
         """Run one of our evaluations on a model; it writes `scores.json`."""
         output = ("--output", str(model.scores / name / "scores.json"))
-        argv = ("-m", module, "--model", model.pretrained, *arguments, *output)
-        return Command(model.scores / name, argv, env=self.env)
+        argv = ("-m", module, "--model", model.pretrained, *self.model_args, *arguments, *output)
+        return Command(model.scores / name, argv, after=model.made_by, env=self.env)
 
     def _converted(self, backbone: Backbone) -> Command:
         folder = self.runs / self.name / backbone.key / "converted"
         return Command(folder, ("-m", backbone.convert, "--output", str(folder / "model")), env=self.env)
 
-    def _trained(self, name: str, recipe: str, overrides: Sequence[str]) -> Command:
+    def _trained(self, name: str, recipe: str, overrides: Sequence[str], before: tuple[Command, ...] = ()) -> Command:
         folder, path = self.runs / self.name / name, RECIPE_FOLDER / f"{recipe}.yaml"
         overrides = [*overrides, f"training.output_dir={folder}"]
         argv = (*self.launch, os.path.relpath(path), *overrides, "--resume")
-        return Command(folder, argv, dict(flat(resolve(path, overrides))), self.env)
+        return Command(folder, argv, dict(flat(resolve(path, overrides))), before, self.env, resumes=True)
 
 
 def differences(recipe: Path) -> dict[str, Any]:
@@ -145,17 +152,17 @@ def _overrides(changes: Mapping[str, Any]) -> list[str]:
 
 _TRAIN = ("-m", "dllm_memdlm.train")
 #: A process for each GPU. Quiet, as the training itself says what is wrong.
-_LAUNCH = ("-m", "accelerate.commands.launch", "--quiet", *_TRAIN)
+_LAUNCH = ("-m", "accelerate.commands.launch", "--quiet")
 
 SCALES = {
     scale.name: scale
     for scale in (
         Scale(
             name="cpu",
-            about="Models of half a million parameters, trained here to find eight words planted in a short text, and "
-            "then fine-tuned for 100 steps to find them in longer ones; the inner loop is the paper's. This shows that "
-            "the method runs as described and which way it moves such models. It cannot say how models of billions of "
-            "parameters fare, on natural tasks, or at the paper's lengths.",
+            about="Models of 0.7 (LLaDA-MoE) and 0.6 million parameters (LLaDA2.1), trained here to find eight words "
+            "planted in a short text, and then fine-tuned to find them in longer ones; the inner loop is the paper's. "
+            "This shows that the method runs as described and which way it moves such models. It cannot say how models "
+            "of billions of parameters fare, on natural tasks, or at the paper's lengths.",
             backbones=(
                 Backbone("LLaDA-MoE", "cpu/llada_moe", "cpu/llada_moe_base"),
                 Backbone("LLaDA2.1", "cpu/llada2", "cpu/llada2_base"),
@@ -163,7 +170,7 @@ SCALES = {
             seeds=(42, 43, 44),
             launch=_TRAIN,
             # One thread each, as more bring little at this size; and the same numbers for any count of them.
-            at_once=os.cpu_count() or 1,
+            at_once=max(1, min(os.cpu_count() or 1, psutil.virtual_memory().available // 2**31)),
             questions=40,
             # Eighty-one runs: half as many steps, and one evaluation, at the end.
             shorter={"training.max_steps": 50, "training.eval_steps": 50, "training.eval_on_start": False},
@@ -178,17 +185,24 @@ SCALES = {
                 Backbone("SmolLM2-135M", "small/smollm2", "small/smollm2_base", "dllm_memdlm.reproduce.smollm2"),
             ),
             seeds=(42,),
-            launch=_LAUNCH,
+            launch=(*_LAUNCH, *_TRAIN),
+            harness=(*_LAUNCH, "-m", "dllm_memdlm.evaluate", "run", "--batch_size", "auto"),
             at_once=1,
+            # The loss without fast weights is logged for one batch, the other as the mean since the last log
+            settings=("training.logging_steps=1",),
             questions=200,
         ),
         Scale(
             name="paper",
             about="The paper's models, data and settings.",
+            model_args=("load_in_4bit=true",),
             backbones=(Backbone("LLaDA-MoE", "llada_moe"), Backbone("LLaDA2.1", "llada2_mini")),
             seeds=(42,),
-            launch=_LAUNCH,
+            launch=(*_LAUNCH, *_TRAIN),
+            harness=(*_LAUNCH, "-m", "dllm_memdlm.evaluate", "run", "--batch_size", "auto"),
             at_once=1,
+            # The loss without fast weights is logged for one batch, the other as the mean since the last log
+            settings=("training.logging_steps=1",),
             questions=500,
         ),
     )

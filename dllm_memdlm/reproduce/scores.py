@@ -14,10 +14,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
+import yaml
+
 from ..config import ConfigError
 from ..demo import RECIPE_FOLDER
 from .commands import Command
-from .scales import Model, Scale
+from .scales import Model, Scale, flat
 
 
 class Task(Protocol):
@@ -27,15 +29,18 @@ class Task(Protocol):
     def columns(self) -> Sequence[str]:
         """What it gives a score for."""
 
+    def asked(self, scale: Scale) -> str:
+        """How much is asked, in words."""
+
     def command(self, scale: Scale, model: Model, memory: bool, settings: Sequence[str] = ()) -> Command:
-        """Score the model of a run, with settings of decoding and memory as memdlm-generate takes them."""
+        """Score a model, with settings of decoding and memory as memdlm-generate takes them."""
 
     def read(self, command: Command) -> dict[str, float]:
         """The scores of a command that is done, in %, by column."""
 
 
 @dataclass(frozen=True)
-class Needles:
+class PlantedWords:
     """Words found in texts of several lengths."""
 
     words: tuple[int, ...]
@@ -44,13 +49,15 @@ class Needles:
     def columns(self) -> list[str]:
         return [f"{words} words" for words in self.words]
 
+    def asked(self, scale: Scale) -> str:
+        return f"eight words in each of {scale.questions} texts that training has not seen"
+
     def command(self, scale: Scale, model: Model, memory: bool, settings: Sequence[str] = ()) -> Command:
         arguments = ["--words", *map(str, self.words), "--questions", str(scale.questions)]
-        # The settings stand first: behind `--words` they would be read as lengths.
         name = _name("needle", "-".join(map(str, self.words)), memory, settings)
-        return scale.evaluated(
-            name, model, "dllm_memdlm.evaluation.needle", [*settings, *["--memory"] * memory, *arguments]
-        )
+        # The settings stand first: behind `--words` they would be read as lengths.
+        arguments = [*settings, *["--memory"] * memory, *arguments]
+        return scale.evaluated(name, model, "dllm_memdlm.evaluation.needle", arguments)
 
     def read(self, command: Command) -> dict[str, float]:
         scores = json.loads((command.folder / "scores.json").read_text(encoding="utf-8"))["scores"]
@@ -63,31 +70,43 @@ class Harness:
 
     Args:
         config: a file of recipes/eval, without .yaml.
-        cells: where a column's score stands in lm-eval's results: (task, metric).
+        cells: where a column's score stands in lm-eval's results: (column, task, metric). A column with several cells
+            is their mean.
         lengths: `max_seq_lengths` of the task's data, where it is not the configuration's.
     """
 
     config: str
-    cells: tuple[tuple[str, str, str], ...]  #: column, task, metric
+    cells: tuple[tuple[str, str, str], ...]
     lengths: str | None = None
 
     @property
     def columns(self) -> list[str]:
-        return [column for column, _, _ in self.cells]
+        return [*dict.fromkeys(column for column, _, _ in self.cells)]
+
+    @property
+    def _path(self) -> Path:
+        return RECIPE_FOLDER / "eval" / f"{self.config}.yaml"
+
+    def asked(self, scale: Scale) -> str:
+        return f"what {os.path.relpath(self._path)} asks"
 
     def command(self, scale: Scale, model: Model, memory: bool, settings: Sequence[str] = ()) -> Command:
-        name = _name(self.config, self.lengths or "", memory, settings)
-        folder = model.scores / name
-        arguments = [f"pretrained={model.pretrained}", "max_length=65536", *["memory=true"] * memory, *settings]
-        config = os.path.relpath(RECIPE_FOLDER / "eval" / f"{self.config}.yaml")
-        argv = ["-m", "dllm_memdlm.evaluate", "run", "--config", config, "--model_args", ",".join(arguments)]
+        folder = model.scores / _name(self.config, self.lengths or "", memory, settings)
+        arguments = [f"pretrained={model.pretrained}", "max_length=65536", *scale.model_args]
+        arguments += [*["memory=true"] * memory, *settings]
+        argv = [*scale.harness, "--config", os.path.relpath(self._path), "--model_args", ",".join(arguments)]
         if self.lengths is not None:
             argv += ["--metadata", f"max_seq_lengths={self.lengths}"]
-        return Command(folder, (*argv, "--output_path", str(folder)), env=scale.env)
+        made_from = flat(yaml.safe_load(self._path.read_text(encoding="utf-8")))
+        argv += ["--output_path", str(folder)]
+        return Command(folder, tuple(argv), dict(made_from), model.made_by, scale.env)
 
     def read(self, command: Command) -> dict[str, float]:
         results = newest_results(command.folder)
-        return {column: 100 * results[task][f"{metric},none"] for column, task, metric in self.cells}
+        scores: dict[str, list[float]] = {}
+        for column, task, metric in self.cells:
+            scores.setdefault(column, []).append(100 * results[task][f"{metric},none"])
+        return {column: fmean(values) for column, values in scores.items()}
 
 
 def newest_results(folder: Path) -> dict[str, Any]:
@@ -130,18 +149,28 @@ _OFFLINE = tuple(
     )
 )
 
+
+def _offline(length: int, name: str) -> Harness:
+    """The mean of those tasks at one length."""
+    cells = tuple((name, task, str(length)) for _, task, _ in _OFFLINE)
+    return Harness("ruler_small", cells, f"[{length}]")
+
+
 #: RULER that reads no files, in place of the tables' tasks.
 RULER_OFFLINE = {"cpu": Harness("ruler_offline", _OFFLINE), "small": Harness("ruler_small", _OFFLINE)}
 
 #: Retrieval by context length, at each scale.
 RETRIEVAL: dict[str, tuple[Task, ...]] = {
-    "cpu": (Needles((40, 80, 160, 320)),),
-    "small": (RULER_OFFLINE["small"],),
+    "cpu": (PlantedWords((40, 80, 160, 320)),),
+    "small": (_offline(1024, "1K"), _offline(2048, "2K"), _offline(4096, "4K")),
     "paper": tuple(_babilong(name) for name in ("1K", "2K", "4K", "8K", "16K", "32K")),
 }
 
+#: What the anchor ratio at inference is tried on: the paper stops at 16K.
+ANCHORED = {**RETRIEVAL, "paper": RETRIEVAL["paper"][:-1]}
+
 #: What ablations are scored on.
-ABLATED: dict[str, Task] = {"cpu": Needles((160,)), "small": RULER_OFFLINE["small"], "paper": _babilong("1K")}
+ABLATED: dict[str, Task] = {"cpu": PlantedWords((160,)), "small": _offline(1024, "1K"), "paper": _babilong("1K")}
 
 #: The tables of the paper, by number: what each backbone is scored on.
 TABLES: dict[int, tuple[Task, ...]] = {

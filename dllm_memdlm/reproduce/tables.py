@@ -12,13 +12,13 @@ from pathlib import Path
 
 from . import paper
 from .commands import Command
-from .curves import spread
+from .curves import over_seeds
 from .page import Grid, Page
-from .scales import MDLM, MEMDLM, Backbone, Model, Scale
+from .scales import CASES, MDLM, MEMDLM, Backbone, Model, Scale
 from .scores import RULER_OFFLINE, TABLES, Task
 
-#: The rows: the method that was trained, and whether it adapts to the prompt.
-CASES = dict(zip(paper.ROWS, ((MDLM, False), (MEMDLM, False), (MEMDLM, True)), strict=True))
+#: The rows, by the paper's names.
+ROWS = dict(zip(paper.ROWS, CASES.values(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class PaperTable:
         columns = [column for task in self._tasks(scale) for column in task.columns]
         rows = []
         for backbone in self._backbones(scale):
-            for number, row in enumerate(CASES):
+            for number, row in enumerate(ROWS):
                 cells = [self._cell(points, backbone, row, column) for column in columns]
                 rows.append((backbone.title, row, *cells))
                 if backbone.title in self.printed and scale.name == "paper":
@@ -60,7 +60,7 @@ class PaperTable:
             theirs = [
                 (title, row, *(f"{score:.2f}" for score in scores))
                 for title, printed in self.printed.items()
-                for row, scores in zip(CASES, printed, strict=True)
+                for row, scores in zip(ROWS, printed, strict=True)
             ]
             grids.append(Grid("The paper's, %", ("backbone", "method", *self.columns), theirs))
         return Page(
@@ -99,13 +99,12 @@ class PaperTable:
     def _scored(self, scale: Scale) -> Iterator[tuple[Backbone, str, int, list[Command]]]:
         for seed in self._seeds(scale):
             for backbone in self._backbones(scale):
-                for row, (method, memory) in CASES.items():
+                for row, (method, memory) in ROWS.items():
                     model = Model.of(scale.run(backbone, method, seed))
                     yield backbone, row, seed, [task.command(scale, model, memory) for task in self._tasks(scale)]
 
     def _cell(self, points: Sequence[dict], backbone: Backbone, row: str, column: str) -> str:
-        wanted = (backbone.title, row, column)
-        return spread([p["score"] for p in points if (p["backbone"], p["model"], p["column"]) == wanted]).text(2)
+        return over_seeds(points, "score", backbone=backbone.title, model=row, column=column).text(2)
 
 
 TABLE_1 = PaperTable(1, "RULER and BABILong within the context", paper.TABLE_1_COLUMNS, paper.TABLE_1)
