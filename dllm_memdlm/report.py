@@ -84,17 +84,20 @@ def write_page(folder: Path, page: Page) -> Path:
 
 def write_reports(reports: Path) -> list[Path]:
     """Write every page, and the list of them. Raises ConfigError if there is none, or a file is not a page's."""
-    pages = []
+    pages, written = [], []
     for path in sorted(reports.glob("*/*.json")):
         try:
-            pages.append((path.parent, read_page(path)))
-        except (ValueError, TypeError, KeyError) as error:
+            page = read_page(path)
+            written.append(write_page(path.parent, page))
+        except ConfigError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, jinja2.TemplateError) as error:
             raise ConfigError(f"{path}: not a page as memdlm-reproduce writes it ({error})") from None
+        pages.append((path.parent.name, page))
     if not pages:
         raise ConfigError(f"{reports}: no page there; `memdlm-reproduce figure4` writes one")
-    written = [write_page(folder, page) for folder, page in pages]
     index = reports / "index.html"
-    index.write_text(_render(_INDEX, pages=[(folder.name, page) for folder, page in pages]), encoding="utf-8")
+    index.write_text(_render(_INDEX, pages=pages), encoding="utf-8")
     return [*written, index]
 
 

@@ -129,7 +129,7 @@ def test_a_run_without_held_out_examples_or_recipe_is_one_line(tmp_path, capsys,
 def test_what_makes_no_sense_is_refused_before_anything_is_loaded(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         command.main(["--model", "nowhere", "--output", "eb.json", *arguments])
-    assert stop.value.code == 2 and "usage: memdlm-exposure-bias" in capsys.readouterr().err
+    assert stop.value.code == 2 and "usage: python -m dllm_memdlm.evaluation.exposure_bias" in capsys.readouterr().err
 
 
 def test_the_table_ends_with_the_last_step():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,7 +125,12 @@ class Scale:
         folder, path = self.runs / self.name / name, RECIPE_FOLDER / f"{recipe}.yaml"
         overrides = [*overrides, f"training.output_dir={folder}"]
         argv = (*self.launch, os.path.relpath(path), *overrides, "--resume")
-        return Command(folder, argv, dict(flat(resolve(path, overrides))), before, self.env, resumes=True)
+        return Command(folder, argv, _keys_of(path, tuple(overrides)), before, self.env, resumes=True)
+
+
+@cache
+def _keys_of(recipe: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
+    return dict(flat(resolve(recipe, overrides)))
 
 
 def differences(recipe: Path) -> dict[str, Any]:
