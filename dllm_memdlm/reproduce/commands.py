@@ -7,6 +7,7 @@ training that was cut short goes on from its last checkpoint; other commands beg
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import shlex
@@ -84,9 +85,8 @@ class Command:
             if before != here:
                 raise ConfigError(f"{self.folder}: made with {key}={before!r}, now {here!r}; {advice}")
         if record["command"] != now["command"]:
-            before, here = (set(shlex.split(line)) for line in (record["command"], now["command"]))
-            words = (" ".join(sorted(one - other)) or "nothing" for one, other in ((before, here), (here, before)))
-            raise ConfigError("{}: made with {}, now {}; {}".format(self.folder, *words, advice))
+            before, here = _apart(shlex.split(record["command"]), shlex.split(now["command"]))
+            raise ConfigError(f"{self.folder}: made with {before}, now {here}; {advice}")
         return True
 
     def _made(self) -> dict[str, Any]:
@@ -115,6 +115,14 @@ class Command:
                 path.unlink()
 
 
+def _apart(one: list[str], other: list[str]) -> tuple[str, str]:
+    """What stands in each of two command lines between the words that they begin and end with alike."""
+    for _ in range(2):  # from the front, then from the back
+        alike = sum(1 for _ in itertools.takewhile(lambda words: words[0] == words[1], zip(one, other, strict=False)))
+        one, other = one[alike:][::-1], other[alike:][::-1]
+    return " ".join(one) or "nothing", " ".join(other) or "nothing"
+
+
 def _id(command: Command) -> str | None:
     """The name of a command's result: another one each time that it is made."""
     record = command.record()
@@ -129,13 +137,14 @@ def run_missing(stages: Sequence[Sequence[Command]], folder: Path, at_once: int,
             command's result, or another process is at work in `folder`.
     """
     with _alone_in(folder), _ended_by_sigterm():
-        missing = [[command for command in dict.fromkeys(stage) if not command.is_done()] for stage in stages]
-        count, number = sum(map(len, missing)), 0
-        console.print(f"{sum(len(set(stage)) for stage in stages) - count} commands done, {count} to run")
-        for stage in missing:
+        done = {command: command.is_done() for stage in stages for command in stage}
+        count, number = len(done) - sum(done.values()), 0
+        console.print(f"{len(done) - count} commands done, {count} to run")
+        for stage in stages:
             with _Processes(console, at_once) as processes:
-                for command in stage:
+                for command in (command for command in dict.fromkeys(stage) if not done[command]):
                     number += 1
+                    done[command] = True  # for a later stage that has it too
                     processes.start(command, f"{number}/{count}")
 
 
@@ -173,6 +182,7 @@ class _Processes:
         folder = command.folder
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / LOG, "a", encoding="utf-8") as log:
+            begin = log.tell()
             with self.lock:
                 if self.stopped:
                     return
@@ -197,7 +207,7 @@ class _Processes:
             self.stopped = stopped or process.returncode != 0  # the next one is not begun
         if process.returncode and not stopped:
             raise ConfigError(
-                f"{folder / LOG}: the command ended with {process.returncode}: {_last_line(folder / LOG)}"
+                f"{folder / LOG}: the command ended with {process.returncode}: {_last_line(folder / LOG, begin)}"
             )
         if not process.returncode:
             seconds = time.perf_counter() - started
@@ -205,8 +215,9 @@ class _Processes:
             self.console.print(f"{number}  {folder} took {seconds:.0f} s", style="dim", soft_wrap=True)
 
 
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").split("\n")
+def _last_line(log: Path, begin: int) -> str:
+    """The last line that was printed from a place of the log on, in bytes."""
+    lines = log.read_bytes()[begin:].decode("utf-8", errors="replace").replace("\r", "\n").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
 
 

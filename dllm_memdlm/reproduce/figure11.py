@@ -15,9 +15,9 @@ from .scales import CASES, MDLM, MEMDLM, Backbone, Model, Scale
 
 #: What is drawn of each step, with the axis' label.
 MEASURES = {
-    "ratio": "L_seq / L_static",
-    "static": "L_static (nats)",
-    "sequential": "L_seq (nats)",
+    "ratio": "$L_{seq} / L_{static}$",
+    "static": "$L_{static}$ (nats a token)",
+    "sequential": "$L_{seq}$ (nats a token)",
 }
 
 STEPS = {"cpu": 16, "small": 48, "paper": 48}  #: of denoising; the responses at CPU scale are short

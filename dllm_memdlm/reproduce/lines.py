@@ -12,7 +12,7 @@ from .curves import Spread
 STYLES = {
     "before fine-tuning": {"color": "#b5b5b5", "linestyle": ":"},
     "MDLM": {"color": "#6b6b6b", "linestyle": "-"},
-    "MemDLM, memory off": {"color": "#d55e00", "linestyle": "--"},
+    "MemDLM, memory off": {"color": "#d55e00", "linestyle": "--", "zorder": 3},  # seen where the next one covers it
     "MemDLM, memory on": {"color": "#0072b2", "linestyle": "-"},
     "MemDLM": {"color": "#0072b2", "linestyle": "-"},
     "MemDLM, fast weights discarded": {"color": "#d55e00", "linestyle": "--"},
@@ -61,9 +61,13 @@ def draw_lines(rows: Sequence[Sequence[Chart]], path: Path) -> None:
 
 
 def _draw(ax: Any, chart: Chart) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     ax.set(title=chart.title, xlabel=chart.x, ylabel=chart.y)
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_prop_cycle(color=OTHERS)
+    if all(isinstance(place, int) for line in chart.lines for place in line.places):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if chart.zero:
         ax.axhline(0, color="#6b6b6b", linewidth=1, label="_zero")
     for line in chart.lines:

@@ -1,0 +1,294 @@
+"""From logs and scores to figures: the numbers of runs made by hand, and what is drawn of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from statistics import fmean, stdev
+
+import matplotlib.image
+import numpy as np
+import pytest
+from data_files import message_of
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from dllm_memdlm.reporting import DISCARDED, STYLES, Run, draw_curves, smooth
+from dllm_memdlm.reproduce import ablations, figure4
+from dllm_memdlm.reproduce.bars import BASELINE, OURS, Bar, Panel, draw_bars
+from dllm_memdlm.reproduce.curves import Spread, final, first_step_at, spread
+from dllm_memdlm.reproduce.lines import Chart, Line, draw_lines
+from dllm_memdlm.reproduce.paper import ABLATIONS, Variant
+from dllm_memdlm.reproduce.scales import MDLM, MEMDLM, SCALES
+
+CPU = dataclasses.replace(SCALES["cpu"], seeds=(1, 2))
+MOE = CPU.backbones[0]
+VARIANTS = [variant for group in ABLATIONS.values() for variant in group]
+
+
+@pytest.fixture
+def figures(monkeypatch) -> list[Figure]:
+    """Those that are saved, which must not be blank."""
+    saved, save = [], Figure.savefig
+
+    def savefig(figure, path, **settings):
+        saved.append(figure)
+        save(figure, path, **settings)
+        assert matplotlib.image.imread(path)[..., :3].var() > 1e-3
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return saved
+
+
+# --- curves --------------------------------------------------------------------------------------------------------
+
+
+def test_a_spread_is_the_mean_and_the_standard_deviation_of_a_sample():
+    assert spread([1.0, 2.0, 6.0]) == (3.0, stdev([1, 2, 6]), 3)
+    assert spread([2.5]) == (2.5, None, 1)
+    assert (spread([1, 2, 6]).text(1), spread([2.5]).text(), spread([0.5]).text(2, sign=True)) == (
+        "3.0 ± 2.6",
+        "2.500",
+        "+0.50",
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "loss", "step"),
+    [
+        ([4.0, 3.0, 2.0], 1.9, None),  # never
+        ([4.0, 3.0, 2.0], 5.0, 10.0),  # from the first point on
+        ([4.0, 3.0, 2.0], 4.0, 10.0),
+        ([4.0, 3.0, 2.0], 3.0, 20.0),
+        ([4.0, 3.0, 2.0], 3.25, 17.5),
+        ([4.0, 3.0, 1.0], 2.5, 22.5),
+        ([4.0, 2.0, 3.0, 1.0], 2.0, 20.0),  # the first time counts
+        ([4.0, 5.0, 3.0], 3.5, 27.5),
+        ([3.0, 3.0, 2.0], 3.0, 10.0),
+        ([], 1.0, None),
+    ],
+)
+def test_the_first_step_at_a_loss_is_between_two_points(values, loss, step):
+    assert first_step_at((list(range(10, 10 * len(values) + 1, 10)), values), loss) == step
+
+
+def run_of(recipe: str, title: str = "LLaDA-MoE", **series: list[float]) -> Run:
+    """Values logged at steps 10, 20, …"""
+    rows = [{"step": 10 * (n + 1), key: value} for key, values in series.items() for n, value in enumerate(values)]
+    return Run(recipe, Path("runs", recipe), rows, title)
+
+
+def test_the_final_value_is_the_last_one():
+    run = run_of("a", loss=[3.0, 2.0], eval_loss=[3.0, 4.0])
+    assert (final(run, "loss"), final(run, "eval_loss")) == (2.0, 4.0)
+    assert message_of(final, run, "eval_nll").startswith("runs/a: no eval_nll was logged")
+
+
+# --- what is drawn -------------------------------------------------------------------------------------------------
+
+
+def test_bars_stand_where_they_belong(figures, tmp_path):
+    bars = [Bar("first", Spread(30.0, 2.0, 3), OURS), Bar("none", None), Bar("last", Spread(-10.0, None, 1), BASELINE)]
+    panel = Panel("One", "score (%)", bars)
+    draw_bars([[panel, panel._replace(title="")], [Panel("Two", "nats", bars[:1])]], tmp_path / "bars.png")
+    one, other, two, empty = figures[0].axes
+    assert [ax.get_title(loc="left") for ax in (one, other, two)] == ["One", "", "Two"]
+    assert [ax.get_xlabel() for ax in (one, two)] == ["score (%)", "nats"] and not empty.axison
+    assert [label.get_text() for label in one.get_yticklabels()] == ["first", "none", "last"]
+    assert [label.get_text() for label in other.get_yticklabels()] == ["", "", ""], "named once a row"
+    assert [
+        (bar.get_y() + bar.get_height() / 2, bar.get_width(), to_hex(bar.get_facecolor())) for bar in one.patches
+    ] == [
+        (0, 30.0, OURS),
+        (2, -10.0, BASELINE),
+    ]
+    assert one.get_ylim()[0] > one.get_ylim()[1], "the first is on top"
+    (error,) = [part for part in one.collections if part.get_segments()[0].shape == (2, 2)]
+    assert error.get_segments()[0][:, 0].tolist() == [28.0, 32.0]
+    assert one.get_xlim()[0] < -10 < 32 < one.get_xlim()[1]
+
+
+def test_a_panel_may_have_nothing_to_show(figures, tmp_path):
+    """The paper has no score for an ablation of ours."""
+    nothing = [Bar("a", None), Bar("b", None)]
+    draw_bars([[Panel("t", "x", nothing)]], tmp_path / "bars.png")
+    assert len(figures[0].axes[0].patches) == 0
+
+
+def bands_of(ax) -> dict[str, list[tuple[float, float]]]:
+    """By colour, the corners of each band."""
+    found = {to_hex(band.get_facecolor()): band.get_paths()[0].vertices for band in ax.collections}
+    return {color: sorted(set(map(tuple, corners.round(6).tolist()))) for color, corners in found.items()}
+
+
+def test_lines_have_bands_over_the_seeds(figures, tmp_path):
+    two, alone = [Spread(3.0, 0.5, 2), Spread(2.0, 1.0, 2)], [Spread(1.0, None, 1), Spread(2.0, None, 1)]
+    lines = [Line("MDLM", [1, 4], two), Line("one", [1, 4], alone), Line("two", [1, 4], alone)]
+    named = [Line("MDLM", ["40 words", "80 words"], two)]
+    draw_lines([[Chart("A", "x", "y", lines), Chart("B", "x", "y", named)]], tmp_path / "lines.png")
+    first, second = figures[0].axes
+    assert [(line.get_label(), line.get_xydata().tolist()) for line in first.get_lines()] == [
+        ("MDLM", [[1, 3], [4, 2]]),
+        ("one", [[1, 1], [4, 2]]),
+        ("two", [[1, 1], [4, 2]]),
+    ]
+    assert bands_of(first) == {"#6b6b6b": [(1, 2.5), (1, 3.5), (4, 1), (4, 3)]}, "none for a single seed"
+    assert len({to_hex(line.get_color()) for line in first.get_lines()}) == 3
+    assert (first.get_title(), first.get_xlabel(), first.get_ylabel()) == ("A", "x", "y")
+    assert [label.get_text() for label in second.get_xticklabels()] == ["40 words", "80 words"]
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["MDLM", "one", "two"], "once each"
+
+
+def test_curves_of_several_seeds_are_their_mean_in_a_band(figures, tmp_path):
+    train = [[float(n % 7) + seed for n in range(40)] for seed in (0, 2)]
+    runs = [run_of("a_mdlm", loss=own, eval_loss=[4.0 + seed, 2.0, 1.0][: 3 - seed]) for seed, own in enumerate(train)]
+    runs += [run_of("a", loss=[1.0], loss_memory_off=[2.0], eval_loss=[3.0]), run_of("b", "Other", loss=[1.0])]
+    draw_curves(runs, tmp_path / "curves.png")
+    left, right, other, _ = figures[0].axes
+    assert [ax.get_title() for ax in (left, right, other)] == ["LLaDA-MoE, train", "LLaDA-MoE, eval", "Other, train"]
+    drawn = {line.get_label(): line.get_ydata() for line in left.get_lines()}
+    assert drawn["MDLM"] == pytest.approx([fmean(pair) for pair in zip(*map(smooth, train), strict=True)])
+    assert (list(drawn["MemDLM"]), list(drawn[DISCARDED])) == ([1.0], [2.0])
+    faint = left.get_lines()[0]
+    assert faint.get_alpha() < 0.5 and faint.get_ydata() == pytest.approx([v + 1 for v in train[0]])
+    (mdlm, _) = right.get_lines()
+    assert mdlm.get_xydata().tolist() == [[10, 4.5], [20, 2.0]], "where all seeds have been evaluated"
+    wide = stdev([4, 5])
+    assert bands_of(right) == {
+        STYLES["MDLM"]["color"]: [(10, round(4.5 - wide, 6)), (10, round(4.5 + wide, 6)), (20, 2)]
+    }
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == list(STYLES)
+
+
+# --- figure 4 and the ablations on numbers made by hand ------------------------------------------------------------
+
+
+def dynamics(off: tuple[float, float]) -> dict:
+    """Two seeds of both methods on one backbone; `off` are MemDLM's final eval losses without fast weights."""
+    runs = {}
+    for seed, last in zip(CPU.seeds, off, strict=True):
+        train = [float(n) for n in range(20, 0, -1)]
+        base = {"loss": train, "eval_loss": [4.0, 3.0, 2.0 + seed / 10]}
+        own = {"loss": [v - 1 for v in train], "loss_memory_off": [v + 1 for v in train], "eval_loss": [3.0, 2.0, 1.0]}
+        runs[MOE, MDLM, seed] = run_of("llada_moe_mdlm", **base)
+        runs[MOE, MEMDLM, seed] = run_of("llada_moe", **own, eval_loss_memory_off=[4.0, 3.5, last])
+    return runs
+
+
+def test_figure_4_tables_the_losses_and_the_steps_to_mdlms():
+    assert figure4._rows(CPU, MOE, dynamics((2.0, 2.4))) == [
+        ("LLaDA-MoE", "MDLM", "1.500 ± 0.000", "2.150 ± 0.071", "-", "-", figure4.PAPER["MDLM"]),
+        *[
+            (
+                "LLaDA-MoE",
+                "MemDLM",
+                "0.500 ± 0.000",
+                "1.000 ± 0.000",
+                "-1.1500 ± 0.0707",
+                "19, 18",
+                "falls faster, stays lower",
+            )
+        ],
+        ("LLaDA-MoE", DISCARDED, "2.500 ± 0.000", "2.200 ± 0.283", "+0.0500 ± 0.2121", "29, not reached", "not shown"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("off", "says"),
+    [
+        ((2.0, 2.1), "0.1000 lower, in all 2 seeds."),
+        ((2.3, 2.4), "0.2000 higher, in all 2 seeds."),
+        ((2.0, 2.5), "0.1000 higher, though not in every seed."),
+    ],
+)
+def test_figure_4_says_how_the_methods_compare(off, says):
+    scale = dataclasses.replace(CPU, backbones=CPU.backbones[:1])
+    *_, last = figure4._about(scale, dynamics(off))
+    assert last == (
+        "LLaDA-MoE: MDLM ends at an eval loss of 2.150. With its fast weights MemDLM ends 1.1500 lower, in all 2 seeds"
+        f"; with them discarded, {says}"
+    )
+    gap = off[0] - 2.1
+    last = figure4._about(dataclasses.replace(scale, seeds=(1,)), dynamics(off))[-1]
+    assert last.endswith(f"discarded, {abs(gap):.4f} {'lower' if gap < 0 else 'higher'}."), (
+        "one seed agrees with itself"
+    )
+    run, points = dynamics(off)[MOE, MEMDLM, 1], figure4._points(MOE, MEMDLM, 1, dynamics(off)[MOE, MEMDLM, 1])
+    assert len(points) == len(run.log_history) == 46
+    for point in points:
+        assert {"step": point["step"], point["loss"]: point["value"]} in run.log_history
+        assert (point["backbone"], point["method"], point["seed"]) == ("LLaDA-MoE", MEMDLM, 1)
+
+
+def test_figure_4_draws_the_gap_to_mdlm_seed_by_seed(figures, tmp_path):
+    draw_lines([[figure4._differences(CPU, MOE, dynamics((2.0, 2.5)))]], tmp_path / "differences.png")
+    (ax,) = figures[0].axes
+    zero, on, off = ax.get_lines()
+    assert list(zero.get_ydata()) == [0, 0] and [on.get_label(), off.get_label()] == ["MemDLM", DISCARDED]
+    assert on.get_xydata() == pytest.approx(np.array([[10, -1], [20, -1], [30, -1.15]]))
+    assert off.get_ydata() == pytest.approx([0, 0.5, 0.1]), "MDLM's end at 2.1 and 2.2"
+    assert bands_of(ax)[to_hex(off.get_color())][-2:] == [(30, -0.182843), (30, 0.382843)]
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["MemDLM", DISCARDED]
+
+
+def scored(losses: dict[str, float] | None = None, **scores: list[float]) -> list[dict]:
+    """Points of an ablation: a score for each seed, and an eval loss that differs by method unless it is given."""
+    return [
+        {"method": method, "seed": seed, "score": score, "eval_loss": (losses or {}).get(method, number) + seed / 10}
+        for number, (method, values) in enumerate(scores.items())
+        for seed, score in enumerate(values)
+    ]
+
+
+DEFAULT = Variant("default", MEMDLM, 68.4)
+
+
+@pytest.mark.parametrize(
+    ("ours", "other", "score", "says"),
+    [
+        ([60, 62], [50, 54], 53.8, "+9.0 ± 1.4 (the paper +14.6), as in the paper in all 2 seeds"),
+        ([50, 52], [60, 62], 53.8, "-10.0 ± 0.0 (the paper +14.6), unlike the paper in all 2 seeds"),
+        ([50, 52], [60, 62], 69.4, "-10.0 ± 0.0 (the paper -1.0), as in the paper in all 2 seeds"),
+        ([60, 62], [50, 52], 69.4, "+10.0 ± 0.0 (the paper -1.0), unlike the paper in all 2 seeds"),
+        ([50, 70], [55, 57], 53.8, "+4.0 ± 12.7 (the paper +14.6), the seeds do not agree"),
+        ([50, 70], [50, 57], 53.8, "+6.5 ± 9.2 (the paper +14.6), the seeds do not agree"),
+        ([50, 70], [50, 70], 53.8, "+0.0 ± 0.0 (the paper +14.6), the seeds do not agree"),
+        ([60], [50], 53.8, "+10.0 (the paper +14.6)"),
+    ],
+)
+def test_the_papers_order_is_compared_with_ours(ours, other, score, says):
+    group = (Variant("other", "other", score), DEFAULT, Variant("new", "new", None))
+    points = scored(memdlm=ours, other=other, new=[1])
+    assert ablations._agreement(group, points) == f"default − other = {says}."
+    both = ablations._agreement((*group, Variant("more", "other", score)), points)
+    assert both == f"default − other = {says}; default − more = {says}."
+    assert ablations._agreement((DEFAULT._replace(score=None), group[2]), points) == "not in the paper."
+
+
+def test_variants_that_train_the_same_are_said_to():
+    points = scored({"memdlm": 2.0, "other": 2.0}, memdlm=[60, 62], other=[60, 62])
+    found = ablations._agreement((DEFAULT, Variant("other", "other", 53.8)), points)
+    assert found == "default − other = +0.0 ± 0.0 (the paper +14.6), the very same in every run."
+
+
+def test_ablations_are_losses_against_mdlms_of_the_same_seed(figures, tmp_path):
+    methods = {variant.method: 1.0 + number for number, variant in enumerate(VARIANTS)}
+    points = [
+        {"method": method, "seed": seed, "score": 10 * value, "eval_loss": value + seed, "eval_loss_memory_off": seed}
+        for method, value in methods.items()
+        for seed in (1, 2)
+    ]
+    base, kl, dropout = methods["mdlm"], methods["kl"], methods["dropout_25"]
+    row = (f"{10 * kl:.1f} ± 0.0", f"{-base:+.4f} ± 0.0000", f"{kl - base:+.4f} ± 0.0000")
+    assert ablations._row(Variant("logit KL", "kl", 66.0), points) == ("logit KL", "66.0", *row)
+    assert ablations._row(Variant("MDLM", "mdlm", 53.8), points) == ("MDLM", "53.8", f"{10 * base:.1f} ± 0.0", "-", "-")
+    assert ablations._row(Variant("0.25", "dropout_25", None), points)[1:3] == ("-", f"{10 * dropout:.1f} ± 0.0")
+    rows = [ablations._panels(CPU, title, group, points) for title, group in ABLATIONS.items()]
+    draw_bars(rows, tmp_path / "ablations.png")
+    assert [ax.get_title(loc="left") for ax in figures[0].axes[:: len(rows[0])]] == [*ABLATIONS]
+    shown = {ax.get_xlabel(): [bar.get_width() for bar in ax.patches] for ax in figures[0].axes[: len(rows[0])]}
+    group = next(iter(ABLATIONS.values()))
+    assert shown["the paper: BABILong-1K, %"] == [variant.score for variant in group]
+    assert shown["ours: 160 words, %"] == [10 * methods[variant.method] for variant in group]
+    assert shown["eval loss − MDLM's, φ discarded (nats)"][1:] == [-base] * (len(group) - 1)
