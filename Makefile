@@ -34,8 +34,8 @@ $(STAMP): setup.cfg constraints.txt
 demo: venv ## train the four tiny recipes on the CPU and compare them (ARGS="--steps 50")
 	@$(BIN)/python -m dllm_memdlm.demo $(ARGS)
 
-test: venv ## run the tests (ARGS="-k trajectory -n 2")
-	@$(BIN)/python -m pytest $(ARGS)
+test: venv ## run the tests, in two processes (ARGS="-k trajectory -n 0")
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-distributed: venv ## train in two processes under every engine, against one process (8 minutes)
 	@$(BIN)/python -m pytest tests/test_distributed.py tests/test_engines.py -m "distributed or not distributed" $(ARGS)

@@ -20,7 +20,7 @@ own = Path(sys.argv[1])
 own.with_suffix(".runs").open("a").write("x")
 """
 #: They are there for longer than any test, unless they are ended.
-STAY = "(own / 'pid.part').write_text(str(os.getpid())); (own / 'pid.part').rename(own / 'pid'); time.sleep(300)"
+STAY = "(own / 'pid.part').write_text(str(os.getpid())); (own / 'pid.part').rename(own / 'pid'); time.sleep(120)"
 
 
 def command(folder: Path, code: str = "", *arguments: str, **fields) -> Command:

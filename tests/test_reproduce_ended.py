@@ -17,8 +17,9 @@ from dllm_memdlm.reproduce.commands import DONE, Command
 
 #: A process of its own that runs commands, and says what the user can correct as our commands do.
 DRIVER = """
-import json, sys
+import json, signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored from birth where the tests run in the background
 from rich.console import Console
 from dllm_memdlm.launch import exit_code
 from dllm_memdlm.reproduce.commands import Command, run_missing

@@ -216,23 +216,35 @@ def test_every_way_to_score_a_model_has_a_folder_of_its_own():
 # --- pages from results made by hand -------------------------------------------------------------------------------
 
 
+#: Right answers by model, and the labels that figure 3 and the tables have for it.
+RIGHT = {"untuned": 0.125, "mdlm": 0.25, "memdlm": 0.5, "memory": 0.75}
+LABELS = dict(zip(("before fine-tuning", "MDLM", "MemDLM, memory off", "MemDLM, memory on"), RIGHT, strict=True))
+ROWS = dict(zip(paper.ROWS, [*RIGHT][1:], strict=True))
+
+
 def finish(commands: list[Command]) -> None:
-    """What the commands would leave: half of the answers right, and losses of 2, with fast weights 1."""
+    """What the commands would leave."""
     logs = [
         {"step": 10, "loss": 2.0, "loss_memory_off": 2.5},
-        {"step": 10, "eval_loss": 1.0, "eval_loss_memory_off": 2},
+        {"step": 10, "eval_loss": 1.0, "eval_loss_memory_off": 2.0},
         {"step": 10, "inner_grad_norm_1": 0.5, "inner_grad_norm_2": 0.25},
     ]
-    found = {name: {} for task in HARNESSES for _, name, _ in task.cells}
-    for _, name, metric in (cell for task in HARNESSES for cell in task.cells):
-        found[name][f"{metric},none"] = 0.5
     for command in commands:
+        scored = command.folder.parent.name.rpartition("-")[0] or command.folder.parent.name
+        with_memory = "memory=true" in command.line or "--memory" in command.argv
+        share = RIGHT["memory" if with_memory else scored] if scored in RIGHT else 0.5
+        found = {name: {} for task in HARNESSES for _, name, _ in task.cells}
+        for _, name, metric in (cell for task in HARNESSES for cell in task.cells):
+            found[name][f"{metric},none"] = share
+        rows = [{"words": words, "right": 16 * share, "asked": 16} for words in (40, 80, 160, 320)]
         command.folder.mkdir(parents=True, exist_ok=True)
         command.write_record(60.0)
-        (command.folder / "trainer_state.json").write_text(json.dumps({"log_history": logs}))
-        (command.folder / "results_1.json").write_text(json.dumps({"results": found}))
-        rows = [{"words": words, "right": 8, "asked": 16} for words in (40, 80, 160, 320)]
-        (command.folder / "scores.json").write_text(json.dumps({"scores": rows}))
+        for file, content in (
+            ("trainer_state.json", {"log_history": logs}),
+            ("results_1.json", {"results": found}),
+            ("scores.json", {"scores": rows}),
+        ):
+            (command.folder / file).write_text(json.dumps(content))
 
 
 #: Every target at the scale of the paper, and some where there is another one.
@@ -247,6 +259,9 @@ def test_every_target_has_a_page(target, size, tmp_path):
     stages = what.stages(scale)
     commands = list(dict.fromkeys(command for stage in stages for command in stage))
     assert len({command.folder for command in commands}) == len(commands)
+    for number, stage in enumerate(stages):
+        before = set(itertools.chain(*stages[:number]))
+        assert all(before.issuperset(command.after) for command in stage), "what it reads is made in an earlier stage"
     finish(commands)
     folder = tmp_path / target
     page = what.page(scale, folder)
@@ -265,5 +280,10 @@ def test_every_target_has_a_page(target, size, tmp_path):
         assert [[float(row[column]) for column in columns] for row in theirs] == [
             list(scores) for rows in printed.values() for scores in rows
         ]
-        ours = [row for row in page.tables[0].rows if row[0]]
-        assert all(set(row[2:]) == {"50.00"} for row in ours) and len(ours) == len(theirs)
+        assert len(theirs) == len(page.tables[0].rows) / 2
+    if target in ("figure3", "table1", "table2", "table3"):
+        labels, digits = (LABELS, 1) if target == "figure3" else (ROWS, 2)
+        for _, label, *cells in (row for row in page.tables[0].rows if row[0]):
+            assert {cell.split()[0] for cell in cells} == {f"{100 * RIGHT[labels[label]]:.{digits}f}"}
+        for point in page.points:
+            assert point["score"] == 100 * RIGHT[labels[point["model"]]]
