@@ -6,25 +6,22 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any
 
 from rich.table import Table
+
+from .charts import DISCARDED, Line, Lines, draw_lines, spread
 
 #: Baselines are named after the recipe they are compared with: tiny_llada2_mdlm.yaml is plain MDLM of tiny_llada2.yaml.
 MDLM_SUFFIX = "_mdlm"
 BACKBONES = {"tiny_llada_moe": "LLaDA-MoE", "tiny_llada2": "LLaDA2.1"}  #: by recipe; others are called as it is
 
+#: What is drawn of each run, and its name in the logs.
+SPLITS = {"train": "loss", "eval": "eval_loss"}
+
 #: Losses nearer to each other than this share of MDLM's are called equal in the reading.
 SAME = 0.005
-
-#: The curves by label, in the legend's order: colours that any colour vision tells apart, and dashes besides.
-DISCARDED = "MemDLM, fast weights discarded"
-STYLES = {
-    "MDLM": {"color": "#6b6b6b", "linestyle": "-"},
-    "MemDLM": {"color": "#0072b2", "linestyle": "-"},
-    DISCARDED: {"color": "#d55e00", "linestyle": "--"},
-}
 
 
 @dataclass(frozen=True)
@@ -168,40 +165,29 @@ def draw_curves(runs: list[Run], path: Path) -> None:
 
     Runs of one backbone and method are its seeds: their mean is drawn, in a band of a standard deviation to each side.
     """
-    from matplotlib.figure import Figure  # without pyplot, a PNG is always drawn by Agg and needs no display
-
-    backbones = list(dict.fromkeys(run.backbone for run in runs))
-    figure = Figure(figsize=(9, 0.6 + 2.9 * len(backbones)), layout="constrained")
-    grid = figure.subplots(len(backbones), 2, squeeze=False, sharex="row")
-    for axes, backbone in zip(grid, backbones, strict=True):
-        for ax, key, name in zip(axes, ("loss", "eval_loss"), ("train", "eval"), strict=True):
-            ax.set(title=f"{backbone}, {name}", xlabel="optimizer step", ylabel="loss (nats)")
-            ax.spines[["top", "right"]].set_visible(False)
-            for method in dict.fromkeys(run.method for run in runs if run.backbone == backbone):
-                seeds = [run for run in runs if (run.backbone, run.method) == (backbone, method)]
-                _draw_line(ax, [run.series(key) for run in seeds], method, noisy=name == "train")
-                _draw_line(ax, [run.series(f"{key}_memory_off") for run in seeds], DISCARDED, noisy=name == "train")
-    drawn = {line.get_label(): line for ax in grid.flat for line in ax.get_lines()}
-    lines = [drawn[label] for label in STYLES if label in drawn]
-    figure.legend(handles=lines, loc="outside upper center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=150)
+    rows = []
+    for backbone in dict.fromkeys(run.backbone for run in runs):
+        own = [run for run in runs if run.backbone == backbone]
+        rows.append([_losses(f"{backbone}, {name}", own, key) for name, key in SPLITS.items()])
+    draw_lines(rows, path)
 
 
-def _draw_line(ax: Any, seeds: list[tuple[list[int], list[float]]], label: str, noisy: bool) -> None:
-    steps = [step for step in seeds[0][0] if all(step in other for other, _ in seeds)]
-    if not steps:  # MDLM has no fast weights to discard
-        return
-    style = STYLES[label]
-    values = [[dict(zip(*series, strict=True))[step] for step in steps] for series in seeds]
-    if noisy:
-        ax.plot(steps, [fmean(v) for v in zip(*values, strict=True)], color=style["color"], alpha=0.25, linewidth=0.8)
-        values = [smooth(series) for series in values]
-    mean = [fmean(v) for v in zip(*values, strict=True)]
-    ax.plot(steps, mean, **style, label=label, linewidth=2, marker="" if noisy else "o", markersize=3)
-    if len(values) > 1:
-        wide = [stdev(v) for v in zip(*values, strict=True)]
-        low, high = ([m + sign * w for m, w in zip(mean, wide, strict=True)] for sign in (-1, 1))
-        ax.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+def _losses(title: str, runs: list[Run], key: str) -> Lines:
+    """What `runs` of one backbone logged under `key` and, with the fast weights discarded, beside it."""
+    mdlm, memdlm = ([run for run in runs if run.is_mdlm == which] for which in (True, False))
+    curves = (("MDLM", mdlm, key), ("MemDLM", memdlm, key), (DISCARDED, memdlm, f"{key}_memory_off"))
+    lines = [_line(label, [run.series(name) for run in own], noisy=key == "loss") for label, own, name in curves]
+    return Lines(title, "optimizer step", "loss (nats)", [line for line in lines if line.places])
+
+
+def _line(label: str, seeds: list[tuple[list[int], list[float]]], noisy: bool) -> Line:
+    """The curve over the seeds, at the steps that all of them logged."""
+    logged = [dict(zip(*series, strict=True)) for series in seeds]
+    steps = [step for step in (logged[0] if logged else ()) if all(step in own for own in logged)]
+    values = [[own[step] for step in steps] for own in logged]
+    smoothed = [smooth(series) for series in values] if noisy else values
+    raw = [fmean(at_step) for at_step in zip(*values, strict=True)] if noisy else []
+    return Line(label, steps, [spread(at_step) for at_step in zip(*smoothed, strict=True)], raw)
 
 
 def smooth(values: list[float]) -> list[float]:

@@ -13,11 +13,23 @@ from data_files import message_of
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from dllm_memdlm.reporting import DISCARDED, STYLES, Run, draw_curves, smooth
+from dllm_memdlm.charts import (
+    BLUE,
+    DISCARDED,
+    GREY,
+    STYLES,
+    Bar,
+    Bars,
+    Line,
+    Lines,
+    Spread,
+    draw_bars,
+    draw_lines,
+    spread,
+)
+from dllm_memdlm.reporting import Run, draw_curves, smooth
 from dllm_memdlm.reproduce import ablations, figure4
-from dllm_memdlm.reproduce.bars import BASELINE, OURS, Bar, Panel, draw_bars
-from dllm_memdlm.reproduce.curves import Spread, final, first_step_at, spread
-from dllm_memdlm.reproduce.lines import Chart, Line, draw_lines
+from dllm_memdlm.reproduce.curves import final, first_step_at
 from dllm_memdlm.reproduce.paper import ABLATIONS, Variant
 from dllm_memdlm.reproduce.scales import MDLM, MEMDLM, SCALES
 
@@ -88,9 +100,9 @@ def test_the_final_value_is_the_last_one():
 
 
 def test_bars_stand_where_they_belong(figures, tmp_path):
-    bars = [Bar("first", Spread(30.0, 2.0, 3), OURS), Bar("none", None), Bar("last", Spread(-10.0, None, 1), BASELINE)]
-    panel = Panel("One", "score (%)", bars)
-    draw_bars([[panel, panel._replace(title="")], [Panel("Two", "nats", bars[:1])]], tmp_path / "bars.png")
+    bars = [Bar("first", Spread(30.0, 2.0, 3), BLUE), Bar("none", None), Bar("last", Spread(-10.0, None, 1), GREY)]
+    panel = Bars("One", "score (%)", bars)
+    draw_bars([[panel, panel._replace(title="")], [Bars("Two", "nats", bars[:1])]], tmp_path / "bars.png")
     one, other, two, empty = figures[0].axes
     assert [ax.get_title(loc="left") for ax in (one, other, two)] == ["One", "", "Two"]
     assert [ax.get_xlabel() for ax in (one, two)] == ["score (%)", "nats"] and not empty.axison
@@ -99,8 +111,8 @@ def test_bars_stand_where_they_belong(figures, tmp_path):
     assert [
         (bar.get_y() + bar.get_height() / 2, bar.get_width(), to_hex(bar.get_facecolor())) for bar in one.patches
     ] == [
-        (0, 30.0, OURS),
-        (2, -10.0, BASELINE),
+        (0, 30.0, BLUE),
+        (2, -10.0, GREY),
     ]
     assert one.get_ylim()[0] > one.get_ylim()[1], "the first is on top"
     (error,) = [part for part in one.collections if part.get_segments()[0].shape == (2, 2)]
@@ -111,7 +123,7 @@ def test_bars_stand_where_they_belong(figures, tmp_path):
 def test_a_panel_may_have_nothing_to_show(figures, tmp_path):
     """The paper has no score for an ablation of ours."""
     nothing = [Bar("a", None), Bar("b", None)]
-    draw_bars([[Panel("t", "x", nothing)]], tmp_path / "bars.png")
+    draw_bars([[Bars("t", "x", nothing)]], tmp_path / "bars.png")
     assert len(figures[0].axes[0].patches) == 0
 
 
@@ -125,7 +137,7 @@ def test_lines_have_bands_over_the_seeds(figures, tmp_path):
     two, alone = [Spread(3.0, 0.5, 2), Spread(2.0, 1.0, 2)], [Spread(1.0, None, 1), Spread(2.0, None, 1)]
     lines = [Line("MDLM", [1, 4], two), Line("one", [1, 4], alone), Line("two", [1, 4], alone)]
     named = [Line("MDLM", ["40 words", "80 words"], two)]
-    draw_lines([[Chart("A", "x", "y", lines), Chart("B", "x", "y", named)]], tmp_path / "lines.png")
+    draw_lines([[Lines("A", "x", "y", lines), Lines("B", "x", "y", named)]], tmp_path / "lines.png")
     first, second = figures[0].axes
     assert [(line.get_label(), line.get_xydata().tolist()) for line in first.get_lines()] == [
         ("MDLM", [[1, 3], [4, 2]]),
@@ -150,7 +162,7 @@ def test_curves_of_several_seeds_are_their_mean_in_a_band(figures, tmp_path):
     drawn = {line.get_label(): line.get_ydata() for line in left.get_lines()}
     assert drawn["MDLM"] == pytest.approx([fmean(pair) for pair in zip(*map(smooth, train), strict=True)])
     assert (list(drawn["MemDLM"]), list(drawn[DISCARDED])) == ([1.0], [2.0])
-    faint = left.get_lines()[0]
+    faint = left.get_lines()[1]
     assert faint.get_alpha() < 0.5 and faint.get_ydata() == pytest.approx([v + 1 for v in train[0]])
     (mdlm, _) = right.get_lines()
     assert mdlm.get_xydata().tolist() == [[10, 4.5], [20, 2.0]], "where all seeds have been evaluated"
@@ -158,7 +170,7 @@ def test_curves_of_several_seeds_are_their_mean_in_a_band(figures, tmp_path):
     assert bands_of(right) == {
         STYLES["MDLM"]["color"]: [(10, round(4.5 - wide, 6)), (10, round(4.5 + wide, 6)), (20, 2)]
     }
-    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == list(STYLES)
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["MDLM", "MemDLM", DISCARDED]
 
 
 # --- figure 4 and the ablations on numbers made by hand ------------------------------------------------------------

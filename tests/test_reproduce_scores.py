@@ -6,10 +6,8 @@ import dataclasses
 import itertools
 import json
 import os
-import pkgutil
 from pathlib import Path
 
-import matplotlib.image
 import pytest
 import yaml
 from data_files import message_of
@@ -17,11 +15,8 @@ from data_files import message_of
 from dllm_memdlm.backbones.sites import adapted_layers
 from dllm_memdlm.demo import RECIPE_FOLDER
 from dllm_memdlm.recipe import load_recipe, resolve
-from dllm_memdlm.report import write_page
 from dllm_memdlm.reproduce import ablations, paper
-from dllm_memdlm.reproduce.__main__ import TARGETS
 from dllm_memdlm.reproduce.commands import Command
-from dllm_memdlm.reproduce.page import read_page
 from dllm_memdlm.reproduce.paper import ABLATIONS, ANCHOR_RATIOS
 from dllm_memdlm.reproduce.scales import MDLM, MEMDLM, SCALES, Model, differences, flat
 from dllm_memdlm.reproduce.scores import (
@@ -211,79 +206,3 @@ def test_every_way_to_score_a_model_has_a_folder_of_its_own():
         assert model.pretrained in command.line and all(setting in command.line for setting in chosen)
         assert memory == ("--memory" in command.argv or "memory=true" in command.line)
     assert len(folders) == len(ways)
-
-
-# --- pages from results made by hand -------------------------------------------------------------------------------
-
-
-#: Right answers by model, and the labels that figure 3 and the tables have for it.
-RIGHT = {"untuned": 0.125, "mdlm": 0.25, "memdlm": 0.5, "memory": 0.75}
-LABELS = dict(zip(("before fine-tuning", "MDLM", "MemDLM, memory off", "MemDLM, memory on"), RIGHT, strict=True))
-ROWS = dict(zip(paper.ROWS, [*RIGHT][1:], strict=True))
-
-
-def finish(commands: list[Command]) -> None:
-    """What the commands would leave."""
-    logs = [
-        {"step": 10, "loss": 2.0, "loss_memory_off": 2.5},
-        {"step": 10, "eval_loss": 1.0, "eval_loss_memory_off": 2.0},
-        {"step": 10, "inner_grad_norm_1": 0.5, "inner_grad_norm_2": 0.25},
-    ]
-    for command in commands:
-        scored = command.folder.parent.name.rpartition("-")[0] or command.folder.parent.name
-        with_memory = "memory=true" in command.line or "--memory" in command.argv
-        share = RIGHT["memory" if with_memory else scored] if scored in RIGHT else 0.5
-        found = {name: {} for task in HARNESSES for _, name, _ in task.cells}
-        for _, name, metric in (cell for task in HARNESSES for cell in task.cells):
-            found[name][f"{metric},none"] = share
-        rows = [{"words": words, "right": 16 * share, "asked": 16} for words in (40, 80, 160, 320)]
-        command.folder.mkdir(parents=True, exist_ok=True)
-        command.write_record(60.0)
-        for file, content in (
-            ("trainer_state.json", {"log_history": logs}),
-            ("results_1.json", {"results": found}),
-            ("scores.json", {"scores": rows}),
-        ):
-            (command.folder / file).write_text(json.dumps(content))
-
-
-#: Every target at the scale of the paper, and some where there is another one.
-PAGES = [(target, "paper") for target in TARGETS if target not in ("figure11", "dropout")]
-PAGES += [("dropout", "cpu"), ("figure3", "cpu"), ("table1", "cpu"), ("ablations", "small")]
-
-
-@pytest.mark.parametrize(("target", "size"), PAGES)
-def test_every_target_has_a_page(target, size, tmp_path):
-    scale = dataclasses.replace(SCALES[size], runs=tmp_path / "runs", seeds=SCALES[size].seeds[:2])
-    what = pkgutil.resolve_name(TARGETS[target])
-    stages = what.stages(scale)
-    commands = list(dict.fromkeys(command for stage in stages for command in stage))
-    assert len({command.folder for command in commands}) == len(commands)
-    for number, stage in enumerate(stages):
-        before = set(itertools.chain(*stages[:number]))
-        assert all(before.issuperset(command.after) for command in stage), "what it reads is made in an earlier stage"
-    finish(commands)
-    folder = tmp_path / target
-    page = what.page(scale, folder)
-    assert read_page(page.write(folder)).name == target
-    assert write_page(folder, page).stat().st_size > 1000
-    assert len(page.commands) == len(commands) and page.points
-    assert {point["run"] for point in page.points} <= {str(command.folder) for command in commands}
-    for picture in page.pictures:
-        assert matplotlib.image.imread(folder / picture)[..., :3].var() > 1e-3
-    for table in page.tables:
-        assert {len(row) for row in table.rows} == {len(table.columns)}
-    if target.startswith("table") and size == "paper":
-        printed = getattr(paper, f"TABLE_{target[-1]}")
-        columns = getattr(paper, f"TABLE_{target[-1]}_COLUMNS")
-        theirs = [dict(zip(page.tables[0].columns, row, strict=True)) for row in page.tables[0].rows if not row[0]]
-        assert [[float(row[column]) for column in columns] for row in theirs] == [
-            list(scores) for rows in printed.values() for scores in rows
-        ]
-        assert len(theirs) == len(page.tables[0].rows) / 2
-    if target in ("figure3", "table1", "table2", "table3"):
-        labels, digits = (LABELS, 1) if target == "figure3" else (ROWS, 2)
-        for _, label, *cells in (row for row in page.tables[0].rows if row[0]):
-            assert {cell.split()[0] for cell in cells} == {f"{100 * RIGHT[labels[label]]:.{digits}f}"}
-        for point in page.points:
-            assert point["score"] == 100 * RIGHT[labels[point["model"]]]

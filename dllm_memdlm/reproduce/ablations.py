@@ -11,11 +11,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ..charts import BLUE, GREY, LIGHT, Bar, Bars, Spread, draw_bars, spread
 from ..demo import RECIPE_FOLDER
 from ..reporting import load_run
-from .bars import BASELINE, OURS, PAPERS, Bar, Panel, draw_bars
 from .commands import Command
-from .curves import Spread, final, over_seeds, spread
+from .curves import final, over_seeds
 from .page import Grid, Page
 from .paper import ABLATIONS, Variant
 from .scales import MDLM, MEMDLM, Model, Scale, differences
@@ -103,19 +103,19 @@ def _against_mdlm(points: list[dict[str, Any]], method: str, key: str) -> Spread
     return spread([*_less(points, method, key, MDLM, "eval_loss").values()])
 
 
-def _panels(scale: Scale, title: str, group: tuple[Variant, ...], points: list[dict[str, Any]]) -> list[Panel]:
+def _panels(scale: Scale, title: str, group: tuple[Variant, ...], points: list[dict[str, Any]]) -> list[Bars]:
     """The paper's scores, ours, and how far the eval loss without fast weights is from MDLM's."""
 
     def bars(color: str, value: Any) -> list[Bar]:
-        return [Bar(v.label, value(v), BASELINE if v.method == MDLM and color == OURS else color) for v in group]
+        return [Bar(v.label, value(v), GREY if v.method == MDLM and color == BLUE else color) for v in group]
 
-    ours = bars(OURS, lambda v: over_seeds(points, "score", method=v.method))
-    off = bars(OURS, lambda v: _against_mdlm(points, v.method, "eval_loss_memory_off"))
-    papers = bars(PAPERS, lambda v: None if v.score is None else Spread(v.score, None, 1))
+    ours = bars(BLUE, lambda v: over_seeds(points, "score", method=v.method))
+    off = bars(BLUE, lambda v: _against_mdlm(points, v.method, "eval_loss_memory_off"))
+    papers = bars(LIGHT, lambda v: None if v.score is None else Spread(v.score, None, 1))
     return [
-        Panel(title, "the paper: BABILong-1K, %", papers),
-        Panel("", f"ours: {', '.join(ABLATED[scale.name].columns)}, %", ours),
-        Panel("", "eval loss − MDLM's, φ discarded (nats)", off),
+        Bars(title, "the paper: BABILong-1K, %", papers),
+        Bars("", f"ours: {', '.join(ABLATED[scale.name].columns)}, %", ours),
+        Bars("", "eval loss − MDLM's, φ discarded (nats)", off),
     ]
 
 

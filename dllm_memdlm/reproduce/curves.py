@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import Any
 
+from ..charts import Spread, spread
 from ..config import ConfigError
 from ..reporting import Run
 
 Series = tuple[list[int], list[float]]  #: steps, and the values logged at them
-
-
-class Spread(NamedTuple):
-    """A number over the seeds."""
-
-    mean: float
-    stdev: float | None  #: none for a single seed
-    count: int
-
-    def text(self, digits: int = 3, sign: bool = False) -> str:
-        """mean ± standard deviation."""
-        mean = f"{self.mean:{'+' if sign else ''}.{digits}f}"
-        return mean if self.stdev is None else f"{mean} ± {self.stdev:.{digits}f}"
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Mean and standard deviation of at least one value."""
-    return Spread(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
 
 
 def over_seeds(points: Sequence[Mapping[str, Any]], key: str, **where: Any) -> Spread:

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..charts import Line, Lines, draw_lines, spread
 from ..config import ConfigError
 from ..reporting import Run, load_run
 from .commands import Command
-from .curves import final, spread
-from .lines import Chart, Line, draw_lines
+from .curves import final
 from .page import Grid, Page
 from .scales import MDLM, Scale
 
@@ -94,10 +94,10 @@ def _seeds(runs: dict[tuple[str, int], Run], case: str) -> list[Run]:
     return [run for (own, _), run in runs.items() if own == case]
 
 
-def _chart(title: str, key: str, cases: Sequence[str], runs: dict[tuple[str, int], Run]) -> Chart:
+def _chart(title: str, key: str, cases: Sequence[str], runs: dict[tuple[str, int], Run]) -> Lines:
     lines = []
     for case in cases:
         series = [run.series(_key(case, key)) for run in _seeds(runs, case)]
         values = [spread(at_step) for at_step in zip(*(values for _, values in series), strict=True)]
         lines.append(Line(LABELS[case], series[0][0], values))
-    return Chart(title, "optimizer step", "eval loss (nats)", lines)
+    return Lines(title, "optimizer step", "eval loss (nats)", lines)

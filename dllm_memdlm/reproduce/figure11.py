@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..charts import Line, Lines, Spread, draw_lines
 from .commands import Command
-from .curves import Spread, over_seeds
-from .lines import Chart, Line, draw_lines
+from .curves import over_seeds
 from .page import Grid, Page
 from .scales import CASES, MDLM, MEMDLM, Backbone, Model, Scale
 
@@ -91,7 +91,7 @@ def _at(points: list[dict[str, Any]], backbone: Backbone, label: str, measure: s
     return over_seeds(points, measure, backbone=backbone.title, model=label, step=step)
 
 
-def _chart(backbone: Backbone, measure: str, points: list[dict[str, Any]]) -> Chart:
+def _chart(backbone: Backbone, measure: str, points: list[dict[str, Any]]) -> Lines:
     steps = sorted({point["step"] for point in points})
     lines = [Line(label, steps, [_at(points, backbone, label, measure, s) for s in steps]) for label in CASES]
-    return Chart(backbone.title, "denoising step", MEASURES[measure], lines)
+    return Lines(backbone.title, "denoising step", MEASURES[measure], lines)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..charts import Line, Lines, Spread, draw_lines
 from .commands import Command
-from .curves import Spread, over_seeds
-from .lines import Chart, Line, draw_lines
+from .curves import over_seeds
 from .page import Grid, Page
 from .scales import CASES, MDLM, MEMDLM, Backbone, Model, Scale
 from .scores import RETRIEVAL
@@ -74,6 +74,6 @@ def _scores(points: list[dict[str, Any]], backbone: Backbone, label: str, column
     return [over_seeds(points, "score", backbone=backbone.title, model=label, column=column) for column in columns]
 
 
-def _chart(backbone: Backbone, columns: list[str], points: list[dict[str, Any]]) -> Chart:
+def _chart(backbone: Backbone, columns: list[str], points: list[dict[str, Any]]) -> Lines:
     lines = [Line(label, columns, _scores(points, backbone, label, columns)) for label in LABELS]
-    return Chart(backbone.title, "length of the text", "right answers (%)", lines)
+    return Lines(backbone.title, "length of the text", "right answers (%)", lines)

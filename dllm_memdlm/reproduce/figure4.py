@@ -11,10 +11,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..reporting import DISCARDED, MDLM_SUFFIX, Run, draw_curves, load_run, tail_mean
+from ..charts import DISCARDED, Line, Lines, draw_lines, spread
+from ..reporting import MDLM_SUFFIX, Run, draw_curves, load_run, tail_mean
 from .commands import Command
-from .curves import Series, final, first_step_at, spread
-from .lines import Chart, Line, draw_lines
+from .curves import Series, final, first_step_at
 from .page import Grid, Page
 from .scales import MDLM, MEMDLM, Backbone, Scale
 
@@ -96,7 +96,7 @@ def _rows(scale: Scale, backbone: Backbone, runs: dict[Any, Run]) -> list[Sequen
     return rows
 
 
-def _differences(scale: Scale, backbone: Backbone, runs: dict[Any, Run]) -> Chart:
+def _differences(scale: Scale, backbone: Backbone, runs: dict[Any, Run]) -> Lines:
     """The eval loss of both of MemDLM's curves less MDLM's of the same seed, over the steps."""
     lines = []
     for label, (method, key) in CURVES.items():
@@ -105,7 +105,7 @@ def _differences(scale: Scale, backbone: Backbone, runs: dict[Any, Run]) -> Char
         pairs = [(runs[backbone, method, s].series(f"eval_{key}"), _baseline(runs, backbone, s)) for s in scale.seeds]
         seeds = [[a - b for a, b in zip(own[1], base[1], strict=True)] for own, base in pairs]
         lines.append(Line(label, pairs[0][0][0], [spread(values) for values in zip(*seeds, strict=True)]))
-    return Chart(backbone.title, "optimizer step", "eval loss − MDLM's (nats)", lines, zero=True)
+    return Lines(backbone.title, "optimizer step", "eval loss − MDLM's (nats)", lines, zero=True)
 
 
 def _baseline(runs: dict[Any, Run], backbone: Backbone, seed: int) -> Series:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..charts import Line, Lines, draw_lines
 from .commands import Command
 from .curves import over_seeds
-from .lines import Chart, Line, draw_lines
 from .page import Grid, Page
 from .paper import ANCHOR_RATIOS
 from .scales import MEMDLM, Model, Scale
@@ -37,7 +37,7 @@ def page(scale: Scale, folder: Path) -> Page:
     lines = [Line(column, ANCHOR_RATIOS, scores[column]) for column in columns]
     folder.mkdir(parents=True, exist_ok=True)
     draw_lines(
-        [[Chart(scale.backbones[0].title, "masked ratio of the anchor", "right answers (%)", lines)]],
+        [[Lines(scale.backbones[0].title, "masked ratio of the anchor", "right answers (%)", lines)]],
         folder / "figure7.png",
     )
     means = {column: [score.mean for score in scores[column]] for column in columns}
