@@ -177,11 +177,10 @@ def test_other_settings_are_refused_for_the_same_folder(reproduced, capsys):
 
 @pytest.mark.slow
 def test_what_a_command_refuses_is_told(here, tmp_path, capsys):
-    (tmp_path / "rows.json").write_text(json.dumps(ROWS), encoding="utf-8")
-    text = error_of(capsys, *arguments(tmp_path, "figure4", settings=("training.max_stepps=4",)))
+    text = error_of(capsys, *arguments(tmp_path, "figure4"))  # whose data is not there
     log = tmp_path / "runs" / "cpu" / "llada_moe" / "base" / LOG
     assert text.startswith(f"{log}: the command ended with 2: error: ")
-    assert text.endswith("unknown key training.max_stepps; did you mean training.max_steps?")
+    assert str(tmp_path / "rows.json") in text
     assert not (tmp_path / "reports").exists()
 
 
@@ -236,6 +235,8 @@ def test_what_is_unknown_is_refused_in_a_line(capsys, tmp_path, monkeypatch):
         assert stopped.value.code == 2
         assert capsys.readouterr().err.splitlines()[-1] == f"memdlm-reproduce: error: {message}"
     assert "expected section.key=value" in error_of(capsys, "figure4", "--set", "training.max_steps")
+    text = error_of(capsys, "figure4", "--set", "training.max_stepps=4")
+    assert text.endswith("unknown key training.max_stepps; did you mean training.max_steps?")
     assert "--scale paper" in error_of(capsys, "dropout", "--scale", "paper", "--commands")
     assert list(tmp_path.iterdir()) == []
 

@@ -17,7 +17,7 @@ import psutil
 import yaml
 
 from ..demo import RECIPE_FOLDER
-from ..recipe import resolve
+from ..recipe import load_recipe, resolve
 from ..reporting import MDLM_SUFFIX
 from .commands import Command
 
@@ -130,6 +130,8 @@ class Scale:
 
 @cache
 def _keys_of(recipe: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Every setting of a run, by its dotted name. Raises ConfigError for one that no recipe takes."""
+    load_recipe(recipe, overrides)
     return dict(flat(resolve(recipe, overrides)))
 
 
