@@ -28,7 +28,7 @@ from dllm_memdlm.charts import (
     spread,
 )
 from dllm_memdlm.reporting import Run, draw_curves, smooth
-from dllm_memdlm.reproduce import ablations, figure4
+from dllm_memdlm.reproduce import ablations, figure3, figure4
 from dllm_memdlm.reproduce.curves import final, first_step_at
 from dllm_memdlm.reproduce.paper import ABLATIONS, Variant
 from dllm_memdlm.reproduce.scales import MDLM, MEMDLM, SCALES
@@ -254,6 +254,19 @@ def scored(losses: dict[str, float] | None = None, **scores: list[float]) -> lis
 
 
 DEFAULT = Variant("default", MEMDLM, 68.4)
+
+
+def test_figure_3_takes_mdlms_score_away_seed_by_seed():
+    scores = {("MDLM", 1): 50, ("MDLM", 2): 70, ("MemDLM, memory off", 1): 51, ("MemDLM, memory off", 2): 73}
+    scores |= {("MemDLM, memory on", 1): 50, ("MemDLM, memory on", 2): 66, (figure3.BEFORE, None): 10}
+    points = [
+        {"backbone": title, "model": model, "seed": seed, "column": "80 words", "score": score + title.count("2")}
+        for title in (MOE.title, "LLaDA2.1")
+        for (model, seed), score in scores.items()
+    ]
+    off, on = figure3._differences(MOE, ["80 words"], points).lines
+    assert (off.label, off.values) == ("MemDLM, memory off", [spread([1, 3])])
+    assert (on.label, on.values) == ("MemDLM, memory on", [spread([0, -4])])
 
 
 @pytest.mark.parametrize(

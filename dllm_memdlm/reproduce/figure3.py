@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..charts import Line, Lines, Spread, draw_lines
+from ..charts import Line, Lines, Spread, draw_lines, spread
 from .commands import Command
 from .curves import over_seeds
 from .page import Grid, Page
@@ -33,7 +33,8 @@ def page(scale: Scale, folder: Path) -> Page:
             points += [{**head, "column": column, "score": score} for column, score in task.read(command).items()]
     columns = [column for task in RETRIEVAL[scale.name] for column in task.columns]
     folder.mkdir(parents=True, exist_ok=True)
-    draw_lines([[_chart(backbone, columns, points) for backbone in scale.backbones]], folder / "figure3.png")
+    charts = [[draw(backbone, columns, points) for backbone in scale.backbones] for draw in (_chart, _differences)]
+    draw_lines(charts, folder / "figure3.png")
     rows = [
         (backbone.title, label, *(score.text(1) for score in _scores(points, backbone, label, columns)))
         for backbone in scale.backbones
@@ -52,7 +53,10 @@ def page(scale: Scale, folder: Path) -> Page:
             "stays above both from 1K to 32K.",
         ],
         points=points,
-        pictures={"figure3.png": "Share of right answers. Band: a standard deviation over the seeds."},
+        pictures={
+            "figure3.png": "Share of right answers, and how far MemDLM's is from MDLM's of the same seed. Band: a "
+            "standard deviation over the seeds."
+        },
         tables=[Grid("%, mean ± standard deviation over the seeds", ("backbone", "model", *columns), rows)],
     ).made_by(command for stage in stages(scale) for command in stage)
 
@@ -77,3 +81,19 @@ def _scores(points: list[dict[str, Any]], backbone: Backbone, label: str, column
 def _chart(backbone: Backbone, columns: list[str], points: list[dict[str, Any]]) -> Lines:
     lines = [Line(label, columns, _scores(points, backbone, label, columns)) for label in LABELS]
     return Lines(backbone.title, "length of the text", "right answers (%)", lines)
+
+
+def _differences(backbone: Backbone, columns: list[str], points: list[dict[str, Any]]) -> Lines:
+    """MemDLM's scores less those of MDLM's model of the same seed."""
+    scores = {
+        (point["model"], point["seed"], point["column"]): point["score"]
+        for point in points
+        if point["backbone"] == backbone.title
+    }
+    seeds = dict.fromkeys(seed for label, seed, _ in scores if label == "MDLM")
+    lines = [
+        Line(label, columns, [spread([scores[label, s, c] - scores["MDLM", s, c] for s in seeds]) for c in columns])
+        for label in LABELS
+        if label not in (BEFORE, "MDLM")
+    ]
+    return Lines(backbone.title, "length of the text", "right answers − MDLM's (points)", lines, zero=True)
