@@ -32,7 +32,6 @@ class Spread(NamedTuple):
 
     mean: float
     stdev: float | None  #: none for a single seed
-    count: int
 
     def text(self, digits: int = 3, sign: bool = False) -> str:
         """mean ± standard deviation."""
@@ -42,7 +41,7 @@ class Spread(NamedTuple):
 
 def spread(values: Sequence[float]) -> Spread:
     """Mean and standard deviation of at least one value."""
-    return Spread(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
+    return Spread(fmean(values), stdev(values) if len(values) > 1 else None)
 
 
 class Line(NamedTuple):

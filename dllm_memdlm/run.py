@@ -98,6 +98,7 @@ def train(recipe: Recipe, resume: bool = False) -> MemDLMTrainer:
     if checkpoint is not None:
         made_by = check_whole(checkpoint)
         check_recipe(checkpoint, recipe)
+        recipe.training.eval_on_start = False  # it was evaluated at this step before
     trainer = build_trainer(recipe)
     if checkpoint is not None:
         check_engine(checkpoint, made_by, engines.describe(trainer.accelerator))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import shlex
 from contextlib import redirect_stdout
@@ -187,7 +188,7 @@ def test_what_a_command_refuses_is_told(here, tmp_path, capsys):
 # --- without running anything --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", ["cpu", "paper"])
+@pytest.mark.parametrize("scale", ["cpu", "small", "paper"])
 def test_commands_are_shown_and_nothing_is_run(scale, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     targets = [target for target in TARGETS if scale == "cpu" or target != "dropout"]
@@ -238,6 +239,9 @@ def test_what_is_unknown_is_refused_in_a_line(capsys, tmp_path, monkeypatch):
     text = error_of(capsys, "figure4", "--set", "training.max_stepps=4")
     assert text.endswith("unknown key training.max_stepps; did you mean training.max_steps?")
     assert "--scale paper" in error_of(capsys, "dropout", "--scale", "paper", "--commands")
+    assert "lm-eval" in error_of(capsys, "table1", "--questions", "5")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert error_of(capsys, "table1").endswith("which is not installed: pip install '.[eval]'")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,7 +14,7 @@ from noted_commands import STAY, command, is_running, pid_of, run, runs_of
 from rich.console import Console
 
 from dllm_memdlm.info import devices, package_versions
-from dllm_memdlm.reproduce.commands import DONE, LOG, Command, run_missing
+from dllm_memdlm.reproduce.commands import BEGUN, DONE, LOG, Command, run_missing
 
 ADVICE = "move it away, or give another folder with --runs"
 
@@ -164,6 +164,8 @@ def test_a_stage_begins_after_the_one_before_has_ended(tmp_path):
         ("print('50 %\\r100 %\\rno space left \\n\\n'); sys.exit(3)", 3, "no space left"),
         ("raise ValueError('rank=0: [bold]expected[/bold] 1')", 1, "ValueError: rank=0: [bold]expected[/bold] 1"),
         ("sys.stdout.buffer.write(b'\\xff'); sys.exit(2)", 2, "�"),
+        ("print('error: no rows'); print('Traceback: …\\n======'); sys.exit(2)", 2, "error: no rows"),
+        ("print('all is lost'); print('=====\\n - - -'); sys.exit(2)", 2, "all is lost"),
         ("sys.exit(4)", 4, "it printed nothing"),
         ("os.kill(os.getpid(), 9)", -9, "it printed nothing"),
     ],
@@ -201,13 +203,29 @@ sys.exit(not Path({str(flag)!r}).exists())
 """
     own = command(tmp_path / "b", code, resumes=resumes)
     stages = [[command(tmp_path / "a")], [own], [command(tmp_path / "c")]]
-    assert message_of(run, tmp_path, *stages).endswith(f"ended with 1: ['{LOG}']")
+    assert message_of(run, tmp_path, *stages).endswith(f"ended with 1: ['{BEGUN}', '{LOG}']")
     flag.touch()
     assert run(tmp_path, *stages)[0] == "1 commands done, 2 to run"
     assert [runs_of(tmp_path / name) for name in "abc"] == [1, 2, 1]
-    left = f"['checkpoint', '{DONE}.part', '{LOG}']" if resumes else f"['{LOG}']"
-    assert (tmp_path / "b" / LOG).read_text() == f"['{LOG}']\n{left}\n", "the log goes on"
+    first = f"['{BEGUN}', '{LOG}']"
+    left = f"['{BEGUN}', 'checkpoint', '{DONE}.part', '{LOG}']" if resumes else first
+    assert (tmp_path / "b" / LOG).read_text() == f"{first}\n{left}\n", "the log goes on"
     assert own.is_done()
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+@pytest.mark.parametrize("left", ["checkpoint/weights", "weights"])
+def test_what_another_command_has_left_is_not_gone_on_from(tmp_path, resumes, left):
+    code = f"(own / {left!r}).parent.mkdir(exist_ok=True); (own / {left!r}).touch(); sys.exit('--lr' not in sys.argv)"
+    failed = command(tmp_path / "a", code, made_from={"lr": 1}, resumes=resumes)
+    assert "ended with 1" in message_of(run, tmp_path, [failed])
+    other = command(tmp_path / "a", code, "--lr", made_from={"lr": 2}, resumes=resumes)
+    if resumes and "/" in left:
+        assert message_of(run, tmp_path, [other]) == f"{tmp_path / 'a'}: made with lr=1, now 2; {ADVICE}"
+        assert runs_of(tmp_path / "a") == 1
+    else:
+        assert run(tmp_path, [other])[0] == "0 commands done, 1 to run"
+        assert other.is_done()
 
 
 def test_the_last_line_is_of_this_attempt(tmp_path):

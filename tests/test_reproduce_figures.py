@@ -56,8 +56,8 @@ def figures(monkeypatch) -> list[Figure]:
 
 
 def test_a_spread_is_the_mean_and_the_standard_deviation_of_a_sample():
-    assert spread([1.0, 2.0, 6.0]) == (3.0, stdev([1, 2, 6]), 3)
-    assert spread([2.5]) == (2.5, None, 1)
+    assert spread([1.0, 2.0, 6.0]) == (3.0, stdev([1, 2, 6]))
+    assert spread([2.5]) == (2.5, None)
     assert (spread([1, 2, 6]).text(1), spread([2.5]).text(), spread([0.5]).text(2, sign=True)) == (
         "3.0 ± 2.6",
         "2.500",
@@ -100,7 +100,7 @@ def test_the_final_value_is_the_last_one():
 
 
 def test_bars_stand_where_they_belong(figures, tmp_path):
-    bars = [Bar("first", Spread(30.0, 2.0, 3), BLUE), Bar("none", None), Bar("last", Spread(-10.0, None, 1), GREY)]
+    bars = [Bar("first", Spread(30.0, 2.0), BLUE), Bar("none", None), Bar("last", Spread(-10.0, None), GREY)]
     panel = Bars("One", "score (%)", bars)
     draw_bars([[panel, panel._replace(title="")], [Bars("Two", "nats", bars[:1])]], tmp_path / "bars.png")
     one, other, two, empty = figures[0].axes
@@ -134,7 +134,7 @@ def bands_of(ax) -> dict[str, list[tuple[float, float]]]:
 
 
 def test_lines_have_bands_over_the_seeds(figures, tmp_path):
-    two, alone = [Spread(3.0, 0.5, 2), Spread(2.0, 1.0, 2)], [Spread(1.0, None, 1), Spread(2.0, None, 1)]
+    two, alone = [Spread(3.0, 0.5), Spread(2.0, 1.0)], [Spread(1.0, None), Spread(2.0, None)]
     lines = [Line("MDLM", [1, 4], two), Line("one", [1, 4], alone), Line("two", [1, 4], alone)]
     named = [Line("MDLM", ["40 words", "80 words"], two)]
     draw_lines([[Lines("A", "x", "y", lines), Lines("B", "x", "y", named)]], tmp_path / "lines.png")

@@ -28,6 +28,7 @@ from dllm_memdlm.reproduce.scores import (
     Harness,
     PlantedWords,
     mean_score,
+    without_memory,
 )
 
 VARIANTS = [variant for group in ABLATIONS.values() for variant in group]
@@ -161,7 +162,8 @@ def test_what_is_read_is_what_its_configuration_asks(task):
 def results(folder: Path, name: str, age: float, **scores: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"results_{name}.json"
-    path.write_text(json.dumps({"results": {"ruler_vt": {f"{key},none": value for key, value in scores.items()}}}))
+    found = {f"{key},none": value for key, value in scores.items()}
+    path.write_text(json.dumps({"results": {"ruler_vt": found}, "config": {}}))
     os.utime(path, (1e9 - age, 1e9 - age))
 
 
@@ -175,6 +177,20 @@ def test_the_newest_results_of_lm_eval_are_read(tmp_path):
     assert task.read(command) == {"VT 4K": 75.0, "VT 8K": 100.0}, "the newest, whatever its name"
     mean = Harness("ruler", (("VT", "ruler_vt", "4096"), ("VT", "ruler_vt", "8192")))
     assert mean.columns == ["VT"] and mean.read(command) == {"VT": 87.5}, "a column of several cells is their mean"
+
+
+def test_prompts_that_had_no_memory_are_told_of(tmp_path):
+    ours, theirs, plain = (Command(tmp_path / name, ("-m", "x")) for name in ("ours", "theirs", "plain"))
+    results(theirs.folder, "2026-01-01", 1, **{"4096": 0.5})
+    for command, report in ((ours, {"memory_tally": {"written": 5, "out_of_memory": 2}}), (plain, {})):
+        command.folder.mkdir()
+        (command.folder / "scores.json").write_text(json.dumps(report))
+    assert without_memory([plain, theirs]) == []
+    (path,) = theirs.folder.glob("*.json")
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "config": {"memory_tally": {"out_of_memory": 1, "hit_rate": 0.5}}}))
+    (text,) = without_memory([ours, theirs, plain, ours])
+    assert text.endswith("decoded without: 3 no room on the device.")
 
 
 def test_words_found_are_shares_of_those_asked_for(tmp_path):
@@ -205,4 +221,6 @@ def test_every_way_to_score_a_model_has_a_folder_of_its_own():
         assert command.folder.is_relative_to(model.scores) and str(command.folder) in command.line
         assert model.pretrained in command.line and all(setting in command.line for setting in chosen)
         assert memory == ("--memory" in command.argv or "memory=true" in command.line)
-    assert len(folders) == len(ways)
+    # What is asked: columns that differ are read from one result
+    asked = {(task.config, task.lengths) if isinstance(task, Harness) else task.words for task in tasks}
+    assert len(folders) == len(models) * len(asked) * 2 * len(settings)

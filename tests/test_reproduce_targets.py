@@ -12,7 +12,7 @@ import matplotlib.image
 import pytest
 
 from dllm_memdlm.report import write_page
-from dllm_memdlm.reproduce import paper
+from dllm_memdlm.reproduce import figure11, paper
 from dllm_memdlm.reproduce.__main__ import TARGETS
 from dllm_memdlm.reproduce.commands import Command
 from dllm_memdlm.reproduce.page import read_page
@@ -86,19 +86,20 @@ def finish(commands: list[Command]) -> None:
         for _, name, metric in CELLS:
             found[name][f"{metric},none"] = share
         rows = [{"words": words, "right": 16 * share, "asked": 16} for words in (40, 80, 160, 320)]
+        steps = [{"step": n, "ratio": share + n, "static": 1.0, "sequential": share + n} for n in range(48)]
         command.folder.mkdir(parents=True, exist_ok=True)
         command.write_record(60.0)
         for file, content in (
             ("trainer_state.json", {"log_history": logs}),
             ("results_1.json", {"results": found}),
-            ("scores.json", {"scores": rows}),
+            ("scores.json", {"scores": rows, "steps": steps, "examples": 7, "memory_tally": {"not_finite": 1}}),
         ):
             (command.folder / file).write_text(json.dumps(content))
 
 
 #: Every target at the scale of the paper, and some where there is another one.
-PAGES = [(target, "paper") for target in TARGETS if target not in ("figure11", "dropout")]
-PAGES += [("dropout", "cpu"), ("figure3", "cpu"), ("table1", "cpu"), ("ablations", "small")]
+PAGES = [(target, "paper") for target in TARGETS if target != "dropout"]
+PAGES += [("dropout", "cpu"), ("figure3", "cpu"), ("figure11", "cpu"), ("table1", "cpu"), ("ablations", "small")]
 
 
 @pytest.mark.parametrize(("target", "size"), PAGES)
@@ -132,6 +133,13 @@ def test_every_target_has_a_page(target, size, tmp_path):
             assert {cell.split()[0] for cell in cells} == {f"{100 * RIGHT[labels[label]]:.{digits}f}"}
         for point in page.points:
             assert point["score"] == 100 * RIGHT[labels[point["model"]]]
+    if target == "figure11":
+        last = figure11.STEPS[size] - 1
+        for title, label, *cells in page.tables[0].rows:
+            assert cells[-1].split()[0] == f"{RIGHT[LABELS[label]] + last:.2f}", title
+        assert "7 held-out examples" in " ".join(page.about)
+    told = [text for text in page.about if "decoded without" in text]
+    assert len(told) == (target not in ("figure4", "dropout"))
     if target in ("figure7", "ablations"):
         for point in page.points:
             assert point["score"] == (25 if point.get("method") == MDLM else 75), "trained with memory, asked with it"

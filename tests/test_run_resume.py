@@ -31,7 +31,8 @@ def message(call: Any, *args: Any) -> str:
 def test_a_resumed_run_ends_at_the_same_bits(finished, recipe_file, tmp_path):
     """A folder as a killed run leaves it: a checkpoint, and no more. `resume` finds it."""
     shutil.copytree(finished / "checkpoint-2", tmp_path / "checkpoint-2")
-    trainer = run.train(recipe_for(recipe_file, tmp_path), resume=True)
+    # Where it goes on it has been evaluated, so `eval_on_start` does nothing
+    trainer = run.train(recipe_for(recipe_file, tmp_path, "training.eval_on_start=true"), resume=True)
     assert trainer.state.global_step == 4
     assert (tmp_path / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
     assert without_times(logs_of(tmp_path))[:-1] == without_times(logs_of(finished))[:-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,10 +50,12 @@ def read(args: argparse.Namespace, **defaults: Any) -> tuple[Parsed, DataConfig]
 
 
 def finish(path: Path, report: dict[str, Any], decoder: Decoder, table: Table, console: Console) -> None:
-    """Write the report with the versions that made it, and show the table and what went wrong.
+    """Write the report with the versions that made it and what became of memories; show the table and what went wrong.
 
     It is written aside and renamed: who looks sees a whole file. Raises ConfigError if it cannot be written.
     """
+    if decoder.memory is not None:
+        report = report | {"memory_tally": dataclasses.asdict(decoder.memory.tally)}
     text = json.dumps(report | {"versions": package_versions()}, indent=2) + "\n"
     aside = path.with_name(f".{path.name}.part")
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -71,6 +72,14 @@ def run(args: argparse.Namespace) -> None:
             for command in dict.fromkeys(command for stage in stages for command in stage):
                 console.print(command.line, markup=False, soft_wrap=True)
             continue
+        if any("dllm_memdlm.evaluate" in command.argv for stage in stages for command in stage):
+            if args.questions is not None:
+                raise ConfigError(
+                    f"--questions {args.questions}: {name} is scored by lm-eval, which asks what recipes/eval says; "
+                    "expected none"
+                )
+            if importlib.util.find_spec("lm_eval") is None:
+                raise ConfigError(f"{name} is scored by lm-eval, which is not installed: pip install '.[eval]'")
         run_missing(stages, scale.runs / scale.name, scale.at_once, console)
         folder = args.reports / (name if scale.name == "cpu" else f"{name}-{scale.name}")
         page = target.page(scale, folder)

@@ -19,7 +19,7 @@ from .curves import final, over_seeds
 from .page import Grid, Page
 from .paper import ABLATIONS, Variant
 from .scales import MDLM, MEMDLM, Model, Scale, differences
-from .scores import ABLATED, mean_score
+from .scores import ABLATED, mean_score, without_memory
 
 
 @cache
@@ -54,7 +54,7 @@ def page(scale: Scale, folder: Path) -> Page:
         title="Ablations (figures 5 to 10)",
         scale=scale.name,
         seeds=scale.seeds,
-        about=[scale.about, *_about(scale, points)],
+        about=[scale.about, *_about(scale, points), *without_memory(stages(scale)[-1])],
         points=points,
         pictures={
             "ablations.png": "The paper's scores, ours, and the eval loss against MDLM's. Bars: a standard deviation."
@@ -111,7 +111,7 @@ def _panels(scale: Scale, title: str, group: tuple[Variant, ...], points: list[d
 
     ours = bars(BLUE, lambda v: over_seeds(points, "score", method=v.method))
     off = bars(BLUE, lambda v: _against_mdlm(points, v.method, "eval_loss_memory_off"))
-    papers = bars(LIGHT, lambda v: None if v.score is None else Spread(v.score, None, 1))
+    papers = bars(LIGHT, lambda v: None if v.score is None else Spread(v.score, None))
     return [
         Bars(title, "the paper: BABILong-1K, %", papers),
         Bars("", f"ours: {', '.join(ABLATED[scale.name].columns)}, %", ours),
@@ -138,7 +138,9 @@ def _about(scale: Scale, points: list[dict[str, Any]]) -> list[str]:
         f"{task.asked(scale)} ({', '.join(task.columns)}), those trained with memory with it on, and by the loss on "
         "held-out examples, compared with MDLM's of the same seed, which saw the same examples under the same masks.",
         f"The gradients of MemDLM's inner steps have a norm of {median(norms):.2g} in the median and at most "
-        f"{max(norms):.2g}, all fast weights of a sample together: only what is above a clip is clipped.",
+        f"{max(norms):.2g}, all fast weights of a sample together, in the mean of a batch. Only what is above a clip "
+        "is clipped.",
+        *(["The models have four layers, so 5, 10 and 25 % of them are all the last one."] if scale.shorter else []),
         *(f"{title}: {_agreement(group, points)}" for title, group in ABLATIONS.items()),
     ]
 

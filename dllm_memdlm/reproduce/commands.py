@@ -1,7 +1,8 @@
 """Commands that leave a folder behind. What is missing is run, several at a time; what is there is not run again.
 
-A folder holds what its command wrote, `log.txt` with what it printed, and, once it has ended well, `done.json`. A
-training that was cut short goes on from its last checkpoint; other commands begin anew.
+A folder holds what its command wrote, `log.txt` with what it printed, and `begun.json`, which says what it is made from
+and becomes `done.json` once it has ended well. A training that was cut short goes on from its last checkpoint; other
+commands begin anew.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from rich.console import Console
 from ..config import ConfigError
 from ..info import devices, package_versions
 
+BEGUN = "begun.json"
 DONE = "done.json"
 LOG = "log.txt"
 
@@ -61,20 +63,22 @@ class Command:
 
     def record(self) -> dict[str, Any] | None:
         """What `done.json` says: the command, the seconds it took, versions, devices; none where it has not ended."""
-        try:
-            return json.loads((self.folder / DONE).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
+        return _read(self.folder / DONE)
 
     def is_done(self) -> bool:
         """Whether the folder holds the result of this very command, on what is there of those before it.
 
         Raises:
-            ConfigError: it holds another one's.
+            ConfigError: it holds another one's, or what another one that can go on has left.
         """
         record = self.record()
-        if record is None:
-            return False
+        if record is not None:
+            self._check(record)
+        elif self.resumes and any(path.is_dir() for path in self.folder.glob("*")):  # something to go on from
+            self._check(_read(self.folder / BEGUN) or self._made())
+        return record is not None
+
+    def _check(self, record: Mapping[str, Any]) -> None:
         advice = "move it away, or give another folder with --runs"
         for command in self.after:
             if record["after"].get(str(command.folder)) != _id(command):
@@ -87,19 +91,22 @@ class Command:
         if record["command"] != now["command"]:
             before, here = _apart(shlex.split(record["command"]), shlex.split(now["command"]))
             raise ConfigError(f"{self.folder}: made with {before}, now {here}; {advice}")
-        return True
 
     def _made(self) -> dict[str, Any]:
         made_from = json.loads(json.dumps(dict(self.made_from)))  # lists, as JSON gives them back
         return {"command": self.line, "made_from": made_from, "after": {str(c.folder): _id(c) for c in self.after}}
 
+    def begin(self) -> None:
+        """Make way for an attempt, and write `begun.json`."""
+        if not self.resumes:
+            self.clear()
+        _write(self.folder / BEGUN, self._made())
+
     def write_record(self, seconds: float) -> None:
         """Write `done.json`: from here on the command is done."""
         record = {"id": uuid.uuid4().hex, **self._made(), "seconds": round(seconds, 1)}
-        record |= {"versions": package_versions(), "devices": self._devices()}
-        aside = self.folder / f"{DONE}.part"
-        aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        aside.rename(self.folder / DONE)
+        _write(self.folder / DONE, record | {"versions": package_versions(), "devices": self._devices()})
+        (self.folder / BEGUN).unlink(missing_ok=True)
 
     def _devices(self) -> list[str]:
         if self.env.get("CUDA_VISIBLE_DEVICES") == "":
@@ -113,6 +120,20 @@ class Command:
                 shutil.rmtree(path)
             elif path.name != LOG:
                 path.unlink()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def _write(path: Path, record: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    aside = path.with_name(f"{path.name}.part")
+    aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    aside.rename(path)
 
 
 def _apart(one: list[str], other: list[str]) -> tuple[str, str]:
@@ -186,8 +207,7 @@ class _Processes:
             with self.lock:
                 if self.stopped:
                     return
-                if not command.resumes:
-                    command.clear()
+                command.begin()
                 self.console.print(f"{number}  {command.line}", markup=False, soft_wrap=True)
                 started = time.perf_counter()
                 process = subprocess.Popen(
@@ -216,9 +236,11 @@ class _Processes:
 
 
 def _last_line(log: Path, begin: int) -> str:
-    """The last line that was printed from a place of the log on, in bytes."""
-    lines = log.read_bytes()[begin:].decode("utf-8", errors="replace").replace("\r", "\n").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+    """What was printed last from a place of the log on, in bytes; a line that begins with error if there is one."""
+    text = log.read_bytes()[begin:].decode("utf-8", errors="replace").replace("\r", "\n")
+    lines = [line.strip() for line in text.split("\n") if line.strip(" \t=-")]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["it printed nothing"])[-1]
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from ..charts import Line, Lines, Spread, draw_lines, spread
 from .commands import Command
 from .curves import over_seeds
 from .page import Grid, Page
-from .scales import CASES, MDLM, MEMDLM, Backbone, Model, Scale
-from .scores import RETRIEVAL
+from .scales import CASES, Backbone, Scale
+from .scores import RETRIEVAL, without_memory
 
 BEFORE = "before fine-tuning"
 LABELS = (BEFORE, *CASES)
@@ -19,9 +19,8 @@ LABELS = (BEFORE, *CASES)
 
 def stages(scale: Scale) -> list[list[Command]]:
     """What has to be run."""
-    runs = [scale.run(b, method, seed) for seed in scale.seeds for b in scale.backbones for method in (MDLM, MEMDLM)]
     scores = [command for _, _, _, commands in _scored(scale) for command in commands]
-    return [*scale.bases(scale.backbones), runs, scores]
+    return [*scale.bases(scale.backbones), scale.pairs(scale.backbones), scores]
 
 
 def page(scale: Scale, folder: Path) -> Page:
@@ -51,6 +50,7 @@ def page(scale: Scale, folder: Path) -> Page:
             "all seeds.",
             "The paper finds that MDLM's fine-tuning takes something away from the model at 1K and 2K, and that MemDLM "
             "stays above both from 1K to 32K.",
+            *without_memory(command for _, _, _, commands in _scored(scale) for command in commands),
         ],
         points=points,
         pictures={
@@ -67,11 +67,8 @@ def _scored(scale: Scale) -> Iterator[tuple[Backbone, str, int | None, list[Comm
     for backbone in scale.backbones:
         untuned = scale.untuned(backbone)
         yield backbone, BEFORE, None, [task.command(scale, untuned, memory=False) for task in tasks]
-    for seed in scale.seeds:
-        for backbone in scale.backbones:
-            for label, (method, memory) in CASES.items():
-                model = Model.of(scale.run(backbone, method, seed))
-                yield backbone, label, seed, [task.command(scale, model, memory) for task in tasks]
+    for backbone, label, seed, model, memory in scale.cases(scale.backbones):
+        yield backbone, label, seed, [task.command(scale, model, memory) for task in tasks]
 
 
 def _scores(points: list[dict[str, Any]], backbone: Backbone, label: str, columns: list[str]) -> list[Spread]:

@@ -31,13 +31,7 @@ PAPER = {
 
 def stages(scale: Scale) -> list[list[Command]]:
     """What has to be run."""
-    runs = [
-        scale.run(backbone, method, seed)
-        for seed in scale.seeds
-        for backbone in scale.backbones
-        for method in (MDLM, MEMDLM)
-    ]
-    return [*scale.bases(scale.backbones), runs]
+    return [*scale.bases(scale.backbones), scale.pairs(scale.backbones)]
 
 
 def page(scale: Scale, folder: Path) -> Page:

@@ -11,7 +11,7 @@ from .curves import over_seeds
 from .page import Grid, Page
 from .paper import ANCHOR_RATIOS
 from .scales import MEMDLM, Model, Scale
-from .scores import ANCHORED
+from .scores import ANCHORED, without_memory
 
 
 def stages(scale: Scale) -> list[list[Command]]:
@@ -57,6 +57,7 @@ def page(scale: Scale, folder: Path) -> Page:
             f"{ANCHORED[scale.name][0].asked(scale)}, at each length.",
             "The paper finds the ratio to make next to no difference from 1K to 16K (at 16K all scores are within 2 "
             f"points). Ours differ by at most {max(means[widest]) - min(means[widest]):.1f} points, at {widest}.",
+            *without_memory(command for _, _, commands in _scored(scale) for command in commands),
         ],
         points=points,
         pictures={"figure7.png": "Share of right answers. Band: a standard deviation over the seeds."},

@@ -99,6 +99,17 @@ class Scale:
         overrides = [*start, *_overrides(changes or {}), *self.settings, f"training.seed={seed}"]
         return self._trained(f"{backbone.key}/{prefix}{method}-{seed}", recipe, overrides, before)
 
+    def pairs(self, backbones: Sequence[Backbone]) -> list[Command]:
+        """Both methods on each backbone, seeds outermost, so that what is there early is a whole set."""
+        return [self.run(b, method, seed) for seed in self.seeds for b in backbones for method in (MDLM, MEMDLM)]
+
+    def cases(self, backbones: Sequence[Backbone]) -> Iterator[tuple[Backbone, str, int, Model, bool]]:
+        """The models that are compared, in the order of `pairs`: backbone, label, seed, model, memory at inference."""
+        for seed in self.seeds:
+            for backbone in backbones:
+                for label, (method, memory) in CASES.items():
+                    yield backbone, label, seed, Model.of(self.run(backbone, method, seed)), memory
+
     def scratch(self, backbone: Backbone, case: str, seed: int, changes: Mapping[str, Any]) -> Command:
         """Train the base anew, with `changes` in its recipe."""
         overrides = [*_overrides(changes), *self.settings, f"training.seed={seed}"]
