@@ -160,7 +160,8 @@ def test_a_model_is_asked_with_and_without_memory(run_dir, tmp_path, capsys):
     for memory in (False, True):
         output = tmp_path / f"new{memory}" / "needle.json"
         report = asked(run_dir, output, *["--memory"] * memory, "--words", "15", "25")
-        assert list(report) == ["model", "memory", "questions", "scores", "versions"]
+        assert list(report) == ["model", "memory", "questions", "scores", *["memory_tally"] * memory, "versions"]
+        assert report.get("memory_tally", {}).get("written") == (2 * 5 if memory else None)
         assert (report["model"], report["memory"], report["questions"]) == (str(run_dir), memory, 5)
         assert report["versions"] == package_versions()
         assert [(row["words"], row["asked"]) for row in report["scores"]] == [(15, 15), (25, 15)]
