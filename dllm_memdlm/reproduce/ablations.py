@@ -5,13 +5,13 @@ Every variant is MemDLM but for what its file in recipes/ablations says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..charts import BLUE, GREY, LIGHT, Bar, Bars, Spread, draw_bars, spread
+from ..charts import BLUE, LIGHT, ORANGE, Bar, Bars, Spread, draw_bars, spread
 from ..demo import RECIPE_FOLDER
 from ..reporting import load_run
 from .commands import Command
@@ -20,6 +20,9 @@ from .page import Grid, Page
 from .paper import ABLATIONS, Variant
 from .scales import MDLM, MEMDLM, Model, Scale, differences
 from .scores import ABLATED, mean_score, without_memory
+
+#: The score of MDLM in the paper, from which the others are drawn.
+PAPERS_MDLM = next(v.score for group in ABLATIONS.values() for v in group if v.method == MDLM)
 
 
 @cache
@@ -57,7 +60,8 @@ def page(scale: Scale, folder: Path) -> Page:
         about=[scale.about, *_about(scale, points), *without_memory(stages(scale)[-1])],
         points=points,
         pictures={
-            "ablations.png": "The paper's scores, ours, and the eval loss against MDLM's. Bars: a standard deviation."
+            "ablations.png": "How far the paper's scores, ours, and the eval losses are from MDLM's of the same seed. "
+            "Whiskers: a standard deviation."
         },
         tables=[Grid("Mean ± standard deviation over the seeds; losses in nats, paired by seed", columns, rows)],
     ).made_by(command for stage in stages(scale) for command in stage)
@@ -104,18 +108,28 @@ def _against_mdlm(points: list[dict[str, Any]], method: str, key: str) -> Spread
 
 
 def _panels(scale: Scale, title: str, group: tuple[Variant, ...], points: list[dict[str, Any]]) -> list[Bars]:
-    """The paper's scores, ours, and how far the eval loss without fast weights is from MDLM's."""
+    """How far the paper's scores, ours, and the eval losses are from MDLM's."""
 
-    def bars(color: str, value: Any) -> list[Bar]:
-        return [Bar(v.label, value(v), GREY if v.method == MDLM and color == BLUE else color) for v in group]
+    def bars(color: str, value: Callable[[Variant], Spread | None]) -> list[Bar]:
+        return [Bar(variant.label, value(variant), color) for variant in group]
 
-    ours = bars(BLUE, lambda v: over_seeds(points, "score", method=v.method))
-    off = bars(BLUE, lambda v: _against_mdlm(points, v.method, "eval_loss_memory_off"))
-    papers = bars(LIGHT, lambda v: None if v.score is None else Spread(v.score, None))
+    def papers(variant: Variant) -> Spread | None:
+        return None if variant.score is None else Spread(variant.score - PAPERS_MDLM, None)
+
+    def score(variant: Variant) -> Spread:
+        return spread([*_less(points, variant.method, "score", MDLM, "score").values()])
+
+    def loss(key: str) -> Callable[[Variant], Spread]:
+        differences = {v: _less(points, v.method, key, MDLM, "eval_loss").values() for v in group}
+        return lambda variant: spread([1000 * value for value in differences[variant]])
+
+    asked = ", ".join(ABLATED[scale.name].columns)
+    there = any(variant.score is not None for variant in group)
     return [
-        Bars(title, "the paper: BABILong-1K, %", papers),
-        Bars("", f"ours: {', '.join(ABLATED[scale.name].columns)}, %", ours),
-        Bars("", "eval loss − MDLM's, φ discarded (nats)", off),
+        Bars(title, "the paper: BABILong-1K (points)" if there else "not in the paper", bars(LIGHT, papers)),
+        Bars("", f"ours: {asked} (points)", bars(BLUE, score)),
+        Bars("", "eval loss, φ discarded (10⁻³ nats)", bars(ORANGE, loss("eval_loss_memory_off"))),
+        Bars("", "eval loss, φ in place (10⁻³ nats)", bars(BLUE, loss("eval_loss"))),
     ]
 
 
