@@ -314,8 +314,8 @@ def test_ablations_are_losses_against_mdlms_of_the_same_seed(figures, tmp_path):
     assert [ax.get_title(loc="left") for ax in figures[0].axes[:: len(rows[0])]] == [*ABLATIONS]
     shown = {ax.get_xlabel(): [bar.get_width() for bar in ax.patches] for ax in figures[0].axes[: len(rows[0])]}
     group = next(iter(ABLATIONS.values()))
-    assert shown["the paper: BABILong-1K (points)"] == [variant.score - 53.8 for variant in group]
-    assert shown["ours: 160 words (points)"] == [10 * (methods[variant.method] - base) for variant in group]
-    assert shown["eval loss, φ discarded (10⁻³ nats)"] == [-1000 * base] * len(group)
-    assert shown["eval loss, φ in place (10⁻³ nats)"] == [1000 * (methods[v.method] - base) for v in group]
+    assert shown["the paper: BABILong-1K − MDLM's (points)"] == [variant.score - 53.8 for variant in group]
+    assert shown["ours: 160 words − MDLM's (points)"] == [10 * (methods[variant.method] - base) for variant in group]
+    assert shown["eval loss − MDLM's, φ discarded (10⁻³ nats)"] == [-1000 * base] * len(group)
+    assert shown["eval loss − MDLM's, φ in place (10⁻³ nats)"] == [1000 * (methods[v.method] - base) for v in group]
     assert figures[0].axes[-len(rows[0])].get_xlabel() == "not in the paper"

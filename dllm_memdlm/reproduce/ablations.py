@@ -126,10 +126,10 @@ def _panels(scale: Scale, title: str, group: tuple[Variant, ...], points: list[d
     asked = ", ".join(ABLATED[scale.name].columns)
     there = any(variant.score is not None for variant in group)
     return [
-        Bars(title, "the paper: BABILong-1K (points)" if there else "not in the paper", bars(LIGHT, papers)),
-        Bars("", f"ours: {asked} (points)", bars(BLUE, score)),
-        Bars("", "eval loss, φ discarded (10⁻³ nats)", bars(ORANGE, loss("eval_loss_memory_off"))),
-        Bars("", "eval loss, φ in place (10⁻³ nats)", bars(BLUE, loss("eval_loss"))),
+        Bars(title, "the paper: BABILong-1K − MDLM's (points)" if there else "not in the paper", bars(LIGHT, papers)),
+        Bars("", f"ours: {asked} − MDLM's (points)", bars(BLUE, score)),
+        Bars("", "eval loss − MDLM's, φ discarded (10⁻³ nats)", bars(ORANGE, loss("eval_loss_memory_off"))),
+        Bars("", "eval loss − MDLM's, φ in place (10⁻³ nats)", bars(BLUE, loss("eval_loss"))),
     ]
 
 
