@@ -92,7 +92,7 @@ def draw_lines(rows: Sequence[Sequence[Lines]], path: Path) -> None:
 def draw_bars(rows: Sequence[Sequence[Bars]], path: Path) -> None:
     """A PNG with a chart for each entry, rows aligned; error bars are a standard deviation to each side."""
     heights = [max(len(chart.bars) for chart in row) + 1.6 for row in rows]
-    figure, grid = _grid(rows, (1.0 + 3.0 * max(map(len, rows)), 0.3 * sum(heights)), _draw_bars, height_ratios=heights)
+    figure, grid = _grid(rows, (1.0 + 3.3 * max(map(len, rows)), 0.3 * sum(heights)), _draw_bars, height_ratios=heights)
     for ax in grid[:, 1:].flat:  # a bar is named at the left of its row
         ax.set_yticklabels([])
     figure.savefig(path, dpi=150)
@@ -144,9 +144,10 @@ def _draw_bars(ax: Any, chart: Bars) -> None:
     ax.set_yticks(places, [bar.label for bar in chart.bars])
     ax.set_ylim(len(chart.bars) - 0.5, -0.5)  # the first on top
     ax.locator_params(axis="x", nbins=5)
-    if all(bar.value is None for bar in chart.bars):
-        ax.set_xticks([])
     ax.set_title(chart.title, fontsize=10, loc="left")
     ax.set_xlabel(chart.axis, fontsize=9)
-    ax.axvline(0, color="black", linewidth=0.8)
+    if all(bar.value is None for bar in chart.bars):
+        ax.set_xticks([])
+    else:
+        ax.axvline(0, color="black", linewidth=0.8)
     ax.tick_params(labelsize=9)

@@ -5,7 +5,7 @@ Every variant is MemDLM but for what its file in recipes/ablations says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -165,12 +165,26 @@ def _inner_norms(scale: Scale, seed: int) -> list[float]:
 
 
 def _agreement(group: tuple[Variant, ...], points: list[dict[str, Any]]) -> str:
-    """Whether our scores put the variants on the same side of the default as the paper's do."""
+    """Whether our scores put the variants on the same side of the default as the paper's do; and what the loss says."""
     rated = [variant for variant in group if variant.score is not None]
     default = next((variant for variant in rated if variant.method == MEMDLM), None)
     if default is None:
         return "not in the paper."
-    return "; ".join(_verdict(default, variant, points) for variant in rated if variant is not default) + "."
+    others = [variant for variant in rated if variant is not default]
+    scores = "; ".join(_verdict(default, variant, points) for variant in others)
+    return f"{scores}. By the loss with φ in place {default.label} is {_by_loss(default, others, points)}."
+
+
+def _by_loss(default: Variant, others: Sequence[Variant], points: list[dict[str, Any]]) -> str:
+    """Which variants the default is better than in every seed, and than which it is worse in every seed."""
+    found: dict[str, list[str]] = {"better than": [], "worse than": []}
+    for variant in others:
+        leads = _less(points, MEMDLM, "eval_loss", variant.method, "eval_loss").values()
+        for word, sign in (("better than", -1), ("worse than", 1)):
+            if all(sign * lead > 0 for lead in leads):
+                found[word].append(variant.label)
+    said = [f"{word} {'; '.join(labels)} in every seed" for word, labels in found.items() if labels]
+    return " and ".join(said) or "neither better nor worse than any in every seed"
 
 
 def _verdict(default: Variant, variant: Variant, points: list[dict[str, Any]]) -> str:
