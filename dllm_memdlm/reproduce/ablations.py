@@ -154,7 +154,7 @@ def _about(scale: Scale, points: list[dict[str, Any]]) -> list[str]:
         f"The gradients of MemDLM's inner steps have a norm of {median(norms):.2g} in the median and at most "
         f"{max(norms):.2g}, all fast weights of a sample together, in the mean of a batch. Only what is above a clip "
         "is clipped.",
-        *(["The models have four layers, so 5, 10 and 25 % of them are all the last one."] if scale.shorter else []),
+        *["The models have four layers, so 5, 10 and 25 % of them are all the last one."] * (scale.name == "cpu"),
         *(f"{title}: {_agreement(group, points)}" for title, group in ABLATIONS.items()),
     ]
 
