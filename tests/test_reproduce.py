@@ -89,6 +89,7 @@ def test_a_figure_is_a_picture_its_numbers_and_a_page(reproduced):
     assert matplotlib.image.imread(folder / "figure4.png")[..., :3].var() > 1e-3
     html = (folder / "index.html").read_text(encoding="utf-8")
     assert "data:image/png;base64," in html and "LLaDA-MoE: MDLM ends at an eval loss of" in html
+    assert "Changed in every recipe: data.dataset=" in html
     listed = (reproduced.folder / "reports" / "index.html").read_text(encoding="utf-8")
     assert 'href="figure4/index.html"' in listed and 'href="figure3/index.html"' in listed
 

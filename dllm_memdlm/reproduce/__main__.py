@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
     scale = SCALES[args.scale]
     changes = {"runs": args.runs, "settings": (*scale.settings, *args.set), "seeds": tuple(args.seeds or ())}
     changes |= {"at_once": args.jobs, "questions": args.questions}
+    changes |= {"about": f"{scale.about} Changed in every recipe: {', '.join(args.set)}." if args.set else None}
     scale = dataclasses.replace(scale, **{name: value for name, value in changes.items() if value})
     console = Console(highlight=False)
     for name in args.targets:
