@@ -226,6 +226,7 @@ def test_a_file_of_another_kind_or_none(tmp_path):
         ),
         ({"drop": "blk.1.ffn_up.weight"}, "no tensor blk.1.ffn_up.weight; expected a SmolLM2"),
         ({"width": 128}, "blk.0.ffn_gate.weight is [96, 64]; expected [128, 64] by the file's own fields"),
+        ({"integers": "output_norm.weight"}, "output_norm.weight is packed as I32, unknown here"),
     ],
 )
 def test_a_model_of_another_kind(tmp_path, changes, says):

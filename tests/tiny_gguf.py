@@ -42,7 +42,8 @@ def write_gguf(path: Path, drop: str = "", tokens: dict[str, str] | None = None,
         path: where to.
         drop: a tensor to leave out.
         tokens: markers of other names.
-        fields: what the file says otherwise (architecture, tokenizer, pre), or of other sizes (width).
+        fields: what the file says otherwise (architecture, tokenizer, pre), or of other sizes (width); a tensor that
+            it holds as integers.
     """
     names, merges = vocabulary()
     model = LlamaForCausalLM(
@@ -81,7 +82,9 @@ def write_gguf(path: Path, drop: str = "", tokens: dict[str, str] | None = None,
     for name, parameter in model.named_parameters():
         written = translated.get_name(name, try_suffixes=(".weight",))
         weight, expected[name] = _packed(written, parameter.detach().numpy())
-        if written != drop:
+        if written == fields.get("integers"):
+            writer.add_tensor(written, weight.astype(np.int32))
+        elif written != drop:
             writer.add_tensor(written, weight, raw_dtype=_type(written))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -116,20 +116,17 @@ def _panels(scale: Scale, title: str, group: tuple[Variant, ...], points: list[d
     def papers(variant: Variant) -> Spread | None:
         return None if variant.score is None else Spread(variant.score - PAPERS_MDLM, None)
 
-    def score(variant: Variant) -> Spread:
-        return spread([*_less(points, variant.method, "score", MDLM, "score").values()])
-
-    def loss(key: str) -> Callable[[Variant], Spread]:
-        differences = {v: _less(points, v.method, key, MDLM, "eval_loss").values() for v in group}
-        return lambda variant: spread([1000 * value for value in differences[variant]])
+    def ours(key: str, mdlms: str, unit: float = 1.0) -> Callable[[Variant], Spread]:
+        return lambda v: spread([value / unit for value in _less(points, v.method, key, MDLM, mdlms).values()])
 
     asked = ", ".join(ABLATED[scale.name].columns)
+    off, in_place = (ours(key, "eval_loss", unit=1e-3) for key in ("eval_loss_memory_off", "eval_loss"))
     there = any(variant.score is not None for variant in group)
     return [
         Bars(title, "the paper: BABILong-1K − MDLM's (points)" if there else "not in the paper", bars(LIGHT, papers)),
-        Bars("", f"ours: {asked} − MDLM's (points)", bars(BLUE, score)),
-        Bars("", "eval loss − MDLM's, φ discarded (10⁻³ nats)", bars(ORANGE, loss("eval_loss_memory_off"))),
-        Bars("", "eval loss − MDLM's, φ in place (10⁻³ nats)", bars(BLUE, loss("eval_loss"))),
+        Bars("", f"ours: {asked} − MDLM's (points)", bars(BLUE, ours("score", "score"))),
+        Bars("", "eval loss − MDLM's, φ discarded (10⁻³ nats)", bars(ORANGE, off)),
+        Bars("", "eval loss − MDLM's, φ in place (10⁻³ nats)", bars(BLUE, in_place)),
     ]
 
 
