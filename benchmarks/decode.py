@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from dllm_memdlm import dllm_api
 from dllm_memdlm.config import MemoryConfig
@@ -93,7 +93,7 @@ class LLaDA21:
         self.vocabulary = size.dimensions["LLaDA2.1"]["vocab_size"]
         self.model = models.build("LLaDA2.1", size.dimensions["LLaDA2.1"])
         self.sampler = LLaDA21Sampler(self.model, models.TOKENIZER)
-        self.dllms = _dllms_sampler(self.model) if dllm_api.HAS_DLLM else None
+        self.dllms = models.dllms_sampler(self.model) if dllm_api.HAS_DLLM else None
 
     def settings(self, steps: int) -> dict[str, Any]:
         size = self.size
@@ -110,12 +110,6 @@ class LLaDA21:
 
     def with_dllm(self, prompts: list[Tensor], steps: int) -> Tensor:
         return self.dllms(prompts, **self.settings(steps))
-
-
-def _dllms_sampler(model: nn.Module) -> Callable[..., Tensor]:
-    from dllm.pipelines.llada21.sampler import LLaDA21Sampler as Theirs
-
-    return Theirs(models.dllms_llada21(model), models.TOKENIZER).sample
 
 
 def single_prompts(llada21: LLaDA21) -> Section:

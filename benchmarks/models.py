@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from dllm_memdlm.backbones import LLaDA2MoeConfig, LLaDAMoEConfig, model_class
 
 #: Where a tokenizer is asked for, only these are.
-TOKENIZER = SimpleNamespace(eos_token_id=0, bos_token_id=1, mask_token_id=2)
+TOKENIZER = SimpleNamespace(eos_token_id=0, bos_token_id=1, mask_token_id=2, padding_side="right")
 
 #: LLaDA2.1-mini and LLaDA-MoE with hidden 256 for 2,048 and every other width divided likewise. Layers, heads, top-k
 #: and groups are the published ones; LLaDA2.1 has 64 experts for 256.
@@ -78,23 +79,38 @@ def prompt(length: int, vocabulary: int, seed: int = 1) -> Tensor:
     return torch.randint(3, vocabulary, (length,), generator=torch.Generator().manual_seed(seed))
 
 
-def dllms_llada21(model: nn.Module) -> nn.Module:
-    """dllm's LLaDA2.1 with the same weights. Raises ImportError without dllm.
+def dllms(name: str, model: nn.Module) -> nn.Module:
+    """dllm's model of the same weights. Raises ImportError without dllm."""
+    if name == "LLaDA2.1":
+        from dllm.pipelines.llada21 import LLaDA2MoeConfig as TheirConfig
+        from dllm.pipelines.llada21 import LLaDA2MoeModelLM as TheirModel
 
-    Its sampler passes a mask in bfloat16, which torch's fused attention refuses beside float32; it is converted here,
-    rather than leave dllm the slower eager attention.
-    """
-    from dllm.pipelines.llada21 import LLaDA2MoeConfig as TheirConfig
-    from dllm.pipelines.llada21 import LLaDA2MoeModelLM as TheirModel
+        more = {"embedding_dropout": 0.0, "output_dropout": 0.0}
+    else:
+        from dllm.pipelines.llada.models.configuration_lladamoe import LLaDAMoEConfig as TheirConfig
+        from dllm.pipelines.llada.models.modeling_lladamoe import LLaDAMoEModelLM as TheirModel
 
+        more = {"use_cache": False}
     values = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "architectures")}
-    config = TheirConfig(**{**values, "embedding_dropout": 0.0, "output_dropout": 0.0})
+    config = TheirConfig(**{**values, **more})
     config._attn_implementation = "sdpa"
     theirs = TheirModel(config).eval()
     theirs.load_state_dict(model.state_dict())
+    return theirs.requires_grad_(False)
+
+
+def dllms_sampler(model: nn.Module) -> Callable[..., Tensor]:
+    """dllm's sampler for LLaDA2.1 on dllm's model of the same weights. Raises ImportError without dllm.
+
+    It passes a mask in bfloat16, which torch's fused attention refuses beside float32; it is converted here, rather
+    than leave dllm the slower eager attention.
+    """
+    from dllm.pipelines.llada21.sampler import LLaDA21Sampler
+
+    theirs = dllms("LLaDA2.1", model)
 
     def in_float32(_: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return arguments, {**keywords, "attention_mask": keywords["attention_mask"].float()}
 
     theirs.register_forward_pre_hook(in_float32, with_kwargs=True)
-    return theirs.requires_grad_(False)
+    return LLaDA21Sampler(theirs, TOKENIZER).sample

@@ -5,22 +5,50 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.profiler import ProfilerActivity, profile
 
 
-class Timed(NamedTuple):
-    seconds: float  #: median
-    repeats: int
-    result: Any  #: of the last repeat
+@dataclass
+class Timed:
+    """How long one thing took, every time."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)  #: of all threads together
+    result: Any = None  #: of the last repeat
+
+    @property
+    def seconds(self) -> float:
+        """Median of the wall times."""
+        return statistics.median(self.wall)
+
+    def ratio(self, other: Timed, clock: str = "wall") -> tuple[float, float, float]:
+        """How many times as long as the other, turn by turn: the median, the smallest and the largest."""
+        turns = [mine / its for mine, its in zip(getattr(self, clock), getattr(other, clock), strict=True)]
+        return statistics.median(turns), min(turns), max(turns)
 
 
 def side_by_side(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Timed]:
     """Run every case once, then every case again, and so on."""
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    results = {}
+    timed = {name: Timed() for name in cases}
     for _ in range(repeats):
         for name, case in cases.items():
-            start = time.perf_counter()
-            results[name] = case()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: Timed(statistics.median(seconds[name]), repeats, results[name]) for name in cases}
+            wall, cpu = time.perf_counter(), time.process_time()
+            timed[name].result = case()
+            timed[name].wall.append(time.perf_counter() - wall)
+            timed[name].cpu.append(time.process_time() - cpu)
+    return timed
+
+
+def peak_memory(case: Callable[[], Any]) -> int:
+    """Most bytes that torch's CPU allocator has handed out at a time, beyond what it had when `case` began."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        case()
+    live = highest = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        highest = max(highest, live)
+    return highest

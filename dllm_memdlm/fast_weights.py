@@ -54,6 +54,11 @@ class SiteWeights(NamedTuple):
     def samples(self) -> int:
         return self.up.shape[-3]
 
+    def part(self, samples: slice) -> SiteWeights:
+        """Those of some of the samples."""
+        down, up = (m if m is None else m[..., samples, :, :] for m in (self.down, self.up))
+        return SiteWeights(down, up, self.scaling)
+
     def dense(self, x: Tensor) -> Tensor:
         """(α/r)·B·A·x, each sample through its own. x [B, M, in] → [B, M, out]."""
         if self.samples == 1:

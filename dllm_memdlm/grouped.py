@@ -18,24 +18,16 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
     Args:
         x: rows sorted by group [T, in].
-        weight: one matrix a group [G, out, in].
+        weight: one matrix a group [G, out, in], used in the dtype of x.
         offsets: where each group's rows end [G] int32, the last being T.
 
     Returns:
-        [T, out], in autocast's dtype where it is on, otherwise in that of x.
+        [T, out], in the dtype of x.
     """
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    x, weight = x.to(dtype), weight.to(dtype)
-    if not _kernel_takes(x, weight):
-        return grouped_linear_loop(x, weight, offsets)
-    if len(weight) <= MAX_GROUPS:
-        return F.grouped_mm(x, weight.transpose(-2, -1), offs=offsets)
-    # Part by part; where their rows begin is waited for.
-    offsets = offsets.split(MAX_GROUPS)
-    sizes = _sizes(torch.stack([part[-1] for part in offsets]), len(x))
-    starts = [sum(sizes[:number]) for number in range(len(sizes))]
-    parts = zip(x.split(sizes), starts, weight.split(MAX_GROUPS), offsets, strict=True)
-    return torch.cat([F.grouped_mm(rows, w.transpose(-2, -1), offs=offs - start) for rows, start, w, offs in parts])
+    weight = weight.to(x.dtype)
+    if _kernel_takes(x.dtype, *weight.shape[1:]):
+        return F.grouped_mm(x, weight.mT, offs=offsets)
+    return grouped_linear_loop(x, weight, offsets)
 
 
 def grouped_linear_loop(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -43,19 +35,24 @@ def grouped_linear_loop(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return torch.cat([F.linear(rows, matrix) for rows, matrix in zip(split(x, offsets), weight, strict=True)])
 
 
+def grouped_outer(y: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    """Σ over the rows of a group of y[t] x[t]ᵀ: how a loss moves the group's matrix, if it moves its outputs by y.
+
+    y [T, out], x [T, in], both of one dtype and sorted by group → [G, out, in]. Zeros for a group without rows.
+    """
+    if _kernel_takes(x.dtype, y.shape[1], x.shape[1]):
+        return F.grouped_mm(y.T, x, offs=offsets)
+    return torch.stack([a.T @ b for a, b in zip(split(y, offsets), split(x, offsets), strict=True)])
+
+
 def split(x: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
     """The rows of each group. Waits for the device."""
-    return x.split(_sizes(offsets, len(x)))
+    if isinstance(offsets, FakeTensor):  # it has no values (`--dry-run`): the groups are as even as can be
+        groups = len(offsets)
+        return x.split([len(x) // groups + (number < len(x) % groups) for number in range(groups)])
+    return x.split(offsets.diff(prepend=offsets.new_zeros(1)).tolist())
 
 
-def _sizes(offsets: Tensor, rows: int) -> list[int]:
-    """How many rows each group has. A fake tensor has no values (`--dry-run`): its groups are as even as can be."""
-    if isinstance(offsets, FakeTensor):
-        return [rows // len(offsets) + (number < rows % len(offsets)) for number in range(len(offsets))]
-    return offsets.diff(prepend=offsets.new_zeros(1)).tolist()
-
-
-def _kernel_takes(x: Tensor, weight: Tensor) -> bool:
+def _kernel_takes(dtype: torch.dtype, rows: int, columns: int) -> bool:
     # The kernel reads rows in steps of 16 bytes, of the input and of the output.
-    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
-    return x.dtype in _KERNEL_DTYPES and aligned
+    return dtype in _KERNEL_DTYPES and all(size * dtype.itemsize % 16 == 0 for size in (rows, columns))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import global_batch
 from .backbones import StageOutput, adapted_layers, find_sites, staged_backbone
-from .backbones.moe import RoutedExperts, without_backward_hooks
+from .backbones.moe import RoutedExperts, inner_pass
 from .config import ConfigError, MemoryConfig
 from .dllm_api import LinearAlphaScheduler
 from .fast_weights import FastWeights, InnerStep, SiteWeights, sgd_step
@@ -221,7 +221,7 @@ class ParametricMemory:
             with torch.no_grad(), self.holding(fast):
                 target = view(teacher_trunk)
         leaves = fast.leaves()
-        with torch.enable_grad(), self.holding(leaves), without_backward_hooks(self._experts):
+        with torch.enable_grad(), self.holding(leaves), inner_pass(self._experts):
             weights = loss_weights(config.weighting, self.scheduler, trajectory.inner_ratios[:, k])
             total = (objective.loss(view(trunk), target) * positions.valid).sum(-1) * weights  # [B]
             count = positions.valid.sum(-1)

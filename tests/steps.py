@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from conftest import AMPLIFIED, MASK, take_gradients
-from naive import mdlm_loss, one_by_one, plain_experts
 from torch import Tensor, nn
 
+from benchmarks.naive import mdlm_loss, one_by_one, plain_experts
 from dllm_memdlm.config import MemoryConfig
 from dllm_memdlm.fast_weights import FastWeights
 from dllm_memdlm.memory import Written

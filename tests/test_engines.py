@@ -21,7 +21,7 @@ from small_run import write_recipe
 
 import dllm_memdlm
 from dllm_memdlm import engines
-from dllm_memdlm.backbones.moe import RoutedExperts, without_backward_hooks
+from dllm_memdlm.backbones.moe import RoutedExperts, inner_pass
 from dllm_memdlm.config import ConfigError
 from dllm_memdlm.trainer import MemDLMConfig
 
@@ -149,7 +149,7 @@ def test_hooks_of_experts_are_left_out_and_come_back():
     for module in experts:
         module.register_full_backward_hook(lambda *_: calls.append("backward"))
     tokens = torch.randint(3, 40, (2, 8))
-    with pytest.raises(KeyError), without_backward_hooks(experts):
+    with pytest.raises(KeyError), inner_pass(experts):
         model(input_ids=tokens).logits.sum().backward()
         raise KeyError
     assert calls == []

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import KINDS, MASK, VOCABULARY, tiny
-from naive import adapted, one_by_one, plain_experts
 from saved_models import pretrained_of, prompt_memory, random_prompts
 from steps import memory_for
 from test_memory_samples import poisoned
 from torch import Tensor, nn
 
+from benchmarks.naive import adapted, one_by_one, plain_experts
 from dllm_memdlm.config import ConfigError
 from dllm_memdlm.decoding import Decoder
 from dllm_memdlm.evaluation.exposure_bias import DenoisingStep, Example, _rows, exposure_bias

@@ -13,9 +13,9 @@ from conftest import (
     tiny,
 )
 from inputs import tokens
-from naive import loop_over_experts, plain_experts
 from torch import Tensor, nn
 
+from benchmarks.naive import loop_over_experts, plain_experts
 from dllm_memdlm.backbones.layers import GatedMLP
 from dllm_memdlm.backbones.moe import RoutedExperts
 from dllm_memdlm.fast_weights import SiteWeights

@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 from conftest import KINDS, MASK, assert_close_relative, tiny
-from naive import Phi, one_by_one, plain_experts, write_naively
 from saved_models import prompt_memory, random_prompts, state_of
 from steps import flat, memory_for
 from test_memory_samples import poisoned
 
+from benchmarks.naive import Phi, one_by_one, plain_experts, write_naively
 from dllm_memdlm.backbones.moe import RoutedExperts
 from dllm_memdlm.config import ConfigError, MemoryConfig
 from dllm_memdlm.fast_weights import FastWeights

@@ -20,10 +20,10 @@ from conftest import (
     tiny,
     train_batch,
 )
-from naive import plain_experts
 from steps import OFF, memory_for, plain_loss, train_logs
 from torch import Tensor, nn
 
+from benchmarks.naive import plain_experts
 from dllm_memdlm import bundled, dllm_api
 from dllm_memdlm.collator import AnchorTrajectoryCollator
 from dllm_memdlm.config import ConfigError

@@ -1,29 +1,30 @@
-"""Routed experts over sorted tokens: one grouped product a projection, instead of a Python loop over experts.
+"""Routed experts over sorted tokens: the list of experts of a sparse layer, and what it computes of them all at once.
 
-Experts that cannot be stacked, such as quantised ones, run one by one on their rows.
+Experts under adapters other than plain LoRA compute for themselves, one after the other on their rows.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from functools import partial
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..fast_weights import SiteWeights
-from ..grouped import grouped_linear, split
+from ..grouped import MAX_GROUPS, split
+from .expert_ffn import Adapter, Experts, Projection, Routes, expert_ffn
 
-
-class Routes(NamedTuple):
-    """Tokens sorted by expert, and within an expert by sample."""
-
-    order: Tensor  #: which of the T·k (token, choice) pairs stands in each sorted row [T·k]
-    offsets: Tensor  #: where each expert's rows end [E] int32
-    fast_offsets: Tensor  #: where each (expert, sample)'s rows end [E·S] int32
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+#: One projection of every expert, by name.
+Layers = dict[str, list[nn.Module]]
+#: Where PEFT keeps its LoRA for linear layers, and for those of bitsandbytes.
+PLAIN_LORA = ("peft.tuners.lora.layer", "peft.tuners.lora.bnb")
 
 
 class RoutedExperts(nn.ModuleList):
@@ -39,6 +40,7 @@ class RoutedExperts(nn.ModuleList):
 
     def _reset(self) -> None:
         self.packs = True  #: whether frozen weights may move into one buffer; not where an engine moves them itself
+        self.trains = True  #: whether a backward pass goes on to the weights, rather than to the fast ones alone
         self.fast: dict[str, SiteWeights] = {}
         self._packed: dict[str, Tensor] = {}
 
@@ -50,51 +52,58 @@ class RoutedExperts(nn.ModuleList):
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Σ over the chosen experts of weight · expert(x). x [B, M, D]; chosen, weights [B, M, k] → [B, M, D]."""
-        top_k = chosen.shape[-1]
-        routes = self._route(chosen)
-        rows = x.flatten(0, 1).repeat_interleave(top_k, dim=0).index_select(0, routes.order)
-        gated = self[0].act_fn(self._project("gate_proj", rows, routes)) * self._project("up_proj", rows, routes)
-        output = self._project("down_proj", gated, routes)
-        back = torch.empty_like(routes.order).scatter_(0, routes.order, torch.arange(len(output), device=x.device))
-        output = output.index_select(0, back).unflatten(0, chosen.shape)
-        return (output * weights[..., None]).sum(-2).to(x.dtype)
-
-    def _route(self, chosen: Tensor) -> Routes:
         samples = max((site.samples for site in self.fast.values()), default=1)
         if samples > 1 and len(chosen) != samples:
             raise ValueError(f"fast weights of {samples} samples on a batch of {len(chosen)}")
+        at_once = max(1, MAX_GROUPS // len(self))
+        if samples <= at_once:
+            return self._of(x, chosen, weights, self.fast, samples)
+        parts = []
+        for first in range(0, samples, at_once):
+            part = slice(first, first + at_once)
+            fast = {name: site.part(part) for name, site in self.fast.items()}
+            parts.append(self._of(x[part], chosen[part], weights[part], fast, len(x[part])))
+        return torch.cat(parts)
+
+    def _of(self, x: Tensor, chosen: Tensor, weights: Tensor, fast: dict[str, SiteWeights], samples: int) -> Tensor:
+        routes = self._route(chosen, samples)
+        rows, weights = x.flatten(0, 1), weights.flatten().index_select(0, routes.order)[:, None]
+        layers = {name: [getattr(expert, name) for expert in self] for name in PROJECTIONS}
+        if all(map(self._groupable, layers.values())):
+            device = x.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+            parts = [self._projection(name, layers[name], fast.get(name), dtype) for name in PROJECTIONS]
+            output = expert_ffn(rows, weights, routes, Experts(*parts, self[0].act_fn), dtype)
+        else:
+            output = self._one_by_one(rows, weights, routes, layers, fast)
+        return output.to(x.dtype).view_as(x)
+
+    def _route(self, chosen: Tensor, samples: int) -> Routes:
         group = chosen * samples
         if samples > 1:
-            group = group + torch.arange(len(chosen), device=chosen.device)[:, None, None]
+            group = group + torch.arange(samples, device=chosen.device)[:, None, None]
         group = group.flatten()
         counts = torch.zeros(len(self) * samples, dtype=torch.int64, device=group.device)
         fast_offsets = counts.scatter_add_(0, group, torch.ones_like(group)).cumsum(0).to(torch.int32)
-        return Routes(group.argsort(stable=True), fast_offsets[samples - 1 :: samples], fast_offsets)
+        order, top_k = group.argsort(stable=True), chosen.shape[-1]
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        tokens = order.div(top_k, rounding_mode="floor")
+        return Routes(order, tokens, back.view(-1, top_k), fast_offsets[samples - 1 :: samples], fast_offsets)
 
-    def _project(self, name: str, rows: Tensor, routes: Routes) -> Tensor:
-        linears = [getattr(expert, name) for expert in self]
-        if _are_groupable(linears):
-            output = self._grouped(name, linears, rows, routes.offsets)
-        else:  # quantised experts, and adapters other than plain LoRA, compute for themselves
-            output = torch.cat(
-                [linear(part) for linear, part in zip(linears, split(rows, routes.offsets), strict=True)]
-            )
-        if name in self.fast:
-            output = output + self.fast[name].grouped(rows, routes.fast_offsets).to(output.dtype)
-        return output
+    # === all at once ===
 
-    def _grouped(self, name: str, linears: list[nn.Module], rows: Tensor, offsets: Tensor) -> Tensor:
-        adapted = isinstance(linears[0], LoraLinear)
-        bases = [linear.base_layer for linear in linears] if adapted else linears
-        output = grouped_linear(rows, self._stack(name, [base.weight for base in bases]), offsets)
-        if adapted and not linears[0].disable_adapters and not linears[0].merged:
-            adapter = linears[0].active_adapters[0]
-            down = torch.stack([linear.lora_A[adapter].weight for linear in linears])
-            up = torch.stack([linear.lora_B[adapter].weight for linear in linears])
-            dropped = linears[0].lora_dropout[adapter](rows.to(down.dtype))
-            lora = grouped_linear(grouped_linear(dropped, down, offsets), up, offsets)
-            output = output + (lora * linears[0].scaling[adapter]).to(output.dtype)
-        return output
+    def _projection(
+        self, name: str, linears: list[nn.Module], site: SiteWeights | None, dtype: torch.dtype
+    ) -> Projection:
+        """What one projection of the experts is made of. In the inner loop their own weights and LoRA are constants."""
+        bases = [_base(linear) for linear in linears]
+        with torch.set_grad_enabled(self.trains and torch.is_grad_enabled()):
+            packed = self._is_packed(bases[0])
+            weight = partial(self._unpack, bases) if packed else self._stack(name, [base.weight for base in bases])
+            adapters = _lora(linears, dtype)
+        if site is not None:
+            adapters.append(_fast(site, dtype))
+        return Projection(weight, (bases[0].compute_dtype if packed else None) or dtype, adapters)
 
     def _stack(self, name: str, weights: list[Tensor]) -> Tensor:
         """[E, out, in]. Frozen weights become views of one buffer, so that stacking them costs nothing afterwards."""
@@ -108,38 +117,94 @@ class RoutedExperts(nn.ModuleList):
             self._packed[name] = packed
         return packed
 
+    @staticmethod
+    def _is_packed(linear: nn.Module) -> bool:
+        """Whether a layer's weights are packed in 4 bit, by bitsandbytes."""
+        bitsandbytes = sys.modules.get("bitsandbytes")
+        return bitsandbytes is not None and isinstance(linear, bitsandbytes.nn.Linear4bit)
+
+    @staticmethod
+    def _unpack(linears: list[nn.Module]) -> Tensor:
+        """Their weights written out [E, out, in], in the dtype that they were packed from."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        states = [linear.weight.quant_state for linear in linears]
+        out = linears[0].weight.new_empty(len(linears), *states[0].shape, dtype=states[0].dtype)
+        for linear, state, part in zip(linears, states, out, strict=True):
+            part.copy_(dequantize_4bit(linear.weight.data, state))
+        return out
+
+    # === one by one ===
+
+    def _one_by_one(
+        self, x: Tensor, weights: Tensor, routes: Routes, layers: Layers, fast: dict[str, SiteWeights]
+    ) -> Tensor:
+        """Each expert on its rows. x [N, D], weights [T, 1] → [N, D]."""
+
+        def project(name: str, rows: Tensor) -> Tensor:
+            parts = zip(layers[name], split(rows, routes.offsets), strict=True)
+            output = torch.cat([linear(part) for linear, part in parts])
+            site = fast.get(name)
+            return output if site is None else output + site.grouped(rows, routes.fast_offsets).to(output.dtype)
+
+        rows = x.index_select(0, routes.tokens)
+        output = project("down_proj", self[0].act_fn(project("gate_proj", rows)) * project("up_proj", rows)) * weights
+        return output.new_zeros(x.shape).index_add(0, routes.tokens, output)
+
+    def _groupable(self, linears: list[nn.Module]) -> bool:
+        """Whether all are linear layers without bias, or all such layers under the same single plain LoRA."""
+        bases = [_base(linear) for linear in linears]
+        plain = all(type(base) is nn.Linear for base in bases) or all(map(self._is_packed, bases))
+        if not plain or any(base.bias is not None for base in bases):
+            return False
+        return bases == linears or all(_has_plain_lora(linear, linears[0]) for linear in linears)
+
 
 @contextmanager
-def without_backward_hooks(experts: Iterable[RoutedExperts]) -> Iterator[None]:
-    """Forward passes whose backward pass the experts' backward hooks do not see.
+def inner_pass(experts: Iterable[RoutedExperts]) -> Iterator[None]:
+    """Forward passes whose backward pass ends at the fast weights.
 
-    ZeRO-3 takes the first backward pass through such a module for the one that brings its parameters' gradients. The
-    inner loop's brings none: it ends at the fast weights.
+    The experts' own weights are constants in them, and the experts' backward hooks are left out: ZeRO-3 takes the first
+    backward pass through such a module for the one that brings its parameters' gradients. This one brings none.
     """
     held = [(module, module._backward_hooks) for module in experts]
     for module, _ in held:
-        module._backward_hooks = OrderedDict()
+        module._backward_hooks, module.trains = OrderedDict(), False
     try:
         yield
     finally:
         for module, hooks in held:
-            module._backward_hooks = hooks
+            module._backward_hooks, module.trains = hooks, True
 
 
-def _are_groupable(linears: list[nn.Module]) -> bool:
-    """Whether all are plain linear layers without bias, or all such layers under the same single plain LoRA."""
-    first = type(linears[0])
-    if first is nn.Linear:
-        return all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
-    return first is LoraLinear and all(_has_plain_lora(linear, linears[0]) for linear in linears)
+def _base(linear: nn.Module) -> nn.Module:
+    """The layer inside PEFT's wrapper, or the layer itself."""
+    return linear.get_base_layer() if isinstance(linear, BaseTunerLayer) else linear
 
 
-def _has_plain_lora(linear: nn.Module, first: LoraLinear) -> bool:
+def _lora(linears: list[nn.Module], dtype: torch.dtype) -> list[Adapter]:
+    """The outer LoRA of one projection, if it is there and in use. It computes in its own dtype, or in autocast's."""
+    first = linears[0]
+    if not isinstance(first, LoraLayer) or first.disable_adapters or first.merged:
+        return []
+    name = first.active_adapters[0]
+    down = torch.stack([linear.lora_A[name].weight for linear in linears])
+    up = torch.stack([linear.lora_B[name].weight for linear in linears])
+    dtype = dtype if torch.is_autocast_enabled(down.device.type) else down.dtype
+    dropout = first.lora_dropout[name]
+    probability = 0.0 if isinstance(dropout, nn.Identity) or not dropout.training else dropout.p
+    return [Adapter(down.to(dtype), up.to(dtype), first.scaling[name], dtype, dropout=probability)]
+
+
+def _fast(site: SiteWeights, dtype: torch.dtype) -> Adapter:
+    down, up = (m if m is None else m.flatten(0, 1).to(dtype) for m in (site.down, site.up))
+    return Adapter(down, up, site.scaling, dtype, per_sample=True)
+
+
+def _has_plain_lora(linear: nn.Module, first: LoraLayer) -> bool:
     active = first.active_adapters
-    if type(linear) is not LoraLinear or linear.active_adapters != active or len(active) != 1:
+    if type(linear) is not type(first) or type(linear).__module__ not in PLAIN_LORA:
         return False
-    if linear.scaling != first.scaling:
+    if linear.active_adapters != active or len(active) != 1 or linear.scaling != first.scaling:
         return False
-    if active[0] not in linear.lora_A or active[0] in linear.lora_variant or linear.lora_bias[active[0]]:
-        return False
-    return type(linear.base_layer) is nn.Linear and linear.base_layer.bias is None
+    return active[0] in linear.lora_A and active[0] not in linear.lora_variant and not linear.lora_bias[active[0]]

@@ -13,17 +13,13 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ..backbones import load_model, staged_backbone, with_lora
-from ..backbones.moe import RoutedExperts, Routes
+from ..backbones.moe import RoutedExperts
 from ..recipe import Recipe
 
 #: NF4 as bitsandbytes stores it: blocks of 64 weights share a scale of one byte, and 256 scales a float32.
 BLOCK, SCALES = 64, 256
 #: Its tables beside each matrix: 16 levels, 256 levels of the scales and their mean, float32.
 TABLES = 4 * (16 + 256 + 1)
-
-#: Experts that stand for all, where experts run one by one. (What autocast casts of the others' adapters is left out:
-#: less than a hundredth of LLaDA2.1-mini's peak.)
-FEW = 16
 
 
 def shape_model(recipe: Recipe, config: PretrainedConfig) -> nn.Module:
@@ -88,12 +84,14 @@ class ShapeExperts(RoutedExperts):
     def _stack(self, name: str, weights: list[Tensor]) -> Tensor:
         return self._packed[name] if name in self._packed else torch.stack(weights)
 
-    def _project(self, name: str, rows: Tensor, routes: Routes) -> Tensor:
-        if len(self) <= FEW or not isinstance(_base(getattr(self[0], name)), PackedLinear):
-            return super()._project(name, rows, routes)
-        few = self[:FEW]  # one by one they would take a minute: a few, with all the rows
-        few.fast = self.fast
-        return few._project(name, rows, routes._replace(offsets=routes.offsets[:FEW]))
+    @staticmethod
+    def _is_packed(linear: nn.Module) -> bool:
+        return isinstance(linear, PackedLinear)
+
+    @staticmethod
+    def _unpack(linears: list[PackedLinear]) -> Tensor:
+        first = linears[0]
+        return torch.empty(len(linears), first.out_features, first.in_features, dtype=first.compute_dtype)
 
     @classmethod
     def put_into(cls, module: nn.Module, packs: bool) -> None:

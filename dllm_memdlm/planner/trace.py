@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..backbones import staged_backbone
 from ..backbones.layers import take
+from ..backbones.moe import RoutedExperts, inner_pass
 from ..fast_weights import FastWeights, sgd_step
 from ..losses import masked_diffusion_loss
 from ..memory import ParametricMemory
@@ -86,7 +87,7 @@ class Tracer:
                 # The first layer's input stays for the steps to come.
                 stays = [self._input(length, dtype, False)] if first else []
                 leaves = fast.leaves()
-                with part.holding(leaves):
+                with part.holding(leaves), inner_pass(m for m in layer.modules() if isinstance(m, RoutedExperts)):
                     life.inner, out = self._forward(run, stays or [self._input(length, dtype, True)], keep=first)
                     targets = [*leaves.tensors.values(), *([] if first else [self._link])]
                     life.inner_backward = self._backward(_gradients_of(targets), out)

@@ -1,5 +1,5 @@
-"""One MemDLM step written from the paper, to compare with: full forwards of the plain model, logits everywhere, one
-expert after the other, one fast-weight tensor after the other.
+"""One MemDLM step written from the paper, to compare with in numbers (the tests) and in time (the benchmarks): full
+forwards of the plain model, logits everywhere, one expert after the other, one fast-weight tensor after the other.
 
 It shares no code with the package's memory, fast weights, losses and trajectories. Only the random draws (the masks,
 and A of φ0) are given to it.
@@ -38,11 +38,10 @@ def loop_over_experts(experts: RoutedExperts, x: Tensor, chosen: Tensor, weights
     rows, chosen, weights = x.flatten(0, 1), chosen.flatten(0, 1), weights.flatten(0, 1)
     output = torch.zeros_like(rows, dtype=torch.promote_types(weights.dtype, rows.dtype))
     for number, expert in enumerate(experts):
-        for choice in range(chosen.shape[1]):
-            hit = chosen[:, choice] == number
-            if hit.any():
-                part = expert(rows[hit]) * weights[hit, choice, None]
-                output = output.index_put((hit.nonzero()[:, 0],), part.to(output.dtype), accumulate=True)
+        token, choice = (chosen == number).nonzero(as_tuple=True)
+        if len(token):
+            part = expert(rows[token]) * weights[token, choice, None]
+            output.index_add_(0, token, part.to(output.dtype))
     return output.to(x.dtype).view_as(x)
 
 

@@ -1,0 +1,105 @@
+"""Training steps on one batch: dllm's plain MDLM, ours, ours with memory, and MemDLM written naively.
+
+A step is the trainer's `compute_loss` and the backward pass. The optimizer, the same in all, is left out.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dllm_memdlm import noise
+from dllm_memdlm.backbones import with_lora
+from dllm_memdlm.config import LoraConfig, MemoryConfig
+from dllm_memdlm.fast_weights import FastWeights
+from dllm_memdlm.trainer import MemDLMConfig, MemDLMTrainer
+from dllm_memdlm.trajectory import build_trajectory
+
+from . import models
+from .naive import naive_step, one_by_one
+
+PLAIN = MemoryConfig(enabled=False)
+#: As published: fast weights shared by the batch.
+PUBLISHED = MemoryConfig(scope="batch")
+LORA = LoraConfig(dropout=0.0)
+
+Step = Callable[[], float]
+
+
+def adapted(name: str, dimensions: dict[str, Any]) -> nn.Module:
+    """A model with an outer LoRA that has an effect."""
+    torch.manual_seed(0)
+    model = with_lora(models.build(name, dimensions), LORA).train()
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key:
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def batch_of(vocabulary: int, size: int, length: int, ratio: int, memory: MemoryConfig) -> dict[str, Tensor]:
+    """Random tokens, prompt:response as ratio:1, with half of every response masked in the anchor."""
+    tokens = torch.randint(3, vocabulary, (size, length), generator=torch.Generator().manual_seed(1))
+    maskable = torch.zeros_like(tokens, dtype=torch.bool)
+    maskable[:, length * ratio // (ratio + 1) :] = True
+    keys, half = noise.example_keys(42, 0, torch.arange(size)), torch.full((size,), 0.5)
+    trajectory = build_trajectory(tokens, maskable, half, half, keys, memory)
+    return {"labels": tokens.masked_fill(~maskable, -100), **trajectory.to_batch()}
+
+
+def trainer_of(model: nn.Module, memory: MemoryConfig) -> MemDLMTrainer:
+    """A trainer that never logs in the middle of what is timed."""
+    trainer = MemDLMTrainer(model, memory=memory, **_arguments(MemDLMConfig))
+    trainer.state.logging_steps, trainer.state.global_step = 10**9, 1
+    return trainer
+
+
+def ours(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Step:
+    return _step(trainer.model, lambda: trainer.compute_loss(trainer.model, dict(batch)))
+
+
+def naive(model: nn.Module, batch: dict[str, Tensor], trainer: MemDLMTrainer) -> Step:
+    """The step of a trainer with memory, written naively."""
+    memory = trainer.memory_config
+
+    def loss() -> Tensor:
+        device = batch["input_ids"].device
+        start = FastWeights.initial(trainer.memory.shapes, memory, batch["noise_keys"], device)
+        phi0 = [one_by_one(start.tensors, sample) for sample in range(start.samples)]
+        return naive_step(model, batch, phi0, memory, models.TOKENIZER.mask_token_id).loss
+
+    return _step(model, loss)
+
+
+def dllms(name: str, dimensions: dict[str, Any], batch: dict[str, Tensor]) -> Step:
+    """dllm's MDLMTrainer on dllm's model. It draws its own masks, which its cost does not depend on."""
+    import peft
+    from dllm.core.trainers import MDLMConfig, MDLMTrainer
+
+    model = models.dllms(name, models.build(name, dimensions)).train()
+    linear = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    config = peft.LoraConfig(
+        r=LORA.r, lora_alpha=LORA.alpha, lora_dropout=LORA.dropout, target_modules=sorted(linear - {"lm_head"})
+    )
+    trainer = MDLMTrainer(model=peft.get_peft_model(model, config), **_arguments(MDLMConfig))
+    inputs = {key: batch[key] for key in ("input_ids", "labels")}
+    return _step(trainer.model, lambda: trainer.compute_loss(trainer.model, dict(inputs)))
+
+
+def _step(model: nn.Module, loss_of: Callable[[], Tensor]) -> Step:
+    def step() -> float:
+        loss = loss_of()
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def _arguments(config_class: type) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        args = config_class(output_dir=folder, use_cpu=True, report_to=[], eval_strategy="no", disable_tqdm=True)
+        return {"args": args, "train_dataset": [{"input_ids": [1]}], "processing_class": models.TOKENIZER}
