@@ -16,7 +16,7 @@ ALL := $(FIGURES) $(if $(filter cpu,$(SCALE)),dropout)
 REPRODUCED := $(addprefix reproduce-,$(FIGURES) dropout)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-distributed soak reproduce $(REPRODUCED) report bench-decode lint format clean
+.PHONY: help venv demo test test-distributed soak reproduce $(REPRODUCED) report bench lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -54,8 +54,8 @@ $(REPRODUCED): reproduce-%: venv
 report: venv ## a page for each reproduced figure and table, from what is in reports/
 	@$(BIN)/python -m dllm_memdlm.report $(ARGS)
 
-bench-decode: venv ## time decoding, cached and not, into reports/ (12 minutes; ARGS="--quick")
-	@$(BIN)/python -m benchmarks.decode $(ARGS)
+bench: venv ## time training steps and decoding, into reports/ (an hour; ARGS="--only step", ARGS="--quick")
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 lint: venv ## check style and format
 	@$(BIN)/ruff check

@@ -1,1 +1,1 @@
-"""Measurements that a user can repeat: `make bench-decode`."""
+"""Measurements that a user can repeat: `make bench`."""

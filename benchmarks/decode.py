@@ -1,33 +1,27 @@
-"""Time decoding: `python -m benchmarks.decode [--quick]`, or `make bench-decode`.
-
-LLaDA2.1 with and without its exact cache, and with dllm's sampler where dllm is installed; batches; a memory of the
-prompt; and the approximations for LLaDA-MoE. Writes reports/bench_decode.json and .md.
+"""What decoding costs: LLaDA2.1 with and without its exact cache, and with dllm's sampler where dllm is installed;
+batches; a memory of the prompt; and the approximations for LLaDA-MoE.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from dllm_memdlm import dllm_api
 from dllm_memdlm.config import MemoryConfig
 from dllm_memdlm.fast_weights import FastWeights
-from dllm_memdlm.info import package_versions
 from dllm_memdlm.memory import ParametricMemory
 from dllm_memdlm.samplers import LLaDA21Sampler, MDLMSampler
 from dllm_memdlm.trajectory import prompt_trajectory
 
 from . import models
-from .report import Section, write
+from .report import Section
 from .timing import side_by_side
 
 
@@ -235,53 +229,15 @@ def _differing(a: Tensor, b: Tensor) -> int:
     return int((a != b).sum())
 
 
-# === the command ===
+# === all of it ===
 
 
-def facts(size: Size) -> dict[str, Any]:
-    """What the numbers depend on."""
+def sections(size: Size) -> dict[str, Callable[[], Section]]:
+    """What is measured, by name."""
+    llada21 = functools.cache(partial(LLaDA21, size))
     return {
-        "machine": f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, float32",
-        "models": "; ".join(
-            f"{name}: {dims['num_hidden_layers']} layers, hidden {dims['hidden_size']}, {dims['num_experts']} experts, "
-            f"vocabulary {dims['vocab_size']}"
-            for name, dims in size.dimensions.items()
-        )
-        + "; random weights of a fixed seed",
-        "in use": dllm_api.describe(),
-        "versions": ", ".join(f"{name} {version}" for name, version in package_versions().items()),
+        "one prompt": lambda: single_prompts(llada21()),
+        "a batch": lambda: batches(llada21()),
+        "a memory of the prompt": lambda: memory_of_the_prompt(llada21()),
+        "approximations": lambda: approximations(size),
     }
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.decode", description="Time decoding.")
-    parser.add_argument("--quick", action="store_true", help="small models and prompts, to try the benchmark itself")
-    parser.add_argument("--output", type=Path, default=Path("reports"), help="where to write (default: reports)")
-    args = parser.parse_args(argv)
-    console, size = Console(highlight=False), QUICK if args.quick else FULL
-    about = facts(size)
-    for key, value in about.items():
-        console.print(f"{key}: {value}", markup=False)
-    if not dllm_api.HAS_DLLM:
-        console.print("dllm is not installed: its sampler is not timed")
-
-    llada21 = LLaDA21(size)
-    measures: dict[str, Callable[[], Section]] = {
-        "one prompt": partial(single_prompts, llada21),
-        "a batch": partial(batches, llada21),
-        "a memory of the prompt": partial(memory_of_the_prompt, llada21),
-        "approximations": partial(approximations, size),
-    }
-    sections = []
-    for name, measure in measures.items():
-        with console.status(f"timing {name}"):
-            sections.append(measure())
-        sections[-1].print(console)
-    console.print()
-    for path in write(sections, "Decoding", about, args.output, "bench_decode"):
-        console.print(str(path), soft_wrap=True)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -5,17 +5,26 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-Cell = str | int | float | None
+
+class Range(NamedTuple):
+    """A ratio that was measured several times."""
+
+    median: float
+    smallest: float
+    largest: float
+
+
+Cell = str | int | float | Range | None
 
 
 @dataclass
 class Section:
-    """One table. A cell is text, a number, or none where something was not measured."""
+    """One table. A cell is text, a number, a range of them, or none where something was not measured."""
 
     title: str
     columns: list[str]
@@ -43,6 +52,8 @@ class Section:
 def text(cell: Cell) -> str:
     if cell is None:
         return "-"
+    if isinstance(cell, Range):
+        return f"{cell.median:.2f} ({cell.smallest:.2f}-{cell.largest:.2f})"
     return f"{cell:.2f}" if isinstance(cell, float) else str(cell)
 
 

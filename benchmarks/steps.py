@@ -17,7 +17,7 @@ from dllm_memdlm.backbones import with_lora
 from dllm_memdlm.config import LoraConfig, MemoryConfig
 from dllm_memdlm.fast_weights import FastWeights
 from dllm_memdlm.trainer import MemDLMConfig, MemDLMTrainer
-from dllm_memdlm.trajectory import build_trajectory
+from dllm_memdlm.trajectory import Trajectory, build_trajectory
 
 from . import models
 from .naive import naive_step, one_by_one
@@ -66,8 +66,8 @@ def naive(model: nn.Module, batch: dict[str, Tensor], trainer: MemDLMTrainer) ->
     memory = trainer.memory_config
 
     def loss() -> Tensor:
-        device = batch["input_ids"].device
-        start = FastWeights.initial(trainer.memory.shapes, memory, batch["noise_keys"], device)
+        keys = trainer.memory.keys_of(Trajectory.from_batch(batch))
+        start = FastWeights.initial(trainer.memory.shapes, memory, keys, keys.device)
         phi0 = [one_by_one(start.tensors, sample) for sample in range(start.samples)]
         return naive_step(model, batch, phi0, memory, models.TOKENIZER.mask_token_id).loss
 

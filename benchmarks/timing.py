@@ -6,9 +6,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch.profiler import ProfilerActivity, profile
+
+from .report import Range
+
+Clock = Literal["wall", "cpu"]
 
 
 @dataclass
@@ -22,12 +26,18 @@ class Timed:
     @property
     def seconds(self) -> float:
         """Median of the wall times."""
-        return statistics.median(self.wall)
+        return self.median("wall")
 
-    def ratio(self, other: Timed, clock: str = "wall") -> tuple[float, float, float]:
-        """How many times as long as the other, turn by turn: the median, the smallest and the largest."""
-        turns = [mine / its for mine, its in zip(getattr(self, clock), getattr(other, clock), strict=True)]
-        return statistics.median(turns), min(turns), max(turns)
+    def median(self, clock: Clock) -> float:
+        return statistics.median(self.times(clock))
+
+    def ratio(self, other: Timed, clock: Clock = "wall") -> Range:
+        """How many times as long as the other, turn by turn."""
+        turns = [mine / its for mine, its in zip(self.times(clock), other.times(clock), strict=True)]
+        return Range(statistics.median(turns), min(turns), max(turns))
+
+    def times(self, clock: Clock) -> list[float]:
+        return self.wall if clock == "wall" else self.cpu
 
 
 def side_by_side(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Timed]:

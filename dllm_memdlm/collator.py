@@ -27,12 +27,17 @@ class AnchorTrajectoryCollator(CollatorWrapper):
          "labels": [[-100, -100, 7, 8, 9, 10]],
          "maskable": [[0, 0, 1, 1, 1, 1]],               # the response
          "noise_level": [0.2638],                        # t
+         "noise_weight": [3.7912],                       # w(t)
          "anchor_mask": [[0, 0, 0, 0, 1, 1]],            # M_t
          "inner_masks": [[[0, 0, 0, 1, 1, 1],            # M_pre: one and a half times as many tokens
                           [0, 0, 0, 0, 1, 1],            # M_t
                           [0, 0, 0, 0, 0, 0]]],          # and the clean text, which follows
          "inner_ratios": [[0.75, 0.5]],                  # r of the two inner states
-         "noise_keys": [-6596124625521688287]}           # what all of this is a function of
+         "inner_weights": [[1.3333, 2.0]],               # w(r)
+         "noise_keys": [-6596124625521688287],           # what all of this is a function of
+         "loss_index_0": [[3, 4, 5]],                    # where the two states have their loss
+         "loss_index_1": [[4, 5]],
+         "loss_index_2": [[4, 5]]}                       # and the anchor
 
     The noise of an example is a pure function of (seed, epoch, example): no worker, rank, batch or restart changes it.
     Put this wrapper outside those that change the length of the batch.
@@ -93,5 +98,6 @@ class AnchorTrajectoryCollator(CollatorWrapper):
         maskable = labels != -100
         keys = noise.example_keys(self.seed, self.epoch, examples)
         t = self.time_epsilon + (1 - self.time_epsilon) * noise.uniform(keys, noise.TIME, 1)[:, 0]
-        trajectory = build_trajectory(batch["input_ids"], maskable, t, 1 - self.scheduler(t), keys, self.config)
+        chance, ids = 1 - self.scheduler(t), batch["input_ids"]
+        trajectory = build_trajectory(ids, maskable, t, chance, keys, self.config, self.scheduler)
         return {**batch, **trajectory.to_batch()}

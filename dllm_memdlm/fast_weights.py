@@ -8,6 +8,7 @@ a norm for each tensor of the paper, all at once.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from . import noise
 from .config import ConfigError, MemoryConfig
 from .grouped import grouped_linear
 
@@ -94,18 +96,16 @@ class FastWeights:
     ) -> FastWeights:
         """φ0: A is Kaiming-uniform (a = √5), B or the difference is zero, so the model is as without them.
 
-        keys [B] int64: sample i's A depends on keys[i], and on the kind of device, alone. With `scope: batch` the first
-        key serves all.
+        keys [S] int64: A of set i is a function of keys[i] alone, on every device.
         """
-        keys = keys[:1] if config.scope == "batch" else keys
-        generators = [torch.Generator(device).manual_seed(key) for key in keys.tolist()]
-        tensors = {}
-        for site in sites:
+        keys, tensors = keys.to(device), {}
+        for number, site in enumerate(sites):
             experts = () if site.experts is None else (site.experts,)
             for name, (rows, columns) in site.tensors(config).items():
                 if name == "A":
-                    draws = [torch.rand(*experts, rows, columns, generator=g, device=device) for g in generators]
-                    value = (torch.stack(draws, dim=-3) * 2 - 1) * columns**-0.5
+                    draws = noise.uniform(keys, noise.INITIAL + number, math.prod(experts) * rows * columns)
+                    draws = draws.view(len(keys), *experts, rows, columns).mul_(2).sub_(1).mul_(columns**-0.5)
+                    value = draws.movedim(0, -3).contiguous()
                 else:
                     value = torch.zeros(*experts, len(keys), rows, columns, device=device)
                 tensors[f"{site.name}.{name}"] = value

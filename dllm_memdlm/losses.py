@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,10 @@ class Positions(NamedTuple):
 
 
 def positions_of(mask: Tensor) -> Positions:
-    """The true positions of each row, in order. mask [B, L] bool → M at least 1, so that a graph always exists."""
+    """The true positions of each row, in order. mask [B, L] bool → M at least 1, so that a graph always exists.
+
+    Waits for the device, to learn M.
+    """
     counts = mask.sum(-1)
     longest = max(1, int(counts.max()))
     index = mask.int().argsort(dim=-1, descending=True, stable=True)[:, :longest]
@@ -64,17 +67,8 @@ NORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def loss_weights(weighting: str, scheduler: Any, level: Tensor) -> Tensor:
-    """Weight of a masked token at a noise level: w(level), or 1. level [...] → [...] float32.
-
-    At level 0 nothing is masked, so its weight, which the schedule makes very large, multiplies nothing.
-    """
-    return scheduler.weight(level) if weighting == "scheduler" else torch.ones_like(level)
-
-
 def masked_diffusion_loss(
-    logits: Tensor,
-    tokens: Tensor,
+    nll: Tensor,
     valid: Tensor,
     weights: Tensor,
     maskable: Tensor,
@@ -84,8 +78,7 @@ def masked_diffusion_loss(
     """Σ_{i in M_t} w(t) · (-log p(x0_i | x_t)), normalised (section 2, and equation of the outer loss in 3.1).
 
     Args:
-        logits: at the masked positions [B, M, V].
-        tokens: the clean tokens there [B, M].
+        nll: -log p of the clean tokens at the masked positions [B, M].
         valid: false on padding [B, M].
         weights: w(t) of each sample [B].
         maskable: maskable tokens of each sample [B].
@@ -95,7 +88,7 @@ def masked_diffusion_loss(
     Returns:
         The loss, and each sample's weighted sum [B], without normalisation and gradient.
     """
-    total = (token_nll(logits, tokens) * valid).sum(-1) * weights
+    total = (nll * valid).sum(-1) * weights
     if norm == "token" and count is not None:
         return total.sum() / count.clamp_min(1), total.detach()
     return NORMS[norm](total, maskable), total.detach()

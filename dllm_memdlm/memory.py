@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from . import global_batch
 from .backbones import StageOutput, adapted_layers, find_sites, staged_backbone
 from .backbones.moe import RoutedExperts, inner_pass
+from .backbones.output import OutputLinear
 from .config import ConfigError, MemoryConfig
-from .dllm_api import LinearAlphaScheduler
 from .fast_weights import FastWeights, InnerStep, SiteWeights, sgd_step
-from .losses import loss_weights, positions_of
 from .objectives import OBJECTIVES
 from .trajectory import ENDS_ON_ANCHOR, Trajectory
 
@@ -41,7 +40,6 @@ class ParametricMemory:
         model: a backbone, or PEFT's wrapper around one; stages are called on it.
         config: settings of the inner loop.
         mask_token_id: the token that stands for a masked position.
-        scheduler: the noise schedule, for `weighting: scheduler`.
         right_shift_logits: whether logits at position i predict token i + 1.
 
     Raises:
@@ -54,13 +52,11 @@ class ParametricMemory:
         model: nn.Module,
         config: MemoryConfig,
         mask_token_id: int,
-        scheduler: Any = None,
         right_shift_logits: bool = False,
     ) -> None:
         self.model = model
         self.config = config
         self.mask_token_id = mask_token_id
-        self.scheduler = scheduler or LinearAlphaScheduler()
         self.right_shift_logits = right_shift_logits
         self.objective = OBJECTIVES[config.objective]
         backbone = staged_backbone(model)
@@ -68,7 +64,7 @@ class ParametricMemory:
         self.shapes = [site.shape for site in self.sites]
         #: The first layer that carries fast weights; those below are the trunk.
         self.boundary = adapted_layers(len(backbone.layers), config).start
-        self._experts = [module for module in backbone.modules() if isinstance(module, RoutedExperts)]
+        self._parts = [part for part in backbone.modules() if isinstance(part, (RoutedExperts, OutputLinear))]
         self._held = False
 
     @property
@@ -154,7 +150,7 @@ class ParametricMemory:
         steps = []
         for _ in range(self.config.epochs):
             for k in range(trajectory.steps):
-                teacher = trunk_of(k + 1) if self.objective.teacher else None
+                teacher = trunk_of(k + 1) if self.objective is not None else None
                 fast, step = self._inner_step(fast, trajectory, k, trunk_of(k), teacher, attention_mask)
                 steps.append(step)
                 finite = finite & step.finite
@@ -177,21 +173,19 @@ class ParametricMemory:
         hidden: Tensor,
         positions: Tensor,
         attention_mask: Tensor | None = None,
-        *,
-        project: bool = True,
-        model: nn.Module | None = None,
+        **wanted: Any,
     ) -> StageOutput:
-        """The layers from the boundary on, at chosen positions. hidden [B, L, D], positions [B, M] → [B, M, V or D].
+        """The layers from the boundary on, at chosen positions. hidden [B, L, D], positions [B, M].
 
-        `model` is the module to call, where a wrapper such as DDP must see the call.
+        `wanted` says what of `StagedForward.forward`: `tokens` for their NLL, `project` for logits or hidden states.
         """
-        return (model or self.model)(
+        return self.model(
             stage="head",
             hidden=hidden,
             boundary=self.boundary,
             positions=positions,
             attention_mask=attention_mask,
-            project=project,
+            **wanted,
         )
 
     def _inner_step(
@@ -205,25 +199,27 @@ class ParametricMemory:
     ) -> tuple[FastWeights, InnerStep]:
         """One SGD step on state k: pre-anchor alignment for the first, anchor-to-target for the last."""
         objective, config = self.objective, self.config
-        mask = trajectory.inner_masks[:, k]
-        if config.targets == "newly_revealed":
-            mask = mask & ~trajectory.inner_masks[:, k + 1]
-        positions = positions_of(mask)
+        positions = trajectory.loss_positions(k, config.targets)
         index = positions.logit_index(self.right_shift_logits)
 
         def view(hidden: Tensor) -> Tensor:
             out = self.head(hidden, index, attention_mask, project=objective.on_logits)
             return out.logits if objective.on_logits else out.hidden
 
-        if teacher_trunk is None:
-            target = positions.gather(trajectory.input_ids)
-        else:
+        if objective is not None:
             with torch.no_grad(), self.holding(fast):
                 target = view(teacher_trunk)
+
+        def loss_at(hidden: Tensor) -> Tensor:
+            if objective is not None:
+                return objective.loss(view(hidden), target)
+            return self.head(hidden, index, attention_mask, tokens=positions.gather(trajectory.input_ids)).nll
+
         leaves = fast.leaves()
-        with torch.enable_grad(), self.holding(leaves), inner_pass(self._experts):
-            weights = loss_weights(config.weighting, self.scheduler, trajectory.inner_ratios[:, k])
-            total = (objective.loss(view(trunk), target) * positions.valid).sum(-1) * weights  # [B]
+        with torch.enable_grad(), self.holding(leaves), inner_pass(self._parts):
+            total = (loss_at(trunk) * positions.valid).sum(-1)  # [B]
+            if config.weighting == "scheduler":
+                total = total * trajectory.inner_weights[:, k]
             count = positions.valid.sum(-1)
             if fast.samples == 1:  # shared by the batch: one loss over all its tokens
                 total, count = total.sum(0, keepdim=True), count.sum(0, keepdim=True)

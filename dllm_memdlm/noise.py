@@ -12,6 +12,8 @@ from torch import Tensor
 
 # The streams of one example. Numbers, not a counter: inserting one must not move the others.
 TIME, ANCHOR, REVEAL, DROPOUT, START = 1, 2, 3, 4, 5
+#: The first of those that fast weights are initialised from, one a site.
+INITIAL = 1000
 
 #: The epoch and the seed of evaluation: its noise never changes, so that eval curves can be compared point by point,
 #: and runs of one seed with runs of another.
@@ -29,13 +31,14 @@ _MIX_2 = _signed(0x94D049BB133111EB)
 
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical right shift of int64, whose own `>>` copies the sign bit."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift(x, 30)) * _MIX_1
-    x = (x ^ _shift(x, 27)) * _MIX_2
-    return x ^ _shift(x, 31)
+    """In place."""
+    x.bitwise_xor_(_shift(x, 30)).mul_(_MIX_1)
+    x.bitwise_xor_(_shift(x, 27)).mul_(_MIX_2)
+    return x.bitwise_xor_(_shift(x, 31))
 
 
 def example_keys(seed: int, epoch: int, examples: Tensor) -> Tensor:
@@ -54,4 +57,4 @@ def uniform(keys: Tensor, stream: int, length: int) -> Tensor:
     base = _mix((keys ^ stream) + _GAMMA)
     position = torch.arange(1, length + 1, device=keys.device)
     bits = _mix(base[:, None] + position * _GAMMA)
-    return _shift(bits, 40).to(torch.float32) * 2.0**-24
+    return _shift(bits, 40).to(torch.float32).mul_(2.0**-24)

@@ -1,7 +1,7 @@
-"""The five inner objectives (section 3.3 and figure 5), each a free function of two views of the same positions.
+"""The five inner objectives (section 3.3 and figure 5): cross-entropy on the clean tokens, and four with a teacher.
 
-A student sees an inner state x_k, its teacher the next state (the last one's teacher the clean text), with the same
-fast weights and without gradient. Cross-entropy needs no teacher: it is supervised by the clean tokens.
+Those are free functions of two views of the same positions. A student sees an inner state x_k, its teacher the next
+state (the last one's teacher the clean text), with the same fast weights and without gradient.
 """
 
 from __future__ import annotations
@@ -12,12 +12,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from .losses import token_nll, widened
-
-
-def cross_entropy(student: Tensor, tokens: Tensor) -> Tensor:
-    """-log p_student(x0). student: logits [B, M, V]; tokens [B, M] → [B, M]."""
-    return token_nll(student, tokens)
+from .losses import widened
 
 
 def kl(student: Tensor, teacher: Tensor) -> Tensor:
@@ -43,15 +38,15 @@ def hidden_cosine(student: Tensor, teacher: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """An inner loss, and what it is a function of."""
+    """An inner loss between a student and a teacher, and what of them it compares."""
 
     loss: Callable[[Tensor, Tensor], Tensor]
-    on_logits: bool = True  #: of logits, or of the hidden states after the final norm
-    teacher: bool = True  #: compared with a teacher, or with the clean tokens
+    on_logits: bool = True  #: logits, or the hidden states after the final norm
 
 
-OBJECTIVES = {
-    "cross_entropy": Objective(cross_entropy, teacher=False),
+#: Cross-entropy, -log p_student(x0), has no teacher: the model gives it as the NLL of the clean tokens.
+OBJECTIVES: dict[str, Objective | None] = {
+    "cross_entropy": None,
     "kl": Objective(kl),
     "reverse_kl": Objective(reverse_kl),
     "hidden_mse": Objective(hidden_mse, on_logits=False),

@@ -18,7 +18,7 @@ from .dllm_api import MDLMTrainer
 from .epoch_order import EpochSampler, LongestFirst
 from .example_ids import lengths_of, with_example_ids
 from .logs import Averages, EpochClock
-from .losses import loss_weights, masked_diffusion_loss, positions_of
+from .losses import masked_diffusion_loss
 from .memory import ParametricMemory, Written
 from .resume import WholeCheckpoints
 from .training_args import MemDLMConfig
@@ -97,7 +97,7 @@ class MemDLMTrainer(WholeCheckpoints, MDLMTrainer):
         self.memory_config, self.memory = memory, None
         if memory.enabled:
             self.memory = ParametricMemory(
-                self.model, memory, self.mask_token_id, self.scheduler, right_shift_logits=self.right_shift_logits
+                self.model, memory, self.mask_token_id, right_shift_logits=self.right_shift_logits
             )
         self._train_log = Averages()
         self._eval_losses_off: list[Tensor] = []
@@ -134,7 +134,7 @@ class MemDLMTrainer(WholeCheckpoints, MDLMTrainer):
         """
         trajectory = Trajectory.from_batch(inputs)
         attention_mask = inputs.get("attention_mask")
-        positions = positions_of(trajectory.anchor_mask)
+        positions = trajectory.loss_positions(-1)
         trunk, head = self._stages(model, trajectory, attention_mask, positions)
 
         written = None
@@ -145,14 +145,14 @@ class MemDLMTrainer(WholeCheckpoints, MDLMTrainer):
             if model.training and self.memory_config.dropout > 0:
                 fast = fast.keep(self._kept(trajectory))
             with self.memory.holding(fast):
-                logits = head(model)
+                nll = head(model)
         else:
-            logits = head(model)
+            nll = head(model)
         # The maskable tokens of a whole optimizer step in all processes, whose gradients will be averaged.
         count = num_items_in_batch
         if count is not None and self.args.average_tokens_across_devices:
             count = count / self.accelerator.num_processes
-        loss, total = self._outer_loss(logits, trajectory, positions, count)
+        loss, total = self._outer_loss(nll, trajectory, positions, count)
         maskable = trajectory.maskable.sum().to(total.dtype)
         self.meter.update(
             split="train" if model.training else "eval", value=total.sum() / maskable.clamp_min(1), weight=maskable
@@ -163,28 +163,28 @@ class MemDLMTrainer(WholeCheckpoints, MDLMTrainer):
         return loss, {"loss_memory_off": off}
 
     def _stages(self, model: nn.Module, trajectory: Trajectory, attention_mask: Tensor | None, positions: Any):
-        """The anchor's trunk output, and the head on it: a function of the module to call, giving logits [B, M, V]."""
+        """The anchor's trunk output, and the head on it: a function of the module to call, giving the NLL [B, M]."""
         root = self.accelerator.unwrap_model(model)
         # Without memory the head is the last layer, which then computes its output at the loss positions only.
         boundary = len(staged_backbone(root).layers) - 1 if self.memory is None else self.memory.boundary
         tokens = trajectory.state(trajectory.anchor_mask, self.mask_token_id)
         trunk = root(stage="trunk", input_ids=tokens, attention_mask=attention_mask, boundary=boundary).hidden
-        index = positions.logit_index(self.right_shift_logits)
+        index, wanted = positions.logit_index(self.right_shift_logits), positions.gather(trajectory.input_ids)
+        given = {"hidden": trunk, "boundary": boundary, "attention_mask": attention_mask}
 
         def head(module: nn.Module) -> Tensor:
-            out = module(stage="head", hidden=trunk, boundary=boundary, positions=index, attention_mask=attention_mask)
-            return out.logits
+            return module(stage="head", positions=index, tokens=wanted, **given).nll
 
         return trunk, head
 
     def _outer_loss(
-        self, logits: Tensor, trajectory: Trajectory, positions: Any, count: Tensor | None = None
+        self, nll: Tensor, trajectory: Trajectory, positions: Any, count: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        weight = trajectory.noise_weight
         return masked_diffusion_loss(
-            logits,
-            positions.gather(trajectory.input_ids),
+            nll,
             positions.valid,
-            loss_weights(self.loss_weight_type, self.scheduler, trajectory.noise_level),
+            weight if self.loss_weight_type == "scheduler" else torch.ones_like(weight),
             trajectory.maskable.sum(-1),
             self.loss_norm_type,
             count,

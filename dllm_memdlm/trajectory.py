@@ -15,19 +15,26 @@ from torch import Tensor
 
 from . import noise
 from .config import MemoryConfig
+from .dllm_api import BaseAlphaScheduler, LinearAlphaScheduler
+from .losses import Positions, positions_of
 
 
 @dataclass
 class Trajectory:
-    """A batch with its noise. Batch-first tensors throughout, so that it can be split, moved and gathered as it is."""
+    """A batch with its noise. Batch-first tensors throughout, so that it can be split and moved as it is."""
 
     input_ids: Tensor  #: x0, the clean tokens [B, L] int64
     maskable: Tensor  #: tokens that may be masked: the response in training, all of a prompt [B, L] bool
     noise_level: Tensor  #: t, one for each sample [B] float32
+    noise_weight: Tensor  #: w(t) of the schedule [B] float32
     anchor_mask: Tensor  #: M_t, the state that the outer loss is computed on [B, L] bool
     inner_masks: Tensor  #: the K inner states in order, and the state that the last one's teacher sees [B, K+1, L] bool
-    inner_ratios: Tensor  #: the level that weights each inner state's loss [B, K] float32
+    inner_ratios: Tensor  #: r, the level that weights each inner state's loss [B, K] float32
+    inner_weights: Tensor  #: w(r) of the schedule [B, K] float32
     noise_keys: Tensor  #: one key a sample, from which its fast weights are initialised [B] int64
+    #: Where each inner state has its loss, then where the anchor has [B, M of that state] int64: found with the noise,
+    #: on the host, as a training step would have to wait for the device to learn how many there are.
+    loss_index: tuple[Tensor, ...] | None = None
 
     @property
     def steps(self) -> int:
@@ -38,9 +45,23 @@ class Trajectory:
         """The tokens the model sees under `mask` [B, L] → [B, L] int64."""
         return torch.where(mask, mask_token_id, self.input_ids)
 
+    def loss_positions(self, state: int, targets: str = "masked") -> Positions:
+        """Where inner state `state` has its loss, or the anchor: state K, or -1."""
+        if state in (self.steps, -1):
+            mask = self.anchor_mask
+        else:
+            mask = self.inner_masks[:, state]
+            if targets == "newly_revealed":
+                mask = mask & ~self.inner_masks[:, state + 1]
+        if self.loss_index is None:
+            return positions_of(mask)
+        index = self.loss_index[state]
+        return Positions(index, mask.gather(1, index))
+
     def to_batch(self) -> dict[str, Tensor]:
         """The fields as a flat dict, which collators, data loaders and accelerate carry."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        index = {f"loss_index_{state}": index for state, index in enumerate(self.loss_index or ())}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "loss_index"} | index
 
     @classmethod
     def from_batch(cls, batch: dict[str, Any]) -> Trajectory:
@@ -56,7 +77,9 @@ class Trajectory:
                 f"tokens of shape {tuple(tokens)} with masks of shape {tuple(masks)}: a collator that changes the "
                 "length belongs inside AnchorTrajectoryCollator"
             )
-        return cls(**{f.name: batch[f.name] for f in fields(cls)})
+        required = {f.name: batch[f.name] for f in fields(cls) if f.name != "loss_index"}
+        states = [f"loss_index_{state}" for state in range(batch["inner_masks"].shape[1])]
+        return cls(**required, loss_index=tuple(batch[name] for name in states) if states[0] in batch else None)
 
 
 def sample_anchor(maskable: Tensor, mask_probability: Tensor, keys: Tensor) -> Tensor:
@@ -162,6 +185,7 @@ def build_trajectory(
     mask_probability: Tensor,
     keys: Tensor,
     config: MemoryConfig,
+    scheduler: BaseAlphaScheduler | None = None,
 ) -> Trajectory:
     """Noise a batch: the anchor at t, and the inner states of the configured strategy.
 
@@ -171,13 +195,18 @@ def build_trajectory(
         noise_level: t of each sample [B] float32; `mask_probability` is 1 - α(t) [B].
         keys: one noise key a sample [B] int64 (`noise.example_keys`).
         config: strategy, steps and pre_anchor_scale; with memory off there are no inner states.
+        scheduler: the schedule that weights come from; linear by default.
     """
+    scheduler = scheduler or LinearAlphaScheduler()
     anchor = sample_anchor(maskable, mask_probability, keys)
     if config.enabled:
         masks, ratios = STRATEGIES[config.strategy](config, maskable, anchor, noise_level, keys)
     else:
         masks, ratios = torch.zeros_like(anchor[:, None]), noise_level.new_zeros(len(anchor), 0)
-    return Trajectory(input_ids, maskable, noise_level, anchor, masks, ratios, keys)
+    weight, weights = scheduler.weight(noise_level), scheduler.weight(ratios)
+    built = Trajectory(input_ids, maskable, noise_level, weight, anchor, masks, ratios, weights, keys)
+    built.loss_index = tuple(built.loss_positions(k, config.targets).index for k in range(built.steps + 1))
+    return built
 
 
 def prompt_trajectory(prompt_ids: Tensor, maskable: Tensor, keys: Tensor, config: MemoryConfig) -> Trajectory:

@@ -13,6 +13,7 @@ from dllm_memdlm.config import MemoryConfig
 from dllm_memdlm.fast_weights import FastWeights
 from dllm_memdlm.memory import Written
 from dllm_memdlm.trainer import MemDLMTrainer
+from dllm_memdlm.trajectory import Trajectory
 
 SMALL = {"rank": 4, "alpha": 8.0, "layer_fraction": 0.4}  # layers 1 and 2 of 3
 OFF = MemoryConfig(**SMALL, enabled=False)
@@ -74,7 +75,8 @@ class Step:
 
 
 def initial(trainer: MemDLMTrainer, batch: dict[str, Any]) -> FastWeights:
-    fast = FastWeights.initial(trainer.memory.shapes, trainer.memory_config, batch["noise_keys"], torch.device("cpu"))
+    keys = trainer.memory.keys_of(Trajectory.from_batch(batch))
+    fast = FastWeights.initial(trainer.memory.shapes, trainer.memory_config, keys, torch.device("cpu"))
     # float32, but as wide as the model where the comparison is in float64
     dtype = torch.promote_types(torch.float32, next(trainer.model.parameters()).dtype)
     return FastWeights({name: v.to(dtype) for name, v in fast.tensors.items()}, fast.scaling)

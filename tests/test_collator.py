@@ -18,7 +18,10 @@ from dllm_memdlm.dllm_api import NoAttentionMaskWrapper, make_alpha_scheduler
 from dllm_memdlm.trajectory import build_trajectory
 
 EOS, BOS = 1, 2
-NOISE_FIELDS = {"maskable", "noise_level", "anchor_mask", "inner_masks", "inner_ratios", "noise_keys"}
+NOISE_FIELDS = {
+    *("maskable", "noise_level", "noise_weight", "anchor_mask", "inner_masks", "inner_ratios", "inner_weights"),
+    *("noise_keys", "loss_index_0", "loss_index_1", "loss_index_2"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,10 @@ def test_docstring_example(pad):
     collator = AnchorTrajectoryCollator(pad, MemoryConfig())
     batch = collator([{"input_ids": [5, 6, 7, 8, 9, 10], "labels": [-100, -100, 7, 8, 9, 10], "example_id": 7}])
     assert batch.pop("noise_level").tolist() == pytest.approx([0.2638], abs=5e-5)
-    assert {name: value.long().tolist() for name, value in batch.items() if name != "inner_ratios"} == {
+    assert batch.pop("noise_weight").tolist() == pytest.approx([3.7912], abs=5e-5)
+    assert batch.pop("inner_weights").tolist() == [pytest.approx([1.3333, 2.0], abs=5e-5)]
+    assert batch.pop("inner_ratios").tolist() == [[0.75, 0.5]]
+    assert {name: value.long().tolist() for name, value in batch.items()} == {
         "input_ids": [[5, 6, 7, 8, 9, 10]],
         "labels": [[-100, -100, 7, 8, 9, 10]],
         "attention_mask": [[1, 1, 1, 1, 1, 1]],
@@ -70,8 +76,10 @@ def test_docstring_example(pad):
         "anchor_mask": [[0, 0, 0, 0, 1, 1]],
         "inner_masks": [[[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0]]],
         "noise_keys": [-6596124625521688287],
+        "loss_index_0": [[3, 4, 5]],
+        "loss_index_1": [[4, 5]],
+        "loss_index_2": [[4, 5]],
     }
-    assert batch["inner_ratios"].tolist() == [[0.75, 0.5]]
     assert batch["maskable"].dtype == batch["anchor_mask"].dtype == batch["inner_masks"].dtype == torch.bool
 
 
@@ -143,7 +151,13 @@ def test_examples_do_not_depend_on_their_batch(pad):
     whole = collator(same_length)
     assert_same(collator(same_length[::-1]), {name: value.flip(0) for name, value in whole.items()})
     for i in range(5):
-        assert_same(collator([same_length[i]]), {name: value[i : i + 1] for name, value in whole.items()})
+        alone = collator([same_length[i]])
+        # as many positions as the example itself has, not the longest of its batch
+        expected = {
+            name: value[i : i + 1, : alone[name].shape[1]] if "index" in name else value[i : i + 1]
+            for name, value in whole.items()
+        }
+        assert_same(alone, expected)
 
 
 # --- composition ---

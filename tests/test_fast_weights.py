@@ -87,14 +87,6 @@ def test_global_generator_is_neither_read_nor_moved():
     assert torch.equal(initial().tensors[f"{DENSE.name}.A"], first.tensors[f"{DENSE.name}.A"])
 
 
-def test_scope_batch_shares_one_set():
-    shared = initial(config_of(scope="batch"))
-    alone = initial(keys=KEYS[:1])
-    assert shared.samples == 1
-    assert shared.tensors.keys() == alone.tensors.keys()
-    assert all(torch.equal(shared.tensors[k], alone.tensors[k]) for k in alone.tensors)
-
-
 def test_scaling_is_that_of_the_config():
     assert initial().scaling == 2.0
     assert initial(config_of(kind="full")).scaling == 1.0

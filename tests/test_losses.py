@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import typing
 
 import pytest
 import torch
 from torch import Tensor
 
 from dllm_memdlm.bundled import CosineAlphaScheduler, LinearAlphaScheduler
-from dllm_memdlm.config import MemoryConfig
-from dllm_memdlm.losses import NORMS, loss_weights, masked_diffusion_loss, positions_of, token_nll, widened
+from dllm_memdlm.losses import NORMS, masked_diffusion_loss, positions_of, token_nll, widened
 
 B, L, V = 5, 12, 17
 
@@ -58,7 +56,8 @@ def gathered_loss(
     positions = positions_of(mask)
     index = positions.logit_index(right_shift)
     at = logits.gather(1, index[:, :, None].expand(-1, -1, logits.shape[-1]))
-    return masked_diffusion_loss(at, positions.gather(tokens), positions.valid, weights, maskable.sum(-1), norm)
+    nll = token_nll(at, positions.gather(tokens))
+    return masked_diffusion_loss(nll, positions.valid, weights, maskable.sum(-1), norm)
 
 
 def test_positions_against_nonzero():
@@ -147,18 +146,11 @@ def test_widened():
         assert widened(x) is x
 
 
-def test_loss_weights():
+def test_weights_of_the_schedules():
     level = torch.tensor([[0.001, 0.25], [0.5, 1.0]])
-    weights = loss_weights("scheduler", LinearAlphaScheduler(), level)
+    weights = LinearAlphaScheduler().weight(level)
     torch.testing.assert_close(weights, 1 / level, rtol=2e-3, atol=0)  # dllm adds 1e-6 to the denominator
     torch.testing.assert_close(weights[1], 1 / level[1], rtol=3e-6, atol=0)
-    assert torch.equal(loss_weights("uniform", LinearAlphaScheduler(), level), torch.ones(2, 2))
-    cosine = loss_weights("scheduler", CosineAlphaScheduler(), torch.tensor([0.5]))
+    cosine = CosineAlphaScheduler().weight(torch.tensor([0.5]))
     assert cosine.item() == pytest.approx(math.pi / 2, rel=1e-5)  # π/2 · sin(π/4) / cos(π/4)
-    assert torch.isfinite(loss_weights("scheduler", LinearAlphaScheduler(), torch.zeros(3))).all()
-
-
-def test_weightings_are_those_of_the_config():
-    hints = typing.get_type_hints(MemoryConfig)
-    for weighting in typing.get_args(hints["weighting"]):
-        assert loss_weights(weighting, LinearAlphaScheduler(), torch.ones(3)).shape == (3,)
+    assert torch.isfinite(LinearAlphaScheduler().weight(torch.zeros(3))).all()  # where nothing is masked

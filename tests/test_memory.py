@@ -47,6 +47,17 @@ def test_initial_fast_weights_can_be_given(tokenizer, tmp_path):
     assert start.samples == 3 and all(not v.requires_grad for v in written.values())
 
 
+def test_a_set_shared_by_the_batch_starts_from_its_first_sample(tokenizer, tmp_path):
+    trainer = make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama", scope="batch"))
+    batch = batch_of(trainer)
+    trajectory = Trajectory.from_batch(batch)
+    assert torch.equal(trainer.memory.keys_of(trajectory), batch["noise_keys"][:1])
+    written = trainer.memory.write(trajectory).fast_weights
+    from_it = trainer.memory.write(trajectory, initial=initial(trainer, batch)).fast_weights
+    assert written.samples == 1
+    assert all(torch.equal(value, from_it.tensors[name]) for name, value in written.tensors.items())
+
+
 def test_an_unknown_model_is_refused():
     with pytest.raises(TypeError, match=r"^no backbone adapter for Linear; load the model with .* LlamaForCausalLM, "):
         ParametricMemory(nn.Linear(2, 2), MemoryConfig(), MASK)

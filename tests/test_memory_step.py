@@ -104,7 +104,7 @@ def test_a_step_in_float32(kind, variant, tokenizer, tmp_path):
         naive_step(model, batch, phi0, memory, MASK, norm=trainer.loss_norm_type).loss.backward()
         gradients.append(take_gradients(model, complete=False))
     ours, naive, exact = (torch.cat([each[name].double().flatten() for name in gradients[-1]]) for each in gradients)
-    assert (ours - exact).norm() <= 1.5 * (naive - exact).norm()
+    assert (ours - exact).norm() <= 1.5 * (naive - exact).norm() + 1e-5 * exact.norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)

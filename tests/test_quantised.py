@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dllm_memdlm import run
 from dllm_memdlm.backbones import load_model, read_config, staged_backbone
+from dllm_memdlm.backbones.output import OutputLinear
 from dllm_memdlm.config import ConfigError, LoraConfig, ModelConfig
 
 #: Packed in blocks of 64 weights.
@@ -68,7 +69,7 @@ def lora_weights(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_linear_layer_but_the_output_is_packed_and_adapted(kind, folders):
     backbone = staged_backbone(load(folders[kind]))
-    assert type(backbone.lm_head) is nn.Linear
+    assert type(backbone.lm_head) is OutputLinear
     routed = [m for name, m in backbone.named_modules() if name.endswith("experts.0.up_proj")]
     assert len(routed) == (0 if kind == "llama" else 2)
     assert all(type(module) is LoraLinear4bit for module in routed)

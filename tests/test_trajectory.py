@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 
 import pytest
@@ -128,7 +129,9 @@ def test_a_batch_is_its_samples_one_by_one(config):
         row = slice(i, i + 1)
         alone = build_trajectory(input_ids[row], maskable[row], t[row], t[row], keys[row], config).to_batch()
         for name, value in alone.items():
-            assert torch.equal(value, whole[name][row]), name
+            expected = whole[name][row]
+            # as many positions as the sample itself has, not the longest of its batch
+            assert torch.equal(value, expected[:, : value.shape[1]] if "index" in name else expected), name
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=name_of)
@@ -179,8 +182,9 @@ def test_batch_round_trip():
     batch = built.to_batch()
     assert all(len(value) == 5 for value in batch.values())
     again = Trajectory.from_batch({**batch, "labels": built.input_ids, "attention_mask": None})
+    assert again.loss_index == tuple(batch[f"loss_index_{state}"] for state in range(3))
     for name, value in batch.items():
-        assert getattr(again, name) is value
+        assert "index" in name or getattr(again, name) is value
     del batch["noise_keys"]
     with pytest.raises(KeyError, match="noise_keys"):
         Trajectory.from_batch(batch)
@@ -202,3 +206,23 @@ def test_a_batch_whose_length_was_changed_afterwards_is_refused():
     batch["input_ids"] = torch.cat([ids[:, :1], ids], dim=1)
     with pytest.raises(ValueError, match="a collator that changes the length belongs inside AnchorTrajectoryCollator"):
         Trajectory.from_batch(batch)
+
+
+@pytest.mark.parametrize("targets", ["masked", "newly_revealed"])
+@pytest.mark.parametrize("config", CONFIGS, ids=name_of)
+def test_where_each_state_has_its_loss(config, targets):
+    built = build(dataclasses.replace(config, targets=targets), samples=6)
+    assert len(built.loss_index) == built.steps + 1
+    unknown = dataclasses.replace(built, loss_index=None)
+    for state in range(built.steps + 1):
+        mask = built.anchor_mask if state == built.steps else built.inner_masks[:, state]
+        if targets == "newly_revealed" and state < built.steps:
+            mask = mask & ~built.inner_masks[:, state + 1]
+        found = built.loss_positions(state, targets)
+        again = torch.zeros_like(mask).scatter(1, found.index, found.valid)
+        assert torch.equal(again, mask)
+        assert found.index.shape[1] == max(1, int(mask.sum(-1).max()))  # no further than the longest
+        for ours, worked_out in zip(found, unknown.loss_positions(state, targets), strict=True):
+            assert torch.equal(ours, worked_out)
+    for ours, worked_out in zip(built.loss_positions(-1), unknown.loss_positions(built.steps), strict=True):
+        assert torch.equal(ours, worked_out)

@@ -23,6 +23,7 @@ from .llada2_moe import (
 )
 from .llada_moe import LLaDAMoEAttention, LLaDAMoEDecoderLayer, LLaDAMoEModelLM, LLaDAMoESparseMoeBlock
 from .moe import RoutedExperts
+from .output import OutputLinear
 from .staged import StagedForward, unwrapped
 
 
@@ -36,6 +37,7 @@ def adopt(model: nn.Module) -> None:
     if isinstance(inner, StagedForward) or not type(inner).__module__.startswith("dllm.") or name not in _ADOPTERS:
         return
     _ADOPTERS[name](inner)
+    OutputLinear.adopt(inner)
     if isinstance(model, peft.PeftModel):
         for config in model.peft_config.values():
             if type(config) is peft.LoraConfig:

@@ -11,6 +11,7 @@ from typing import Any
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .output import OutputLinear
 from .staged import StagedForward
 
 #: Architectures of this layout (embedding, layers, norm, rotary_emb, lm_head), by the name that config.json gives.
@@ -35,6 +36,7 @@ def bidirectional(architecture: str) -> type[PreTrainedModel]:
         base.__init__(self, config)
         for layer in self.model.layers:
             layer.self_attn.is_causal = False
+        OutputLinear.adopt(self)
 
     namespace: dict[str, Any] = {
         "__init__": __init__,

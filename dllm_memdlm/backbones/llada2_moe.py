@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 
 from .layers import GatedMLP, attend, take
 from .moe import RoutedExperts
+from .output import OutputLinear
 from .staged import StagedForward
 
 
@@ -231,5 +232,5 @@ class LLaDA2MoeModelLM(StagedForward, LLaDA2MoePreTrainedModel):
     def __init__(self, config: LLaDA2MoeConfig) -> None:
         super().__init__(config)
         self.model = LLaDA2MoeModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = OutputLinear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 
 from .layers import GatedMLP, attend, take
 from .moe import RoutedExperts
+from .output import OutputLinear
 from .staged import StagedForward
 
 
@@ -195,5 +196,5 @@ class LLaDAMoEModelLM(StagedForward, LLaDAMoEPreTrainedModel):
     def __init__(self, config: LLaDAMoEConfig) -> None:
         super().__init__(config)
         self.model = LLaDAMoEModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = OutputLinear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..fast_weights import SiteWeights
 from ..grouped import MAX_GROUPS, split
 from .expert_ffn import Adapter, Experts, Projection, Routes, expert_ffn
+from .output import OutputLinear
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 #: One projection of every expert, by name.
@@ -43,6 +44,7 @@ class RoutedExperts(nn.ModuleList):
         self.trains = True  #: whether a backward pass goes on to the weights, rather than to the fast ones alone
         self.fast: dict[str, SiteWeights] = {}
         self._packed: dict[str, Tensor] = {}
+        self._addresses: dict[str, list[int]] = {}  #: where the packed weights were when they were packed
 
     @classmethod
     def adopt(cls, experts: nn.ModuleList) -> None:
@@ -109,13 +111,12 @@ class RoutedExperts(nn.ModuleList):
         """[E, out, in]. Frozen weights become views of one buffer, so that stacking them costs nothing afterwards."""
         if not self.packs or any(weight.requires_grad for weight in weights):
             return torch.stack(weights)
-        packed = self._packed.get(name)
-        if packed is None or any(w.data_ptr() != p.data_ptr() for w, p in zip(weights, packed, strict=True)):
-            packed = torch.stack([weight.detach() for weight in weights])
+        if self._addresses.get(name) != [weight.data_ptr() for weight in weights]:
+            self._packed[name] = packed = torch.stack([weight.detach() for weight in weights])
             for weight, view in zip(weights, packed, strict=True):
                 weight.data = view
-            self._packed[name] = packed
-        return packed
+            self._addresses[name] = [weight.data_ptr() for weight in weights]
+        return self._packed[name]
 
     @staticmethod
     def _is_packed(linear: nn.Module) -> bool:
@@ -161,20 +162,22 @@ class RoutedExperts(nn.ModuleList):
 
 
 @contextmanager
-def inner_pass(experts: Iterable[RoutedExperts]) -> Iterator[None]:
+def inner_pass(parts: Iterable[RoutedExperts | OutputLinear]) -> Iterator[None]:
     """Forward passes whose backward pass ends at the fast weights.
 
-    The experts' own weights are constants in them, and the experts' backward hooks are left out: ZeRO-3 takes the first
-    backward pass through such a module for the one that brings its parameters' gradients. This one brings none.
+    Weights are constants in them, and the experts' backward hooks are left out: ZeRO-3 takes the first backward pass
+    through such a module for the one that brings its parameters' gradients. This one brings none.
     """
-    held = [(module, module._backward_hooks) for module in experts]
-    for module, _ in held:
-        module._backward_hooks, module.trains = OrderedDict(), False
+    held = [(part, part._backward_hooks) for part in parts]
+    for part, _ in held:
+        part.trains = False
+        if isinstance(part, RoutedExperts):
+            part._backward_hooks = OrderedDict()
     try:
         yield
     finally:
-        for module, hooks in held:
-            module._backward_hooks, module.trains = hooks, True
+        for part, hooks in held:
+            part._backward_hooks, part.trains = hooks, True
 
 
 def _base(linear: nn.Module) -> nn.Module:

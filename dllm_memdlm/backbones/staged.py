@@ -18,16 +18,22 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils import ModelOutput
 
+from ..losses import token_nll
 from .cache import CanvasCache
 from .layers import additive_mask, take
+from .output import OutputLinear
 
 
 @dataclass
 class StageOutput(ModelOutput):
-    """What a stage returns. `hidden` is [B, L, D] after the trunk, and [B, M, D] after the head's final norm."""
+    """What a stage returns. `hidden` is [B, L, D] after the trunk, and [B, M, D] after the head's final norm.
+
+    `nll` [B, M], in nats, is of the tokens that were asked for.
+    """
 
     hidden: Tensor | None = None
     logits: Tensor | None = None
+    nll: Tensor | None = None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -60,6 +66,7 @@ class StagedForward:
         hidden: Tensor | None = None,
         positions: Tensor | None = None,
         project: bool = True,
+        tokens: Tensor | None = None,
         cache: CanvasCache | None = None,
         return_dict: bool | None = None,
     ) -> MaskedLMOutput | StageOutput:
@@ -75,6 +82,7 @@ class StagedForward:
             hidden: the trunk's output [B, L, D] (head).
             positions: index [B, M] of the positions whose output is wanted (head, full); all of them by default.
             project: whether to compute logits, or stop at the final norm (head, full).
+            tokens: what is wanted at the positions [B, M]: their NLL, and no logits (head, full).
             cache: keys and values of the canvas that these tokens are a part of, at `position_ids` [B, L] (full).
         """
         if stage != "head":
@@ -101,8 +109,15 @@ class StagedForward:
             first = boundary if stage == "head" else 0
             hidden = self._head(hidden, first, positions, contexts)
         hidden = self.model.norm(hidden)
+        if tokens is not None:
+            return StageOutput(hidden=hidden, nll=self._nll(hidden, tokens))
         logits = self.lm_head(hidden) if project else None
         return MaskedLMOutput(logits=logits) if stage == "full" else StageOutput(hidden=hidden, logits=logits)
+
+    def _nll(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        if isinstance(self.lm_head, OutputLinear):
+            return self.lm_head(hidden, tokens)
+        return token_nll(self.lm_head(hidden), tokens)  # under an adapter of its own
 
     def _head(self, hidden: Tensor, first: int, positions: Tensor | None, contexts: list[dict]) -> Tensor:
         # Never checkpointed: the fast weights that a recomputation would need are gone by the time of the backward

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import noise
-from ..losses import positions_of, token_nll
+from ..losses import positions_of
 from ..trajectory import smallest
 
 
@@ -74,10 +74,11 @@ def log_likelihoods(
     visible = torch.arange(tokens.shape[1]) < lengths[:, None]
     tokens, masked, visible = tokens.to(device), masked.to(device), visible.to(device)
     positions = positions_of(masked)
-    logits = model(
+    nll = model(
         input_ids=tokens.masked_fill(masked, mask_token_id),
         attention_mask=None if len(set(lengths.tolist())) == 1 else visible,
         positions=positions.logit_index(right_shift_logits),
-    ).logits
-    nll = (token_nll(logits, positions.gather(tokens)) * positions.valid).sum(-1).double().cpu()
-    return (-nll * torch.tensor([state.weight for state in batch], dtype=torch.float64)).tolist()
+        tokens=positions.gather(tokens),
+    ).nll
+    total = (nll * positions.valid).sum(-1).double().cpu()
+    return (-total * torch.tensor([state.weight for state in batch], dtype=torch.float64)).tolist()

@@ -134,7 +134,7 @@ def step(parts: Parts, memory: ParametricMemory | None, stays: float = 1.0) -> T
 
 
 def _inner_loop(time: Timeline, tracer: Tracer, memory: ParametricMemory, trunk: Named, layers: Named, tail: Life):
-    config, teacher = memory.config, memory.objective.teacher
+    config, teacher = memory.config, memory.objective is not None
     size, update = tracer.update(memory)
     time.hold(FAST, size)
     steps = config.steps if config.strategy in ("anchor_consistent", "inconsistent") else 1

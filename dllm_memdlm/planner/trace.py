@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ..backbones import staged_backbone
 from ..backbones.layers import take
 from ..backbones.moe import RoutedExperts, inner_pass
+from ..backbones.output import OutputLinear
 from ..fast_weights import FastWeights, sgd_step
 from ..losses import masked_diffusion_loss
 from ..memory import ParametricMemory
@@ -92,7 +93,7 @@ class Tracer:
                     targets = [*leaves.tensors.values(), *([] if first else [self._link])]
                     life.inner_backward = self._backward(_gradients_of(targets), out)
                 del leaves, targets
-                if memory.objective.teacher:
+                if memory.objective is not None:
                     with torch.no_grad(), holding():
                         life.plain, out = self._forward(run, stays or [self._input(length, dtype, False)], keep=first)
                 stays.clear()
@@ -115,25 +116,28 @@ class Tracer:
             out = head(hidden) if project else hidden
             return out if sizes.amp is None else out.float()  # accelerate's wrapper widens all outputs
 
+        def nll(hidden: Tensor) -> Tensor:
+            return head(norm(hidden), tokens)
+
         def outer(hidden: Tensor) -> Tensor:
-            logits = view(hidden, True)
-            return masked_diffusion_loss(logits, tokens, valid, ones, ones.long(), sizes.norm)[0]
+            return masked_diffusion_loss(nll(hidden), valid, ones, ones.long(), sizes.norm)[0]
 
         with self._life(nn.ModuleList([norm, head])) as life:
-            self._warm(life, lambda: view(self._input(masked, dtype, False), True))
+            self._warm(life, lambda: nll(self._input(masked, dtype, False)))
             if memory is not None:
-                objective, target = memory.objective, tokens
-                if objective.teacher:
+                objective, target = memory.objective, None
+                if objective is not None:
                     given = [self._input(masked, dtype, False)]
                     with torch.no_grad():
                         life.plain, (target,) = self._forward(lambda x: view(x, objective.on_logits), given)
 
                 def inner(hidden: Tensor) -> Tensor:
-                    total = (objective.loss(view(hidden, objective.on_logits), target) * valid).sum(-1) * ones
-                    return (total / valid.sum(-1).clamp_min(1)).sum()
+                    at = nll(hidden) if objective is None else objective.loss(view(hidden, objective.on_logits), target)
+                    return ((at * valid).sum(-1) * ones / valid.sum(-1).clamp_min(1)).sum()
 
-                life.inner, out = self._forward(inner, [self._input(masked, dtype, True)])
-                life.inner_backward = self._backward(_gradients_of([self._link]), out, loss=True)
+                with inner_pass(part for part in [head] if isinstance(part, OutputLinear)):
+                    life.inner, out = self._forward(inner, [self._input(masked, dtype, True)])
+                    life.inner_backward = self._backward(_gradients_of([self._link]), out, loss=True)
                 del target
             life.forward, out = self._forward(outer, [self._input(masked, dtype, True)])
         life.backward = self._backward(lambda end: end.backward(), out, nn.ModuleList([norm, head]), loss=True)

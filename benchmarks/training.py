@@ -1,0 +1,299 @@
+"""What a training step costs: side by side, by its settings, and with each optimisation switched off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dllm_memdlm import dllm_api
+from dllm_memdlm.backbones import staged_backbone
+from dllm_memdlm.backbones.moe import RoutedExperts
+from dllm_memdlm.config import MemoryConfig
+from dllm_memdlm.trainer import MemDLMTrainer
+
+from . import models, steps
+from .report import Range, Section
+from .steps import PLAIN, PUBLISHED, Step
+from .timing import Timed, peak_memory, side_by_side
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and a batch."""
+
+    name: str
+    vocabulary: int
+    ratio: int = 7  #: prompt tokens to one of the response
+    batch: int = 2
+    length: int = 512
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.vocabulary}, {self.ratio}:1"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured, and how often."""
+
+    dimensions: dict[str, dict[str, Any]]
+    shapes: list[Shape]
+    base: Shape  #: what growth and switches start from
+    growth: dict[str, list[Any]]
+    repeats: int
+
+    def dimensions_of(self, shape: Shape) -> dict[str, Any]:
+        return {**self.dimensions[shape.name], "vocab_size": shape.vocabulary}
+
+
+FULL = Size(
+    dimensions=models.FULL,
+    shapes=[
+        Shape("LLaDA-MoE", 32768),
+        Shape("LLaDA-MoE", 8192),
+        Shape("LLaDA2.1", 8192),
+        Shape("LLaDA-MoE", 32768, ratio=1),
+        Shape("LLaDA-MoE", 8192, ratio=1),
+        Shape("LLaDA2.1", 8192, ratio=1),
+    ],
+    base=Shape("LLaDA-MoE", 8192),
+    growth={
+        "length": [512, 1024, 2048, 4096],
+        "batch": [1, 2, 4, 8],
+        "steps": [1, 2, 3, 4],
+        "layer_fraction": [0.1, 0.25, 0.5, 1.0],
+    },
+    repeats=5,
+)
+QUICK = Size(
+    dimensions=models.QUICK,
+    shapes=[Shape("LLaDA-MoE", 256, length=64), Shape("LLaDA2.1", 256, length=64)],
+    base=Shape("LLaDA-MoE", 256, length=64),
+    growth={"length": [64, 128], "steps": [1, 2]},
+    repeats=2,
+)
+
+
+class Bench:
+    """The model of one shape under a LoRA, and the steps on it."""
+
+    def __init__(self, size: Size, shape: Shape) -> None:
+        self.size, self.shape, self.dimensions = size, shape, size.dimensions_of(shape)
+        self.model = steps.adapted(shape.name, self.dimensions)
+
+    def batch(self, memory: MemoryConfig) -> dict[str, Tensor]:
+        shape = self.shape
+        return steps.batch_of(shape.vocabulary, shape.batch, shape.length, shape.ratio, memory)
+
+    def ours(self, memory: MemoryConfig) -> Step:
+        return steps.ours(steps.trainer_of(self.model, memory), self.batch(memory))
+
+    def naive(self) -> Step:
+        """MemDLM's as published, one set of fast weights for the batch."""
+        return steps.naive(self.model, self.batch(PUBLISHED), steps.trainer_of(self.model, PUBLISHED))
+
+    def all(self) -> dict[str, Step]:
+        cases = {"plain": self.ours(PLAIN), "MemDLM": self.ours(MemoryConfig()), "naive": self.naive()}
+        if dllm_api.HAS_DLLM:
+            cases["dllm"] = steps.dllms(self.shape.name, self.dimensions, self.batch(PLAIN))
+        return cases
+
+
+def compared(size: Size, threads: int) -> Section:
+    """dllm's plain step, ours, ours with memory, and MemDLM's written naively."""
+    clock = "cpu" if threads == 1 else "wall"
+    section = Section(
+        title=f"A training step, {threads} thread{'s' * (threads > 1)}",
+        columns=[
+            *("model, vocabulary, prompt:response", "dllm's plain s", "plain s", "MemDLM s", "naive MemDLM s"),
+            *("plain ÷ dllm", "MemDLM ÷ dllm", "MemDLM ÷ naive", "MemDLM ÷ plain"),
+            *("plain tokens/s", "MemDLM tokens/s"),
+        ],
+        note=f"Forward and backward of {_batch(size.shapes[0])}, float32, LoRA r = {steps.LORA.r}, no dropout; "
+        f"{'CPU' if clock == 'cpu' else 'wall'} time, medians of {size.repeats} turns, ratios turn by turn with the "
+        "smallest and the largest. MemDLM has fast weights for each sample, the naive step one set for the batch.",
+    )
+    torch.set_num_threads(threads)
+    for shape in size.shapes:
+        cases = Bench(size, shape).all()
+        for case in cases.values():
+            case()  # the first step of a model also packs its experts
+        timed = side_by_side(cases, size.repeats)
+
+        def ratio(one: str, other: str, timed: dict[str, Timed] = timed) -> Range | None:
+            return timed[one].ratio(timed[other], clock) if {one, other} <= timed.keys() else None
+
+        seconds = {name: t.median(clock) for name, t in timed.items()}
+        tokens = shape.batch * shape.length
+        section.rows.append(
+            [
+                *(str(shape), seconds.get("dllm"), seconds["plain"], seconds["MemDLM"], seconds["naive"]),
+                *(ratio("plain", "dllm"), ratio("MemDLM", "dllm"), ratio("MemDLM", "naive"), ratio("MemDLM", "plain")),
+                *(round(tokens / seconds["plain"]), round(tokens / seconds["MemDLM"])),
+            ]
+        )
+    return section
+
+
+def peaks(size: Size) -> Section:
+    """Most memory of each."""
+    section = Section(
+        title="Peak memory of a training step, MB",
+        columns=[
+            *("model, vocabulary, prompt:response", "weights", "dllm's plain", "plain", "MemDLM", "naive MemDLM"),
+            *("MemDLM ÷ dllm", "the same with weights", "MemDLM ÷ naive"),
+        ],
+        note=f"All that torch allocates in the forward and backward pass of {_batch(size.shapes[0])}, gradients "
+        "included, beyond the weights, which all have alike.",
+    )
+    for shape in size.shapes:
+        bench = Bench(size, shape)
+        held = sum(parameter.nbytes for parameter in bench.model.parameters()) / 1e6
+        found: dict[str, float] = {}
+        for name, case in bench.all().items():
+            case()
+            found[name] = peak_memory(case) / 1e6
+        memory, dllm = found["MemDLM"], found.get("dllm")
+        section.rows.append(
+            [
+                *(str(shape), held, dllm, found["plain"], memory, found["naive"]),
+                *((None, None) if dllm is None else (memory / dllm, (memory + held) / (dllm + held))),
+                memory / found["naive"],
+            ]
+        )
+    return section
+
+
+def growth(size: Size) -> Section:
+    """How a step grows with the length, the batch, K and the share of layers with fast weights."""
+    section = Section(
+        title=f"Growth, {size.base}",
+        columns=["setting", "value", "plain s", "MemDLM s", "MemDLM ÷ plain"],
+        note=f"From {_batch(size.base)}, K = 2 and a tenth of the layers, one setting changed at a time. Wall time, "
+        f"{torch.get_num_threads()} threads, medians of {min(3, size.repeats)} turns.",
+    )
+    bench = Bench(size, size.base)
+    for setting, values in size.growth.items():
+        for value in values:
+            memory = MemoryConfig()
+            if setting in ("length", "batch"):
+                bench.shape = replace(size.base, **{setting: value})
+            else:
+                bench.shape, memory = size.base, MemoryConfig(**{setting: value})
+            cases = {"plain": bench.ours(PLAIN), "MemDLM": bench.ours(memory)}
+            cases["MemDLM"]()
+            timed = side_by_side(cases, min(3, size.repeats))
+            seconds = [t.seconds for t in timed.values()]
+            section.rows.append([setting, value, *seconds, timed["MemDLM"].ratio(timed["plain"])])
+    return section
+
+
+# === switches ===
+
+
+def switches(size: Size) -> Section:
+    """Each optimisation switched off by itself, then all of them."""
+    section = Section(
+        title=f"With an optimisation switched off, {size.base}",
+        columns=["off", "plain s", "÷ with all", "MemDLM s", "÷ with all", "peak plain MB", "peak MemDLM MB"],
+        note=f"{_batch(size.base)}; wall time, {torch.get_num_threads()} threads, medians of {min(3, size.repeats)} "
+        "turns; peaks beyond the weights. '-': plain MDLM has no such thing.",
+    )
+    bench = Bench(size, size.base)
+    cases: dict[str, Step] = {}
+    for name in ("nothing", *SWITCHES, "all of these"):
+        off = list(SWITCHES.values()) if name == "all of these" else [SWITCHES[name]] if name in SWITCHES else []
+        cases[f"{name}/plain"] = _switched(bench, PLAIN, off)
+        cases[f"{name}/MemDLM"] = _switched(bench, MemoryConfig(), off)
+    for case in cases.values():
+        case()
+    timed = side_by_side(cases, min(3, size.repeats))
+    peak = {name: peak_memory(case) / 1e6 for name, case in cases.items()}
+    for name in ("nothing", *SWITCHES, "all of these"):
+        row: list[Any] = [name]
+        for kind in ("plain", "MemDLM"):
+            own = f"{name}/{kind}"
+            row += [timed[own].seconds, timed[own].ratio(timed[f"nothing/{kind}"])]
+        row += [peak[f"{name}/plain"], peak[f"{name}/MemDLM"]]
+        if name in OF_MEMORY:
+            row[1], row[2], row[5] = None, None, None
+        section.rows.append(row)
+    return section
+
+
+Switch = Callable[[MemDLMTrainer, dict[str, Tensor]], Any]
+
+
+def _switched(bench: Bench, memory: MemoryConfig, off: list[Switch]) -> Step:
+    trainer, batch = steps.trainer_of(bench.model, memory), bench.batch(memory)
+
+    def step() -> float:
+        with ExitStack() as stack:
+            changed = dict(batch)
+            for switch in off:
+                stack.enter_context(switch(trainer, changed))
+            return steps.ours(trainer, changed)()
+
+    return step
+
+
+@contextmanager
+def _set(target: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(target, name)
+    setattr(target, name, value)
+    try:
+        yield
+    finally:
+        setattr(target, name, before)
+
+
+def _one_expert_after_the_other(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Any:
+    return _set(RoutedExperts, "_groupable", lambda experts, linears: False)
+
+
+@contextmanager
+def _positions_everywhere(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Iterator[None]:
+    rows, length = batch["input_ids"].shape
+    for name in batch:
+        if name.startswith("loss_index"):
+            batch[name] = torch.arange(length).expand(rows, -1)
+    yield
+
+
+def _queries_everywhere(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Any:
+    return _set(staged_backbone(trainer.model), "layers_take_queries", False)
+
+
+def _whole_logits(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Any:
+    return _set(staged_backbone(trainer.model).lm_head, "__class__", nn.Linear)
+
+
+def _anchor_again(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Any:
+    memory = trainer.memory
+    if memory is None:
+        return _set(trainer, "memory", None)
+    write = memory.write
+    return _set(memory, "write", lambda *args, anchor_trunk, **kwargs: write(*args, **kwargs))
+
+
+def _inner_graph_through_all_layers(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Any:
+    return _set(trainer, "memory", None) if trainer.memory is None else _set(trainer.memory, "boundary", 0)
+
+
+SWITCHES: dict[str, Switch] = {
+    "experts all at once": _one_expert_after_the_other,
+    "loss at masked positions only": _positions_everywhere,
+    "the last layer's queries and FFN at those only": _queries_everywhere,
+    "loss without whole logits": _whole_logits,
+    "the anchor's trunk once": _anchor_again,
+    "inner loop in the head only": _inner_graph_through_all_layers,
+}
+OF_MEMORY = ("the anchor's trunk once", "inner loop in the head only")
+
+
+def _batch(shape: Shape) -> str:
+    return f"{shape.batch} × {shape.length} tokens"

@@ -1,0 +1,89 @@
+"""The output layer: logits, or the loss of given tokens without ever having all the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..losses import token_nll, widened
+
+#: Logits that are there at a time: 128 MiB in float32.
+CHUNK = 2**25
+
+
+class OutputLinear(nn.Linear):
+    """A projection to the vocabulary. Where tokens are given, it returns their negative log-likelihood instead."""
+
+    trains = True  #: as in RoutedExperts
+
+    @classmethod
+    def adopt(cls, model: nn.Module) -> None:
+        """Make a model's plain `lm_head` one of these, in place."""
+        if type(model.lm_head) is nn.Linear:
+            model.lm_head.__class__ = cls
+
+    def forward(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """x [..., D] → logits [..., V]; with tokens [...] their NLL [...], as `losses.token_nll`."""
+        if tokens is None:
+            return super().forward(x)
+        if self.bias is not None:
+            return token_nll(super().forward(x), tokens)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        weight = self.weight if self.trains else self.weight.detach()
+        return _LinearNLL.apply(x.flatten(0, -2), weight, tokens.flatten(), dtype).view_as(tokens)
+
+
+class _LinearNLL(torch.autograd.Function):
+    """Rows [N, D], weight [V, D], tokens [N] → [N], some rows at a time.
+
+    A frozen weight is needed once: how a row moves its loss is found along with it. One that trains is needed again,
+    as its gradient depends on what the losses are multiplied by.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        of_rows, of_weight = ctx.needs_input_grad[:2]
+        nll, slopes = [], []
+        with torch.autocast(rows.device.type, enabled=False):
+            matrix = weight.to(dtype)
+            for part, wanted in _chunks(rows, tokens, len(weight)):
+                logits = widened(F.linear(part.to(dtype), matrix))
+                total = logits.logsumexp(-1, keepdim=True)
+                nll.append((total - logits.gather(1, wanted[:, None]))[:, 0])
+                if of_rows and not of_weight:
+                    slopes.append(_slope(logits, total, wanted).to(dtype) @ matrix)
+        ctx.dtype = dtype
+        ctx.save_for_backward(*((rows, weight, tokens) if of_weight else (torch.cat(slopes),) if slopes else ()))
+        return torch.cat(nll)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.needs_input_grad[1]:
+            (slopes,) = ctx.saved_tensors
+            return (slopes * gradient[:, None]).to(slopes.dtype), None, None, None
+        rows, weight, tokens = ctx.saved_tensors
+        of_rows, of_weight = [], torch.zeros_like(weight)
+        with torch.autocast(rows.device.type, enabled=False):
+            matrix = weight.to(ctx.dtype)
+            for part, wanted, factor in _chunks(rows, tokens, len(weight), gradient[:, None]):
+                logits = widened(F.linear(part.to(ctx.dtype), matrix))
+                slope = _slope(logits, logits.logsumexp(-1, keepdim=True), wanted).mul_(factor).to(ctx.dtype)
+                of_rows.append(slope @ matrix)
+                of_weight += slope.T @ part.to(ctx.dtype)
+        return torch.cat(of_rows).to(rows.dtype), of_weight, None, None
+
+
+def _chunks(rows: Tensor, tokens: Tensor, vocabulary: int, *more: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(x.split(max(1, CHUNK // vocabulary)) for x in (rows, tokens, *more)), strict=True)
+
+
+def _slope(logits: Tensor, total: Tensor, tokens: Tensor) -> Tensor:
+    """How the logits move the NLL: softmax, less one at the token. In place."""
+    return logits.sub_(total).exp_().scatter_add_(1, tokens[:, None], torch.full_like(total, -1))

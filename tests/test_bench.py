@@ -1,0 +1,111 @@
+"""The benchmark runs, at a small size; what it compares is the same thing, and its tables hold together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import steps, training
+from benchmarks.report import Range
+from dllm_memdlm import dllm_api
+from dllm_memdlm.config import MemoryConfig
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("reports")
+    assert command.main(["--quick", "--output", str(folder)]) == 0
+    page = (folder / "bench.md").read_text()
+    result = json.loads((folder / "bench.json").read_text())
+    for section in result["sections"]:
+        assert f"## {section['title']}" in page
+        assert all(len(row) == len(section["columns"]) for row in section["rows"])
+    return {name: section for name, section in zip(command.sections(True), result["sections"], strict=True)}
+
+
+@pytest.fixture(scope="module")
+def bench() -> training.Bench:
+    return training.Bench(training.QUICK, training.QUICK.base)
+
+
+def test_steps(found):
+    section = found["step-1"]
+    assert [row[0] for row in section["rows"]] == ["LLaDA-MoE, 256, 7:1", "LLaDA2.1, 256, 7:1"]
+    for row in section["rows"]:
+        _, dllm, plain, memory, naive, plain_dllm, memory_dllm, memory_naive, memory_plain, *tokens = row
+        assert (dllm is None) == (plain_dllm is None) == (memory_dllm is None) == (not dllm_api.HAS_DLLM)
+        for median, smallest, largest in (memory_naive, memory_plain):
+            assert smallest <= median <= largest
+        assert min(plain, memory, naive) > 0
+        assert tokens == [round(128 / plain), round(128 / memory)]
+
+
+def test_peaks(found):
+    for row in found["peaks"]["rows"]:
+        _, weights, _, plain, memory, naive, _, _, ratio = row
+        assert weights > 0 and plain < memory < naive
+        assert ratio == pytest.approx(memory / naive)
+
+
+def test_growth(found):
+    rows = found["growth"]["rows"]
+    assert [row[:2] for row in rows] == [["length", 64], ["length", 128], ["steps", 1], ["steps", 2]]
+
+
+def test_switches(found):
+    rows = {row[0]: row for row in found["switches"]["rows"]}
+    assert list(rows) == ["nothing", *training.SWITCHES, "all of these"]
+    assert rows["nothing"][2] == rows["nothing"][4] == [1, 1, 1]
+    for name in training.OF_MEMORY:
+        assert rows[name][1] is None and rows[name][3] > 0
+    assert rows["all of these"][6] > rows["nothing"][6]
+
+
+@pytest.mark.parametrize("name", [None, *training.SWITCHES])
+@pytest.mark.parametrize("memory", [MemoryConfig(), steps.PLAIN], ids=["MemDLM", "plain"])
+def test_a_switch_changes_what_a_step_costs_and_not_what_it_gives(name, memory, bench):
+    switched = training._switched(bench, memory, [training.SWITCHES[name]] if name else [])
+    assert switched() == pytest.approx(bench.ours(memory)(), rel=1e-5)
+
+
+def test_all_steps_have_the_same_loss(bench):
+    naive, ours = bench.naive()(), bench.ours(steps.PUBLISHED)()
+    assert naive == pytest.approx(ours, rel=1e-5)
+    assert abs(ours - bench.ours(steps.PLAIN)()) > 1e-6
+
+
+def test_decoding(found):
+    single, batch, memory, moe = (section for name, section in found.items() if name.startswith("decode-"))
+    assert [row[-1] for row in [*single["rows"], *batch["rows"], memory["rows"][1]]] == [0] * 4
+    assert [row[:2] for row in single["rows"]] == [[48, 8], [96, 4]]
+    for row in single["rows"]:
+        assert (row[6] is None) == (not dllm_api.HAS_DLLM)
+        assert row[5] == pytest.approx(row[4] / row[3])
+    counts = {row[0]: row[1] for row in moe["rows"]}
+    assert counts["exact"] == counts["cache=dual"] == 16 > counts["threshold=0.9"]
+    assert moe["rows"][0][-1] == "0 of 16"
+
+
+def test_some_of_it(tmp_path, capsys):
+    threads = torch.get_num_threads()
+    assert command.main(["--quick", "--only", "peaks", "decode-a-b", "--output", str(tmp_path)]) == 0
+    titles = [section["title"] for section in json.loads((tmp_path / "bench.json").read_text())["sections"]]
+    assert [title.split(",")[0] for title in titles] == ["Peak memory of a training step", "LLaDA2.1"]
+    printed = capsys.readouterr().out
+    assert "dllm is not installed: its trainer and its sampler are not timed" in printed or dllm_api.HAS_DLLM
+    assert str(Path(tmp_path, "bench.md")) in printed.replace("\n", "")
+    assert torch.get_num_threads() == threads
+    with pytest.raises(SystemExit):
+        command.main(["--only", "stepp"])
+    assert "--only stepp: expected the beginning of one of step-1" in capsys.readouterr().err
+
+
+def test_a_range_in_a_table():
+    from benchmarks.report import text
+
+    assert text(Range(0.456, 0.4, 0.5)) == "0.46 (0.40-0.50)"
