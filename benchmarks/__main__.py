@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("reports"), help="where to write (default: reports)")
     args = parser.parse_args(argv)
     console, threads = Console(highlight=False), torch.get_num_threads()
+    if not console.is_terminal:
+        console.width = 200  # of a log, where no table need be squeezed
     measures = sections(args.quick)
     chosen = [name for name in measures if name.startswith(tuple(args.only))]
     if not chosen:
