@@ -47,10 +47,18 @@ def grouped_outer(y: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
 
 def split(x: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
     """The rows of each group. Waits for the device."""
-    if isinstance(offsets, FakeTensor):  # it has no values (`--dry-run`): the groups are as even as can be
-        groups = len(offsets)
-        return x.split([len(x) // groups + (number < len(x) % groups) for number in range(groups)])
-    return x.split(offsets.diff(prepend=offsets.new_zeros(1)).tolist())
+    bounds = [0, *ends(offsets, len(x))]
+    return x.split([bounds[number + 1] - bounds[number] for number in range(len(offsets))])
+
+
+def ends(offsets: Tensor, rows: int) -> list[int]:
+    """Where each group's rows end. Waits for the device.
+
+    A fake tensor has no values (`--dry-run`): its groups are as even as can be.
+    """
+    if isinstance(offsets, FakeTensor):
+        return [rows * number // len(offsets) for number in range(1, len(offsets) + 1)]
+    return offsets.tolist()
 
 
 def _kernel_takes(dtype: torch.dtype, rows: int, columns: int) -> bool:

@@ -12,6 +12,7 @@ from transformers.trainer_utils import has_length
 
 from . import engines, noise
 from .backbones import adopt, staged_backbone
+from .backbones.moe import RoutedExperts, held_still
 from .collator import AnchorTrajectoryCollator
 from .config import ConfigError, MemoryConfig
 from .dllm_api import MDLMTrainer
@@ -99,6 +100,7 @@ class MemDLMTrainer(WholeCheckpoints, MDLMTrainer):
             self.memory = ParametricMemory(
                 self.model, memory, self.mask_token_id, right_shift_logits=self.right_shift_logits
             )
+        self._experts = [part for part in staged_backbone(self.model).modules() if isinstance(part, RoutedExperts)]
         self._train_log = Averages()
         self._eval_losses_off: list[Tensor] = []
         self.add_callback(EpochClock(self.data_collator, self._train_log))
@@ -132,6 +134,13 @@ class MemDLMTrainer(WholeCheckpoints, MDLMTrainer):
         outer loss continues from the attached one. The stages are called on the unwrapped model and only the last on
         `model`, so that DDP and its kin see one forward for one backward.
         """
+        # Not under checkpointing, where what is stacked shall not outlive its layer.
+        with held_still(() if self.args.gradient_checkpointing else self._experts):
+            return self._compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Tensor | None
+    ) -> Any:
         trajectory = Trajectory.from_batch(inputs)
         attention_mask = inputs.get("attention_mask")
         positions = trajectory.loss_positions(-1)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from dllm_memdlm.backbones.moe import RoutedExperts
 from dllm_memdlm.planner.live import LiveBytes
 from dllm_memdlm.trainer import MemDLMTrainer
 
@@ -31,6 +32,8 @@ def step(trainer: MemDLMTrainer) -> list[Tensor]:
     trainer.state.logging_steps, trainer.state.global_step = 100, 5  # of a step that is not logged
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     trainer.compute_loss(trainer.model.train(), dict(batch))  # the first step of a model also packs its experts
+    for experts in (part for part in trainer.model.modules() if isinstance(part, RoutedExperts)):
+        experts.in_blocks = False  # as on a GPU
     with without_values() as mode:
         batch = tree_map_only(Tensor, mode.from_tensor, batch)
         loss = trainer.compute_loss(trainer.model.train(), batch)

@@ -19,7 +19,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 
-from ..grouped import grouped_linear, grouped_outer
+from ..grouped import ends, grouped_linear, grouped_outer
+
+#: What a block of rows takes, in bytes.
+BLOCK = 2**20
 
 
 class Routes(NamedTuple):
@@ -53,6 +56,16 @@ class Projection:
     dtype: torch.dtype  #: the product with it computes in
     adapters: Sequence[Adapter] = ()
 
+    def under(self, adapter: Adapter) -> Projection:
+        """With one adapter more."""
+        return replace(self, adapters=[*self.adapters, adapter])
+
+    def detached(self) -> Projection:
+        """As a constant."""
+        weight = self.weight.detach() if isinstance(self.weight, Tensor) else self.weight
+        adapters = [replace(one, down=one.down.detach(), up=one.up.detach()) for one in self.adapters]
+        return replace(self, weight=weight, adapters=adapters)
+
 
 class Experts(NamedTuple):
     """What all experts are made of."""
@@ -63,8 +76,14 @@ class Experts(NamedTuple):
     act: Callable[[Tensor], Tensor]
 
 
-def expert_ffn(x: Tensor, weights: Tensor, routes: Routes, experts: Experts, dtype: torch.dtype) -> Tensor:
-    """x [N, D], weights of the rows [T, 1] → [N, D] in `dtype`, which is also that of what lies between."""
+def expert_ffn(
+    x: Tensor, weights: Tensor, routes: Routes, experts: Experts, dtype: torch.dtype, in_blocks: bool = False
+) -> Tensor:
+    """Weights of the rows [T, 1], x [N, D] → [N, D] in `dtype`, which is also that of what lies between.
+
+    `in_blocks`: a few experts at a time, so that all of theirs stays in a CPU's cache. It asks where their rows end; on
+    a GPU that would be a wait.
+    """
     # Tensors go in one by one: autograd and its hooks see them nowhere else, and would not free them in time.
     tensors: list[Tensor | None] = []
     plans = []
@@ -75,49 +94,113 @@ def expert_ffn(x: Tensor, weights: Tensor, routes: Routes, experts: Experts, dty
             tensors += [adapter.down, adapter.up]
         adapters = [replace(adapter, down=None, up=None) for adapter in projection.adapters]
         plans.append(replace(projection, weight=projection.weight if given is None else None, adapters=adapters))
-    return _ExpertFFN.apply(Experts(*plans, experts.act), dtype, x, weights, *routes, *tensors)
+    whole = [(slice(0, len(routes.offsets)), slice(0, len(routes.tokens)))]
+    rows = BLOCK // (x.shape[1] * dtype.itemsize)
+    blocks = _blocks(ends(routes.offsets, len(routes.tokens)), rows) if in_blocks else whole
+    return _ExpertFFN.apply(Experts(*plans, experts.act), blocks, dtype, x, weights, *routes, *tensors)
+
+
+def _blocks(row_ends: list[int], rows: int) -> list[tuple[slice, slice]]:
+    """Runs of experts with `rows` rows or a little more, and which rows are theirs."""
+    blocks, expert, row = [], 0, 0
+    for number, end in enumerate(row_ends, start=1):
+        if end - row >= rows or number == len(row_ends):
+            blocks.append((slice(expert, number), slice(row, end)))
+            expert, row = number, end
+    return blocks
 
 
 class _ExpertFFN(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, experts: Experts, dtype: torch.dtype, x: Tensor, weights: Tensor, *tensors: Tensor | None
+        ctx: Any,
+        experts: Experts,
+        blocks: list[tuple[slice, slice]],
+        dtype: torch.dtype,
+        x: Tensor,
+        weights: Tensor,
+        *tensors: Tensor | None,
     ) -> Tensor:
-        routes, (gate, up, down) = _parts(experts, dtype, tensors)
+        routes, kept = Routes(*tensors[: len(Routes._fields)]), []
         with torch.autocast(x.device.type, enabled=False):  # every product says what it computes in
-            rows = x.to(dtype).index_select(0, routes.tokens)
-            gates, ups = gate.forward(rows), up.forward(rows)
-            # Weighted here rather than after `down`, where there is more to multiply.
-            output = down.forward((experts.act(gates) * ups).mul_(weights))
+            output = x.new_empty(len(routes.tokens), x.shape[1], dtype=dtype)
+            for block in (_Block(experts, dtype, *at, tensors) for at in blocks):
+                block.forward(x, weights, output)
+                kept += block.kept
             output = F.embedding_bag(routes.back, output, mode="sum")
-        kept = [tensor for part in (gate, up, down) for tensor in part.kept]
-        ctx.experts, ctx.dtype, ctx.number_kept = experts, dtype, len(kept)
-        ctx.save_for_backward(x, weights, gates, ups, *kept, *tensors)
+        ctx.experts, ctx.blocks, ctx.dtype, ctx.number_kept = experts, blocks, dtype, len(kept)
+        ctx.save_for_backward(x, weights, *kept, *tensors)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, gates, ups, *tensors = ctx.saved_tensors
+        x, weights, *tensors = ctx.saved_tensors
         kept, tensors = iter(tensors[: ctx.number_kept]), tensors[ctx.number_kept :]
-        routes, (gate, up, down) = _parts(ctx.experts, ctx.dtype, tensors, kept)
-        x_wanted = ctx.needs_input_grad[2]
+        routes = Routes(*tensors[: len(Routes._fields)])
         with torch.autocast(x.device.type, enabled=False):
-            d_output = d_output.to(ctx.dtype).index_select(0, routes.tokens)
-            activated = ctx.experts.act(gates)
-            gated = activated * ups
-            d_gated = down.backward(d_output, (gated * weights).to(ctx.dtype) if down.trains else None)
-            d_weights = (d_gated * gated).sum(-1, keepdim=True)
-            d_gated.mul_(weights)
-            d_ups = d_gated * activated
-            d_gates = _through(ctx.experts.act, gates, d_gated.mul_(ups))
-            del gated, d_gated, activated
-            rows = x.to(ctx.dtype).index_select(0, routes.tokens) if gate.trains or up.trains else None
-            d_gate_rows = gate.backward(d_gates, rows, x_wanted)
-            d_rows = up.backward(d_ups, rows, x_wanted)
-            d_x = F.embedding_bag(routes.back, d_rows.add_(d_gate_rows), mode="sum") if x_wanted else None
-        gradients = [gradient for part in (gate, up, down) for gradient in part.gradients]
-        return None, None, d_x, d_weights, *[None] * len(routes), *gradients
+            d_rows = x.new_empty(len(routes.tokens), x.shape[1], dtype=ctx.dtype) if ctx.needs_input_grad[3] else None
+            d_weights, gradients = torch.empty_like(weights), []
+            for at in ctx.blocks:
+                block = _Block(ctx.experts, ctx.dtype, *at, tensors, kept)
+                block.backward(d_output, x, weights, d_rows, d_weights)
+                gradients.append(block.gradients)
+            d_x = None if d_rows is None else F.embedding_bag(routes.back, d_rows, mode="sum")
+        by_matrix = zip(*gradients, strict=True)
+        matrices = (parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts) for parts in by_matrix)
+        return None, None, None, d_x, d_weights, *[None] * len(routes), *matrices
+
+
+class _Block:
+    """A run of experts, and their rows, in one pass."""
+
+    def __init__(
+        self,
+        experts: Experts,
+        dtype: torch.dtype,
+        own: slice,
+        rows: slice,
+        tensors: Sequence[Tensor | None],
+        kept: Iterator[Tensor | None] | None = None,
+    ) -> None:
+        routes, rest = Routes(*tensors[: len(Routes._fields)]), iter(tensors[len(Routes._fields) :])
+        self.act, self.dtype, self.rows, self.tokens = experts.act, dtype, rows, routes.tokens[rows]
+        self.gates, self.ups = (None, None) if kept is None else (next(kept), next(kept))
+        self.parts = [_Part(projection, dtype, routes, own, rows.start, rest, kept) for projection in experts[:3]]
+
+    @property
+    def kept(self) -> list[Tensor | None]:
+        return [self.gates, self.ups, *(tensor for part in self.parts for tensor in part.kept)]
+
+    @property
+    def gradients(self) -> list[Tensor | None]:
+        return [gradient for part in self.parts for gradient in part.gradients]
+
+    def forward(self, x: Tensor, weights: Tensor, output: Tensor) -> None:
+        """Fills the block's rows of `output`."""
+        gate, up, down = self.parts
+        rows = x.to(self.dtype).index_select(0, self.tokens)
+        self.gates, self.ups = gate.forward(rows), up.forward(rows)
+        # Weighted here rather than after `down`, where there is more to multiply.
+        output[self.rows] = down.forward((self.act(self.gates) * self.ups).mul_(weights[self.rows]))
+
+    def backward(self, d_output: Tensor, x: Tensor, weights: Tensor, d_rows: Tensor | None, d_weights: Tensor) -> None:
+        """Fills the block's rows of `d_rows` and `d_weights`; gradients of matrices are in `gradients` afterwards."""
+        gate, up, down = self.parts
+        weights, x_wanted = weights[self.rows], d_rows is not None
+        d_output = d_output.to(self.dtype).index_select(0, self.tokens)
+        activated = self.act(self.gates)
+        gated = activated * self.ups
+        d_gated = down.backward(d_output, (gated * weights).to(self.dtype) if down.trains else None)
+        d_weights[self.rows] = (d_gated * gated).sum(-1, keepdim=True)
+        d_gated.mul_(weights)
+        d_ups = d_gated * activated
+        d_gates = _through(self.act, self.gates, d_gated.mul_(self.ups))
+        del d_output, gated, d_gated, activated
+        rows = x.to(self.dtype).index_select(0, self.tokens) if gate.trains or up.trains else None
+        of_gate, of_up = gate.backward(d_gates, rows, x_wanted), up.backward(d_ups, rows, x_wanted)
+        if x_wanted:
+            torch.add(of_gate, of_up, out=d_rows[self.rows])
 
 
 def _through(act: Callable[[Tensor], Tensor], x: Tensor, d_output: Tensor) -> Tensor:
@@ -129,14 +212,6 @@ def _through(act: Callable[[Tensor], Tensor], x: Tensor, d_output: Tensor) -> Te
         return torch.autograd.grad(act(leaf), leaf, d_output)[0]
 
 
-def _parts(
-    experts: Experts, dtype: torch.dtype, tensors: Sequence[Tensor | None], kept: Iterator[Tensor | None] | None = None
-) -> tuple[Routes, list[_Part]]:
-    """What went in one by one, put together again; in the backward pass with what was kept for it."""
-    routes, rest = Routes(*tensors[: len(Routes._fields)]), iter(tensors[len(Routes._fields) :])
-    return routes, [_Part(projection, dtype, routes, rest, kept) for projection in experts[:3]]
-
-
 class _Part:
     """One projection in one pass."""
 
@@ -145,11 +220,21 @@ class _Part:
         projection: Projection,
         dtype: torch.dtype,
         routes: Routes,
+        own: slice,
+        first_row: int,
         tensors: Iterator[Tensor | None],
         kept: Iterator[Tensor | None] | None,
     ) -> None:
-        self.projection, self.dtype, self.offsets, self.weight = projection, dtype, routes.offsets, next(tensors)
-        self.deltas = [_Delta(adapter, routes, next(tensors), next(tensors)) for adapter in projection.adapters]
+        self.projection, self.dtype, self.own = projection, dtype, own
+        self.offsets, self.weight = routes.offsets[own] - first_row, _Matrices(next(tensors), own)
+        per_expert = len(routes.fast_offsets) // len(routes.offsets)
+        sets = slice(own.start * per_expert, own.stop * per_expert)  # of fast weights
+        fast_offsets = routes.fast_offsets[sets] - first_row
+        self.deltas = []
+        for adapter in projection.adapters:
+            which, offsets = (sets, fast_offsets) if adapter.per_sample else (own, self.offsets)
+            down, up = _Matrices(next(tensors), which), _Matrices(next(tensors), which)
+            self.deltas.append(_Delta(adapter, offsets, down, up))
         for delta in self.deltas if kept is not None else ():
             delta.low, delta.survivors = next(kept), next(kept)
         self.d_weight: Tensor | None = None
@@ -165,7 +250,7 @@ class _Part:
     @property
     def trains(self) -> bool:
         """Whether a gradient of any of its matrices is wanted, which takes its inputs."""
-        return _trains(self.weight) or any(_trains(delta.down) or _trains(delta.up) for delta in self.deltas)
+        return self.weight.train or any(delta.down.train or delta.up.train for delta in self.deltas)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, in] → [T, out]."""
@@ -178,23 +263,22 @@ class _Part:
         """The gradient of x, if wanted; the others are in `gradients` afterwards."""
         own = d_output.to(self.projection.dtype)
         d_x = grouped_linear(own, self._weight().mT, self.offsets).to(self.dtype) if x_wanted else None
-        if _trains(self.weight):
+        if self.weight.train:
             self.d_weight = grouped_outer(own, x.to(own.dtype), self.offsets)
         for delta in self.deltas:
             delta.backward(d_output, x, d_x)
         return d_x
 
     def _weight(self) -> Tensor:
-        weight = self.projection.weight() if self.weight is None else self.weight
+        weight = self.projection.weight()[self.own] if self.weight.values is None else self.weight.values
         return weight.to(self.projection.dtype)
 
 
 class _Delta:
     """One adapter in one pass."""
 
-    def __init__(self, adapter: Adapter, routes: Routes, down: Tensor | None, up: Tensor) -> None:
-        self.adapter, self.down, self.up = adapter, down, up
-        self.offsets = routes.fast_offsets if adapter.per_sample else routes.offsets
+    def __init__(self, adapter: Adapter, offsets: Tensor, down: _Matrices, up: _Matrices) -> None:
+        self.adapter, self.offsets, self.down, self.up = adapter, offsets, down, up
         self.low: Tensor | None = None  #: scaling · down(x) [T, r]
         self.survivors: Tensor | None = None  #: of dropout [T, in] bool
         self.d_down: Tensor | None = None
@@ -205,22 +289,25 @@ class _Delta:
         x = x.to(self.adapter.dtype)
         if self.adapter.dropout > 0:
             x, self.survivors = torch.native_dropout(x, self.adapter.dropout, True)
-        if self.down is not None:
-            x = self.low = grouped_linear(x, self.down, self.offsets).mul_(self.adapter.scaling)
-        output.add_(grouped_linear(x, self.up, self.offsets))
+        if self.down.values is not None:
+            x = self.low = grouped_linear(x, self.down.values, self.offsets).mul_(self.adapter.scaling)
+        output.add_(grouped_linear(x, self.up.values, self.offsets))
 
     def backward(self, d_output: Tensor, x: Tensor | None, d_x: Tensor | None) -> None:
         """The gradients of the matrices; what comes to that of x is added to it in place."""
         d_output = d_output.to(self.adapter.dtype)
         x = None if x is None else self._dropped(x.to(self.adapter.dtype))
-        if self.down is None:
-            first, d_first = self.up, d_output
+        if self.down.values is None:
+            first, d_first = self.up.values, d_output
         else:
-            first, d_first = self.down, grouped_linear(d_output, self.up.mT, self.offsets).mul_(self.adapter.scaling)
-            if _trains(self.down):
+            first, d_first = (
+                self.down.values,
+                grouped_linear(d_output, self.up.values.mT, self.offsets).mul_(self.adapter.scaling),
+            )
+            if self.down.train:
                 self.d_down = grouped_outer(d_first, x, self.offsets)
-        if _trains(self.up):
-            self.d_up = grouped_outer(d_output, x if self.down is None else self.low, self.offsets)
+        if self.up.train:
+            self.d_up = grouped_outer(d_output, x if self.down.values is None else self.low, self.offsets)
         if d_x is not None:
             d_x.add_(self._dropped(grouped_linear(d_first, first.mT, self.offsets)))
 
@@ -228,5 +315,9 @@ class _Delta:
         return x if self.survivors is None else x * self.survivors / (1 - self.adapter.dropout)
 
 
-def _trains(matrices: Tensor | None) -> bool:
-    return matrices is not None and matrices.requires_grad
+class _Matrices:
+    """A block's own of what went in for all experts."""
+
+    def __init__(self, given: Tensor | None, own: slice) -> None:
+        self.values = None if given is None else given[own]
+        self.train = given is not None and given.requires_grad

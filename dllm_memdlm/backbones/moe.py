@@ -22,8 +22,6 @@ from .expert_ffn import Adapter, Experts, Projection, Routes, expert_ffn
 from .output import OutputLinear
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-#: One projection of every expert, by name.
-Layers = dict[str, list[nn.Module]]
 #: Where PEFT keeps its LoRA for linear layers, and for those of bitsandbytes.
 PLAIN_LORA = ("peft.tuners.lora.layer", "peft.tuners.lora.bnb")
 
@@ -42,7 +40,9 @@ class RoutedExperts(nn.ModuleList):
     def _reset(self) -> None:
         self.packs = True  #: whether frozen weights may move into one buffer; not where an engine moves them itself
         self.trains = True  #: whether a backward pass goes on to the weights, rather than to the fast ones alone
+        self.in_blocks = True  #: whether a CPU takes a few experts at a time
         self.fast: dict[str, SiteWeights] = {}
+        self._held: dict[tuple, list[Projection] | None] | None = None  #: of `held_still`
         self._packed: dict[str, Tensor] = {}
         self._addresses: dict[str, list[int]] = {}  #: where the packed weights were when they were packed
 
@@ -70,14 +70,17 @@ class RoutedExperts(nn.ModuleList):
     def _of(self, x: Tensor, chosen: Tensor, weights: Tensor, fast: dict[str, SiteWeights], samples: int) -> Tensor:
         routes = self._route(chosen, samples)
         rows, weights = x.flatten(0, 1), weights.flatten().index_select(0, routes.order)[:, None]
-        layers = {name: [getattr(expert, name) for expert in self] for name in PROJECTIONS}
-        if all(map(self._groupable, layers.values())):
-            device = x.device.type
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-            parts = [self._projection(name, layers[name], fast.get(name), dtype) for name in PROJECTIONS]
-            output = expert_ffn(rows, weights, routes, Experts(*parts, self[0].act_fn), dtype)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        parts = self._made_of(dtype, torch.is_autocast_enabled(device))
+        if parts is None:
+            output = self._one_by_one(rows, weights, routes, fast)
         else:
-            output = self._one_by_one(rows, weights, routes, layers, fast)
+            for number, name in enumerate(PROJECTIONS):
+                if name in fast:
+                    parts[number] = parts[number].under(_fast(fast[name], dtype))
+            in_blocks = self.in_blocks and device == "cpu" and isinstance(parts[0].weight, Tensor)
+            output = expert_ffn(rows, weights, routes, Experts(*parts, self[0].act_fn), dtype, in_blocks)
         return output.to(x.dtype).view_as(x)
 
     def _route(self, chosen: Tensor, samples: int) -> Routes:
@@ -94,18 +97,45 @@ class RoutedExperts(nn.ModuleList):
 
     # === all at once ===
 
-    def _projection(
-        self, name: str, linears: list[nn.Module], site: SiteWeights | None, dtype: torch.dtype
-    ) -> Projection:
-        """What one projection of the experts is made of. In the inner loop their own weights and LoRA are constants."""
+    def _made_of(self, dtype: torch.dtype, autocast: bool) -> list[Projection] | None:
+        """The projections, without fast weights, or none if each expert has to compute for itself.
+
+        In the inner loop their weights and LoRA are constants.
+        """
+        graph = self.trains and torch.is_grad_enabled()
+        for known in (True, graph) if self._held is not None else ():
+            if (dtype, autocast, known) in self._held:
+                parts = self._held[dtype, autocast, known]
+                return parts and [part if self.trains else part.detached() for part in parts]
+        layers = {name: [getattr(expert, name) for expert in self] for name in PROJECTIONS}
+        parts = None
+        if all(map(self._groupable, layers.values())):
+            with torch.set_grad_enabled(graph):
+                parts = [self._projection(name, linears, dtype) for name, linears in layers.items()]
+        if self._held is not None:
+            self._held[dtype, autocast, graph] = parts
+        return parts and list(parts)
+
+    def _projection(self, name: str, linears: list[nn.Module], dtype: torch.dtype) -> Projection:
         bases = [_base(linear) for linear in linears]
-        with torch.set_grad_enabled(self.trains and torch.is_grad_enabled()):
-            packed = self._is_packed(bases[0])
-            weight = partial(self._unpack, bases) if packed else self._stack(name, [base.weight for base in bases])
-            adapters = _lora(linears, dtype)
-        if site is not None:
-            adapters.append(_fast(site, dtype))
-        return Projection(weight, (bases[0].compute_dtype if packed else None) or dtype, adapters)
+        packed = self._is_packed(bases[0])
+        weight = partial(self._unpack, bases) if packed else self._stack(name, [base.weight for base in bases])
+        return Projection(
+            weight, (bases[0].compute_dtype if packed else None) or dtype, self._lora(name, linears, dtype)
+        )
+
+    def _lora(self, name: str, linears: list[nn.Module], dtype: torch.dtype) -> list[Adapter]:
+        """The outer LoRA of one projection, if it is there and in use, in its own dtype or in autocast's."""
+        first = linears[0]
+        if not isinstance(first, LoraLayer) or first.disable_adapters or first.merged:
+            return []
+        adapter = first.active_adapters[0]
+        down = self._stack(f"{name}.{adapter}.A", [linear.lora_A[adapter].weight for linear in linears])
+        up = self._stack(f"{name}.{adapter}.B", [linear.lora_B[adapter].weight for linear in linears])
+        dtype = dtype if torch.is_autocast_enabled(down.device.type) else down.dtype
+        dropout = first.lora_dropout[adapter]
+        probability = 0.0 if isinstance(dropout, nn.Identity) or not dropout.training else dropout.p
+        return [Adapter(down.to(dtype), up.to(dtype), first.scaling[adapter], dtype, dropout=probability)]
 
     def _stack(self, name: str, weights: list[Tensor]) -> Tensor:
         """[E, out, in]. Frozen weights become views of one buffer, so that stacking them costs nothing afterwards."""
@@ -137,14 +167,12 @@ class RoutedExperts(nn.ModuleList):
 
     # === one by one ===
 
-    def _one_by_one(
-        self, x: Tensor, weights: Tensor, routes: Routes, layers: Layers, fast: dict[str, SiteWeights]
-    ) -> Tensor:
+    def _one_by_one(self, x: Tensor, weights: Tensor, routes: Routes, fast: dict[str, SiteWeights]) -> Tensor:
         """Each expert on its rows. x [N, D], weights [T, 1] → [N, D]."""
 
         def project(name: str, rows: Tensor) -> Tensor:
-            parts = zip(layers[name], split(rows, routes.offsets), strict=True)
-            output = torch.cat([linear(part) for linear, part in parts])
+            parts = zip(self, split(rows, routes.offsets), strict=True)
+            output = torch.cat([getattr(expert, name)(part) for expert, part in parts])
             site = fast.get(name)
             return output if site is None else output + site.grouped(rows, routes.fast_offsets).to(output.dtype)
 
@@ -159,6 +187,22 @@ class RoutedExperts(nn.ModuleList):
         if not plain or any(base.bias is not None for base in bases):
             return False
         return bases == linears or all(_has_plain_lora(linear, linears[0]) for linear in linears)
+
+
+@contextmanager
+def held_still(experts: Iterable[RoutedExperts]) -> Iterator[None]:
+    """Passes between which no weight and no adapter changes: what one of them has stacked serves the others too.
+
+    Not for experts whose weights an engine gathers for each pass: they would all stay.
+    """
+    free = [part for part in experts if part.packs and part._held is None]
+    for part in free:
+        part._held = {}
+    try:
+        yield
+    finally:
+        for part in free:
+            part._held = None
 
 
 @contextmanager
@@ -183,20 +227,6 @@ def inner_pass(parts: Iterable[RoutedExperts | OutputLinear]) -> Iterator[None]:
 def _base(linear: nn.Module) -> nn.Module:
     """The layer inside PEFT's wrapper, or the layer itself."""
     return linear.get_base_layer() if isinstance(linear, BaseTunerLayer) else linear
-
-
-def _lora(linears: list[nn.Module], dtype: torch.dtype) -> list[Adapter]:
-    """The outer LoRA of one projection, if it is there and in use. It computes in its own dtype, or in autocast's."""
-    first = linears[0]
-    if not isinstance(first, LoraLayer) or first.disable_adapters or first.merged:
-        return []
-    name = first.active_adapters[0]
-    down = torch.stack([linear.lora_A[name].weight for linear in linears])
-    up = torch.stack([linear.lora_B[name].weight for linear in linears])
-    dtype = dtype if torch.is_autocast_enabled(down.device.type) else down.dtype
-    dropout = first.lora_dropout[name]
-    probability = 0.0 if isinstance(dropout, nn.Identity) or not dropout.training else dropout.p
-    return [Adapter(down.to(dtype), up.to(dtype), first.scaling[name], dtype, dropout=probability)]
 
 
 def _fast(site: SiteWeights, dtype: torch.dtype) -> Adapter:
