@@ -10,9 +10,9 @@ from test_moe import experts_of, routing
 from torch import Tensor, nn
 
 from dllm_memdlm import grouped
-from dllm_memdlm.backbones import moe
+from dllm_memdlm.backbones import expert_ffn, moe
 from dllm_memdlm.backbones.layers import GatedMLP
-from dllm_memdlm.backbones.moe import RoutedExperts, inner_pass
+from dllm_memdlm.backbones.moe import RoutedExperts, held_still, inner_pass
 from dllm_memdlm.fast_weights import SiteWeights
 
 WIDTHS = {"gate_proj": (4, 3), "up_proj": (4, 3), "down_proj": (3, 4)}
@@ -55,7 +55,9 @@ def fast_weights(samples: int, full: bool = False) -> dict[str, SiteWeights]:
     ],
     ids=["weights", "gelu", "lora", "dropout", "shared fast weights", "fast weights", "full fast weights"],
 )
-def test_gradients_are_those_of_finite_differences(settings, fast):
+@pytest.mark.parametrize("block", [1, 2**20], ids=["one expert at a time", "all at once"])
+def test_gradients_are_those_of_finite_differences(settings, fast, block, monkeypatch):
+    monkeypatch.setattr(expert_ffn, "BLOCK", block)
     experts = small_experts(**settings)
     experts.fast.update(fast)
     generator = torch.Generator().manual_seed(2)
@@ -144,3 +146,49 @@ def test_in_the_inner_loop_only_fast_weights_have_gradients():
         torch.autograd.grad(output.sum(), [p for p in experts.parameters() if p.requires_grad])
     experts(x[..., :4], chosen, weights).sum().backward()
     assert all(p.grad is not None for p in experts.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_change_nothing(dtype, monkeypatch):
+    experts = experts_of(dtype, lora=True)
+    results = []
+    for block in (1, 100, 2**20):
+        monkeypatch.setattr(expert_ffn, "BLOCK", block)
+        x, chosen, weights = routing(dtype, [0, 2, 3, 5])
+        x.requires_grad_()
+        output = experts(x, chosen, weights)
+        output.square().sum().backward()
+        results.append([output, x.grad, *(p.grad for p in experts.parameters() if p.requires_grad)])
+        experts.zero_grad()
+    for found in results[:2]:
+        for ours, together in zip(found, results[2], strict=True):
+            assert_close_relative(ours, together, 1e-6 if dtype == torch.float32 else 2e-2)
+
+
+def test_runs_of_experts():
+    blocks = expert_ffn._blocks([3, 3, 8, 9, 9], 4)
+    assert blocks == [(slice(0, 3), slice(0, 8)), (slice(3, 5), slice(8, 9))]
+    assert expert_ffn._blocks([0, 0], 4) == [(slice(0, 2), slice(0, 0))]
+
+
+def test_what_is_held_still_is_stacked_once_and_let_go():
+    experts = experts_of(torch.float32, lora=True)
+    x, chosen, weights = routing(torch.float32, [0, 1, 2])
+    expected = experts(x, chosen, weights)
+    with held_still([experts]):
+        with torch.no_grad():
+            assert torch.equal(experts(x, chosen, weights), expected)
+        output = experts(x, chosen, weights)
+        stacked = experts._made_of(torch.float32, False)[0].adapters[0].down
+        assert stacked.requires_grad and experts._made_of(torch.float32, False)[0].adapters[0].down is stacked
+        with inner_pass([experts]):
+            assert not experts._made_of(torch.float32, False)[0].adapters[0].down.requires_grad
+        with held_still([experts]):  # within, it is the same
+            assert experts._made_of(torch.float32, False)[0].adapters[0].down is stacked
+        assert experts._held is not None
+    output.sum().backward()
+    assert all(p.grad is not None for p in experts.parameters() if p.requires_grad)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.mul_(2)
+    assert not torch.allclose(experts(x, chosen, weights), expected)

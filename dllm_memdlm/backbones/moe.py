@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ..fast_weights import SiteWeights
 from ..grouped import MAX_GROUPS, split
-from .expert_ffn import Adapter, Experts, Projection, Routes, expert_ffn
+from .expert_ffn import Experts, Routes, expert_ffn
 from .output import OutputLinear
+from .projection import Adapter, Projection
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 #: Where PEFT keeps its LoRA for linear layers, and for those of bitsandbytes.
