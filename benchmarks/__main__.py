@@ -1,4 +1,4 @@
-"""Time training and decoding: `python -m benchmarks [--quick] [--only NAME …]`, or `make bench`.
+"""Time training and decoding: `python -m benchmarks [--quick] [--only NAME …] [--repeats N]`, or `make bench`.
 
 Writes reports/bench.json and reports/bench.md.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from . import decode, models, training
 from .report import Section, write
 
 
-def sections(quick: bool) -> dict[str, Callable[[], Section]]:
-    """What is measured, by the names of `--only`."""
+def sections(quick: bool, repeats: int | None = None) -> dict[str, Callable[[], Section]]:
+    """What is measured, by the names of `--only`. `repeats` is of training steps."""
     size, threads = training.QUICK if quick else training.FULL, torch.get_num_threads()
+    size = replace(size, repeats=repeats or size.repeats)
     found = {f"step-{count}": partial(training.compared, size, count) for count in sorted({1, threads})}
     found |= {name: partial(getattr(training, name), size) for name in ("peaks", "growth", "switches")}
     decoding = decode.sections(decode.QUICK if quick else decode.FULL)
@@ -49,12 +51,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks", description="Time training steps and decoding.")
     parser.add_argument("--quick", action="store_true", help="small models and batches, to try the benchmark itself")
     parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="what begins like this: step, decode-a")
+    parser.add_argument("--repeats", type=int, help="turns of the training steps (default: 5)")
     parser.add_argument("--output", type=Path, default=Path("reports"), help="where to write (default: reports)")
     args = parser.parse_args(argv)
     console, threads = Console(highlight=False), torch.get_num_threads()
     if not console.is_terminal:
         console.width = 200  # of a log, where no table need be squeezed
-    measures = sections(args.quick)
+    measures = sections(args.quick, args.repeats)
     chosen = [name for name in measures if name.startswith(tuple(args.only))]
     if not chosen:
         parser.error(f"--only {' '.join(args.only)}: expected the beginning of one of {', '.join(measures)}")
