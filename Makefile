@@ -54,7 +54,7 @@ $(REPRODUCED): reproduce-%: venv
 report: venv ## a page for each reproduced figure and table, from what is in reports/
 	@$(BIN)/python -m dllm_memdlm.report $(ARGS)
 
-bench: venv ## time training steps and decoding, into reports/ (an hour; ARGS="--only step", ARGS="--quick")
+bench: venv ## time training steps and decoding, into reports/ (about an hour; ARGS="--only step", ARGS="--quick")
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 lint: venv ## check style and format

@@ -40,12 +40,14 @@ def step(trainer: MemDLMTrainer) -> list[Tensor]:
         return [loss, *torch.autograd.grad(loss, trained, allow_unused=True)]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+#: All but a rank of 3, which is no width that the grouped kernel takes.
+ON_THE_KERNEL = [name for name in VARIANTS if name != "odd_rank"]
+
+
+@pytest.mark.parametrize("variant", ON_THE_KERNEL)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_needs_no_values(kind, variant, tokenizer, tmp_path):
     settings = {"rank": 4, **VARIANTS[variant], "dropout": 0.5}
-    if variant == "odd_rank":
-        pytest.skip("a rank of 3 is no width that the grouped kernel takes")
     trainer = make_trainer(tiny(kind, lora=True), tokenizer, tmp_path, memory_for(kind, **settings), examples(4))
     assert all(isinstance(result, FakeTensor) for result in step(trainer) if result is not None)
 
@@ -63,5 +65,5 @@ def test_nor_does_plain_mdlm(kind, lora, tokenizer, tmp_path):
     ids=["item", "tolist", "bool", "boolean index", "nonzero"],
 )
 def test_this_would_be_seen(wait: Any):
-    with without_values(), pytest.raises((DataDependentOutputException, RuntimeError, NotImplementedError)):
+    with without_values(), pytest.raises((DataDependentOutputException, RuntimeError)):
         wait(torch.ones(1))
