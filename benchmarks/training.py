@@ -252,7 +252,7 @@ def _set(target: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _one_expert_after_the_other(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Any:
-    return _set(RoutedExperts, "_groupable", lambda experts, linears: False)
+    return _set(RoutedExperts, "_projection", lambda *_: None)
 
 
 @contextmanager

@@ -192,10 +192,11 @@ def sgd_step(
     finite = torch.isfinite(loss) & torch.isfinite(total)
     tensors = {}
     for name, gradient in gradients.items():
+        rate = torch.full_like(norms[name], config.inner_lr)
         if config.clip != "none" and config.grad_clip > 0:
             norm = norms[name] if config.clip == "local" else total
-            factor = (config.grad_clip / (norm + 1e-12)).clamp(max=1.0)
-            gradient = gradient * factor[..., None, None]
-        step = torch.where(finite[:, None, None], gradient, torch.zeros_like(gradient))
-        tensors[name] = fast.tensors[name].detach() - config.inner_lr * step
+            rate = rate * (config.grad_clip / (norm + 1e-12)).clamp(max=1.0)
+        before = fast.tensors[name].detach()
+        after = torch.addcmul(before, gradient, rate[..., None, None], value=-1)
+        tensors[name] = torch.where(finite[:, None, None], after, before)
     return FastWeights(tensors, fast.scaling), InnerStep(loss.detach(), total, finite)

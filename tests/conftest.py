@@ -32,6 +32,7 @@ import recipe_files
 
 from dllm_memdlm import run
 from dllm_memdlm.backbones import LLaDA2MoeConfig, LLaDAMoEConfig, model_class, with_lora
+from dllm_memdlm.backbones.moe import RoutedExperts
 from dllm_memdlm.config import LoraConfig, MemoryConfig
 from dllm_memdlm.trainer import MemDLMConfig, MemDLMTrainer
 
@@ -84,6 +85,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "dllm" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(params=[True, False], ids=["in turn", "at once"])
+def in_turn(request, monkeypatch):
+    """Experts one after the other, as a CPU takes them, or all in one kernel, as a GPU does."""
+    monkeypatch.setattr(RoutedExperts, "in_turn", request.param)
+    return request.param
 
 
 @pytest.fixture(autouse=True)

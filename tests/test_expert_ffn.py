@@ -10,7 +10,7 @@ from test_moe import experts_of, routing
 from torch import Tensor, nn
 
 from dllm_memdlm import grouped
-from dllm_memdlm.backbones import expert_ffn, moe
+from dllm_memdlm.backbones import moe
 from dllm_memdlm.backbones.layers import GatedMLP
 from dllm_memdlm.backbones.moe import RoutedExperts, held_still, inner_pass
 from dllm_memdlm.fast_weights import SiteWeights
@@ -55,9 +55,7 @@ def fast_weights(samples: int, full: bool = False) -> dict[str, SiteWeights]:
     ],
     ids=["weights", "gelu", "lora", "dropout", "shared fast weights", "fast weights", "full fast weights"],
 )
-@pytest.mark.parametrize("block", [1, 2**20], ids=["one expert at a time", "all at once"])
-def test_gradients_are_those_of_finite_differences(settings, fast, block, monkeypatch):
-    monkeypatch.setattr(expert_ffn, "BLOCK", block)
+def test_gradients_are_those_of_finite_differences(settings, fast, in_turn):
     experts = small_experts(**settings)
     experts.fast.update(fast)
     generator = torch.Generator().manual_seed(2)
@@ -74,7 +72,7 @@ def test_gradients_are_those_of_finite_differences(settings, fast, block, monkey
     assert torch.autograd.gradcheck(output, (x, weights, *trained))
 
 
-def test_dropout_keeps_the_expected_value_and_ends_with_training():
+def test_dropout_keeps_the_expected_value_and_ends_with_training(in_turn):
     experts = small_experts(lora=True, dropout=0.5)
     x, chosen, weights = routing(torch.float64, [0, 1, 2])
     x = x[..., :4]
@@ -89,7 +87,7 @@ def test_dropout_keeps_the_expected_value_and_ends_with_training():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_more_groups_than_the_kernel_takes_go_some_samples_at_a_time(monkeypatch, dtype):
+def test_more_groups_than_the_kernel_takes_go_some_samples_at_a_time(monkeypatch, dtype, in_turn):
     experts = experts_of(dtype, lora=True)
     generator = torch.Generator().manual_seed(4)
     shapes = {"gate_proj": (16, 8), "up_proj": (16, 8), "down_proj": (8, 16)}
@@ -110,7 +108,7 @@ def test_more_groups_than_the_kernel_takes_go_some_samples_at_a_time(monkeypatch
     assert grouped.MAX_GROUPS == 1023, "CUDA's kernel refuses 1,024"
 
 
-def test_little_is_kept_for_the_backward_pass():
+def test_little_is_kept_for_the_backward_pass(in_turn):
     """Gate's and up's output and the low-rank products; not the sorted rows, nor anything in between."""
     experts = experts_of(torch.float32, lora=True, count=6, hidden=64, width=32)
     x = torch.randn(2, 50, 64, requires_grad=True)
@@ -118,17 +116,18 @@ def test_little_is_kept_for_the_backward_pass():
     rows, kept = 2 * 50 * 2, {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if tensor.is_floating_point() and not isinstance(tensor, nn.Parameter):
-            kept[tensor.data_ptr()] = tuple(tensor.shape)
+        if tensor.is_floating_point() and tensor.dim() == 2:
+            kept[tensor.data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         experts(x, chosen, weights)
-    of_rows = sorted(shape for shape in kept.values() if shape[0] == rows)
-    assert of_rows == sorted([(rows, 1), (rows, 8), (rows, 8), (rows, 8), (rows, 32), (rows, 32)])
+    for given in (x, *experts.parameters()):
+        kept.pop(given.data_ptr(), None)
+    assert sum(tensor.numel() for tensor in kept.values()) == rows * (1 + 2 * 32 + 3 * 8)
 
 
-def test_in_the_inner_loop_only_fast_weights_have_gradients():
+def test_in_the_inner_loop_only_fast_weights_have_gradients(in_turn):
     experts = small_experts(lora=True)
     experts.fast.update(fast_weights(2))
     x, chosen, weights = routing(torch.float64, [0, 1, 2])
@@ -148,30 +147,31 @@ def test_in_the_inner_loop_only_fast_weights_have_gradients():
     assert all(p.grad is not None for p in experts.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("samples", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_blocks_change_nothing(dtype, monkeypatch):
+def test_in_turn_is_as_at_once(dtype, samples, monkeypatch):
     experts = experts_of(dtype, lora=True)
     results = []
-    for block in (1, 100, 2**20):
-        monkeypatch.setattr(expert_ffn, "BLOCK", block)
+    for in_turn in (True, False):
+        monkeypatch.setattr(RoutedExperts, "in_turn", in_turn)
+        generator = torch.Generator().manual_seed(5)
+        for name, (columns, rows) in {"gate_proj": (16, 8), "up_proj": (16, 8), "down_proj": (8, 16)}.items():
+            down = torch.randn(6, samples, 8, columns, generator=generator).requires_grad_()
+            up = torch.randn(6, samples, rows, 8, generator=generator).requires_grad_()
+            experts.fast.update({name: SiteWeights(down, up, 0.1)} if samples else {})
         x, chosen, weights = routing(dtype, [0, 2, 3, 5])
         x.requires_grad_()
         output = experts(x, chosen, weights)
         output.square().sum().backward()
-        results.append([output, x.grad, *(p.grad for p in experts.parameters() if p.requires_grad)])
+        fast = [m.grad for site in experts.fast.values() for m in (site.down, site.up)]
+        results.append([output, x.grad, *fast, *(p.grad for p in experts.parameters() if p.requires_grad)])
         experts.zero_grad()
-    for found in results[:2]:
-        for ours, together in zip(found, results[2], strict=True):
-            assert_close_relative(ours, together, 1e-6 if dtype == torch.float32 else 2e-2)
+    for ours, together in zip(*results, strict=True):
+        assert_close_relative(ours, together, 1e-6 if dtype == torch.float32 else 4e-2)
 
 
-def test_runs_of_experts():
-    blocks = expert_ffn._blocks([3, 3, 8, 9, 9], 4)
-    assert blocks == [(slice(0, 3), slice(0, 8)), (slice(3, 5), slice(8, 9))]
-    assert expert_ffn._blocks([0, 0], 4) == [(slice(0, 2), slice(0, 0))]
-
-
-def test_what_is_held_still_is_stacked_once_and_let_go():
+def test_what_is_held_still_is_stacked_once_and_let_go(monkeypatch):
+    monkeypatch.setattr(RoutedExperts, "in_turn", False)
     experts = experts_of(torch.float32, lora=True)
     x, chosen, weights = routing(torch.float32, [0, 1, 2])
     expected = experts(x, chosen, weights)

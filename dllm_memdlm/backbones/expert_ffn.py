@@ -12,7 +12,6 @@ What goes in `d_x` is the gradient of the loss by `x`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,11 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 
-from ..grouped import ends
-from .projection import Projection, ProjectionPass
-
-#: What a block of rows takes, in bytes.
-BLOCK = 2**20
+from ..grouped import Alone, AtOnce, InTurn, Matrices, ends
+from .projection import Block, Projection, ProjectionPass
 
 
 class Routes(NamedTuple):
@@ -48,37 +44,40 @@ class Experts(NamedTuple):
 
 
 def expert_ffn(
-    x: Tensor, weights: Tensor, routes: Routes, experts: Experts, dtype: torch.dtype, in_blocks: bool = False
+    x: Tensor, weights: Tensor, routes: Routes, experts: Experts, dtype: torch.dtype, in_turn: bool = False
 ) -> Tensor:
     """Weights of the rows [T, 1], x [N, D] → [N, D] in `dtype`, which is also that of what lies between.
 
-    `in_blocks`: a few experts at a time, so that all of theirs stays in a CPU's cache. It asks where their rows end; on
-    a GPU that would be a wait.
+    `in_turn`: expert after expert, their matrices one by one, so that all of an expert's rows stay in a CPU's cache. It
+    asks where they end; on a GPU that would be a wait.
     """
     # Tensors go in one by one: autograd and its hooks see them nowhere else, and would not free them in time.
-    tensors: list[Tensor | None] = []
-    plans = []
-    for projection in experts[:3]:
-        given = projection.weight if isinstance(projection.weight, Tensor) else None
-        tensors.append(given)
-        for adapter in projection.adapters:
-            tensors += [adapter.down, adapter.up]
-        adapters = [replace(adapter, down=None, up=None) for adapter in projection.adapters]
-        plans.append(replace(projection, weight=projection.weight if given is None else None, adapters=adapters))
-    whole = [(slice(0, len(routes.offsets)), slice(0, len(routes.tokens)))]
-    rows = BLOCK // (x.shape[1] * dtype.itemsize)
-    blocks = _blocks(ends(routes.offsets, len(routes.tokens)), rows) if in_blocks else whole
-    return _ExpertFFN.apply(Experts(*plans, experts.act), blocks, dtype, x, weights, *routes, *tensors)
+    tensors: list[Tensor] = []
+
+    def put_in(matrices: Matrices) -> int | slice:
+        tensors.extend([matrices] if isinstance(matrices, Tensor) else matrices)
+        return len(tensors) - 1 if isinstance(matrices, Tensor) else slice(len(tensors) - len(matrices), len(tensors))
+
+    places = Experts(*(projection.mapped(put_in) for projection in experts[:3]), experts.act)
+    blocks = _one_by_one(routes) if in_turn else _whole(routes)
+    return _ExpertFFN.apply(places, *blocks, dtype, x, weights, *routes, *tensors)
 
 
-def _blocks(row_ends: list[int], rows: int) -> list[tuple[slice, slice]]:
-    """Runs of experts with `rows` rows or a little more, and which rows are theirs."""
-    blocks, expert, row = [], 0, 0
-    for number, end in enumerate(row_ends, start=1):
-        if end - row >= rows or number == len(row_ends):
-            blocks.append((slice(expert, number), slice(row, end)))
-            expert, row = number, end
-    return blocks
+def _whole(routes: Routes) -> tuple[list[Block], list[int]]:
+    return [Block(AtOnce(routes.offsets), AtOnce(routes.fast_offsets))], [len(routes.tokens)]
+
+
+def _one_by_one(routes: Routes) -> tuple[list[Block], list[int]]:
+    set_ends, sets = ends(routes.fast_offsets, len(routes.tokens)), len(routes.fast_offsets) // len(routes.offsets)
+    blocks, sizes, first = [], [], 0
+    for expert in range(len(routes.offsets)):
+        own = range(expert * sets, (expert + 1) * sets)
+        counted = [set_ends[number] - first for number in own]
+        alone = Alone(expert)
+        blocks.append(Block(alone, alone if sets == 1 else InTurn(own, counted)))
+        sizes.append(counted[-1])
+        first += counted[-1]
+    return blocks, sizes
 
 
 class _ExpertFFN(torch.autograd.Function):
@@ -86,96 +85,123 @@ class _ExpertFFN(torch.autograd.Function):
     def forward(
         ctx: Any,
         experts: Experts,
-        blocks: list[tuple[slice, slice]],
+        blocks: list[Block],
+        sizes: list[int],
         dtype: torch.dtype,
         x: Tensor,
         weights: Tensor,
-        *tensors: Tensor | None,
+        *rest: Tensor,
     ) -> Tensor:
-        routes, kept = Routes(*tensors[: len(Routes._fields)]), []
+        given, kept = _Pass(experts, dtype, x, weights, sizes, rest), []
         with torch.autocast(x.device.type, enabled=False):  # every product says what it computes in
-            output, narrow = x.new_empty(len(routes.tokens), x.shape[1], dtype=dtype), x.to(dtype)
-            for block in (_Block(experts, dtype, *at, tensors) for at in blocks):
-                block.forward(narrow, weights, output)
-                kept += block.kept
-            output = F.embedding_bag(routes.back, output, mode="sum")
-        ctx.experts, ctx.blocks, ctx.dtype, ctx.number_kept = experts, blocks, dtype, len(kept)
-        ctx.save_for_backward(x, weights, *kept, *tensors)
+            output, parts = given.rows()
+            for number, block in enumerate(blocks):
+                of_block, wanted_back = given.forward(number, block, parts[number])
+                kept += wanted_back
+            output = F.embedding_bag(given.routes.back, of_block if output is None else output, mode="sum")
+        ctx.structure, ctx.blocks, ctx.number_kept = (experts, dtype), (blocks, sizes), len(kept)
+        ctx.save_for_backward(x, weights, *kept, *rest)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, *tensors = ctx.saved_tensors
-        kept, tensors = iter(tensors[: ctx.number_kept]), tensors[ctx.number_kept :]
-        routes = Routes(*tensors[: len(Routes._fields)])
+        x, weights, *rest = ctx.saved_tensors
+        kept, rest = iter(rest[: ctx.number_kept]), rest[ctx.number_kept :]
+        (experts, dtype), (blocks, sizes) = ctx.structure, ctx.blocks
+        given, d_weights = _Pass(experts, dtype, x, weights, sizes, rest), torch.empty_like(weights)
+        of_weights, wanted = d_weights.split(sizes), ctx.needs_input_grad[4]
         with torch.autocast(x.device.type, enabled=False):
-            d_rows = x.new_empty(len(routes.tokens), x.shape[1], dtype=ctx.dtype) if ctx.needs_input_grad[3] else None
-            d_weights, gradients = torch.empty_like(weights), []
-            x, d_output = x.to(ctx.dtype), d_output.to(ctx.dtype)
-            for at in ctx.blocks:
-                block = _Block(ctx.experts, ctx.dtype, *at, tensors, kept)
-                block.backward(d_output, x, weights, d_rows, d_weights)
-                gradients.append(block.gradients)
-            d_x = None if d_rows is None else F.embedding_bag(routes.back, d_rows, mode="sum")
-        by_matrix = zip(*gradients, strict=True)
-        matrices = (parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts) for parts in by_matrix)
-        return None, None, None, d_x, d_weights, *[None] * len(routes), *matrices
+            d_output = d_output.to(dtype)
+            d_x, parts = given.rows() if wanted else (None, [None] * len(blocks))
+            for number, block in enumerate(blocks):
+                of_block = given.backward(number, block, kept, d_output, of_weights[number], parts[number], wanted)
+            if wanted:
+                d_x = F.embedding_bag(given.routes.back, of_block if d_x is None else d_x, mode="sum")
+        return None, None, None, None, d_x, d_weights, *given.gradients(len(rest))
 
 
-class _Block:
-    """A run of experts, and their rows, in one pass."""
+class _Pass:
+    """Through all experts, forward or backward.
+
+    Args:
+        experts: with the places of their matrices among `rest` after the routes.
+        dtype: of what lies between.
+        x: [N, D].
+        weights: of the rows [T, 1].
+        sizes: rows of each block.
+        rest: the routes, and the matrices.
+    """
 
     def __init__(
         self,
         experts: Experts,
         dtype: torch.dtype,
-        own: slice,
-        rows: slice,
-        tensors: Sequence[Tensor | None],
-        kept: Iterator[Tensor | None] | None = None,
+        x: Tensor,
+        weights: Tensor,
+        sizes: list[int],
+        rest: Sequence[Tensor],
     ) -> None:
-        routes, rest = Routes(*tensors[: len(Routes._fields)]), iter(tensors[len(Routes._fields) :])
-        self.act, self.dtype, self.rows, self.tokens = experts.act, dtype, rows, routes.tokens[rows]
-        self.gates, self.ups = (None, None) if kept is None else (next(kept), next(kept))
-        self.parts = [
-            ProjectionPass(projection, dtype, routes.offsets, routes.fast_offsets, own, rows.start, rest, kept)
-            for projection in experts[:3]
-        ]
+        self.routes, tensors = Routes(*rest[: len(Routes._fields)]), rest[len(Routes._fields) :]
+        self.act, self.dtype, self.x, self.sizes = experts.act, dtype, x.to(dtype), sizes
+        self.tokens, self.weights = self.routes.tokens.split(sizes), weights.split(sizes)
+        self.gate, self.up, self.down = (ProjectionPass(part, dtype, tensors) for part in experts[:3])
 
-    @property
-    def kept(self) -> list[Tensor | None]:
-        return [self.gates, self.ups, *(tensor for part in self.parts for tensor in part.kept)]
+    def rows(self) -> tuple[Tensor | None, Sequence[Tensor | None]]:
+        """A place for what goes into or comes out of each row [T, D], and its parts for each of several blocks."""
+        if len(self.sizes) == 1:
+            return None, [None]
+        rows = self.x.new_empty(len(self.routes.tokens), self.x.shape[1])
+        return rows, rows.split(self.sizes)
 
-    @property
-    def gradients(self) -> list[Tensor | None]:
-        return [gradient for part in self.parts for gradient in part.gradients]
-
-    def forward(self, x: Tensor, weights: Tensor, output: Tensor) -> None:
-        """Fills the block's rows of `output`."""
-        gate, up, down = self.parts
-        rows = x.index_select(0, self.tokens)
-        self.gates, self.ups = gate.forward(rows), up.forward(rows)
+    def forward(self, number: int, block: Block, output: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
+        """What comes out of a block [rows, D], in `output` if given, and what its backward pass wants to have back."""
+        rows = self.x.index_select(0, self.tokens[number])
+        gates, of_gate = self.gate.forward(rows, block)
+        ups, of_up = self.up.forward(rows, block)
         # Weighted here rather than after `down`, where there is more to multiply.
-        output[self.rows] = down.forward((self.act(self.gates) * self.ups).mul_(weights[self.rows]))
+        gated = (self.act(gates) * ups).mul_(self.weights[number])
+        output, of_down = self.down.forward(gated, block, output)
+        return output, [gates, ups, *of_gate, *of_up, *of_down]
 
-    def backward(self, d_output: Tensor, x: Tensor, weights: Tensor, d_rows: Tensor | None, d_weights: Tensor) -> None:
-        """Fills the block's rows of `d_rows` and `d_weights`; gradients of matrices are in `gradients` afterwards."""
-        gate, up, down = self.parts
-        weights, x_wanted = weights[self.rows], d_rows is not None
-        d_output = d_output.index_select(0, self.tokens)
-        activated = self.act(self.gates)
-        gated = activated * self.ups
-        d_gated = down.backward(d_output, (gated * weights).to(self.dtype) if down.trains else None)
-        d_weights[self.rows] = (d_gated * gated).sum(-1, keepdim=True)
+    def backward(
+        self,
+        number: int,
+        block: Block,
+        kept: Iterator[Tensor | None],
+        d_output: Tensor,
+        d_weights: Tensor,
+        d_x: Tensor | None,
+        wanted: bool,
+    ) -> Tensor | None:
+        """The gradient of a block's input [rows, D] if wanted, in `d_x` if given; those of matrices are kept.
+
+        Fills that of the weights [rows, 1].
+        """
+        gates, ups = next(kept), next(kept)
+        of_gate, of_up, of_down = (
+            [next(kept) for _ in range(2 * len(part.deltas))] for part in (self.gate, self.up, self.down)
+        )
+        tokens, weights = self.tokens[number], self.weights[number]
+        activated = self.act(gates)
+        gated = activated * ups
+        went_down = (gated * weights).to(self.dtype) if self.down.trains else None
+        d_gated = self.down.backward(d_output.index_select(0, tokens), went_down, block, of_down)
+        d_weights.copy_((d_gated * gated).sum(-1, keepdim=True))
         d_gated.mul_(weights)
         d_ups = d_gated * activated
-        d_gates = _through(self.act, self.gates, d_gated.mul_(self.ups))
-        del d_output, gated, d_gated, activated
-        rows = x.index_select(0, self.tokens) if gate.trains or up.trains else None
-        of_gate, of_up = gate.backward(d_gates, rows, x_wanted), up.backward(d_ups, rows, x_wanted)
-        if x_wanted:
-            torch.add(of_gate, of_up, out=d_rows[self.rows])
+        d_gates = _through(self.act, gates, d_gated.mul_(ups))
+        del gated, went_down, d_gated, activated
+        rows = self.x.index_select(0, tokens) if self.gate.trains or self.up.trains else None
+        d_x = self.gate.backward(d_gates, rows, block, of_gate, d_x, wanted=wanted)
+        return self.up.backward(d_ups, rows, block, of_up, d_x, add=True, wanted=wanted)
+
+    def gradients(self, number: int) -> list[Tensor | None]:
+        """Of all that came as `rest`."""
+        of_matrices: list[Tensor | None] = [None] * (number - len(self.routes))
+        for part in (self.gate, self.up, self.down):
+            part.give_gradients(of_matrices)
+        return [*[None] * len(self.routes), *of_matrices]
 
 
 def _through(act: Callable[[Tensor], Tensor], x: Tensor, d_output: Tensor) -> Tensor:

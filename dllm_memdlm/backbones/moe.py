@@ -13,11 +13,10 @@ from functools import partial
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..fast_weights import SiteWeights
-from ..grouped import MAX_GROUPS, split
+from ..grouped import MAX_GROUPS, Matrices, split
 from .expert_ffn import Experts, Routes, expert_ffn
 from .output import OutputLinear
 from .projection import Adapter, Projection
@@ -34,6 +33,8 @@ class RoutedExperts(nn.ModuleList):
     projections are put into `fast` for the time of a forward pass.
     """
 
+    in_turn = True  #: whether a CPU takes expert after expert, whose rows then stay in its cache
+
     def __init__(self, experts: Iterable[nn.Module]) -> None:
         super().__init__(experts)
         self._reset()
@@ -41,7 +42,6 @@ class RoutedExperts(nn.ModuleList):
     def _reset(self) -> None:
         self.packs = True  #: whether frozen weights may move into one buffer; not where an engine moves them itself
         self.trains = True  #: whether a backward pass goes on to the weights, rather than to the fast ones alone
-        self.in_blocks = True  #: whether a CPU takes a few experts at a time
         self.fast: dict[str, SiteWeights] = {}
         self._held: dict[tuple, list[Projection] | None] | None = None  #: of `held_still`
         self._packed: dict[str, Tensor] = {}
@@ -80,8 +80,8 @@ class RoutedExperts(nn.ModuleList):
             for number, name in enumerate(PROJECTIONS):
                 if name in fast:
                     parts[number] = parts[number].under(_fast(fast[name], dtype))
-            in_blocks = self.in_blocks and device == "cpu" and isinstance(parts[0].weight, Tensor)
-            output = expert_ffn(rows, weights, routes, Experts(*parts, self[0].act_fn), dtype, in_blocks)
+            in_turn = self.in_turn and device == "cpu"
+            output = expert_ffn(rows, weights, routes, Experts(*parts, self[0].act_fn), dtype, in_turn)
         return output.to(x.dtype).view_as(x)
 
     def _route(self, chosen: Tensor, samples: int) -> Routes:
@@ -104,39 +104,51 @@ class RoutedExperts(nn.ModuleList):
         In the inner loop their weights and LoRA are constants.
         """
         graph = self.trains and torch.is_grad_enabled()
-        for known in (True, graph) if self._held is not None else ():
-            if (dtype, autocast, known) in self._held:
-                parts = self._held[dtype, autocast, known]
-                return parts and [part if self.trains else part.detached() for part in parts]
-        layers = {name: [getattr(expert, name) for expert in self] for name in PROJECTIONS}
-        parts = None
-        if all(map(self._groupable, layers.values())):
+        held = {} if self._held is None else self._held
+        found = next((known for known in (True, graph) if (dtype, autocast, known) in held), graph)
+        if (dtype, autocast, found) not in held:
             with torch.set_grad_enabled(graph):
-                parts = [self._projection(name, linears, dtype) for name, linears in layers.items()]
-        if self._held is not None:
-            self._held[dtype, autocast, graph] = parts
-        return parts and list(parts)
+                linears = {name: [getattr(expert, name) for expert in self] for name in PROJECTIONS}
+                parts = [self._projection(name, of_name, dtype) for name, of_name in linears.items()]
+            held[dtype, autocast, found] = None if None in parts else parts
+        parts = held[dtype, autocast, found]
+        return parts and [part if self.trains else part.detached() for part in parts]
 
-    def _projection(self, name: str, linears: list[nn.Module], dtype: torch.dtype) -> Projection:
-        bases = [_base(linear) for linear in linears]
+    def _projection(self, name: str, linears: list[nn.Module], dtype: torch.dtype) -> Projection | None:
+        """If all are linear layers without bias, or all such layers under the same single plain LoRA."""
+        adapted = isinstance(linears[0], LoraLayer)
+        if adapted and not _have_the_same_lora(linears):
+            return None
+        bases = [linear.base_layer for linear in linears] if adapted else linears
         packed = self._is_packed(bases[0])
-        weight = partial(self._unpack, bases) if packed else self._stack(name, [base.weight for base in bases])
-        return Projection(
-            weight, (bases[0].compute_dtype if packed else None) or dtype, self._lora(name, linears, dtype)
-        )
+        if not all(self._is_packed(base) if packed else type(base) is nn.Linear for base in bases):
+            return None
+        if any(base.bias is not None for base in bases):
+            return None
+        weight = partial(self._unpack, bases) if packed else self._matrices(name, [base.weight for base in bases])
+        in_use = adapted and not linears[0].disable_adapters and not linears[0].merged
+        lora = [self._lora(name, linears, dtype)] if in_use else []
+        return Projection(weight, (bases[0].compute_dtype if packed else None) or dtype, lora)
 
-    def _lora(self, name: str, linears: list[nn.Module], dtype: torch.dtype) -> list[Adapter]:
-        """The outer LoRA of one projection, if it is there and in use, in its own dtype or in autocast's."""
-        first = linears[0]
-        if not isinstance(first, LoraLayer) or first.disable_adapters or first.merged:
-            return []
-        adapter = first.active_adapters[0]
-        down = self._stack(f"{name}.{adapter}.A", [linear.lora_A[adapter].weight for linear in linears])
-        up = self._stack(f"{name}.{adapter}.B", [linear.lora_B[adapter].weight for linear in linears])
-        dtype = dtype if torch.is_autocast_enabled(down.device.type) else down.dtype
+    def _lora(self, name: str, linears: list[nn.Module], dtype: torch.dtype) -> Adapter:
+        """The outer LoRA of one projection, in its own dtype or in autocast's."""
+        first, adapter = linears[0], linears[0].active_adapters[0]
+        own = first.lora_A[adapter].weight
+        dtype = dtype if torch.is_autocast_enabled(own.device.type) else own.dtype
+        sides = {
+            "A": [one.lora_A[adapter].weight for one in linears],
+            "B": [one.lora_B[adapter].weight for one in linears],
+        }
+        if own.dtype != dtype:
+            sides = {side: [weight.to(dtype) for weight in weights] for side, weights in sides.items()}
+        down, up = (self._matrices(f"{name}.{adapter}.{side}", weights) for side, weights in sides.items())
         dropout = first.lora_dropout[adapter]
         probability = 0.0 if isinstance(dropout, nn.Identity) or not dropout.training else dropout.p
-        return [Adapter(down.to(dtype), up.to(dtype), first.scaling[adapter], dtype, dropout=probability)]
+        return Adapter(down, up, first.scaling[adapter], dtype, dropout=probability)
+
+    def _matrices(self, name: str, weights: list[Tensor]) -> Matrices:
+        """One by one where experts go in turn, or in one tensor."""
+        return weights if self.in_turn and weights[0].device.type == "cpu" else self._stack(name, weights)
 
     def _stack(self, name: str, weights: list[Tensor]) -> Tensor:
         """[E, out, in]. Frozen weights become views of one buffer, so that stacking them costs nothing afterwards."""
@@ -156,10 +168,12 @@ class RoutedExperts(nn.ModuleList):
         return bitsandbytes is not None and isinstance(linear, bitsandbytes.nn.Linear4bit)
 
     @staticmethod
-    def _unpack(linears: list[nn.Module]) -> Tensor:
-        """Their weights written out [E, out, in], in the dtype that they were packed from."""
+    def _unpack(linears: list[nn.Module], number: int | None = None) -> Tensor:
+        """The weights of all written out [E, out, in], or of one [out, in], in the dtype that they were packed from."""
         from bitsandbytes.functional import dequantize_4bit
 
+        if number is not None:
+            return dequantize_4bit(linears[number].weight.data, linears[number].weight.quant_state)
         states = [linear.weight.quant_state for linear in linears]
         out = linears[0].weight.new_empty(len(linears), *states[0].shape, dtype=states[0].dtype)
         for linear, state, part in zip(linears, states, out, strict=True):
@@ -180,14 +194,6 @@ class RoutedExperts(nn.ModuleList):
         rows = x.index_select(0, routes.tokens)
         output = project("down_proj", self[0].act_fn(project("gate_proj", rows)) * project("up_proj", rows)) * weights
         return output.new_zeros(x.shape).index_add(0, routes.tokens, output)
-
-    def _groupable(self, linears: list[nn.Module]) -> bool:
-        """Whether all are linear layers without bias, or all such layers under the same single plain LoRA."""
-        bases = [_base(linear) for linear in linears]
-        plain = all(type(base) is nn.Linear for base in bases) or all(map(self._is_packed, bases))
-        if not plain or any(base.bias is not None for base in bases):
-            return False
-        return bases == linears or all(_has_plain_lora(linear, linears[0]) for linear in linears)
 
 
 @contextmanager
@@ -225,20 +231,27 @@ def inner_pass(parts: Iterable[RoutedExperts | OutputLinear]) -> Iterator[None]:
             part._backward_hooks, part.trains = hooks, True
 
 
-def _base(linear: nn.Module) -> nn.Module:
-    """The layer inside PEFT's wrapper, or the layer itself."""
-    return linear.get_base_layer() if isinstance(linear, BaseTunerLayer) else linear
-
-
 def _fast(site: SiteWeights, dtype: torch.dtype) -> Adapter:
     down, up = (m if m is None else m.flatten(0, 1).to(dtype) for m in (site.down, site.up))
     return Adapter(down, up, site.scaling, dtype, per_sample=True)
 
 
-def _has_plain_lora(linear: nn.Module, first: LoraLayer) -> bool:
-    active = first.active_adapters
-    if type(linear) is not type(first) or type(linear).__module__ not in PLAIN_LORA:
+def _have_the_same_lora(linears: list[LoraLayer]) -> bool:
+    """Whether one plain LoRA, the same for all, is all that is there."""
+    first = linears[0]
+    state, active = _state(first), first.active_adapters
+    if type(first).__module__ not in PLAIN_LORA or len(active) != 1:
         return False
-    if linear.active_adapters != active or len(active) != 1 or linear.scaling != first.scaling:
-        return False
-    return active[0] in linear.lora_A and active[0] not in linear.lora_variant and not linear.lora_bias[active[0]]
+    adapter = active[0]
+    return all(
+        type(linear) is type(first)
+        and _state(linear) == state
+        and adapter in linear.lora_A
+        and adapter not in linear.lora_variant
+        and not linear.lora_bias[adapter]
+        for linear in linears
+    )
+
+
+def _state(linear: LoraLayer) -> tuple:
+    return linear.active_adapters, linear.disable_adapters, linear.merged_adapters, linear.scaling

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..grouped import grouped_linear, grouped_outer
+from ..grouped import Alone, AtOnce, InTurn, Matrices
 
 
 @dataclass(frozen=True)
 class Adapter:
     """What is added to a projection's output: scaling · up(down(dropout(x))), or up(x)."""
 
-    down: Tensor | None  #: [G, r, in]
-    up: Tensor | None  #: [G, out, r], or [G, out, in]
+    down: Matrices | None  #: [r, in]
+    up: Matrices | None  #: [out, r], or [out, in]
     scaling: float
     dtype: torch.dtype  #: it computes in
-    per_sample: bool = False  #: G is E·S, one matrix for each expert and sample, rather than E
+    per_sample: bool = False  #: a matrix for each expert and sample, rather than for each expert
     dropout: float = 0.0
 
 
@@ -27,8 +28,7 @@ class Adapter:
 class Projection:
     """One of gate, up and down, of all experts."""
 
-    #: [E, out, in], or where it is packed in 4 bit what unpacks it; the backward pass does so once more.
-    weight: Tensor | Callable[[], Tensor] | None
+    weight: Matrices  #: [out, in]; where they are packed in 4 bit what unpacks them, which the backward pass does again
     dtype: torch.dtype  #: the product with it computes in
     adapters: Sequence[Adapter] = ()
 
@@ -36,129 +36,143 @@ class Projection:
         """With one adapter more."""
         return replace(self, adapters=[*self.adapters, adapter])
 
+    def mapped(self, function: Callable[[Matrices], Any]) -> Projection:
+        """With something else for all matrices."""
+        adapters = [
+            replace(one, down=None if one.down is None else function(one.down), up=function(one.up))
+            for one in self.adapters
+        ]
+        return replace(self, weight=self.weight if callable(self.weight) else function(self.weight), adapters=adapters)
+
     def detached(self) -> Projection:
         """As a constant."""
-        weight = self.weight.detach() if isinstance(self.weight, Tensor) else self.weight
-        adapters = [replace(one, down=one.down.detach(), up=one.up.detach()) for one in self.adapters]
-        return replace(self, weight=weight, adapters=adapters)
+        return self.mapped(lambda one: one.detach() if isinstance(one, Tensor) else [part.detach() for part in one])
+
+
+class Block(NamedTuple):
+    """Products over the rows of all experts, or of one alone."""
+
+    of_expert: AtOnce | Alone
+    of_set: AtOnce | Alone | InTurn  #: with fast weights, one set for each expert and sample
 
 
 class ProjectionPass:
-    """One projection in one pass, for a run of experts.
+    """One projection in one pass, forward or backward.
 
     Args:
-        projection: whose tensors have been taken out.
+        projection: with the places of its matrices in `tensors` instead of them.
         dtype: of what goes in and comes out.
-        offsets: where the rows of each of all experts end [E].
-        fast_offsets: and of each expert and sample [E·S].
-        own: the run of experts.
-        first_row: of the run.
-        tensors: gives those of the projection, for all experts, next.
-        kept: gives what the forward pass has kept, next; none in the forward pass itself.
+        tensors: of all projections.
     """
 
-    def __init__(
+    def __init__(self, projection: Projection, dtype: torch.dtype, tensors: Sequence[Tensor]) -> None:
+        self.computes_in, self.dtype = projection.dtype, dtype
+        self.weight = _Placed(projection.weight, tensors)
+        self.deltas = [_Delta(adapter, tensors) for adapter in projection.adapters]
+        #: Whether a gradient of any of its matrices is wanted, which takes its inputs.
+        self.trains = self.weight.trains or any(delta.down.trains or delta.up.trains for delta in self.deltas)
+
+    def forward(self, x: Tensor, block: Block, out: Tensor | None = None) -> tuple[Tensor, list[Tensor | None]]:
+        """x [T, in] → [T, out], in `out` if given, and what the backward pass wants to have back."""
+        kept: list[Tensor | None] = []
+        output = block.of_expert.linear(_cast(x, self.computes_in), self.weight.values, out)
+        if out is None:
+            output = _cast(output, self.dtype)
+        for delta in self.deltas:
+            kept += delta.add(x, block, output)
+        return output, kept
+
+    def backward(
         self,
-        projection: Projection,
-        dtype: torch.dtype,
-        offsets: Tensor,
-        fast_offsets: Tensor,
-        own: slice,
-        first_row: int,
-        tensors: Iterator[Tensor | None],
-        kept: Iterator[Tensor | None] | None,
-    ) -> None:
-        self.projection, self.dtype, self.own = projection, dtype, own
-        self.offsets, self.weight = offsets[own] - first_row, _Matrices(next(tensors), own)
-        per_expert = len(fast_offsets) // len(offsets)
-        sets = slice(own.start * per_expert, own.stop * per_expert)  # of fast weights
-        own_fast_offsets = fast_offsets[sets] - first_row
-        self.deltas = []
-        for adapter in projection.adapters:
-            which, its = (sets, own_fast_offsets) if adapter.per_sample else (own, self.offsets)
-            down, up = _Matrices(next(tensors), which), _Matrices(next(tensors), which)
-            self.deltas.append(_Delta(adapter, its, down, up))
-        for delta in self.deltas if kept is not None else ():
-            delta.low, delta.survivors = next(kept), next(kept)
-        self.d_weight: Tensor | None = None
-
-    @property
-    def kept(self) -> list[Tensor | None]:
-        return [tensor for delta in self.deltas for tensor in (delta.low, delta.survivors)]
-
-    @property
-    def gradients(self) -> list[Tensor | None]:
-        return [self.d_weight, *(gradient for delta in self.deltas for gradient in (delta.d_down, delta.d_up))]
-
-    @property
-    def trains(self) -> bool:
-        """Whether a gradient of any of its matrices is wanted, which takes its inputs."""
-        return self.weight.train or any(delta.down.train or delta.up.train for delta in self.deltas)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T, in] → [T, out]."""
-        output = grouped_linear(x.to(self.projection.dtype), self._weight(), self.offsets).to(self.dtype)
-        for delta in self.deltas:
-            delta.add(x, output)
-        return output
-
-    def backward(self, d_output: Tensor, x: Tensor | None, x_wanted: bool = True) -> Tensor | None:
-        """The gradient of x, if wanted; the others are in `gradients` afterwards."""
-        own = d_output.to(self.projection.dtype)
-        d_x = grouped_linear(own, self._weight().mT, self.offsets).to(self.dtype) if x_wanted else None
-        if self.weight.train:
-            self.d_weight = grouped_outer(own, x.to(own.dtype), self.offsets)
-        for delta in self.deltas:
-            delta.backward(d_output, x, d_x)
+        d_output: Tensor,
+        x: Tensor | None,
+        block: Block,
+        kept: Sequence[Tensor | None],
+        d_x: Tensor | None = None,
+        add: bool = False,
+        wanted: bool = True,
+    ) -> Tensor | None:
+        """The gradient of x [T, in] if wanted, in `d_x` if given, or added to it; those of matrices are kept."""
+        own = _cast(d_output, self.computes_in)
+        if wanted:
+            product = block.of_expert.linear_back(own, self.weight.values, d_x, add)
+            d_x = _cast(product, self.dtype) if d_x is None else d_x
+        if self.weight.trains:
+            self.weight.gradients.append(block.of_expert.outer(own, _cast(x, own.dtype)))
+        for number, delta in enumerate(self.deltas):
+            delta.backward(d_output, x, block, kept[2 * number], kept[2 * number + 1], d_x)
         return d_x
 
-    def _weight(self) -> Tensor:
-        weight = self.projection.weight()[self.own] if self.weight.values is None else self.weight.values
-        return weight.to(self.projection.dtype)
+    def give_gradients(self, gradients: list[Tensor | None]) -> None:
+        """Put those of its matrices in the places of the matrices."""
+        for matrices in (self.weight, *(part for delta in self.deltas for part in (delta.down, delta.up))):
+            matrices.give_gradients(gradients)
 
 
 class _Delta:
     """One adapter in one pass."""
 
-    def __init__(self, adapter: Adapter, offsets: Tensor, down: _Matrices, up: _Matrices) -> None:
-        self.adapter, self.offsets, self.down, self.up = adapter, offsets, down, up
-        self.low: Tensor | None = None  #: scaling · down(x) [T, r]
-        self.survivors: Tensor | None = None  #: of dropout [T, in] bool
-        self.d_down: Tensor | None = None
-        self.d_up: Tensor | None = None
+    def __init__(self, adapter: Adapter, tensors: Sequence[Tensor]) -> None:
+        self.scaling, self.dtype, self.dropout = adapter.scaling, adapter.dtype, adapter.dropout
+        self.per_sample = adapter.per_sample
+        self.down, self.up = _Placed(adapter.down, tensors), _Placed(adapter.up, tensors)
 
-    def add(self, x: Tensor, output: Tensor) -> None:
-        """Add to the projection's output, in place."""
-        x = x.to(self.adapter.dtype)
-        if self.adapter.dropout > 0:
-            x, self.survivors = torch.native_dropout(x, self.adapter.dropout, True)
+    def add(self, x: Tensor, block: Block, output: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Add to the projection's output, in place. Returns scaling · down(x) [T, r], and what survived dropout."""
+        products = block.of_set if self.per_sample else block.of_expert
+        x, low, survivors = _cast(x, self.dtype), None, None
+        if self.dropout > 0:
+            x, survivors = torch.native_dropout(x, self.dropout, True)
         if self.down.values is not None:
-            x = self.low = grouped_linear(x, self.down.values, self.offsets).mul_(self.adapter.scaling)
-        output.add_(grouped_linear(x, self.up.values, self.offsets))
+            x = low = products.linear(x, self.down.values).mul_(self.scaling)
+        products.linear(x, self.up.values, output, add=True)
+        return low, survivors
 
-    def backward(self, d_output: Tensor, x: Tensor | None, d_x: Tensor | None) -> None:
+    def backward(
+        self,
+        d_output: Tensor,
+        x: Tensor | None,
+        block: Block,
+        low: Tensor | None,
+        survivors: Tensor | None,
+        d_x: Tensor | None,
+    ) -> None:
         """The gradients of the matrices; what comes to that of x is added to it in place."""
-        d_output = d_output.to(self.adapter.dtype)
-        x = None if x is None else self._dropped(x.to(self.adapter.dtype))
-        if self.down.values is None:
-            first, d_first = self.up.values, d_output
-        else:
-            first, d_first = self.down.values, grouped_linear(d_output, self.up.values.mT, self.offsets)
-            d_first.mul_(self.adapter.scaling)
-            if self.down.train:
-                self.d_down = grouped_outer(d_first, x, self.offsets)
-        if self.up.train:
-            self.d_up = grouped_outer(d_output, x if self.down.values is None else self.low, self.offsets)
-        if d_x is not None:
-            d_x.add_(self._dropped(grouped_linear(d_first, first.mT, self.offsets)))
+        products = block.of_set if self.per_sample else block.of_expert
+        d_output = _cast(d_output, self.dtype)
+        x = None if x is None else self._dropped(_cast(x, self.dtype), survivors)
+        first, d_first = self.up.values, d_output
+        if low is not None:
+            first, d_first = self.down.values, products.linear_back(d_output, first).mul_(self.scaling)
+            if self.down.trains:
+                self.down.gradients.append(products.outer(d_first, x))
+        if self.up.trains:
+            self.up.gradients.append(products.outer(d_output, x if low is None else low))
+        if d_x is not None and survivors is None:
+            products.linear_back(d_first, first, d_x, add=True)
+        elif d_x is not None:
+            d_x.add_(self._dropped(products.linear_back(d_first, first), survivors))
 
-    def _dropped(self, x: Tensor) -> Tensor:
-        return x if self.survivors is None else x * self.survivors / (1 - self.adapter.dropout)
+    def _dropped(self, x: Tensor, survivors: Tensor | None) -> Tensor:
+        return x if survivors is None else x * survivors / (1 - self.dropout)
 
 
-class _Matrices:
-    """A block's own of what went in for all experts."""
+class _Placed:
+    """Matrices that went in with others, and their gradients, block after block."""
 
-    def __init__(self, given: Tensor | None, own: slice) -> None:
-        self.values = None if given is None else given[own]
-        self.train = given is not None and given.requires_grad
+    def __init__(self, place: int | slice | Callable | None, tensors: Sequence[Tensor]) -> None:
+        self.place = place
+        self.values: Matrices | None = tensors[place] if isinstance(place, int | slice) else place
+        some = self.values[0] if isinstance(place, slice) else self.values
+        self.trains = isinstance(some, Tensor) and some.requires_grad
+        self.gradients: list[Tensor] = []
+
+    def give_gradients(self, gradients: list[Tensor | None]) -> None:
+        if isinstance(self.place, int) and self.gradients:
+            gradients[self.place] = self.gradients[0] if len(self.gradients) == 1 else torch.cat(self.gradients)
+        elif self.gradients:
+            gradients[self.place] = [matrix for part in self.gradients for matrix in part]
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)  # without a call in the usual case: there is one for every expert
