@@ -74,17 +74,26 @@ def naive(model: nn.Module, batch: dict[str, Tensor], trainer: MemDLMTrainer) ->
     return _step(model, loss)
 
 
-def dllms(name: str, dimensions: dict[str, Any], batch: dict[str, Tensor]) -> Step:
-    """dllm's MDLMTrainer on dllm's model. It draws its own masks, which its cost does not depend on."""
+def adapted_dllms(name: str, dimensions: dict[str, Any]) -> nn.Module:
+    """dllm's model of the same weights, under the same LoRA. Raises ImportError without dllm."""
     import peft
-    from dllm.core.trainers import MDLMConfig, MDLMTrainer
 
-    model = models.dllms(name, models.build(name, dimensions)).train()
+    ours = adapted(name, dimensions)
+    model = models.dllms(name, ours.unload()).train()
     linear = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     config = peft.LoraConfig(
         r=LORA.r, lora_alpha=LORA.alpha, lora_dropout=LORA.dropout, target_modules=sorted(linear - {"lm_head"})
     )
-    trainer = MDLMTrainer(model=peft.get_peft_model(model, config), **_arguments(MDLMConfig))
+    theirs = peft.get_peft_model(model, config)
+    theirs.load_state_dict(adapted(name, dimensions).state_dict())
+    return theirs
+
+
+def dllms(model: nn.Module, batch: dict[str, Tensor]) -> Step:
+    """dllm's MDLMTrainer on dllm's model. It draws its own masks, which its cost does not depend on."""
+    from dllm.core.trainers import MDLMConfig, MDLMTrainer
+
+    trainer = MDLMTrainer(model=model, **_arguments(MDLMConfig))
     inputs = {key: batch[key] for key in ("input_ids", "labels")}
     return _step(trainer.model, lambda: trainer.compute_loss(trainer.model, dict(inputs)))
 

@@ -92,14 +92,16 @@ class Bench:
     def ours(self, memory: MemoryConfig) -> Step:
         return steps.ours(steps.trainer_of(self.model, memory), self.batch(memory))
 
-    def naive(self) -> Step:
-        """MemDLM's as published, one set of fast weights for the batch."""
-        return steps.naive(self.model, self.batch(PUBLISHED), steps.trainer_of(self.model, PUBLISHED))
+    def naive(self, model: nn.Module | None = None) -> Step:
+        """MemDLM's as published, one set of fast weights for the batch; on our model or on another like it."""
+        return steps.naive(model or self.model, self.batch(PUBLISHED), steps.trainer_of(self.model, PUBLISHED))
 
     def all(self) -> dict[str, Step]:
         cases = {"plain": self.ours(PLAIN), "MemDLM": self.ours(MemoryConfig()), "naive": self.naive()}
         if dllm_api.HAS_DLLM:
-            cases["dllm"] = steps.dllms(self.shape.name, self.dimensions, self.batch(PLAIN))
+            theirs = steps.adapted_dllms(self.shape.name, self.dimensions)
+            cases["dllm"] = steps.dllms(theirs, self.batch(PLAIN))
+            cases["naive on dllm"] = self.naive(theirs)
         return cases
 
 
@@ -109,8 +111,9 @@ def compared(size: Size, threads: int) -> Section:
     section = Section(
         title=f"A training step, {threads} thread{'s' * (threads > 1)}",
         columns=[
-            *("model, vocabulary, prompt:response", "dllm's plain s", "plain s", "MemDLM s", "naive MemDLM s"),
-            *("plain ÷ dllm", "MemDLM ÷ dllm", "MemDLM ÷ naive", "MemDLM ÷ plain"),
+            *("model, vocabulary, prompt:response", "dllm's plain s", "plain s", "MemDLM s"),
+            *("naive MemDLM s", "the same on dllm's model s"),
+            *("plain ÷ dllm", "MemDLM ÷ dllm", "MemDLM ÷ naive", "MemDLM ÷ naive on dllm's", "MemDLM ÷ plain"),
             *("plain tokens/s", "MemDLM tokens/s"),
         ],
         note=f"Forward and backward of {_batch(size.shapes[0])}, float32, LoRA r = {steps.LORA.r}, no dropout; "
@@ -131,8 +134,10 @@ def compared(size: Size, threads: int) -> Section:
         tokens = shape.batch * shape.length
         section.rows.append(
             [
-                *(str(shape), seconds.get("dllm"), seconds["plain"], seconds["MemDLM"], seconds["naive"]),
-                *(ratio("plain", "dllm"), ratio("MemDLM", "dllm"), ratio("MemDLM", "naive"), ratio("MemDLM", "plain")),
+                *(str(shape), seconds.get("dllm"), seconds["plain"], seconds["MemDLM"]),
+                *(seconds["naive"], seconds.get("naive on dllm")),
+                *(ratio("plain", "dllm"), ratio("MemDLM", "dllm")),
+                *(ratio("MemDLM", "naive"), ratio("MemDLM", "naive on dllm"), ratio("MemDLM", "plain")),
                 *(round(tokens / seconds["plain"]), round(tokens / seconds["MemDLM"])),
             ]
         )

@@ -37,8 +37,9 @@ def test_steps(found):
     section = found["step-1"]
     assert [row[0] for row in section["rows"]] == ["LLaDA-MoE, 256, 7:1", "LLaDA2.1, 256, 7:1"]
     for row in section["rows"]:
-        _, dllm, plain, memory, naive, plain_dllm, memory_dllm, memory_naive, memory_plain, *tokens = row
-        assert (dllm is None) == (plain_dllm is None) == (memory_dllm is None) == (not dllm_api.HAS_DLLM)
+        _, dllm, plain, memory, naive, *ratios, memory_naive, memory_naive_dllm, memory_plain = row[:-2]
+        tokens = row[-2:]
+        assert {cell is None for cell in (dllm, *ratios, memory_naive_dllm)} == {not dllm_api.HAS_DLLM}
         for median, smallest, largest in (memory_naive, memory_plain):
             assert smallest <= median <= largest
         assert min(plain, memory, naive) > 0
