@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 from torch.distributed.fsdp import StateDictType
 
@@ -175,3 +176,14 @@ def fit(model: nn.Module, args: Any) -> None:
         import deepspeed
 
         deepspeed.utils.set_z3_leaf_modules(model, [RoutedExperts])
+
+
+def compile_layers(layers: Iterable[nn.Module], accelerator: Accelerator, args: Any) -> None:
+    """`torch_compile`: each of these layers by itself, its routed experts as they are.
+
+    Not the whole model, whose stages would each be compiled for themselves, and no layer with fast weights: they come
+    and go, and a compiled layer does not look whether they are there.
+    """
+    accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+    for layer in layers:
+        layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)

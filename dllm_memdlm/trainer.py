@@ -105,6 +105,9 @@ class MemDLMTrainer(WholeCheckpoints, MDLMTrainer):
         self._eval_losses_off: list[Tensor] = []
         self.add_callback(EpochClock(self.data_collator, self._train_log))
         engines.fit(self.model, self.args)
+        if args.torch_compile:
+            layers = staged_backbone(self.model).layers[: None if self.memory is None else self.memory.boundary]
+            engines.compile_layers(layers, self.accelerator, args)
 
     # === engines ===
 

@@ -53,6 +53,7 @@ class RoutedExperts(nn.ModuleList):
         experts.__class__ = cls
         experts._reset()
 
+    @torch.compiler.disable(reason="a graph for each of thousands of matrices would gain nothing on the products")
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Σ over the chosen experts of weight · expert(x). x [B, M, D]; chosen, weights [B, M, k] → [B, M, D]."""
         samples = max((site.samples for site in self.fast.values()), default=1)
