@@ -19,7 +19,7 @@ from rich.console import Console
 from dllm_memdlm import dllm_api
 from dllm_memdlm.info import package_versions
 
-from . import decode, models, training
+from . import decode, models, padding, switches, training
 from .report import Section, write
 
 
@@ -28,7 +28,12 @@ def sections(quick: bool, repeats: int | None = None) -> dict[str, Callable[[], 
     size, threads = training.QUICK if quick else training.FULL, torch.get_num_threads()
     size = replace(size, repeats=repeats or size.repeats)
     found = {f"step-{count}": partial(training.compared, size, count) for count in sorted({1, threads})}
-    found |= {name: partial(getattr(training, name), size) for name in ("peaks", "growth", "switches")}
+    found |= {
+        "peaks": partial(training.peaks, size),
+        "growth": partial(training.growth, size),
+        "padding": partial(padding.padding, size),
+        "switches": partial(switches.switches, size),
+    }
     decoding = decode.sections(decode.QUICK if quick else decode.FULL)
     return found | {f"decode-{name.replace(' ', '-')}": measure for name, measure in decoding.items()}
 

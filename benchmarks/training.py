@@ -1,9 +1,7 @@
-"""What a training step costs: side by side, by its settings, and with each optimisation switched off."""
+"""What a training step costs: side by side, in memory, and by its settings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,10 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dllm_memdlm import dllm_api
-from dllm_memdlm.backbones import staged_backbone
-from dllm_memdlm.backbones.moe import RoutedExperts
 from dllm_memdlm.config import MemoryConfig
-from dllm_memdlm.trainer import MemDLMTrainer
 
 from . import models, steps
 from .report import Range, Section
@@ -45,6 +40,7 @@ class Size:
     base: Shape  #: what growth and switches start from
     growth: dict[str, list[Any]]
     repeats: int
+    padded_examples: int
 
     def dimensions_of(self, shape: Shape) -> dict[str, Any]:
         return {**self.dimensions[shape.name], "vocab_size": shape.vocabulary}
@@ -68,6 +64,7 @@ FULL = Size(
         "layer_fraction": [0.1, 0.25, 0.5, 1.0],
     },
     repeats=5,
+    padded_examples=32,
 )
 QUICK = Size(
     dimensions=models.QUICK,
@@ -75,6 +72,7 @@ QUICK = Size(
     base=Shape("LLaDA-MoE", 256, length=64),
     growth={"length": [64, 128], "steps": [1, 2]},
     repeats=2,
+    padded_examples=12,
 )
 
 
@@ -116,7 +114,7 @@ def compared(size: Size, threads: int) -> Section:
             *("plain ÷ dllm", "MemDLM ÷ dllm", "MemDLM ÷ naive", "MemDLM ÷ naive on dllm's", "MemDLM ÷ plain"),
             *("plain tokens/s", "MemDLM tokens/s"),
         ],
-        note=f"Forward and backward of {_batch(size.shapes[0])}, float32, LoRA r = {steps.LORA.r}, no dropout; "
+        note=f"Forward and backward of {described(size.shapes[0])}, float32, LoRA r = {steps.LORA.r}, no dropout; "
         f"{'CPU' if clock == 'cpu' else 'wall'} time, medians of {size.repeats} turns, ratios turn by turn with the "
         "smallest and the largest. MemDLM has fast weights for each sample, the naive step one set for the batch.",
     )
@@ -152,7 +150,7 @@ def peaks(size: Size) -> Section:
             *("model, vocabulary, prompt:response", "weights", "dllm's plain", "plain", "MemDLM", "naive MemDLM"),
             *("MemDLM ÷ dllm", "the same with weights", "MemDLM ÷ naive"),
         ],
-        note=f"All that torch allocates in the forward and backward pass of {_batch(size.shapes[0])}, gradients "
+        note=f"All that torch allocates in the forward and backward pass of {described(size.shapes[0])}, gradients "
         "included, beyond the weights, which all have alike.",
     )
     for shape in size.shapes:
@@ -178,7 +176,7 @@ def growth(size: Size) -> Section:
     section = Section(
         title=f"Growth, {size.base}",
         columns=["setting", "value", "plain s", "MemDLM s", "MemDLM ÷ plain"],
-        note=f"From {_batch(size.base)}, K = 2 and a tenth of the layers, one setting changed at a time. Wall time, "
+        note=f"From {described(size.base)}, K = 2 and a tenth of the layers, one setting changed at a time. Wall time, "
         f"{torch.get_num_threads()} threads, medians of {min(3, size.repeats)} turns.",
     )
     bench = Bench(size, size.base)
@@ -197,108 +195,5 @@ def growth(size: Size) -> Section:
     return section
 
 
-# === switches ===
-
-
-def switches(size: Size) -> Section:
-    """Each optimisation switched off by itself, then all of them."""
-    section = Section(
-        title=f"With an optimisation switched off, {size.base}",
-        columns=["off", "plain s", "÷ with all", "MemDLM s", "÷ with all", "peak plain MB", "peak MemDLM MB"],
-        note=f"{_batch(size.base)}; wall time, {torch.get_num_threads()} threads, medians of {min(3, size.repeats)} "
-        "turns; peaks beyond the weights. '-': plain MDLM has no such thing.",
-    )
-    bench = Bench(size, size.base)
-    cases: dict[str, Step] = {}
-    for name in ("nothing", *SWITCHES, "all of these"):
-        off = list(SWITCHES.values()) if name == "all of these" else [SWITCHES[name]] if name in SWITCHES else []
-        cases[f"{name}/plain"] = _switched(bench, PLAIN, off)
-        cases[f"{name}/MemDLM"] = _switched(bench, MemoryConfig(), off)
-    for case in cases.values():
-        case()
-    timed = side_by_side(cases, min(3, size.repeats))
-    peak = {name: peak_memory(case) / 1e6 for name, case in cases.items()}
-    for name in ("nothing", *SWITCHES, "all of these"):
-        row: list[Any] = [name]
-        for kind in ("plain", "MemDLM"):
-            own = f"{name}/{kind}"
-            row += [timed[own].seconds, timed[own].ratio(timed[f"nothing/{kind}"])]
-        row += [peak[f"{name}/plain"], peak[f"{name}/MemDLM"]]
-        if name in OF_MEMORY:
-            row[1], row[2], row[5] = None, None, None
-        section.rows.append(row)
-    return section
-
-
-Switch = Callable[[MemDLMTrainer, dict[str, Tensor]], Any]
-
-
-def _switched(bench: Bench, memory: MemoryConfig, off: list[Switch]) -> Step:
-    trainer, batch = steps.trainer_of(bench.model, memory), bench.batch(memory)
-
-    def step() -> float:
-        with ExitStack() as stack:
-            changed = dict(batch)
-            for switch in off:
-                stack.enter_context(switch(trainer, changed))
-            return steps.ours(trainer, changed)()
-
-    return step
-
-
-@contextmanager
-def _set(target: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(target, name)
-    setattr(target, name, value)
-    try:
-        yield
-    finally:
-        setattr(target, name, before)
-
-
-def _one_expert_after_the_other(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Any:
-    return _set(RoutedExperts, "_projection", lambda *_: None)
-
-
-@contextmanager
-def _positions_everywhere(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Iterator[None]:
-    rows, length = batch["input_ids"].shape
-    for name in batch:
-        if name.startswith("loss_index"):
-            batch[name] = torch.arange(length).expand(rows, -1)
-    yield
-
-
-def _queries_everywhere(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Any:
-    return _set(staged_backbone(trainer.model), "layers_take_queries", False)
-
-
-def _whole_logits(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Any:
-    return _set(staged_backbone(trainer.model).lm_head, "__class__", nn.Linear)
-
-
-def _anchor_again(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Any:
-    memory = trainer.memory
-    if memory is None:
-        return _set(trainer, "memory", None)
-    write = memory.write
-    return _set(memory, "write", lambda *args, anchor_trunk, **kwargs: write(*args, **kwargs))
-
-
-def _inner_graph_through_all_layers(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Any:
-    return _set(trainer, "memory", None) if trainer.memory is None else _set(trainer.memory, "boundary", 0)
-
-
-SWITCHES: dict[str, Switch] = {
-    "experts all at once": _one_expert_after_the_other,
-    "loss at masked positions only": _positions_everywhere,
-    "the last layer's queries and FFN at those only": _queries_everywhere,
-    "loss without whole logits": _whole_logits,
-    "the anchor's trunk once": _anchor_again,
-    "inner loop in the head only": _inner_graph_through_all_layers,
-}
-OF_MEMORY = ("the anchor's trunk once", "inner loop in the head only")
-
-
-def _batch(shape: Shape) -> str:
+def described(shape: Shape) -> str:
     return f"{shape.batch} × {shape.length} tokens"

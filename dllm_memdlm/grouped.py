@@ -99,10 +99,7 @@ class Alone:
 
 
 class InTurn:
-    """The same for some groups one after the other. The host has to know where their rows end.
-
-    `ends` maps the number of a group to that.
-    """
+    """The same for some groups one after the other, by their numbers. `ends`: where the rows of each end."""
 
     def __init__(self, numbers: Sequence[int], ends: Sequence[int]) -> None:
         spans = zip([0, *ends], ends, strict=False)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import steps, training
+from benchmarks import padding, steps, switches, training
 from benchmarks.report import Range
 from dllm_memdlm import dllm_api
 from dllm_memdlm.config import MemoryConfig
@@ -58,19 +58,40 @@ def test_growth(found):
     assert [row[:2] for row in rows] == [["length", 64], ["length", 128], ["steps", 1], ["steps", 2]]
 
 
+def test_padding(found):
+    rows = {row[0]: row for row in found["padding"]["rows"]}
+    shares = [float(row[1].rstrip("%")) for row in rows.values()]
+    assert shares[0] > shares[1] > shares[2] == 0
+    tokens = sum(padding.lengths_of(12, 64))
+    for _, _, plain, memory, *speeds in rows.values():
+        assert speeds == [round(tokens / plain), round(tokens / memory)]
+
+
+@pytest.mark.parametrize("memory", [MemoryConfig(), steps.PLAIN], ids=["MemDLM", "plain"])
+def test_padding_changes_no_loss(memory, bench):
+    alone = padding.padded(bench.shape, [24], memory)
+    wide = dict(alone)
+    for key, value in alone.items():
+        if value.dim() == 2 and value.shape[1] == 24:
+            wide[key] = torch.nn.functional.pad(value, (0, 9), value=-100 if key == "labels" else 0)
+    assert not wide["attention_mask"][:, 24:].any()
+    trainer = steps.trainer_of(bench.model, memory)
+    assert steps.ours(trainer, wide)() == pytest.approx(steps.ours(trainer, alone)(), rel=1e-5)
+
+
 def test_switches(found):
     rows = {row[0]: row for row in found["switches"]["rows"]}
-    assert list(rows) == ["nothing", *training.SWITCHES, "all of these"]
+    assert list(rows) == ["nothing", *switches.SWITCHES, "all of these"]
     assert rows["nothing"][2] == rows["nothing"][4] == [1, 1, 1]
-    for name in training.OF_MEMORY:
+    for name in switches.OF_MEMORY:
         assert rows[name][1] is None and rows[name][3] > 0
     assert rows["all of these"][6] > rows["nothing"][6]
 
 
-@pytest.mark.parametrize("name", [None, *training.SWITCHES])
+@pytest.mark.parametrize("name", [None, *switches.SWITCHES])
 @pytest.mark.parametrize("memory", [MemoryConfig(), steps.PLAIN], ids=["MemDLM", "plain"])
 def test_a_switch_changes_what_a_step_costs_and_not_what_it_gives(name, memory, bench):
-    switched = training._switched(bench, memory, [training.SWITCHES[name]] if name else [])
+    switched = switches.switched(bench, memory, [switches.SWITCHES[name]] if name else [])
     assert switched() == pytest.approx(bench.ours(memory)(), rel=1e-5)
 
 

@@ -14,6 +14,7 @@ from conftest import (
 )
 from inputs import tokens
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.naive import loop_over_experts, plain_experts
 from dllm_memdlm.backbones.layers import GatedMLP
@@ -230,3 +231,21 @@ def test_fast_weights_of_experts_are_a_loop(samples, dtype):
         for handle in handles:
             handle.remove()
     assert_close_relative(ours, torch.cat(rows), TOLERANCE[dtype])
+
+
+def test_under_autocast_a_lora_in_float32_is_cast_once_for_all_experts(monkeypatch):
+    """On a GPU a cast for each of hundreds of matrices would be as many launches."""
+    monkeypatch.setattr(RoutedExperts, "in_turn", False)
+    experts = experts_of(torch.float32, lora=True)
+    x, chosen, weights = routing(torch.float32, [0, 1, 2])
+    casts = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default:
+                casts.append(tuple(args[0].shape))
+            return function(*args, **(kwargs or {}))
+
+    with torch.autocast("cpu", dtype=torch.bfloat16), Casts():
+        experts(x, chosen, weights)
+    assert casts.count((6, 8, 16)) >= 2 and (8, 16) not in casts

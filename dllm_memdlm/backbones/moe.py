@@ -126,7 +126,8 @@ class RoutedExperts(nn.ModuleList):
             return None
         if any(base.bias is not None for base in bases):
             return None
-        weight = partial(self._unpack, bases) if packed else self._matrices(name, [base.weight for base in bases])
+        own = [base.weight for base in bases]
+        weight = partial(self._unpack, bases) if packed else self._matrices(name, own, own[0].dtype)
         in_use = adapted and not linears[0].disable_adapters and not linears[0].merged
         lora = [self._lora(name, linears, dtype)] if in_use else []
         return Projection(weight, (bases[0].compute_dtype if packed else None) or dtype, lora)
@@ -136,20 +137,19 @@ class RoutedExperts(nn.ModuleList):
         first, adapter = linears[0], linears[0].active_adapters[0]
         own = first.lora_A[adapter].weight
         dtype = dtype if torch.is_autocast_enabled(own.device.type) else own.dtype
-        sides = {
-            "A": [one.lora_A[adapter].weight for one in linears],
-            "B": [one.lora_B[adapter].weight for one in linears],
-        }
-        if own.dtype != dtype:
-            sides = {side: [weight.to(dtype) for weight in weights] for side, weights in sides.items()}
-        down, up = (self._matrices(f"{name}.{adapter}.{side}", weights) for side, weights in sides.items())
+        down, up = (
+            self._matrices(f"{name}.{adapter}.{side}", [layer[adapter].weight for layer in layers], dtype)
+            for side, layers in (("A", [one.lora_A for one in linears]), ("B", [one.lora_B for one in linears]))
+        )
         dropout = first.lora_dropout[adapter]
         probability = 0.0 if isinstance(dropout, nn.Identity) or not dropout.training else dropout.p
         return Adapter(down, up, first.scaling[adapter], dtype, dropout=probability)
 
-    def _matrices(self, name: str, weights: list[Tensor]) -> Matrices:
+    def _matrices(self, name: str, weights: list[Tensor], dtype: torch.dtype) -> Matrices:
         """One by one where experts go in turn, or in one tensor."""
-        return weights if self.in_turn and weights[0].device.type == "cpu" else self._stack(name, weights)
+        if not (self.in_turn and weights[0].device.type == "cpu"):
+            return self._stack(name, weights).to(dtype)
+        return weights if weights[0].dtype == dtype else [weight.to(dtype) for weight in weights]
 
     def _stack(self, name: str, weights: list[Tensor]) -> Tensor:
         """[E, out, in]. Frozen weights become views of one buffer, so that stacking them costs nothing afterwards."""

@@ -1,0 +1,121 @@
+"""What each optimisation of the training step brings: the step with it switched off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dllm_memdlm.backbones import staged_backbone
+from dllm_memdlm.backbones.moe import RoutedExperts
+from dllm_memdlm.config import MemoryConfig
+from dllm_memdlm.trainer import MemDLMTrainer
+
+from . import steps
+from .report import Section
+from .steps import PLAIN, Step
+from .timing import peak_memory, side_by_side
+from .training import Bench, Size, described
+
+
+def switches(size: Size) -> Section:
+    """Each optimisation switched off by itself, then all of them."""
+    section = Section(
+        title=f"With an optimisation switched off, {size.base}",
+        columns=["off", "plain s", "÷ with all", "MemDLM s", "÷ with all", "peak plain MB", "peak MemDLM MB"],
+        note=f"{described(size.base)}; wall time, {torch.get_num_threads()} threads, medians of {min(3, size.repeats)} "
+        "turns; peaks beyond the weights. '-': plain MDLM has no such thing.",
+    )
+    bench = Bench(size, size.base)
+    cases: dict[str, Step] = {}
+    for name in ("nothing", *SWITCHES, "all of these"):
+        off = list(SWITCHES.values()) if name == "all of these" else [SWITCHES[name]] if name in SWITCHES else []
+        cases[f"{name}/plain"] = switched(bench, PLAIN, off)
+        cases[f"{name}/MemDLM"] = switched(bench, MemoryConfig(), off)
+    for case in cases.values():
+        case()
+    timed = side_by_side(cases, min(3, size.repeats))
+    peak = {name: peak_memory(case) / 1e6 for name, case in cases.items()}
+    for name in ("nothing", *SWITCHES, "all of these"):
+        row: list[Any] = [name]
+        for kind in ("plain", "MemDLM"):
+            own = f"{name}/{kind}"
+            row += [timed[own].seconds, timed[own].ratio(timed[f"nothing/{kind}"])]
+        row += [peak[f"{name}/plain"], peak[f"{name}/MemDLM"]]
+        if name in OF_MEMORY:
+            row[1], row[2], row[5] = None, None, None
+        section.rows.append(row)
+    return section
+
+
+Switch = Callable[[MemDLMTrainer, dict[str, Tensor]], Any]
+
+
+def switched(bench: Bench, memory: MemoryConfig, off: list[Switch]) -> Step:
+    trainer, batch = steps.trainer_of(bench.model, memory), bench.batch(memory)
+
+    def step() -> float:
+        with ExitStack() as stack:
+            changed = dict(batch)
+            for switch in off:
+                stack.enter_context(switch(trainer, changed))
+            return steps.ours(trainer, changed)()
+
+    return step
+
+
+@contextmanager
+def _set(target: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(target, name)
+    setattr(target, name, value)
+    try:
+        yield
+    finally:
+        setattr(target, name, before)
+
+
+def _one_expert_after_the_other(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Any:
+    return _set(RoutedExperts, "_projection", lambda *_: None)
+
+
+@contextmanager
+def _positions_everywhere(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Iterator[None]:
+    rows, length = batch["input_ids"].shape
+    for name in batch:
+        if name.startswith("loss_index"):
+            batch[name] = torch.arange(length).expand(rows, -1)
+    yield
+
+
+def _queries_everywhere(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Any:
+    return _set(staged_backbone(trainer.model), "layers_take_queries", False)
+
+
+def _whole_logits(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Any:
+    return _set(staged_backbone(trainer.model).lm_head, "__class__", nn.Linear)
+
+
+def _anchor_again(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Any:
+    memory = trainer.memory
+    if memory is None:
+        return _set(trainer, "memory", None)
+    write = memory.write
+    return _set(memory, "write", lambda *args, anchor_trunk, **kwargs: write(*args, **kwargs))
+
+
+def _inner_graph_through_all_layers(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Any:
+    return _set(trainer, "memory", None) if trainer.memory is None else _set(trainer.memory, "boundary", 0)
+
+
+SWITCHES: dict[str, Switch] = {
+    "experts all at once": _one_expert_after_the_other,
+    "loss at masked positions only": _positions_everywhere,
+    "the last layer's queries and FFN at those only": _queries_everywhere,
+    "loss without whole logits": _whole_logits,
+    "the anchor's trunk once": _anchor_again,
+    "inner loop in the head only": _inner_graph_through_all_layers,
+}
+OF_MEMORY = ("the anchor's trunk once", "inner loop in the head only")
