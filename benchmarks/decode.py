@@ -21,6 +21,7 @@ from dllm_memdlm.samplers import LLaDA21Sampler, MDLMSampler
 from dllm_memdlm.trajectory import prompt_trajectory
 
 from . import models
+from .naive import Phi, one_by_one, plain_experts, write_naively
 from .report import Section
 from .timing import side_by_side
 
@@ -34,6 +35,7 @@ class Size:
     single: list[tuple[int, int, int]]
     batch: list[int]  #: tokens of each prompt
     memory_prompt: int
+    memory: list[tuple[int, int]]  #: steps a block and repeats, with a memory of the prompt
     moe_prompt: int
     steps: int  #: a block, where the steps are not what is compared
     repeats: int
@@ -49,6 +51,7 @@ FULL = Size(
     single=[(1024, 32, 1), (1024, 8, 3), (4096, 2, 1)],
     batch=[1024, 768, 512, 256],
     memory_prompt=1024,
+    memory=[(32, 1), (8, 3)],
     moe_prompt=256,
     steps=8,
     repeats=3,
@@ -58,6 +61,7 @@ QUICK = Size(
     single=[(48, 8, 1), (96, 4, 1)],
     batch=[40, 24, 8],
     memory_prompt=48,
+    memory=[(4, 1)],
     moe_prompt=32,
     steps=4,
     repeats=1,
@@ -157,37 +161,58 @@ def batches(llada21: LLaDA21) -> Section:
 
 
 def memory_of_the_prompt(llada21: LLaDA21) -> Section:
-    """Writing fast weights along the prompt's trajectory, and decoding with them held."""
-    size = llada21.size
-    memory = ParametricMemory(llada21.model, MemoryConfig(weighting="uniform"), models.TOKENIZER.mask_token_id)
+    """Writing fast weights along the prompt's trajectory, and decoding with them held; and both done naively."""
+    size, model = llada21.size, llada21.model
+    memory = ParametricMemory(model, MemoryConfig(weighting="uniform"), models.TOKENIZER.mask_token_id)
     prompt = llada21.prompt(size.memory_prompt)
     key = torch.zeros(1, dtype=torch.int64)
     trajectory = prompt_trajectory(prompt[None], torch.ones(1, len(prompt), dtype=torch.bool), key, memory.config)
+    start = FastWeights.initial(memory.shapes, memory.config, memory.keys_of(trajectory), key.device)
 
     def adapt() -> FastWeights:
         return memory.write(trajectory).fast_weights
 
+    def adapt_naively() -> Phi:
+        phi0 = one_by_one(start.tensors, 0)
+        with plain_experts(model):
+            return write_naively(model, trajectory.to_batch(), phi0, memory.config, memory.mask_token_id, False)[0]
+
     fast_weights = adapt()
 
-    def held(way: Callable[..., Tensor]) -> Tensor:
+    def held(way: Callable[..., Tensor], steps: int) -> Tensor:
         with memory.holding(fast_weights):
-            return way([prompt], size.steps)
+            return way([prompt], steps)
 
-    cases = {"adaptation": adapt, "cached": partial(held, llada21.cached), "uncached": partial(held, llada21.uncached)}
-    timed = side_by_side(cases, size.repeats)
-    adaptation, cached, uncached = (t.seconds for t in timed.values())
-    differing = _differing(timed["cached"].result, timed["uncached"].result)
-    plain = llada21.cached([prompt], size.steps)
-    return Section(
-        title=f"LLaDA2.1 with a memory of the prompt ({size.memory_prompt} tokens), {size.steps} steps a block",
-        columns=["what", "cached s", "uncached s", "uncached ÷ cached", "tokens that differ"],
-        rows=[
-            ["adaptation (inner loop of 2 steps)", adaptation, adaptation, None, None],
-            ["decoding", cached, uncached, uncached / cached, differing],
-            ["both", adaptation + cached, adaptation + uncached, (adaptation + uncached) / (adaptation + cached), None],
-        ],
-        note=f"Medians of {size.repeats}. Tokens that the memory changed: {_differing(timed['cached'].result, plain)}.",
+    adapted = side_by_side({"ours": adapt, "naive": adapt_naively}, size.repeats)
+    ours, naive = adapted["ours"].seconds, adapted["naive"].seconds
+    section = Section(
+        title=f"LLaDA2.1 with a memory of the prompt ({size.memory_prompt} tokens)",
+        columns=["what", "repeats", "ours s", "naive s", "naive ÷ ours", "tokens that differ"],
+        rows=[["adaptation (inner loop of 2 steps)", size.repeats, ours, naive, naive / ours, None]],
     )
+    for steps, repeats in size.memory:
+        cases = {"cached": partial(held, llada21.cached, steps), "uncached": partial(held, llada21.uncached, steps)}
+        timed = side_by_side(cases, repeats)
+        cached, uncached = (t.seconds for t in timed.values())
+        differing = _differing(timed["cached"].result, timed["uncached"].result)
+        what = f"decoding, {steps} steps a block"
+        section.rows += [
+            [what, repeats, cached, uncached, uncached / cached, differing],
+            [
+                f"{what}, and adaptation",
+                repeats,
+                ours + cached,
+                naive + uncached,
+                (naive + uncached) / (ours + cached),
+                None,
+            ],
+        ]
+    plain = llada21.cached([prompt], steps)
+    section.note = (
+        "Naive: full forward passes with logits everywhere, one expert and one tensor after the other; and decoding "
+        f"without the cache. Tokens that the memory changed: {_differing(timed['cached'].result, plain)}."
+    )
+    return section
 
 
 # === LLaDA-MoE ===

@@ -17,36 +17,40 @@ from .steps import PLAIN, Step
 from .timing import side_by_side
 from .training import Bench, Shape, Size
 
+#: Examples in the epoch whose first batches are timed.
+EXAMPLES = 1000
+
 
 def padding(size: Size) -> Section:
-    """An epoch of examples, in three orders."""
-    shape, count = size.base, size.padded_examples
-    lengths = lengths_of(count, shape.length)
+    """The beginning of an epoch of examples, in three orders."""
+    shape, number = size.base, size.padded_batches
+    lengths, batch = lengths_of(EXAMPLES, shape.length), shape.batch * 2
     orders = {
-        "any lengths together": batches(lengths, shape.batch * 2, grouped=False),
-        "group_by_length": batches(lengths, shape.batch * 2, grouped=True),
+        "any lengths together": batches(lengths, batch, grouped=False),
+        "group_by_length": batches(lengths, batch, grouped=True),
         "each example alone": [[length] for length in lengths],
     }
     section = Section(
         title=f"Padding, {shape}",
-        columns=["order", "padding in a batch", "plain s", "MemDLM s", "plain tokens/s", "MemDLM tokens/s"],
-        note=f"Forward and backward of {count} examples of {min(lengths)} to {max(lengths)} tokens, {sum(lengths)} in "
-        f"all, in batches of {shape.batch * 2}. Wall time, {torch.get_num_threads()} threads, medians of "
-        f"{min(2, size.repeats)} turns. Tokens are those of the examples, without padding.",
+        columns=["order", "padding in a batch", "plain tokens/s", "MemDLM tokens/s", "MemDLM ÷ plain"],
+        note=f"An epoch of {EXAMPLES} examples of {min(lengths)} to {max(lengths)} tokens, {sum(lengths) // EXAMPLES} "
+        f"on average, in batches of {batch}; the first {number} batches are timed. Tokens are those of the examples, "
+        f"without padding. Wall time, {torch.get_num_threads()} threads, medians of {min(2, size.repeats)} turns.",
     )
     bench = Bench(size, shape)
-    cases: dict[str, Step] = {}
-    for name, order in orders.items():
-        for memory in (PLAIN, MemoryConfig()):
-            cases[f"{name}/{memory.enabled}"] = epoch(bench, memory, order)
     bench.ours(MemoryConfig())()
-    timed = side_by_side(cases, min(2, size.repeats))
     for name, order in orders.items():
-        held = sum(max(batch) * len(batch) for batch in order)
-        seconds = [timed[f"{name}/{enabled}"].seconds for enabled in (False, True)]
-        share = f"{1 - sum(lengths) / held:.1%}"
-        section.rows.append([name, share, *seconds, *(round(sum(lengths) / second) for second in seconds)])
+        taken = order[: number * (batch if name == "each example alone" else 1)]
+        cases = {"plain": epoch(bench, PLAIN, taken), "MemDLM": epoch(bench, MemoryConfig(), taken)}
+        timed = side_by_side(cases, min(2, size.repeats))
+        speeds = [round(sum(map(sum, taken)) / t.seconds) for t in timed.values()]
+        section.rows.append([name, f"{share(order):.1%}", *speeds, timed["MemDLM"].ratio(timed["plain"])])
     return section
+
+
+def share(order: list[list[int]]) -> float:
+    """Of padding among the tokens of all batches."""
+    return 1 - sum(map(sum, order)) / sum(max(batch) * len(batch) for batch in order)
 
 
 def lengths_of(count: int, longest: int) -> list[int]:

@@ -40,7 +40,7 @@ class Size:
     base: Shape  #: what growth and switches start from
     growth: dict[str, list[Any]]
     repeats: int
-    padded_examples: int
+    padded_batches: int
 
     def dimensions_of(self, shape: Shape) -> dict[str, Any]:
         return {**self.dimensions[shape.name], "vocab_size": shape.vocabulary}
@@ -64,7 +64,7 @@ FULL = Size(
         "layer_fraction": [0.1, 0.25, 0.5, 1.0],
     },
     repeats=5,
-    padded_examples=32,
+    padded_batches=8,
 )
 QUICK = Size(
     dimensions=models.QUICK,
@@ -72,7 +72,7 @@ QUICK = Size(
     base=Shape("LLaDA-MoE", 256, length=64),
     growth={"length": [64, 128], "steps": [1, 2]},
     repeats=2,
-    padded_examples=12,
+    padded_batches=2,
 )
 
 

@@ -59,12 +59,12 @@ def test_growth(found):
 
 
 def test_padding(found):
-    rows = {row[0]: row for row in found["padding"]["rows"]}
-    shares = [float(row[1].rstrip("%")) for row in rows.values()]
-    assert shares[0] > shares[1] > shares[2] == 0
-    tokens = sum(padding.lengths_of(12, 64))
-    for _, _, plain, memory, *speeds in rows.values():
-        assert speeds == [round(tokens / plain), round(tokens / memory)]
+    names, shares = zip(*((row[0], float(row[1].rstrip("%"))) for row in found["padding"]["rows"]), strict=True)
+    assert names == ("any lengths together", "group_by_length", "each example alone")
+    assert shares[0] > 25 and 3 > shares[1] > shares[2] == 0
+    for _, _, plain, memory, (median, smallest, largest) in found["padding"]["rows"]:
+        assert min(plain, memory) > 0 and smallest <= median <= largest
+    assert padding.share([[4, 2], [5]]) == pytest.approx(2 / 13)
 
 
 @pytest.mark.parametrize("memory", [MemoryConfig(), steps.PLAIN], ids=["MemDLM", "plain"])
@@ -72,7 +72,7 @@ def test_padding_changes_no_loss(memory, bench):
     alone = padding.padded(bench.shape, [24], memory)
     wide = dict(alone)
     for key, value in alone.items():
-        if value.dim() == 2 and value.shape[1] == 24:
+        if value.dim() >= 2 and value.shape[-1] == 24:
             wide[key] = torch.nn.functional.pad(value, (0, 9), value=-100 if key == "labels" else 0)
     assert not wide["attention_mask"][:, 24:].any()
     trainer = steps.trainer_of(bench.model, memory)
@@ -104,6 +104,11 @@ def test_all_steps_have_the_same_loss(bench):
 def test_decoding(found):
     single, batch, memory, moe = (section for name, section in found.items() if name.startswith("decode-"))
     assert [row[-1] for row in [*single["rows"], *batch["rows"], memory["rows"][1]]] == [0] * 4
+    assert [row[0] for row in memory["rows"]][1:] == [
+        f"decoding, 4 steps a block{more}" for more in ("", ", and adaptation")
+    ]
+    (_, _, *adaptation), (_, _, *decoding), (_, _, *both) = (row[:5] for row in memory["rows"])
+    assert both == pytest.approx([adaptation[0] + decoding[0], adaptation[1] + decoding[1], both[1] / both[0]])
     assert [row[:2] for row in single["rows"]] == [[48, 8], [96, 4]]
     for row in single["rows"]:
         assert (row[6] is None) == (not dllm_api.HAS_DLLM)
