@@ -96,6 +96,8 @@ def prepare(args: Any) -> None:
             args.deepspeed["zero_optimization"]["overlap_comm"] = False  # which needs streams
     if args.deepspeed:
         _ours.add("ACCELERATE_USE_DEEPSPEED")  # transformers sets it
+    if args.torch_compile or args.torch_compile_backend or args.torch_compile_mode:
+        _ours.update(("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"))  # and these
     if args.use_cpu and (args.deepspeed or launched == "DeepSpeed"):
         _settle_deepspeed_on_cpu()
 
@@ -178,12 +180,15 @@ def fit(model: nn.Module, args: Any) -> None:
         deepspeed.utils.set_z3_leaf_modules(model, [RoutedExperts])
 
 
-def compile_layers(layers: Iterable[nn.Module], accelerator: Accelerator, args: Any) -> None:
-    """`torch_compile`: each of these layers by itself, its routed experts as they are.
+def compile_layers(layers: Iterable[nn.Module], accelerator: Accelerator) -> None:
+    """What `torch_compile` or the launcher's `--dynamo_backend` asks for: each of these layers by itself.
 
-    Not the whole model, whose stages would each be compiled for themselves, and no layer with fast weights: they come
-    and go, and a compiled layer does not look whether they are there.
+    Routed experts in them stay as they are. Not the whole model, whose stages would each be compiled for themselves,
+    and no layer with fast weights: they come and go, and a compiled layer does not look whether they are there.
     """
-    accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+    plugin = accelerator.state.dynamo_plugin
+    if plugin.backend == DynamoBackend.NO:
+        return
+    backend, plugin.backend = plugin.backend.value.lower(), DynamoBackend.NO
     for layer in layers:
-        layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)
+        layer.compile(backend=backend, mode=plugin.mode, dynamic=True)

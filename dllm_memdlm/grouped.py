@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-#: Of every group [out, in]: in one tensor [G, out, in], one by one, or made when asked for by number, or all for none.
+#: Of every group [out, in]: in one tensor [G, out, in]; one by one; or made when called with a number, all with None.
 Matrices = Tensor | Sequence[Tensor] | Callable[[int | None], Tensor]
 
 #: CUDA's kernel takes fewer than 1,024 groups. Fast weights have as many as experts times samples.

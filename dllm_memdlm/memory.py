@@ -63,7 +63,10 @@ class ParametricMemory:
         self.sites = find_sites(backbone, config)
         self.shapes = [site.shape for site in self.sites]
         #: The first layer that carries fast weights; those below are the trunk.
-        self.boundary = adapted_layers(len(backbone.layers), config).start
+        adapted = adapted_layers(len(backbone.layers), config)
+        self.boundary = adapted.start
+        for index in adapted:  # a layer that was compiled without fast weights would not notice them
+            backbone.layers[index]._compiled_call_impl = None
         self._parts = [part for part in backbone.modules() if isinstance(part, (RoutedExperts, OutputLinear))]
         self._held = False
 

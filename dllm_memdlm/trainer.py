@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset, Sampler
 from transformers.trainer_utils import has_length
 
 from . import engines, noise
-from .backbones import adopt, staged_backbone
+from .backbones import adapted_layers, adopt, staged_backbone
 from .backbones.moe import RoutedExperts, held_still
 from .collator import AnchorTrajectoryCollator
 from .config import ConfigError, MemoryConfig
@@ -105,9 +105,9 @@ class MemDLMTrainer(WholeCheckpoints, MDLMTrainer):
         self._eval_losses_off: list[Tensor] = []
         self.add_callback(EpochClock(self.data_collator, self._train_log))
         engines.fit(self.model, self.args)
-        if args.torch_compile:
-            layers = staged_backbone(self.model).layers[: None if self.memory is None else self.memory.boundary]
-            engines.compile_layers(layers, self.accelerator, args)
+        layers = staged_backbone(self.model).layers
+        adapted = adapted_layers(len(layers), memory) if memory.enabled else ()
+        engines.compile_layers([layers[i] for i in range(len(layers)) if i not in adapted], self.accelerator)
 
     # === engines ===
 

@@ -97,6 +97,9 @@ def test_a_switch_changes_what_a_step_costs_and_not_what_it_gives(name, memory, 
 
 def test_all_steps_have_the_same_loss(bench):
     naive, ours = bench.naive()(), bench.ours(steps.PUBLISHED)()
+    if dllm_api.HAS_DLLM:
+        on_dllms = bench.naive(steps.adapted_dllms(bench.shape.name, bench.dimensions))
+        assert on_dllms() == pytest.approx(naive, rel=1e-5)
     assert naive == pytest.approx(ours, rel=1e-5)
     assert abs(ours - bench.ours(steps.PLAIN)()) > 1e-6
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from conftest import KINDS, assert_close_relative, make_trainer, tiny, train_batch
@@ -16,9 +14,7 @@ from dllm_memdlm.config import MemoryConfig
 @pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
 @pytest.mark.parametrize("enabled", [True, False], ids=["MemDLM", "plain"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiled_layers_take_the_same_step(kind, enabled, tokenizer, tmp_path, monkeypatch):
-    for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]:
-        monkeypatch.delenv(name)
+def test_compiled_layers_take_the_same_step(kind, enabled, tokenizer, tmp_path):
     memory = memory_for(kind) if enabled else MemoryConfig(enabled=False)
     plain = make_trainer(tiny(kind, lora=True), tokenizer, tmp_path / "plain", memory)
     batch = train_batch(plain)
@@ -27,13 +23,10 @@ def test_compiled_layers_take_the_same_step(kind, enabled, tokenizer, tmp_path, 
 
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # to be put back: transformers sets it for good
-        compiled = make_trainer(
-            tiny(kind, lora=True), tokenizer, tmp_path / "compiled", memory, torch_compile_backend="eager"
-        )
-        names = list(compiled.model.state_dict())
-        model = compiled.accelerator.prepare(compiled.model)
+    model = tiny(kind, lora=True)
+    compiled = make_trainer(model, tokenizer, tmp_path / "compiled", memory, torch_compile_backend="eager")
+    names = list(compiled.model.state_dict())
+    model = compiled.accelerator.prepare(compiled.model)
     assert model is compiled.model and list(model.state_dict()) == names == list(plain.model.state_dict())
     with_fast_weights = [layer._compiled_call_impl is None for layer in staged_backbone(model).layers]
     boundary = compiled.memory.boundary if memory.enabled else len(with_fast_weights)
@@ -43,3 +36,26 @@ def test_compiled_layers_take_the_same_step(kind, enabled, tokenizer, tmp_path, 
     assert_close_relative(found.loss, expected.loss, 1e-6)
     for name, gradient in expected.gradients.items():
         assert_close_relative(found.gradients[name], gradient, 1e-4, name)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_launcher_may_ask_for_it_and_the_next_run_does_not_inherit_it(tokenizer, tmp_path, monkeypatch):
+    def compiled(**training: str) -> list[bool]:
+        memory = MemoryConfig(enabled=False)
+        trainer = make_trainer(tiny("llama"), tokenizer, tmp_path, memory, **training)
+        assert trainer.accelerator.prepare(trainer.model) is trainer.model
+        return [layer._compiled_call_impl is not None for layer in staged_backbone(trainer.model).layers]
+
+    assert all(compiled(torch_compile_backend="eager"))
+    assert not any(compiled())
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    assert all(compiled())
+
+
+def test_a_layer_that_was_compiled_is_not_once_it_has_fast_weights(tokenizer, tmp_path):
+    model = tiny("llama")
+    for layer in staged_backbone(model).layers:
+        layer.compile(backend="eager")
+    memory = make_trainer(model, tokenizer, tmp_path, memory_for("llama")).memory
+    left = [layer._compiled_call_impl is not None for layer in staged_backbone(model).layers]
+    assert left == [number < memory.boundary for number in range(len(left))] and not all(left)

@@ -248,4 +248,8 @@ def test_under_autocast_a_lora_in_float32_is_cast_once_for_all_experts(monkeypat
 
     with torch.autocast("cpu", dtype=torch.bfloat16), Casts():
         experts(x, chosen, weights)
-    assert casts.count((6, 8, 16)) >= 2 and (8, 16) not in casts
+    # of rank 8: A of gate and up, B of gate and up, A and B of down; gate's, up's and down's own weights
+    assert sorted(casts).count((6, 8, 16)) == 2 + 2 and casts.count((6, 8, 8)) == 2 + 1
+    assert casts.count((6, 16, 8)) == 1 + 1 and not any(
+        len(shape) == 2 and shape[0] * shape[1] <= 128 for shape in casts
+    )

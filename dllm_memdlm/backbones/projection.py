@@ -163,8 +163,8 @@ class _Placed:
     def __init__(self, place: int | slice | Callable | None, tensors: Sequence[Tensor]) -> None:
         self.place = place
         self.values: Matrices | None = tensors[place] if isinstance(place, int | slice) else place
-        some = self.values[0] if isinstance(place, slice) else self.values
-        self.trains = isinstance(some, Tensor) and some.requires_grad
+        given = tensors[place] if isinstance(place, slice) else [self.values] if isinstance(place, int) else []
+        self.trains = any(matrix.requires_grad for matrix in given)
         self.gradients: list[Tensor] = []
 
     def give_gradients(self, gradients: list[Tensor | None]) -> None:
