@@ -8,7 +8,14 @@ from conftest import KINDS, assert_close_relative, make_trainer, tiny, train_bat
 from steps import Step, initial, memory_for
 
 from dllm_memdlm.backbones import staged_backbone
-from dllm_memdlm.config import MemoryConfig
+from dllm_memdlm.config import ConfigError, MemoryConfig
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """transformers sets these for good, and processes that other tests start would inherit them."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "default")
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
@@ -59,3 +66,9 @@ def test_a_layer_that_was_compiled_is_not_once_it_has_fast_weights(tokenizer, tm
     memory = make_trainer(model, tokenizer, tmp_path, memory_for("llama")).memory
     left = [layer._compiled_call_impl is not None for layer in staged_backbone(model).layers]
     assert left == [number < memory.boundary for number in range(len(left))] and not all(left)
+
+
+def test_not_with_checkpointing(tokenizer, tmp_path):
+    settings = {"torch_compile_backend": "eager", "gradient_checkpointing": True}
+    with pytest.raises(ConfigError, match=r"torch_compile=True .* expected one of them"):
+        make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama"), **settings)

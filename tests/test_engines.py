@@ -60,9 +60,10 @@ def test_one_process_has_nothing_to_share_out(engine, tmp_path):
 
 def test_another_run_of_the_process_begins_afresh(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    engines.prepare(SimpleNamespace(engine="fsdp2", use_cpu=True, deepspeed=None, fsdp=None))
+    others = dict.fromkeys(("deepspeed", "fsdp", "torch_compile", "torch_compile_backend", "torch_compile_mode"))
+    engines.prepare(SimpleNamespace(engine="fsdp2", use_cpu=True, **others))
     assert engines.FSDP2.items() <= os.environ.items()
-    engines.prepare(SimpleNamespace(engine="zero3", use_cpu=True, deepspeed=None, fsdp=None))
+    engines.prepare(SimpleNamespace(engine="zero3", use_cpu=True, **others))
     assert not engines.FSDP2.keys() & os.environ.keys()
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as transformers does on reading the arguments
     monkeypatch.setenv("WORLD_SIZE", "1")
