@@ -17,6 +17,7 @@ import tokenizers
 import torch
 import transformers
 from drawings import figures  # noqa: F401 (a fixture)
+from expert_ways import in_turn  # noqa: F401 (a fixture)
 from measured_tables import pytest_terminal_summary  # noqa: F401 (a hook)
 from patched_dllm import tree, unpatched  # noqa: F401 (fixtures)
 from run_fixtures import caches_of_runs, finished, recipe_file  # noqa: F401 (fixtures)
@@ -32,7 +33,6 @@ import recipe_files
 
 from dllm_memdlm import run
 from dllm_memdlm.backbones import LLaDA2MoeConfig, LLaDAMoEConfig, model_class, with_lora
-from dllm_memdlm.backbones.moe import RoutedExperts
 from dllm_memdlm.config import LoraConfig, MemoryConfig
 from dllm_memdlm.trainer import MemDLMConfig, MemDLMTrainer
 
@@ -85,13 +85,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "dllm" in item.keywords:
                 item.add_marker(skip)
-
-
-@pytest.fixture(params=[True, False], ids=["in turn", "at once"])
-def in_turn(request, monkeypatch):
-    """Experts one after the other, as a CPU takes them, or all in one kernel, as a GPU does."""
-    monkeypatch.setattr(RoutedExperts, "in_turn", request.param)
-    return request.param
 
 
 @pytest.fixture(autouse=True)
