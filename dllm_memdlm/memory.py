@@ -62,8 +62,8 @@ class ParametricMemory:
         backbone = staged_backbone(model)
         self.sites = find_sites(backbone, config)
         self.shapes = [site.shape for site in self.sites]
-        #: The first layer that carries fast weights; those below are the trunk.
         adapted = adapted_layers(len(backbone.layers), config)
+        #: The first layer that carries fast weights; those below are the trunk.
         self.boundary = adapted.start
         for index in adapted:  # a layer that was compiled without fast weights would not notice them
             backbone.layers[index]._compiled_call_impl = None

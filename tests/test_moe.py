@@ -81,6 +81,19 @@ def test_sorted_experts_are_a_loop_over_experts(in_turn, dtype, lora, used):
             assert not gradient.any() and plain_gradients[name] is None
 
 
+def test_some_experts_may_be_frozen(in_turn):
+    experts = experts_of(torch.float32, lora=True)
+    experts[0].requires_grad_(False)
+    found = []
+    for run in (experts, lambda *arguments: loop_over_experts(experts, *arguments)):
+        run(*routing(torch.float32, [0, 1, 4])).square().sum().backward()
+        found.append({name: p.grad for name, p in experts.named_parameters() if p.grad is not None and p.grad.any()})
+        experts.zero_grad()
+    assert found[0].keys() == found[1].keys() and {name[0] for name in found[0]} == {"1", "4"}
+    for name, gradient in found[0].items():
+        assert_close_relative(gradient, found[1][name], 1e-5, name)
+
+
 @pytest.mark.parametrize("hidden", [16, 10])  # the kernel takes the first only
 def test_widths_that_the_kernel_does_not_take(in_turn, hidden):
     experts = experts_of(torch.float32, lora=False, hidden=hidden, width=6)
