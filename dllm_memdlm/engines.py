@@ -98,6 +98,8 @@ def prepare(args: Any) -> None:
         _ours.add("ACCELERATE_USE_DEEPSPEED")  # transformers sets it
     if args.torch_compile or args.torch_compile_backend or args.torch_compile_mode:
         _ours.update(("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"))  # and these
+    if (args.bf16 or args.fp16) and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no":
+        _ours.add("ACCELERATE_MIXED_PRECISION")  # and this
     if args.use_cpu and (args.deepspeed or launched == "DeepSpeed"):
         _settle_deepspeed_on_cpu()
 

@@ -37,6 +37,8 @@ def context() -> Any:
         "OMP_NUM_THREADS": "1",
     }
     with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+            patch.delenv(name)  # what training arguments of this process's tests have left
         for name, value in settings.items():
             patch.setenv(name, value)
         forkserver.ensure_running()

@@ -60,7 +60,8 @@ def test_one_process_has_nothing_to_share_out(engine, tmp_path):
 
 def test_another_run_of_the_process_begins_afresh(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    others = dict.fromkeys(("deepspeed", "fsdp", "torch_compile", "torch_compile_backend", "torch_compile_mode"))
+    compiled = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+    others = dict.fromkeys(("deepspeed", "fsdp", "bf16", "fp16", *compiled))
     engines.prepare(SimpleNamespace(engine="fsdp2", use_cpu=True, **others))
     assert engines.FSDP2.items() <= os.environ.items()
     engines.prepare(SimpleNamespace(engine="zero3", use_cpu=True, **others))
@@ -69,6 +70,17 @@ def test_another_run_of_the_process_begins_afresh(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert config(tmp_path, engine="ddp").deepspeed_plugin is None
     assert "ACCELERATE_USE_DEEPSPEED" not in os.environ
+
+
+@pytest.mark.parametrize("launched", [None, "no", "bf16"])
+def test_another_run_does_not_inherit_bfloat16(launched, tmp_path, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    if launched:  # what accelerate's launcher says is for all runs
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    MemDLMConfig(output_dir=str(tmp_path), bf16=True)
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    config(tmp_path)
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == (launched or "no")
 
 
 @pytest.mark.parametrize(
