@@ -182,24 +182,15 @@ def fit(model: nn.Module, args: Any) -> None:
         deepspeed.utils.set_z3_leaf_modules(model, [RoutedExperts])
 
 
-def compile_layers(layers: Iterable[nn.Module], accelerator: Accelerator, args: Any) -> None:
+def compile_layers(layers: Iterable[nn.Module], accelerator: Accelerator) -> None:
     """What `torch_compile` or the launcher's `--dynamo_backend` asks for: each of these layers by itself.
 
     Routed experts in them stay as they are. Not the whole model, whose stages would each be compiled for themselves,
     and no layer with fast weights: they come and go, and a compiled layer does not look whether they are there.
-
-    Raises:
-        ConfigError: with gradient checkpointing. Two processes with both, and accumulated batches, ended 2 % elsewhere
-            than one without (torch 2.13); why is not known.
     """
     plugin = accelerator.state.dynamo_plugin
     if plugin.backend == DynamoBackend.NO:
         return
-    if args.gradient_checkpointing:
-        raise ConfigError(
-            "training.torch_compile=True (or the launcher's --dynamo_backend) with "
-            "training.gradient_checkpointing=True: expected one of them"
-        )
     backend, plugin.backend = plugin.backend.value.lower(), DynamoBackend.NO
     for layer in layers:
         layer.compile(backend=backend, mode=plugin.mode, dynamic=True)

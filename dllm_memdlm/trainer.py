@@ -107,7 +107,7 @@ class MemDLMTrainer(WholeCheckpoints, MDLMTrainer):
         engines.fit(self.model, self.args)
         layers = staged_backbone(self.model).layers
         adapted = adapted_layers(len(layers), memory) if memory.enabled else ()
-        engines.compile_layers([layers[i] for i in range(len(layers)) if i not in adapted], self.accelerator, args)
+        engines.compile_layers([layers[i] for i in range(len(layers)) if i not in adapted], self.accelerator)
 
     # === engines ===
 

@@ -8,7 +8,7 @@ from conftest import KINDS, assert_close_relative, make_trainer, tiny, train_bat
 from steps import Step, initial, memory_for
 
 from dllm_memdlm.backbones import staged_backbone
-from dllm_memdlm.config import ConfigError, MemoryConfig
+from dllm_memdlm.config import MemoryConfig
 
 
 @pytest.fixture(autouse=True)
@@ -19,9 +19,10 @@ def environment(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("enabled", [True, False], ids=["MemDLM", "plain"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiled_layers_take_the_same_step(kind, enabled, tokenizer, tmp_path):
+def test_compiled_layers_take_the_same_step(kind, enabled, checkpointing, tokenizer, tmp_path):
     memory = memory_for(kind) if enabled else MemoryConfig(enabled=False)
     plain = make_trainer(tiny(kind, lora=True), tokenizer, tmp_path / "plain", memory)
     batch = train_batch(plain)
@@ -32,6 +33,8 @@ def test_compiled_layers_take_the_same_step(kind, enabled, tokenizer, tmp_path):
     torch._dynamo.utils.counters.clear()
     model = tiny(kind, lora=True)
     compiled = make_trainer(model, tokenizer, tmp_path / "compiled", memory, torch_compile_backend="eager")
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     names = list(compiled.model.state_dict())
     model = compiled.accelerator.prepare(compiled.model)
     assert model is compiled.model and list(model.state_dict()) == names == list(plain.model.state_dict())
@@ -66,9 +69,3 @@ def test_a_layer_that_was_compiled_is_not_once_it_has_fast_weights(tokenizer, tm
     memory = make_trainer(model, tokenizer, tmp_path, memory_for("llama")).memory
     left = [layer._compiled_call_impl is not None for layer in staged_backbone(model).layers]
     assert left == [number < memory.boundary for number in range(len(left))] and not all(left)
-
-
-def test_not_with_checkpointing(tokenizer, tmp_path):
-    settings = {"torch_compile_backend": "eager", "gradient_checkpointing": True}
-    with pytest.raises(ConfigError, match=r"torch_compile=True .* expected one of them"):
-        make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama"), **settings)

@@ -72,6 +72,11 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
     "LLaDA2.1, all weights, checkpointing": ("training.gradient_checkpointing=true",),
     "LLaDA2.1, all weights, accumulation": ("training.gradient_accumulation_steps=2",),
+    "LLaDA2.1, LoRA, checkpointing, torch_compile": (
+        *LORA,
+        "training.gradient_checkpointing=true",
+        "training.torch_compile_backend=eager",
+    ),
     "a checkpoint, LoRA": LORA,
     "4 bit, LoRA": (*LORA, "model.load_in_4bit=true"),
 }
