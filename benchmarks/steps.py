@@ -50,15 +50,20 @@ def batch_of(vocabulary: int, size: int, length: int, ratio: int, memory: Memory
     return {"labels": tokens.masked_fill(~maskable, -100), **trajectory.to_batch()}
 
 
-def trainer_of(model: nn.Module, memory: MemoryConfig) -> MemDLMTrainer:
-    """A trainer that never logs in the middle of what is timed."""
-    trainer = MemDLMTrainer(model, memory=memory, **_arguments(MemDLMConfig))
+def trainer_of(model: nn.Module, memory: MemoryConfig, args: MemDLMConfig | None = None) -> MemDLMTrainer:
+    """A trainer that never logs in the middle of what is timed; on a CPU in float32 unless told otherwise."""
+    arguments = _arguments(MemDLMConfig)
+    trainer = MemDLMTrainer(model, memory=memory, **(arguments if args is None else {**arguments, "args": args}))
     trainer.state.logging_steps, trainer.state.global_step = 10**9, 1
     return trainer
 
 
 def ours(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Step:
-    return _step(trainer.model, lambda: trainer.compute_loss(trainer.model, dict(batch)))
+    def loss() -> Tensor:
+        with trainer.compute_loss_context_manager():
+            return trainer.compute_loss(trainer.model, dict(batch))
+
+    return _step(trainer.model, loss)
 
 
 def naive(model: nn.Module, batch: dict[str, Tensor], trainer: MemDLMTrainer) -> Step:

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 from .report import Range
 
+CPU = torch.device("cpu")
 Clock = Literal["wall", "cpu"]
 
 
@@ -52,8 +54,13 @@ def side_by_side(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str,
     return timed
 
 
-def peak_memory(case: Callable[[], Any]) -> int:
-    """Most bytes that torch's CPU allocator has handed out at a time, beyond what it had when `case` began."""
+def peak_memory(case: Callable[[], Any], device: torch.device = CPU) -> int:
+    """Most bytes that torch's allocator has handed out at a time, beyond what it had when `case` began."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        case()
+        return torch.cuda.max_memory_allocated(device) - held
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         case()
     live = highest = 0

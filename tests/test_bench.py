@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import padding, steps, switches, training
+from benchmarks import full_size, padding, steps, switches, training
 from benchmarks.report import Range
 from dllm_memdlm import dllm_api
+from dllm_memdlm.backbones import staged_backbone
+from dllm_memdlm.backbones.sites import adapted_layers
 from dllm_memdlm.config import MemoryConfig
 
 
@@ -140,3 +142,62 @@ def test_a_range_in_a_table():
     from benchmarks.report import text
 
     assert text(Range(0.456, 0.4, 0.5)) == "0.46 (0.40-0.50)"
+
+
+# === at full size ===
+
+
+def test_full_size(tmp_path, capsys):
+    small = ("vocab_size=512", "hidden_size=64", "num_hidden_layers=2", "num_experts=16")
+    changes = [f"model.dimensions.{setting}" for setting in small]
+    changes += ["data.max_length=64", "training.per_device_train_batch_size=2", "training.gradient_checkpointing=true"]
+    recipes = ["recipes/tiny_llada_moe.yaml", "recipes/tiny_llada2.yaml"]
+    more = ["--cpu", "--repeats", "2", "--output", str(tmp_path), "--set", *changes]
+    assert full_size.main([*recipes, *more]) == 0
+    (section,) = json.loads((tmp_path / "bench-gpu.json").read_text())["sections"]
+    assert [row[:2] for row in section["rows"]] == [
+        [f"{name}, 2 × 64", kind] for name in ("tiny_llada_moe", "tiny_llada2") for kind in ("plain", "MemDLM")
+    ]
+    for row in section["rows"]:
+        _, _, seconds, speed, ratio, flops, flop_limit, read, byte_limit, over, peak, planned = row
+        assert speed == round(128 / seconds) and ratio[1] <= ratio[0] <= ratio[2]
+        assert over == pytest.approx(seconds / max(flop_limit, byte_limit)) and over > 1
+        assert min(flops, read) > 0 and 0.5 < planned / peak < 2
+    for plain, memory in (section["rows"][:2], section["rows"][2:]):
+        assert plain[4] == [1, 1, 1] and memory[5] > plain[5] and memory[7] > plain[7]
+
+
+def test_full_size_asks_for_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as exit:
+        full_size.main([])
+    assert exit.value.code == 2 and "expected a CUDA device" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("memory", [steps.PLAIN, MemoryConfig(), MemoryConfig(steps=3)], ids=["plain", "K2", "K3"])
+def test_weights_are_read_as_often_as_layers_are_passed(memory, checkpointing, bench):
+    backbone = staged_backbone(bench.model)
+    if checkpointing:
+        bench.model.gradient_checkpointing_enable({"use_reentrant": False})
+    passes = dict.fromkeys(range(len(backbone.layers)), 0)
+
+    def count(number: int) -> Any:
+        def hook(*_: Any) -> None:
+            passes[number] += 1
+
+        return backbone.layers[number].register_forward_pre_hook(hook)  # recomputation may end early
+
+    hooks = [count(number) for number in passes]
+    try:
+        bench.ours(memory)()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        bench.model.gradient_checkpointing_disable()
+    boundary = adapted_layers(len(passes), memory).start if memory.enabled else len(passes)
+    backward = {number: 1 if number < boundary else memory.steps + 1 for number in passes}
+    sizes = [sum(p.nbytes for p in layer.parameters()) for layer in backbone.layers]
+    expected = sum(sizes[number] * (passes[number] + backward[number]) for number in passes)
+    expected += backbone.lm_head.weight.nbytes * 2 * (memory.steps + 1 if memory.enabled else 1)
+    assert full_size.weights_read(bench.model, memory, checkpointing) == expected
