@@ -115,5 +115,7 @@ def _step(model: nn.Module, loss_of: Callable[[], Tensor]) -> Step:
 
 def _arguments(config_class: type) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        args = config_class(output_dir=folder, use_cpu=True, report_to=[], eval_strategy="no", disable_tqdm=True)
+        args = config_class(
+            output_dir=folder, use_cpu=True, bf16=False, report_to=[], eval_strategy="no", disable_tqdm=True
+        )
         return {"args": args, "train_dataset": [{"input_ids": [1]}], "processing_class": models.TOKENIZER}
