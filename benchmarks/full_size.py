@@ -34,6 +34,7 @@ RECIPES = ("recipes/llada_moe.yaml", "recipes/llada2_mini.yaml")
 RANDOM = ("model.path=null", "model.load_in_4bit=false")
 #: A step, and nothing around it.
 ALONE = ("training.gradient_accumulation_steps=1", "training.eval_strategy='no'", "training.disable_tqdm=true")
+CPU = ("training.use_cpu=true",)
 RATIO = 7  #: prompt tokens to one of the response
 GIB = 2**30
 
@@ -162,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     if not console.is_terminal:
         console.width = 200  # of a log, where no table need be squeezed
     try:
-        section = full_size(args.recipes, args.set, args.repeats)
+        section = full_size(args.recipes, [*args.set, *CPU] if args.cpu else args.set, args.repeats)
     except ConfigError as error:
         parser.error(str(error))
     section.print(console)

@@ -147,6 +147,22 @@ def test_in_the_inner_loop_only_fast_weights_have_gradients(in_turn):
     assert all(p.grad is not None for p in experts.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize(("graph", "least", "expected"), [(True, 5, True), (False, 5, False), (False, 4, True)])
+def test_few_rows_are_taken_in_turn_for_a_backward_pass_only(graph, least, expected, monkeypatch):
+    experts, ways, run = experts_of(torch.float32, lora=True), [], moe.expert_ffn
+    inputs = routing(torch.float32, [0, 1, 2, 3, 4, 5])  # 28 rows for 6 experts
+    with_graph = experts(*inputs)
+    monkeypatch.setattr(moe, "MANY_ROWS", least)
+    monkeypatch.setattr(moe, "expert_ffn", lambda *arguments: ways.append(arguments[-1]) or run(*arguments))
+    with torch.set_grad_enabled(graph):
+        assert_close_relative(experts(*inputs), with_graph, 1e-6)
+    with held_still([experts]):  # what is held for one way is not taken for the other
+        for enabled in (True, False, True):
+            with torch.set_grad_enabled(enabled):
+                assert_close_relative(experts(*inputs), with_graph, 1e-6)
+    assert ways == [expected, True, least == 4, True]
+
+
 @pytest.mark.parametrize("samples", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_in_turn_is_as_at_once(dtype, samples, monkeypatch):
@@ -179,12 +195,12 @@ def test_what_is_held_still_is_stacked_once_and_let_go(monkeypatch):
         with torch.no_grad():
             assert torch.equal(experts(x, chosen, weights), expected)
         output = experts(x, chosen, weights)
-        stacked = experts._made_of(torch.float32, False)[0].adapters[0].down
-        assert stacked.requires_grad and experts._made_of(torch.float32, False)[0].adapters[0].down is stacked
+        stacked = experts._made_of(torch.float32, False, False)[0].adapters[0].down
+        assert stacked.requires_grad and experts._made_of(torch.float32, False, False)[0].adapters[0].down is stacked
         with inner_pass([experts]):
-            assert not experts._made_of(torch.float32, False)[0].adapters[0].down.requires_grad
+            assert not experts._made_of(torch.float32, False, False)[0].adapters[0].down.requires_grad
         with held_still([experts]):  # within, it is the same
-            assert experts._made_of(torch.float32, False)[0].adapters[0].down is stacked
+            assert experts._made_of(torch.float32, False, False)[0].adapters[0].down is stacked
         assert experts._held is not None
     output.sum().backward()
     assert all(p.grad is not None for p in experts.parameters() if p.requires_grad)

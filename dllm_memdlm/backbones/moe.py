@@ -22,6 +22,9 @@ from .output import OutputLinear
 from .projection import Adapter, Projection
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+#: Rows for each expert, on average, from which on a CPU takes expert after expert. Where few tokens are decoded at a
+#: time, the way to each expert's products costs more than keeping its rows in the cache brings.
+MANY_ROWS = 32
 #: Where PEFT keeps its LoRA for linear layers, and for those of bitsandbytes.
 PLAIN_LORA = ("peft.tuners.lora.layer", "peft.tuners.lora.bnb")
 
@@ -33,7 +36,7 @@ class RoutedExperts(nn.ModuleList):
     projections are put into `fast` for the time of a forward pass.
     """
 
-    in_turn = True  #: whether a CPU takes expert after expert, whose rows then stay in its cache
+    in_turn = True  #: whether a CPU takes expert after expert, whose rows then stay in its cache, where they are many
 
     def __init__(self, experts: Iterable[nn.Module]) -> None:
         super().__init__(experts)
@@ -74,14 +77,15 @@ class RoutedExperts(nn.ModuleList):
         rows, weights = x.flatten(0, 1), weights.flatten().index_select(0, routes.order)[:, None]
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        parts = self._made_of(dtype, torch.is_autocast_enabled(device))
+        many = torch.is_grad_enabled() or len(routes.order) >= MANY_ROWS * len(self)
+        in_turn = self.in_turn and device == "cpu" and many
+        parts = self._made_of(dtype, torch.is_autocast_enabled(device), in_turn)
         if parts is None:
             output = self._one_by_one(rows, weights, routes, fast)
         else:
             for number, name in enumerate(PROJECTIONS):
                 if name in fast:
                     parts[number] = parts[number].under(_fast(fast[name], dtype))
-            in_turn = self.in_turn and device == "cpu"
             output = expert_ffn(rows, weights, routes, Experts(*parts, self[0].act_fn), dtype, in_turn)
         return output.to(x.dtype).view_as(x)
 
@@ -99,23 +103,24 @@ class RoutedExperts(nn.ModuleList):
 
     # === all at once ===
 
-    def _made_of(self, dtype: torch.dtype, autocast: bool) -> list[Projection] | None:
+    def _made_of(self, dtype: torch.dtype, autocast: bool, in_turn: bool) -> list[Projection] | None:
         """The projections, without fast weights, or none if each expert has to compute for itself.
 
         In the inner loop their weights and LoRA are constants.
         """
         graph = self.trains and torch.is_grad_enabled()
         held = {} if self._held is None else self._held
-        found = next((known for known in (True, graph) if (dtype, autocast, known) in held), graph)
-        if (dtype, autocast, found) not in held:
+        keys = [(dtype, autocast, in_turn, known) for known in (True, graph)]  # what has a graph serves without it, too
+        key = keys[0] if keys[0] in held else keys[1]
+        if key not in held:
             with torch.set_grad_enabled(graph):
                 linears = {name: [getattr(expert, name) for expert in self] for name in PROJECTIONS}
-                parts = [self._projection(name, of_name, dtype) for name, of_name in linears.items()]
-            held[dtype, autocast, found] = None if None in parts else parts
-        parts = held[dtype, autocast, found]
+                parts = [self._projection(name, of_name, dtype, in_turn) for name, of_name in linears.items()]
+            held[key] = None if None in parts else parts
+        parts = held[key]
         return parts and [part if self.trains else part.detached() for part in parts]
 
-    def _projection(self, name: str, linears: list[nn.Module], dtype: torch.dtype) -> Projection | None:
+    def _projection(self, name: str, linears: list[nn.Module], dtype: torch.dtype, in_turn: bool) -> Projection | None:
         """If all are linear layers without bias, or all such layers under the same single plain LoRA."""
         adapted = isinstance(linears[0], LoraLayer)
         if adapted and not _have_the_same_lora(linears):
@@ -127,27 +132,27 @@ class RoutedExperts(nn.ModuleList):
         if any(base.bias is not None for base in bases):
             return None
         own = [base.weight for base in bases]
-        weight = partial(self._unpack, bases) if packed else self._matrices(name, own, own[0].dtype)
+        weight = partial(self._unpack, bases) if packed else self._matrices(name, own, own[0].dtype, in_turn)
         in_use = adapted and not linears[0].disable_adapters and not linears[0].merged
-        lora = [self._lora(name, linears, dtype)] if in_use else []
+        lora = [self._lora(name, linears, dtype, in_turn)] if in_use else []
         return Projection(weight, (bases[0].compute_dtype if packed else None) or dtype, lora)
 
-    def _lora(self, name: str, linears: list[nn.Module], dtype: torch.dtype) -> Adapter:
+    def _lora(self, name: str, linears: list[nn.Module], dtype: torch.dtype, in_turn: bool) -> Adapter:
         """The outer LoRA of one projection, in its own dtype or in autocast's."""
         first, adapter = linears[0], linears[0].active_adapters[0]
         own = first.lora_A[adapter].weight
         dtype = dtype if torch.is_autocast_enabled(own.device.type) else own.dtype
         down, up = (
-            self._matrices(f"{name}.{adapter}.{side}", [layer[adapter].weight for layer in layers], dtype)
+            self._matrices(f"{name}.{adapter}.{side}", [layer[adapter].weight for layer in layers], dtype, in_turn)
             for side, layers in (("A", [one.lora_A for one in linears]), ("B", [one.lora_B for one in linears]))
         )
         dropout = first.lora_dropout[adapter]
         probability = 0.0 if isinstance(dropout, nn.Identity) or not dropout.training else dropout.p
         return Adapter(down, up, first.scaling[adapter], dtype, dropout=probability)
 
-    def _matrices(self, name: str, weights: list[Tensor], dtype: torch.dtype) -> Matrices:
+    def _matrices(self, name: str, weights: list[Tensor], dtype: torch.dtype, in_turn: bool) -> Matrices:
         """One by one where experts go in turn, or in one tensor."""
-        if not (self.in_turn and weights[0].device.type == "cpu"):
+        if not in_turn:
             return self._stack(name, weights).to(dtype)
         return weights if weights[0].dtype == dtype else [weight.to(dtype) for weight in weights]
 
