@@ -152,8 +152,11 @@ class RoutedExperts(nn.ModuleList):
 
     def _matrices(self, name: str, weights: list[Tensor], dtype: torch.dtype, in_turn: bool) -> Matrices:
         """One by one where experts go in turn, or in one tensor."""
+        frozen = self.packs and not any(weight.requires_grad for weight in weights)
+        if frozen or not in_turn:  # in turn, too: sums round by where a matrix lies, which is not to change later on
+            stacked = self._stack(name, weights)
         if not in_turn:
-            return self._stack(name, weights).to(dtype)
+            return stacked.to(dtype)
         return weights if weights[0].dtype == dtype else [weight.to(dtype) for weight in weights]
 
     def _stack(self, name: str, weights: list[Tensor]) -> Tensor:

@@ -95,10 +95,10 @@ class ShapeExperts(RoutedExperts):
 
     @classmethod
     def put_into(cls, module: nn.Module, packs: bool, device: str) -> None:
-        """In place of all routed experts. `packs`: frozen weights are stacked already, if not on a CPU."""
+        """In place of all routed experts. `packs`: frozen weights are stacked already."""
         for experts in [part for part in module.modules() if isinstance(part, RoutedExperts)]:
             experts.__class__, experts.in_turn = cls, device == "cpu"
-            for name, child in experts[0].named_children() if packs and device != "cpu" else ():
+            for name, child in experts[0].named_children() if packs else ():
                 linear = _base(child)
                 if type(linear) is nn.Linear and not linear.weight.requires_grad:
                     experts._packed[name] = linear.weight.new_empty(len(experts), *linear.weight.shape)
