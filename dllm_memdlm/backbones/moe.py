@@ -22,8 +22,8 @@ from .output import OutputLinear
 from .projection import Adapter, Projection
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-#: Rows for each expert, on average, from which on a CPU takes expert after expert. Where few tokens are decoded at a
-#: time, the way to each expert's products costs more than keeping its rows in the cache brings.
+#: With so many rows for each expert, on average, a CPU takes expert after expert without a gradient, too. Where few
+#: tokens are decoded at a time, the way to each expert's products costs more than keeping its rows in the cache brings.
 MANY_ROWS = 32
 #: Where PEFT keeps its LoRA for linear layers, and for those of bitsandbytes.
 PLAIN_LORA = ("peft.tuners.lora.layer", "peft.tuners.lora.bnb")
@@ -152,17 +152,15 @@ class RoutedExperts(nn.ModuleList):
 
     def _matrices(self, name: str, weights: list[Tensor], dtype: torch.dtype, in_turn: bool) -> Matrices:
         """One by one where experts go in turn, or in one tensor."""
-        frozen = self.packs and not any(weight.requires_grad for weight in weights)
-        if frozen or not in_turn:  # in turn, too: sums round by where a matrix lies, which is not to change later on
-            stacked = self._stack(name, weights)
+        packed = self._pack(name, weights)  # in turn, too: sums round by where a matrix lies, which is not to change
         if not in_turn:
-            return stacked.to(dtype)
+            return (torch.stack(weights) if packed is None else packed).to(dtype)
         return weights if weights[0].dtype == dtype else [weight.to(dtype) for weight in weights]
 
-    def _stack(self, name: str, weights: list[Tensor]) -> Tensor:
-        """[E, out, in]. Frozen weights become views of one buffer, so that stacking them costs nothing afterwards."""
+    def _pack(self, name: str, weights: list[Tensor]) -> Tensor | None:
+        """Frozen weights become views of one buffer [E, out, in], so that stacking them costs nothing afterwards."""
         if not self.packs or any(weight.requires_grad for weight in weights):
-            return torch.stack(weights)
+            return None
         if self._addresses.get(name) != [weight.data_ptr() for weight in weights]:
             self._packed[name] = packed = torch.stack([weight.detach() for weight in weights])
             for weight, view in zip(weights, packed, strict=True):

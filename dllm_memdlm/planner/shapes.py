@@ -81,8 +81,8 @@ class _PackedProduct(torch.autograd.Function):
 class ShapeExperts(RoutedExperts):
     """Routed experts whose tensors have no addresses: their stacked weights are found by name."""
 
-    def _stack(self, name: str, weights: list[Tensor]) -> Tensor:
-        return self._packed[name] if name in self._packed else torch.stack(weights)
+    def _pack(self, name: str, weights: list[Tensor]) -> Tensor | None:
+        return self._packed.get(name)
 
     @staticmethod
     def _is_packed(linear: nn.Module) -> bool:
