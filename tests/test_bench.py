@@ -21,7 +21,7 @@ from dllm_memdlm.config import MemoryConfig
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("reports")
-    assert command.main(["--quick", "--output", str(folder)]) == 0
+    assert command.main(["--quick", "--repeats", "1", "--output", str(folder)]) == 0
     page = (folder / "bench.md").read_text()
     result = json.loads((folder / "bench.json").read_text())
     for section in result["sections"]:

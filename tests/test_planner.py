@@ -25,17 +25,17 @@ DIMENSIONS: dict[str, dict[str, Any]] = {
         "dense_intermediate_size": 384,
         "expert_intermediate_size": 128,
         "shared_expert_intermediate_size": 128,
-        "num_experts": 8,
+        "num_experts": 4,
         "num_experts_per_tok": 2,
         "moe_layer_freq": [0, 1, 1, 1],
     },
     "llada2": {
         "intermediate_size": 384,
         "moe_intermediate_size": 128,
-        "num_experts": 8,
+        "num_experts": 4,
         "num_experts_per_tok": 2,
-        "n_group": 4,
-        "topk_group": 2,
+        "n_group": 2,
+        "topk_group": 1,
     },
     "llama": {"intermediate_size": 384},
 }
@@ -116,16 +116,16 @@ def assert_within(request, record_property) -> Callable[[Plan, int, float], None
     ],
 )
 def test_the_peak_is_what_training_takes(kind, lora, memory, checkpointing, bf16, tmp_path, assert_within):
-    """Within 2 %; 15 % was asked for. A plan that forgets anything of size is further off."""
+    """Within 3 %; 15 % was asked for. A plan that forgets anything of size is further off."""
     recipe = recipe_of(kind, tmp_path, lora, memory, gradient_checkpointing=checkpointing, bf16=bf16)
     measured = measure(lambda: trainer_of(copy.deepcopy(recipe), RESPONSE))
-    assert_within(plan_of(recipe), measured, 0.02)
+    assert_within(plan_of(recipe), measured, 0.03)
 
 
 def test_accumulated_gradients_are_there_all_the_time(tmp_path, assert_within):
     recipe = recipe_of("llada2", tmp_path, gradient_accumulation_steps=2, gradient_checkpointing=True)
     plan = plan_of(recipe)
-    assert_within(plan, measure(lambda: trainer_of(copy.deepcopy(recipe), RESPONSE)), 0.02)
+    assert_within(plan, measure(lambda: trainer_of(copy.deepcopy(recipe), RESPONSE)), 0.03)
     assert plan.at_peak["gradients"] == plan.trainable * 4
     assert plan.tokens == 2 * BATCH * LENGTH
 
@@ -136,9 +136,10 @@ def test_the_peak_with_a_base_in_4_bit(tmp_path, assert_within):
     load_model(recipe.model, config_of(recipe.model)).save_pretrained(tmp_path / "base")
     model = {"path": str(tmp_path / "base"), "load_in_4bit": True}
     recipe = build_recipe({**recipe.values, "model": model}, str(tmp_path / "run"))
-    assert_within(plan_of(recipe), measure(lambda: trainer_of(copy.deepcopy(recipe), RESPONSE)), 0.02)
+    assert_within(plan_of(recipe), measure(lambda: trainer_of(copy.deepcopy(recipe), RESPONSE)), 0.03)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("engine", "lora", "low"),
     [("ddp", True, False), ("zero2", False, True), ("zero3", True, True), ("fsdp2", False, True)],
@@ -170,7 +171,7 @@ def test_weights_gradients_and_optimizer_are_exact(lora, tmp_path):
         if type(layer).__name__ == "RoutedExperts"
         for p in layer[2:].parameters()
     ]
-    assert plan.active == plan.parameters - sum(p.numel() for p in idle), "two of eight experts"
+    assert plan.active == plan.parameters - sum(p.numel() for p in idle), "two of four experts"
 
 
 @pytest.mark.parametrize(("kind", "checkpointing"), [("llada_moe", True), ("llada2", False), ("llama", True)])
@@ -208,7 +209,7 @@ MISSING = {
 
 def test_more_gpus_share_what_the_engine_shares(tmp_path):
     one, *more = (
-        plan_of(recipe_of("llada_moe", tmp_path, engine=engine), gpus)
+        plan_of(recipe_of("llada_moe", tmp_path, engine=engine), gpus, "cuda")
         for engine, gpus in (("ddp", 1), ("ddp", 8), ("zero2", 8), ("zero3", 8), ("fsdp2", 8))
     )
     ddp, zero2, zero3, fsdp2 = more
@@ -226,10 +227,13 @@ def test_more_gpus_share_what_the_engine_shares(tmp_path):
 
 
 def test_a_batch_has_as_many_fast_weights_as_samples(tmp_path):
-    plans = [plan_of(recipe_of("llada2", tmp_path, per_device_train_batch_size=batch)) for batch in (1, 3)]
+    def plan(batch: int, **memory: Any) -> Plan:
+        return plan_of(recipe_of("llada2", tmp_path, memory=memory, per_device_train_batch_size=batch), device="cuda")
+
+    plans = [plan(1), plan(3)]
     assert plans[1].largest["fast weights"] == pytest.approx(3 * plans[0].largest["fast weights"], rel=0.001)
     assert plans[0].largest["fast weights"] >= 3 * 4 * plans[0].fast, "now, their gradients, and the next"
-    shared = plan_of(recipe_of("llada2", tmp_path, memory={"scope": "batch"}, per_device_train_batch_size=3))
+    shared = plan(3, scope="batch")
     assert shared.largest["fast weights"] == pytest.approx(plans[0].largest["fast weights"], rel=0.001)
 
 

@@ -58,8 +58,7 @@ def test_resuming_in_the_middle_of_an_epoch(kind, tokenizer, tmp_path):
     assert_resumes(tmp_path, tokenizer, kind)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("stop", [1, 2, 3])
+@pytest.mark.parametrize(("workers", "stop"), [(0, 1), (2, 2), (0, 3)])
 def test_resuming_around_an_epoch_boundary(workers, stop, tokenizer, tmp_path):
     """Two steps an epoch: in the first epoch, at its end, and in the second."""
     assert_resumes(tmp_path, tokenizer, "llama", stop=stop, rows=6, dataloader_num_workers=workers)
