@@ -189,6 +189,8 @@ def test_flops_are_those_that_torch_counts(kind, checkpointing, tmp_path):
         planned = plan.flops_memdlm if memory else plan.flops_mdlm
         assert planned == pytest.approx(counter.get_total_flops(), rel=0.002)
     assert 1.1 < plan.flops_memdlm / plan.flops_mdlm < 3
+    elsewhere = plan_of(recipe, device="cuda")
+    assert (elsewhere.flops_mdlm, elsewhere.flops_memdlm) == (plan.flops_mdlm, plan.flops_memdlm), "experts all at once"
 
 
 def grouped(a: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -197,6 +199,7 @@ def grouped(a: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any) ->
 
 
 MISSING = {
+    torch.ops.aten.addmm_: lambda out, a, b, *args, out_shape=None, **kwargs: 2 * a[0] * a[1] * b[-1],
     torch.ops.aten._grouped_mm: grouped,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, out_shape=None, **kwargs: (
         sdpa_flop_count(q, k, v)
