@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -27,7 +26,7 @@ from dllm_memdlm.recipe import Recipe, load_recipe
 
 from . import steps
 from .report import Cell, Section, write
-from .timing import peak_memory, side_by_side
+from .timing import peak_memory, rates, side_by_side
 
 RECIPES = ("recipes/llada_moe.yaml", "recipes/llada2_mini.yaml")
 #: What stands in for the weights.
@@ -37,38 +36,6 @@ ALONE = ("training.gradient_accumulation_steps=1", "training.eval_strategy='no'"
 CPU = ("training.use_cpu=true",)
 RATIO = 7  #: prompt tokens to one of the response
 GIB = 2**30
-
-
-class Rates(NamedTuple):
-    """What a device reaches in the simplest case."""
-
-    flops: float  #: a second, in the product of two large square matrices
-    bytes: float  #: a second, in a copy: read and written
-
-
-def rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """The best of ten each."""
-    width, size = (8192, 2**30) if device.type == "cuda" else (1024, 2**26)
-    a, b = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
-    source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
-    product, copy = _fastest(lambda: a @ b, device), _fastest(lambda: target.copy_(source), device)
-    return Rates(2 * width**3 / product, 2 * size / copy)
-
-
-def _fastest(work: Callable[[], Any], device: torch.device) -> float:
-    times = []
-    for _ in range(10):
-        _finish(device)
-        start = time.perf_counter()
-        work()
-        _finish(device)
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def weights_read(model: nn.Module, memory: MemoryConfig, checkpointing: bool) -> int:

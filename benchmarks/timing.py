@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -69,3 +69,35 @@ def peak_memory(case: Callable[[], Any], device: torch.device = CPU) -> int:
         live += event.nbytes()
         highest = max(highest, live)
     return highest
+
+
+class Rates(NamedTuple):
+    """What a device reaches in the simplest case."""
+
+    flops: float  #: a second, in the product of two large square matrices
+    bytes: float  #: a second, in a copy: read and written
+
+
+def rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """The best of ten each."""
+    width, size = (8192, 2**30) if device.type == "cuda" else (1024, 2**26)
+    a, b = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
+    source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    product, copy = _fastest(lambda: a @ b, device), _fastest(lambda: target.copy_(source), device)
+    return Rates(2 * width**3 / product, 2 * size / copy)
+
+
+def _fastest(work: Callable[[], Any], device: torch.device) -> float:
+    times = []
+    for _ in range(10):
+        _finish(device)
+        start = time.perf_counter()
+        work()
+        _finish(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import full_size, padding, steps, switches, training
+from benchmarks import full_size, padding, profiling, steps, switches, training
 from benchmarks.report import Range
 from dllm_memdlm import dllm_api
 from dllm_memdlm.backbones import staged_backbone
@@ -46,6 +46,31 @@ def test_steps(found):
             assert smallest <= median <= largest
         assert min(plain, memory, naive) > 0
         assert tokens == [round(128 / plain), round(128 / memory)]
+
+
+def test_profile(found):
+    rows = found["profile"]["rows"]
+    kinds = [kind for kind in ("dllm", "plain", "MemDLM") if kind != "dllm" or dllm_api.HAS_DLLM]
+    shapes = ("LLaDA-MoE, 256, 7:1", "LLaDA2.1, 256, 7:1")
+    assert [row[:2] for row in rows] == [[shape, kind] for shape in shapes for kind in kinds]
+    for _, kind, seconds, *parts, gflop, _, least, of_dllms, of_plain in rows:
+        assert min(parts) > 0 and sum(parts) == pytest.approx(seconds)
+        assert gflop > 0 and least != seconds
+        assert (of_plain is None) == (kind == "dllm")
+        assert (of_dllms is None) is not dllm_api.HAS_DLLM
+
+
+def test_flops_of_every_kind_of_product_and_of_nothing_else():
+    a, b, out = torch.randn(1, 2, 3), torch.randn(1, 3, 5), torch.zeros(2, 5)
+
+    def products() -> None:
+        torch.bmm(a, b)
+        torch.mm(a[0], b[0], out=out)
+        out.addmm_(a[0], b[0])
+        torch.addmm(out, a[0], b[0])
+        torch.nn.functional.scaled_dot_product_attention(a, a, a).exp()
+
+    assert profiling.flops(products) == 4 * 2 * (2 * 3 * 5)
 
 
 def test_peaks(found):
