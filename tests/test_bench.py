@@ -68,7 +68,7 @@ def test_flops_of_every_kind_of_product_and_of_nothing_else():
         torch.mm(a[0], b[0], out=out)
         out.addmm_(a[0], b[0])
         torch.addmm(out, a[0], b[0])
-        torch.nn.functional.scaled_dot_product_attention(a, a, a).exp()
+        torch.nn.functional.scaled_dot_product_attention(a[None], a[None], a[None]).exp()
 
     assert profiling.flops(products) == 4 * 2 * (2 * 3 * 5)
 

@@ -108,7 +108,6 @@ def assert_within(request, record_property) -> Callable[[Plan, int, float], None
         ("llada_moe", False, True, True, True),
         ("llada_moe", True, True, True, False),
         ("llada2", False, False, True, False),
-        ("llada2", True, True, True, True),
         ("llada2", True, {"objective": "kl"}, False, False),
         ("llama", False, {"layers": "first", "layer_fraction": 0.25}, False, True),
         ("llama", True, False, True, True),
