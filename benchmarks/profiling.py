@@ -2,52 +2,58 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .report import Cell, Section
 from .steps import Step
 from .timing import CPU, rates, side_by_side
 from .training import Bench, Size, described
 
-aten = torch.ops.aten
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm")
+PRODUCTS = tuple(f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "_grouped_mm"))
 ATTENTION = "aten::_scaled_dot_product"
-#: Whose FLOPs torch's counter does not know, and which a step on a CPU has.
-UNKNOWN = {aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}  # of shapes
 
 
-class Shares(NamedTuple):
-    """Of the time of a step."""
+class Parts(NamedTuple):
+    """Seconds of a step."""
 
     products: float
     attention: float
-    operators: float  #: all others of torch's
-    between: float  #: Python, autograd and the way to an operator
+    rest: float  #: other operators, autograd, Python
+    flops: int  #: of the products
 
 
-def shares(step: Callable[[], Any]) -> Shares:
-    """Of all that runs on the CPU in one call."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler, torch.profiler.record_function("all"):
+class Clock(TorchDispatchMode):
+    """Times every operator as it is called. Views take longer to time than to make; products and attention do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: Counter[str] = Counter()
+        self.flops = 0  #: of matrix products
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        start = time.perf_counter()
+        out = func(*args, **(kwargs or {}))
+        name = func._overloadpacket._qualified_op_name
+        self.seconds[name] += time.perf_counter() - start
+        if name in PRODUCTS:
+            a, b = args[1:3] if "add" in name else args[:2]
+            self.flops += 2 * a.numel() * b.shape[-1]
+        return out
+
+
+def parts(step: Callable[[], Any], seconds: float) -> Parts:
+    """Of a step that takes so many seconds when nobody looks."""
+    with Clock() as clock:
         step()
-    events = {event.key: event for event in profiler.key_averages()}
-    total = events["all"].cpu_time_total
-    own = {name: event.self_cpu_time_total / total for name, event in events.items() if name.startswith("aten::")}
-    products = sum(own[name] for name in PRODUCTS if name in own)
-    attention = sum(share for name, share in own.items() if name.startswith(ATTENTION))
-    known = sum(own.values())
-    return Shares(products, attention, known - products - attention, 1 - known)
-
-
-def flops(step: Callable[[], Any]) -> int:
-    """Of the matrix products in one call, attention's not counted."""
-    with FlopCounterMode(display=False, custom_mapping=UNKNOWN) as counter:
-        step()
-    return counter.get_total_flops()
+    products = sum(clock.seconds[name] for name in PRODUCTS)
+    attention = sum(time for name, time in clock.seconds.items() if name.startswith(ATTENTION))
+    return Parts(products, attention, seconds - products - attention, clock.flops)
 
 
 def profiling(size: Size) -> Section:
@@ -56,12 +62,12 @@ def profiling(size: Size) -> Section:
         title="Where a step's time goes, 1 thread",
         columns=[
             *("model, vocabulary, prompt:response", "step", "s"),
-            *("products s", "attention s", "other operators s", "between them s"),
+            *("products s", "attention s", "rest s"),
             *("GFLOP of products", "GFLOP/s", "s at the full rate", "÷ dllm's plain", "÷ plain at the full rate"),
         ],
-        note=f"{described(size.shapes[0])}; CPU time, medians of {size.repeats} turns, shared out as in one step under "
-        "the profiler, which itself takes some of what is between operators. At the full rate: with every product at "
-        "the speed of one of two matrices of 1,024 × 1,024, and all else as it is.",
+        note=f"{described(size.shapes[0])}; CPU time, medians of {size.repeats} turns; products and attention as timed "
+        "one by one in another step. At the full rate: with every product at the speed of one of two matrices of "
+        "1,024 × 1,024, and all else as it is.",
     )
     torch.set_num_threads(1)
     full_rate = rates(CPU, torch.float32).flops
@@ -82,11 +88,11 @@ def _rows(shape: str, cases: dict[str, Step], repeats: int, full_rate: float) ->
     rows: list[list[Cell]] = []
     best: dict[str, float] = {}
     for name, case in cases.items():
-        parts, count = [share * seconds[name] for share in shares(case)], flops(case)
-        best[name] = seconds[name] - parts[0] + count / full_rate
+        found = parts(case, seconds[name])
+        gflop, best[name] = found.flops / 1e9, seconds[name] - found.products + found.flops / full_rate
         rows.append(
             [
-                *(shape, name, seconds[name], *parts, count / 1e9, round(count / 1e9 / parts[0]), best[name]),
+                *(shape, name, seconds[name], *found[:3], gflop, round(gflop / found.products), best[name]),
                 best[name] / seconds["dllm"] if "dllm" in seconds else None,
                 best[name] / best["plain"] if name != "dllm" else None,
             ]

@@ -70,7 +70,9 @@ def test_flops_of_every_kind_of_product_and_of_nothing_else():
         torch.addmm(out, a[0], b[0])
         torch.nn.functional.scaled_dot_product_attention(a[None], a[None], a[None]).exp()
 
-    assert profiling.flops(products) == 4 * 2 * (2 * 3 * 5)
+    found = profiling.parts(products, 1.0)
+    assert found.flops == 4 * 2 * (2 * 3 * 5)
+    assert min(found.products, found.attention) > 0 and sum(found[:3]) == pytest.approx(1)
 
 
 def test_peaks(found):
