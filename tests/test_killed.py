@@ -44,7 +44,7 @@ KINDS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "FSDP2, all weights": (2, 2, ("training.engine=fsdp2", "lora.enabled=false")),
 }
 #: In every `make test`; the others run in `make soak`.
-SHORT = {"one process": 2, "DDP": 1}
+SHORT = {"one process": 2}
 ROWS = [{"instruction": "?" * (5 + 3 * i % 20), "output": chr(97 + i) * (6 + i % 4)} for i in range(19)]
 TABLE = "Runs of 40 steps, killed with SIGKILL and resumed, against one that was never stopped"
 
