@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dllm_memdlm.planner.live import FLOPS
+
 from .report import Cell, Section
 from .steps import Step
 from .timing import CPU, rates, side_by_side
@@ -42,8 +44,7 @@ class Clock(TorchDispatchMode):
         name = func._overloadpacket._qualified_op_name
         self.seconds[name] += time.perf_counter() - start
         if name in PRODUCTS:
-            a, b = args[1:3] if "add" in name else args[:2]
-            self.flops += 2 * a.numel() * b.shape[-1]
+            self.flops += FLOPS[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out
 
 
