@@ -17,7 +17,6 @@ import tokenizers
 import torch
 import transformers
 from drawings import figures  # noqa: F401 (a fixture)
-from expert_ways import in_turn  # noqa: F401 (a fixture)
 from measured_tables import pytest_terminal_summary  # noqa: F401 (a hook)
 from patched_dllm import tree, unpatched  # noqa: F401 (fixtures)
 from run_fixtures import caches_of_runs, finished, recipe_file  # noqa: F401 (fixtures)

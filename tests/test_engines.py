@@ -121,7 +121,6 @@ def test_experts_keep_no_copy_of_weights_that_are_shared_out(monkeypatch):
     """They would hold on to every layer that the engine has gathered and let go."""
     model, tokens = tiny("llada_moe").requires_grad_(False), torch.randint(3, 40, (2, 8))
     experts = [module for module in model.modules() if isinstance(module, RoutedExperts)]
-    monkeypatch.setattr(RoutedExperts, "in_turn", False)
     expected = model(input_ids=tokens).logits
     assert all(len(module._packed) == 3 for module in experts), "frozen weights are stacked once"
     for module in experts:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import peft
 import pytest
 import torch
@@ -13,6 +15,7 @@ from dllm_memdlm import grouped
 from dllm_memdlm.backbones import moe
 from dllm_memdlm.backbones.layers import GatedMLP
 from dllm_memdlm.backbones.moe import RoutedExperts, held_still, inner_pass
+from dllm_memdlm.backbones.routes import Routes
 from dllm_memdlm.fast_weights import SiteWeights
 
 WIDTHS = {"gate_proj": (4, 3), "up_proj": (4, 3), "down_proj": (3, 4)}
@@ -55,7 +58,7 @@ def fast_weights(samples: int, full: bool = False) -> dict[str, SiteWeights]:
     ],
     ids=["weights", "gelu", "lora", "dropout", "shared fast weights", "fast weights", "full fast weights"],
 )
-def test_gradients_are_those_of_finite_differences(settings, fast, in_turn):
+def test_gradients_are_those_of_finite_differences(settings, fast):
     experts = small_experts(**settings)
     experts.fast.update(fast)
     generator = torch.Generator().manual_seed(2)
@@ -72,7 +75,7 @@ def test_gradients_are_those_of_finite_differences(settings, fast, in_turn):
     assert torch.autograd.gradcheck(output, (x, weights, *trained))
 
 
-def test_dropout_keeps_the_expected_value_and_ends_with_training(in_turn):
+def test_dropout_keeps_the_expected_value_and_ends_with_training():
     experts = small_experts(lora=True, dropout=0.5)
     x, chosen, weights = routing(torch.float64, [0, 1, 2])
     x = x[..., :4]
@@ -87,7 +90,7 @@ def test_dropout_keeps_the_expected_value_and_ends_with_training(in_turn):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_more_groups_than_the_kernel_takes_go_some_samples_at_a_time(monkeypatch, dtype, in_turn):
+def test_more_groups_than_the_kernel_takes_go_some_samples_at_a_time(monkeypatch, dtype):
     experts = experts_of(dtype, lora=True)
     generator = torch.Generator().manual_seed(4)
     shapes = {"gate_proj": (16, 8), "up_proj": (16, 8), "down_proj": (8, 16)}
@@ -108,7 +111,7 @@ def test_more_groups_than_the_kernel_takes_go_some_samples_at_a_time(monkeypatch
     assert grouped.MAX_GROUPS == 1023, "CUDA's kernel refuses 1,024"
 
 
-def test_little_is_kept_for_the_backward_pass(in_turn):
+def test_little_is_kept_for_the_backward_pass():
     """Gate's and up's output and the low-rank products; not the sorted rows, nor anything in between."""
     experts = experts_of(torch.float32, lora=True, count=6, hidden=64, width=32)
     x = torch.randn(2, 50, 64, requires_grad=True)
@@ -127,7 +130,7 @@ def test_little_is_kept_for_the_backward_pass(in_turn):
     assert sum(tensor.numel() for tensor in kept.values()) == rows * (1 + 2 * 32 + 3 * 8)
 
 
-def test_in_the_inner_loop_only_fast_weights_have_gradients(in_turn):
+def test_in_the_inner_loop_only_fast_weights_have_gradients():
     experts = small_experts(lora=True)
     experts.fast.update(fast_weights(2))
     x, chosen, weights = routing(torch.float64, [0, 1, 2])
@@ -147,60 +150,68 @@ def test_in_the_inner_loop_only_fast_weights_have_gradients(in_turn):
     assert all(p.grad is not None for p in experts.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize(("graph", "least", "expected"), [(True, 5, True), (False, 5, False), (False, 4, True)])
-def test_few_rows_are_taken_in_turn_for_a_backward_pass_only(graph, least, expected, monkeypatch):
-    experts, ways, run = experts_of(torch.float32, lora=True), [], moe.expert_ffn
-    inputs = routing(torch.float32, [0, 1, 2, 3, 4, 5])  # 28 rows for 6 experts
-    with_graph = experts(*inputs)
-    monkeypatch.setattr(moe, "MANY_ROWS", least)
-    monkeypatch.setattr(moe, "expert_ffn", lambda *arguments: ways.append(arguments[-1]) or run(*arguments))
-    with torch.set_grad_enabled(graph):
-        assert_close_relative(experts(*inputs), with_graph, 1e-6)
-    with held_still([experts]):  # what is held for one way is not taken for the other
-        for enabled in (True, False, True):
-            with torch.set_grad_enabled(enabled):
-                assert_close_relative(experts(*inputs), with_graph, 1e-6)
-    assert ways == [expected, True, least == 4, True]
+def small_fast_weights(samples: int) -> dict[str, SiteWeights]:
+    generator = torch.Generator().manual_seed(5)
 
+    def draw(*size: int) -> Tensor:
+        return torch.randn(6, samples, *size, generator=generator)
 
-def test_a_pass_gives_the_same_bits_after_few_rows_went_at_once():
-    """Where in memory a matrix lies can change how its products round."""
-    experts, inputs = experts_of(torch.float32, lora=True), routing(torch.float32, [0, 1, 2, 3, 4, 5])
-    for parameter in experts.parameters():  # as in a checkpoint's file
-        parameter.data = torch.empty(parameter.numel() + 1)[1:].view_as(parameter).copy_(parameter.data)
-    before = experts(*inputs)
-    places = [parameter.data_ptr() for parameter in experts.parameters()]
-    with torch.no_grad():
-        experts(*inputs)
-    assert torch.equal(experts(*inputs), before)
-    assert places == [parameter.data_ptr() for parameter in experts.parameters()]
+    widths = {"gate_proj": (16, 8), "up_proj": (16, 8), "down_proj": (8, 16)}
+    return {name: SiteWeights(draw(8, columns), draw(rows, 8), 0.1) for name, (columns, rows) in widths.items()}
 
 
 @pytest.mark.parametrize("samples", [0, 1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_in_turn_is_as_at_once(dtype, samples, monkeypatch):
-    experts = experts_of(dtype, lora=True)
-    results = []
-    for in_turn in (True, False):
-        monkeypatch.setattr(RoutedExperts, "in_turn", in_turn)
-        generator = torch.Generator().manual_seed(5)
-        for name, (columns, rows) in {"gate_proj": (16, 8), "up_proj": (16, 8), "down_proj": (8, 16)}.items():
-            down = torch.randn(6, samples, 8, columns, generator=generator).requires_grad_()
-            up = torch.randn(6, samples, rows, 8, generator=generator).requires_grad_()
-            experts.fast.update({name: SiteWeights(down, up, 0.1)} if samples else {})
-        x, chosen, weights = routing(dtype, [0, 2, 3, 5])
-        x.requires_grad_()
-        output = experts(x, chosen, weights)
-        output.square().sum().backward()
-        fast = [m.grad for site in experts.fast.values() for m in (site.down, site.up)]
-        results.append([output, x.grad, *fast, *(p.grad for p in experts.parameters() if p.requires_grad)])
-        experts.zero_grad()
-    for ours, together in zip(*results, strict=True):
-        assert_close_relative(ours, together, 1e-6 if dtype == torch.float32 else 4e-2)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_padded_is_as_sorted(dtype, samples, monkeypatch):
+    experts, padded = experts_of(dtype, lora=True), spy_on(monkeypatch)
+    experts.fast.update(small_fast_weights(samples) if samples else {})
+    inputs = routing(dtype, [0, 2, 3, 5])
+    expected = experts(*inputs)
+    with torch.no_grad():
+        assert_close_relative(experts(*inputs), expected, {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, 4e-2))
+    assert padded == [False, True]
 
 
-def test_what_is_held_still_is_stacked_once_and_let_go(monkeypatch):
-    monkeypatch.setattr(RoutedExperts, "in_turn", False)
+def spy_on(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether the rows of each pass were padded."""
+    padded, run = [], moe.expert_ffn
+
+    def spy(x: Tensor, weights: Tensor, routes: Routes, *rest: Any) -> Tensor:
+        padded.append(routes.offsets is None)
+        return run(x, weights, routes, *rest)
+
+    monkeypatch.setattr(moe, "expert_ffn", spy)
+    return padded
+
+
+def test_what_is_padded(monkeypatch):
+    """Few rows, without a gradient, and not mostly fillers."""
+    experts, padded = experts_of(torch.float32, lora=True), spy_on(monkeypatch)
+    inputs = routing(torch.float32, [0, 1, 2, 3, 4, 5])  # 28 rows for 6 experts
+    x, chosen, weights = inputs
+    monkeypatch.setattr(moe, "FEW_ROWS", 5)
+    with torch.no_grad():
+        experts(*inputs)
+        experts(x[:1, :1], chosen[:1, :1], weights[:1, :1])  # 2 rows, which would be 6
+        monkeypatch.setattr(moe, "MOST_PADDING", 2)
+        experts(x[:1, :1], chosen[:1, :1], weights[:1, :1])
+        monkeypatch.setattr(moe, "FEW_ROWS", 4)
+        experts(*inputs)
+    assert padded == [True, True, False, False]
+
+
+def test_padding():
+    chosen = torch.tensor([[[0, 3], [3, 0], [3, 1]]])
+    routes = Routes.of(chosen, experts=4, samples=1).padded(at_most=2)
+    assert routes.offsets is None and routes.fast_offsets is None
+    assert routes.tokens.view(4, 3)[[0, 0, 1, 3, 3, 3], [0, 1, 0, 0, 1, 2]].tolist() == [0, 1, 2, 0, 1, 2]
+    assert routes.back.tolist() == [[0, 9], [10, 1], [11, 3]]
+    assert routes.order[routes.back].tolist() == [[0, 1], [2, 3], [4, 5]]
+    unpadded = Routes.of(chosen, experts=4, samples=1)
+    assert unpadded.padded(at_most=1.9) is unpadded
+
+
+def test_what_is_held_still_is_stacked_once_and_let_go():
     experts = experts_of(torch.float32, lora=True)
     x, chosen, weights = routing(torch.float32, [0, 1, 2])
     expected = experts(x, chosen, weights)
@@ -208,12 +219,12 @@ def test_what_is_held_still_is_stacked_once_and_let_go(monkeypatch):
         with torch.no_grad():
             assert torch.equal(experts(x, chosen, weights), expected)
         output = experts(x, chosen, weights)
-        stacked = experts._made_of(torch.float32, False, False)[0].adapters[0].down
-        assert stacked.requires_grad and experts._made_of(torch.float32, False, False)[0].adapters[0].down is stacked
+        stacked = experts._made_of(torch.float32, False)[0].adapters[0].down
+        assert stacked.requires_grad and experts._made_of(torch.float32, False)[0].adapters[0].down is stacked
         with inner_pass([experts]):
-            assert not experts._made_of(torch.float32, False, False)[0].adapters[0].down.requires_grad
+            assert not experts._made_of(torch.float32, False)[0].adapters[0].down.requires_grad
         with held_still([experts]):  # within, it is the same
-            assert experts._made_of(torch.float32, False, False)[0].adapters[0].down is stacked
+            assert experts._made_of(torch.float32, False)[0].adapters[0].down is stacked
         assert experts._held is not None
     output.sum().backward()
     assert all(p.grad is not None for p in experts.parameters() if p.requires_grad)

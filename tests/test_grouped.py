@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dllm_memdlm.grouped import Alone, AtOnce, InTurn, grouped_linear, grouped_linear_loop, grouped_outer, split
+from dllm_memdlm.grouped import grouped_linear, grouped_linear_loop, grouped_outer, split
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 SIZES = [[3, 5, 2], [0, 4, 0, 0, 6], [7, 0], [1], [0, 0, 9]]
@@ -119,46 +119,10 @@ def test_split():
     assert [part.tolist() for part in parts] == [[0, 1, 2], [], [3, 4, 5, 6, 7], [8, 9]]
 
 
-MATRICES = {
-    "a tensor": lambda weight: weight,
-    "one by one": list,
-    "made when asked for": lambda weight: lambda number: weight if number is None else weight[number],
-}
-
-
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(
-    ("way", "matrices"),
-    [
-        ("at once", "a tensor"),
-        ("at once", "made when asked for"),
-        ("in turn", "a tensor"),
-        ("in turn", "one by one"),
-        *(("alone", kind) for kind in MATRICES),
-    ],
-)
-def test_every_way_gives_the_same(way, matrices, dtype, sizes):
-    """Into nothing, over something, and added to it; in its own dtype and in a wider one."""
-    x, weight, offsets, y = make_case(sizes, 16, 8, dtype, requires_grad=False)
-    expected, back, outer = explicit(x, weight, sizes, y)
-    given = MATRICES[matrices](weight.double())  # they are used in the dtype of the rows
-    everything = slice(0, sum(sizes))
-    ways = {
-        "at once": lambda: [(AtOnce(offsets), everything)],
-        "in turn": lambda: [(InTurn(range(len(sizes)), offsets.tolist()), everything)],
-        "alone": lambda: [
-            (Alone(number), slice(last - size, last))
-            for number, (size, last) in enumerate(zip(sizes, offsets.tolist(), strict=True))
-        ],
-    }
-    for products, own in ways[way]():
-        for product, rows, wanted in ((products.linear, x, expected), (products.linear_back, y, back)):
-            assert_close(product(rows[own], given), wanted[own], dtype)
-            for out_dtype in (dtype, torch.float64):
-                for add in (False, True):
-                    out = torch.ones_like(wanted[own], dtype=out_dtype)
-                    assert product(rows[own], given, out, add) is out
-                    assert_close(out.to(dtype), wanted[own] + add, dtype)
-        found = products.outer(y[own], x[own])
-        assert_close(found, outer[products.number :][:1] if way == "alone" else outer, dtype)
+@pytest.mark.parametrize("widths", [(16, 32), (6, 10)], ids=str)
+def test_groups_of_equally_many_rows(widths, dtype):
+    x, weight, offsets, upstream = make_case([4, 4, 4], *widths, dtype, requires_grad=False)
+    expected = explicit(x, weight, [4, 4, 4], upstream)[0]
+    for where_they_end in (offsets, None):
+        assert_close(grouped_linear(x, weight.double(), where_they_end), expected, dtype)

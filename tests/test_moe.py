@@ -55,7 +55,7 @@ def routing(dtype: torch.dtype, used: list[int], top_k: int = 2) -> tuple[Tensor
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("used", [[0, 1, 2, 3, 4, 5], [1, 4]], ids=["all", "few"])
-def test_sorted_experts_are_a_loop_over_experts(in_turn, dtype, lora, used):
+def test_sorted_experts_are_a_loop_over_experts(dtype, lora, used):
     experts = experts_of(dtype, lora)
     results = []
     for run in (experts, lambda *arguments: loop_over_experts(experts, *arguments)):
@@ -81,7 +81,7 @@ def test_sorted_experts_are_a_loop_over_experts(in_turn, dtype, lora, used):
             assert not gradient.any() and plain_gradients[name] is None
 
 
-def test_some_experts_may_be_frozen(in_turn):
+def test_some_experts_may_be_frozen():
     experts = experts_of(torch.float32, lora=True)
     experts[0].requires_grad_(False)
     found = []
@@ -95,14 +95,14 @@ def test_some_experts_may_be_frozen(in_turn):
 
 
 @pytest.mark.parametrize("hidden", [16, 10])  # the kernel takes the first only
-def test_widths_that_the_kernel_does_not_take(in_turn, hidden):
+def test_widths_that_the_kernel_does_not_take(hidden):
     experts = experts_of(torch.float32, lora=False, hidden=hidden, width=6)
     x, chosen, weights = routing(torch.float32, [0, 2, 5])
     x = x[..., :hidden]
     assert_close_relative(experts(x, chosen, weights), loop_over_experts(experts, x, chosen, weights), 1e-5)
 
 
-def test_disabled_and_merged_adapters_are_followed(in_turn):
+def test_disabled_and_merged_adapters_are_followed():
     experts = experts_of(torch.float32, lora=True)
     x, chosen, weights = routing(torch.float32, [0, 1, 2])
     layers = [module for module in experts.modules() if hasattr(module, "enable_adapters")]
@@ -137,8 +137,7 @@ def test_grouped_products_are_a_loop(dtype):
 
 
 @pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
-def test_frozen_experts_are_packed_once(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(RoutedExperts, "in_turn", False)
+def test_frozen_experts_are_packed_once(kind, tmp_path):
     model = tiny(kind, lora=True).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
@@ -246,9 +245,8 @@ def test_fast_weights_of_experts_are_a_loop(samples, dtype):
     assert_close_relative(ours, torch.cat(rows), TOLERANCE[dtype])
 
 
-def test_under_autocast_a_lora_in_float32_is_cast_once_for_all_experts(monkeypatch):
+def test_under_autocast_a_lora_in_float32_is_cast_once_for_all_experts():
     """On a GPU a cast for each of hundreds of matrices would be as many launches."""
-    monkeypatch.setattr(RoutedExperts, "in_turn", False)
     experts = experts_of(torch.float32, lora=True)
     x, chosen, weights = routing(torch.float32, [0, 1, 2])
     casts = []

@@ -32,7 +32,7 @@ def step(trainer: MemDLMTrainer) -> list[Tensor]:
     trainer.state.logging_steps, trainer.state.global_step = 100, 5  # of a step that is not logged
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     for experts in (part for part in trainer.model.modules() if isinstance(part, RoutedExperts)):
-        experts.in_turn = False  # as on a GPU
+        experts.pads = False  # as on a GPU
     trainer.compute_loss(trainer.model.train(), dict(batch))  # the first step of a model also packs its experts
     with without_values() as mode:
         batch = tree_map_only(Tensor, mode.from_tensor, batch)

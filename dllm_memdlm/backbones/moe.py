@@ -16,15 +16,17 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..fast_weights import SiteWeights
-from ..grouped import MAX_GROUPS, Matrices, split
-from .expert_ffn import Experts, Routes, expert_ffn
+from ..grouped import MAX_GROUPS, split
+from .expert_ffn import Experts, expert_ffn
 from .output import OutputLinear
 from .projection import Adapter, Projection
+from .routes import Routes
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-#: With so many rows for each expert, on average, a CPU takes expert after expert without a gradient, too. Where few
-#: tokens are decoded at a time, the way to each expert's products costs more than keeping its rows in the cache brings.
-MANY_ROWS = 32
+#: Up to so many times the rows may be fillers and rows, where each expert has few: reading its weights costs more.
+MOST_PADDING = 4
+#: An expert has few rows if it has no more on average.
+FEW_ROWS = 32
 #: Where PEFT keeps its LoRA for linear layers, and for those of bitsandbytes.
 PLAIN_LORA = ("peft.tuners.lora.layer", "peft.tuners.lora.bnb")
 
@@ -36,7 +38,7 @@ class RoutedExperts(nn.ModuleList):
     projections are put into `fast` for the time of a forward pass.
     """
 
-    in_turn = True  #: whether a CPU takes expert after expert, whose rows then stay in its cache, where they are many
+    pads = True  #: whether a CPU takes few rows as one batched product, which its threads share; not a grouped one
 
     def __init__(self, experts: Iterable[nn.Module]) -> None:
         super().__init__(experts)
@@ -73,54 +75,43 @@ class RoutedExperts(nn.ModuleList):
         return torch.cat(parts)
 
     def _of(self, x: Tensor, chosen: Tensor, weights: Tensor, fast: dict[str, SiteWeights], samples: int) -> Tensor:
-        routes = self._route(chosen, samples)
-        rows, weights = x.flatten(0, 1), weights.flatten().index_select(0, routes.order)[:, None]
-        device = x.device.type
+        rows, device = x.flatten(0, 1), x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        many = torch.is_grad_enabled() or len(routes.order) >= MANY_ROWS * len(self)
-        in_turn = self.in_turn and device == "cpu" and many
-        parts = self._made_of(dtype, torch.is_autocast_enabled(device), in_turn)
+        parts = self._made_of(dtype, torch.is_autocast_enabled(device))
+        routes = Routes.of(chosen, len(self), samples)
+        few = chosen.numel() <= FEW_ROWS * len(self)
+        if self.pads and parts is not None and device == "cpu" and few and not torch.is_grad_enabled():
+            routes = routes.padded(MOST_PADDING)
+        weights = weights.flatten().index_select(0, routes.order)[:, None]
         if parts is None:
             output = self._one_by_one(rows, weights, routes, fast)
         else:
             for number, name in enumerate(PROJECTIONS):
                 if name in fast:
                     parts[number] = parts[number].under(_fast(fast[name], dtype))
-            output = expert_ffn(rows, weights, routes, Experts(*parts, self[0].act_fn), dtype, in_turn)
+            output = expert_ffn(rows, weights, routes, Experts(*parts, self[0].act_fn), dtype)
         return output.to(x.dtype).view_as(x)
-
-    def _route(self, chosen: Tensor, samples: int) -> Routes:
-        group = chosen * samples
-        if samples > 1:
-            group = group + torch.arange(samples, device=chosen.device)[:, None, None]
-        group = group.flatten()
-        counts = torch.zeros(len(self) * samples, dtype=torch.int64, device=group.device)
-        fast_offsets = counts.scatter_add_(0, group, torch.ones_like(group)).cumsum(0).to(torch.int32)
-        order, top_k = group.argsort(stable=True), chosen.shape[-1]
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        tokens = order.div(top_k, rounding_mode="floor")
-        return Routes(order, tokens, back.view(-1, top_k), fast_offsets[samples - 1 :: samples], fast_offsets)
 
     # === all at once ===
 
-    def _made_of(self, dtype: torch.dtype, autocast: bool, in_turn: bool) -> list[Projection] | None:
+    def _made_of(self, dtype: torch.dtype, autocast: bool) -> list[Projection] | None:
         """The projections, without fast weights, or none if each expert has to compute for itself.
 
         In the inner loop their weights and LoRA are constants.
         """
         graph = self.trains and torch.is_grad_enabled()
         held = {} if self._held is None else self._held
-        keys = [(dtype, autocast, in_turn, known) for known in (True, graph)]  # what has a graph serves without it, too
+        keys = [(dtype, autocast, known) for known in (True, graph)]  # what has a graph serves without it, too
         key = keys[0] if keys[0] in held else keys[1]
         if key not in held:
             with torch.set_grad_enabled(graph):
                 linears = {name: [getattr(expert, name) for expert in self] for name in PROJECTIONS}
-                parts = [self._projection(name, of_name, dtype, in_turn) for name, of_name in linears.items()]
+                parts = [self._projection(name, of_name, dtype) for name, of_name in linears.items()]
             held[key] = None if None in parts else parts
         parts = held[key]
         return parts and [part if self.trains else part.detached() for part in parts]
 
-    def _projection(self, name: str, linears: list[nn.Module], dtype: torch.dtype, in_turn: bool) -> Projection | None:
+    def _projection(self, name: str, linears: list[nn.Module], dtype: torch.dtype) -> Projection | None:
         """If all are linear layers without bias, or all such layers under the same single plain LoRA."""
         adapted = isinstance(linears[0], LoraLayer)
         if adapted and not _have_the_same_lora(linears):
@@ -132,30 +123,28 @@ class RoutedExperts(nn.ModuleList):
         if any(base.bias is not None for base in bases):
             return None
         own = [base.weight for base in bases]
-        weight = partial(self._unpack, bases) if packed else self._matrices(name, own, own[0].dtype, in_turn)
+        weight = partial(self._unpack, bases) if packed else self._matrices(name, own, own[0].dtype)
         in_use = adapted and not linears[0].disable_adapters and not linears[0].merged
-        lora = [self._lora(name, linears, dtype, in_turn)] if in_use else []
+        lora = [self._lora(name, linears, dtype)] if in_use else []
         return Projection(weight, (bases[0].compute_dtype if packed else None) or dtype, lora)
 
-    def _lora(self, name: str, linears: list[nn.Module], dtype: torch.dtype, in_turn: bool) -> Adapter:
+    def _lora(self, name: str, linears: list[nn.Module], dtype: torch.dtype) -> Adapter:
         """The outer LoRA of one projection, in its own dtype or in autocast's."""
         first, adapter = linears[0], linears[0].active_adapters[0]
         own = first.lora_A[adapter].weight
         dtype = dtype if torch.is_autocast_enabled(own.device.type) else own.dtype
         down, up = (
-            self._matrices(f"{name}.{adapter}.{side}", [layer[adapter].weight for layer in layers], dtype, in_turn)
+            self._matrices(f"{name}.{adapter}.{side}", [layer[adapter].weight for layer in layers], dtype)
             for side, layers in (("A", [one.lora_A for one in linears]), ("B", [one.lora_B for one in linears]))
         )
         dropout = first.lora_dropout[adapter]
         probability = 0.0 if isinstance(dropout, nn.Identity) or not dropout.training else dropout.p
         return Adapter(down, up, first.scaling[adapter], dtype, dropout=probability)
 
-    def _matrices(self, name: str, weights: list[Tensor], dtype: torch.dtype, in_turn: bool) -> Matrices:
-        """One by one where experts go in turn, or in one tensor."""
-        packed = self._pack(name, weights)  # in turn, too: sums round by where a matrix lies, which is not to change
-        if not in_turn:
-            return (torch.stack(weights) if packed is None else packed).to(dtype)
-        return weights if weights[0].dtype == dtype else [weight.to(dtype) for weight in weights]
+    def _matrices(self, name: str, weights: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """Of all experts [E, out, in]."""
+        packed = self._pack(name, weights)
+        return (torch.stack(weights) if packed is None else packed).to(dtype)
 
     def _pack(self, name: str, weights: list[Tensor]) -> Tensor | None:
         """Frozen weights become views of one buffer [E, out, in], so that stacking them costs nothing afterwards."""
@@ -175,12 +164,10 @@ class RoutedExperts(nn.ModuleList):
         return bitsandbytes is not None and isinstance(linear, bitsandbytes.nn.Linear4bit)
 
     @staticmethod
-    def _unpack(linears: list[nn.Module], number: int | None = None) -> Tensor:
-        """The weights of all written out [E, out, in], or of one [out, in], in the dtype that they were packed from."""
+    def _unpack(linears: list[nn.Module]) -> Tensor:
+        """The weights of all written out [E, out, in], in the dtype that they were packed from."""
         from bitsandbytes.functional import dequantize_4bit
 
-        if number is not None:
-            return dequantize_4bit(linears[number].weight.data, linears[number].weight.quant_state)
         states = [linear.weight.quant_state for linear in linears]
         out = linears[0].weight.new_empty(len(linears), *states[0].shape, dtype=states[0].dtype)
         for linear, state, part in zip(linears, states, out, strict=True):

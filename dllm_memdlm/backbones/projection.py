@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..grouped import Alone, AtOnce, InTurn, Matrices
+from ..grouped import grouped_linear, grouped_outer
+from .routes import Routes
+
+#: Of every group [G, out, in], or made when asked for.
+Matrices = Tensor | Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ class Projection:
         """With one adapter more."""
         return replace(self, adapters=[*self.adapters, adapter])
 
-    def mapped(self, function: Callable[[Matrices], Any]) -> Projection:
-        """With something else for all matrices."""
+    def mapped(self, function: Callable[[Tensor], Any]) -> Projection:
+        """With something else for all matrices that are there."""
         adapters = [
             replace(one, down=None if one.down is None else function(one.down), up=function(one.up))
             for one in self.adapters
@@ -46,14 +50,7 @@ class Projection:
 
     def detached(self) -> Projection:
         """As a constant."""
-        return self.mapped(lambda one: one.detach() if isinstance(one, Tensor) else [part.detach() for part in one])
-
-
-class Block(NamedTuple):
-    """Products over the rows of all experts, or of one alone."""
-
-    of_expert: AtOnce | Alone
-    of_set: AtOnce | Alone | InTurn  #: with fast weights, one set for each expert and sample
+        return self.mapped(torch.Tensor.detach)
 
 
 class ProjectionPass:
@@ -72,41 +69,31 @@ class ProjectionPass:
         #: Whether a gradient of any of its matrices is wanted, which takes its inputs.
         self.trains = self.weight.trains or any(delta.down.trains or delta.up.trains for delta in self.deltas)
 
-    def forward(self, x: Tensor, block: Block, out: Tensor | None = None) -> tuple[Tensor, list[Tensor | None]]:
-        """x [T, in] → [T, out], in `out` if given, and what the backward pass wants to have back."""
+    def forward(self, x: Tensor, routes: Routes) -> tuple[Tensor, list[Tensor | None]]:
+        """x [T, in] → [T, out], and what the backward pass wants to have back."""
         kept: list[Tensor | None] = []
-        output = block.of_expert.linear(_cast(x, self.computes_in), self.weight.values, out)
-        if out is None:
-            output = _cast(output, self.dtype)
+        output = grouped_linear(x.to(self.computes_in), self.weight.values, routes.offsets).to(self.dtype)
         for delta in self.deltas:
-            kept += delta.add(x, block, output)
+            kept += delta.add(x, routes, output)
         return output, kept
 
     def backward(
-        self,
-        d_output: Tensor,
-        x: Tensor | None,
-        block: Block,
-        kept: Sequence[Tensor | None],
-        d_x: Tensor | None = None,
-        add: bool = False,
-        wanted: bool = True,
+        self, d_output: Tensor, x: Tensor | None, routes: Routes, kept: Sequence[Tensor | None], wanted: bool = True
     ) -> Tensor | None:
-        """The gradient of x [T, in] if wanted, in `d_x` if given, or added to it; those of matrices are kept."""
-        own = _cast(d_output, self.computes_in)
-        if wanted:
-            product = block.of_expert.linear_back(own, self.weight.values, d_x, add)
-            d_x = _cast(product, self.dtype) if d_x is None else d_x
+        """The gradient of x [T, in] if wanted; those of matrices are kept."""
+        own = d_output.to(self.computes_in)
+        d_x = grouped_linear(own, self.weight.values.mT, routes.offsets).to(self.dtype) if wanted else None
         if self.weight.trains:
-            self.weight.gradients.append(block.of_expert.outer(own, _cast(x, own.dtype)))
+            self.weight.gradient = grouped_outer(own, x.to(own.dtype), routes.offsets)
         for number, delta in enumerate(self.deltas):
-            delta.backward(d_output, x, block, kept[2 * number], kept[2 * number + 1], d_x)
+            delta.backward(d_output, x, routes, kept[2 * number], kept[2 * number + 1], d_x)
         return d_x
 
     def give_gradients(self, gradients: list[Tensor | None]) -> None:
         """Put those of its matrices in the places of the matrices."""
         for matrices in (self.weight, *(part for delta in self.deltas for part in (delta.down, delta.up))):
-            matrices.give_gradients(gradients)
+            if matrices.trains:
+                gradients[matrices.place] = matrices.gradient
 
 
 class _Delta:
@@ -117,62 +104,56 @@ class _Delta:
         self.per_sample = adapter.per_sample
         self.down, self.up = _Placed(adapter.down, tensors), _Placed(adapter.up, tensors)
 
-    def add(self, x: Tensor, block: Block, output: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def add(self, x: Tensor, routes: Routes, output: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Add to the projection's output, in place. Returns scaling · down(x) [T, r], and what survived dropout."""
-        products = block.of_set if self.per_sample else block.of_expert
-        x, low, survivors = _cast(x, self.dtype), None, None
+        offsets = self._offsets(routes)
+        x, low, survivors = x.to(self.dtype), None, None
         if self.dropout > 0:
             x, survivors = torch.native_dropout(x, self.dropout, True)
         if self.down.values is not None:
-            x = low = products.linear(x, self.down.values).mul_(self.scaling)
-        products.linear(x, self.up.values, output, add=True)
+            x = low = grouped_linear(x, self.down.values, offsets).mul_(self.scaling)
+        output += grouped_linear(x, self.up.values, offsets)
         return low, survivors
 
     def backward(
         self,
         d_output: Tensor,
         x: Tensor | None,
-        block: Block,
+        routes: Routes,
         low: Tensor | None,
         survivors: Tensor | None,
         d_x: Tensor | None,
     ) -> None:
-        """The gradients of the matrices; what comes to that of x is added to it in place."""
-        products = block.of_set if self.per_sample else block.of_expert
-        d_output = _cast(d_output, self.dtype)
-        x = None if x is None else self._dropped(_cast(x, self.dtype), survivors)
+        """The gradients of the matrices are kept; what comes to that of x is added to it in place."""
+        offsets = self._offsets(routes)
+        d_output = d_output.to(self.dtype)
+        x = None if x is None else self._dropped(x.to(self.dtype), survivors)
         first, d_first = self.up.values, d_output
         if low is not None:
-            first, d_first = self.down.values, products.linear_back(d_output, first).mul_(self.scaling)
+            first, d_first = self.down.values, grouped_linear(d_output, first.mT, offsets).mul_(self.scaling)
             if self.down.trains:
-                self.down.gradients.append(products.outer(d_first, x))
+                self.down.gradient = grouped_outer(d_first, x, offsets)
         if self.up.trains:
-            self.up.gradients.append(products.outer(d_output, x if low is None else low))
-        if d_x is not None and survivors is None:
-            products.linear_back(d_first, first, d_x, add=True)
-        elif d_x is not None:
-            d_x.add_(self._dropped(products.linear_back(d_first, first), survivors))
+            self.up.gradient = grouped_outer(d_output, x if low is None else low, offsets)
+        if d_x is not None:
+            d_x += self._dropped(grouped_linear(d_first, first.mT, offsets), survivors)
+
+    def _offsets(self, routes: Routes) -> Tensor | None:
+        return routes.fast_offsets if self.per_sample else routes.offsets
 
     def _dropped(self, x: Tensor, survivors: Tensor | None) -> Tensor:
         return x if survivors is None else x * survivors / (1 - self.dropout)
 
 
 class _Placed:
-    """Matrices that went in with others, and their gradients, block after block."""
+    """Matrices that went in with others, by their place, and their gradient."""
 
-    def __init__(self, place: int | slice | Callable | None, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, place: int | Callable[[], Tensor] | None, tensors: Sequence[Tensor]) -> None:
         self.place = place
-        self.values: Matrices | None = tensors[place] if isinstance(place, int | slice) else place
-        given = tensors[place] if isinstance(place, slice) else [self.values] if isinstance(place, int) else []
-        self.trains = any(matrix.requires_grad for matrix in given)
-        self.gradients: list[Tensor] = []
+        self.given = tensors[place] if isinstance(place, int) else None
+        self.trains = self.given is not None and self.given.requires_grad
+        self.gradient: Tensor | None = None
 
-    def give_gradients(self, gradients: list[Tensor | None]) -> None:
-        if isinstance(self.place, int) and self.gradients:
-            gradients[self.place] = self.gradients[0] if len(self.gradients) == 1 else torch.cat(self.gradients)
-        elif self.gradients:
-            gradients[self.place] = [matrix for part in self.gradients for matrix in part]
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)  # without a call in the usual case: there is one for every expert
+    @property
+    def values(self) -> Tensor | None:
+        return self.place() if callable(self.place) else self.given

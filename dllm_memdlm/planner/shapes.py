@@ -89,15 +89,15 @@ class ShapeExperts(RoutedExperts):
         return isinstance(linear, PackedLinear)
 
     @staticmethod
-    def _unpack(linears: list[PackedLinear], number: int | None = None) -> Tensor:
-        first, several = linears[0], [len(linears)] if number is None else []
-        return torch.empty(*several, first.out_features, first.in_features, dtype=first.compute_dtype)
+    def _unpack(linears: list[PackedLinear]) -> Tensor:
+        first = linears[0]
+        return torch.empty(len(linears), first.out_features, first.in_features, dtype=first.compute_dtype)
 
     @classmethod
     def put_into(cls, module: nn.Module, packs: bool, device: str) -> None:
         """In place of all routed experts. `packs`: frozen weights are stacked already."""
         for experts in [part for part in module.modules() if isinstance(part, RoutedExperts)]:
-            experts.__class__, experts.in_turn = cls, device == "cpu"
+            experts.__class__, experts.pads = cls, device == "cpu"
             for name, child in experts[0].named_children() if packs else ():
                 linear = _base(child)
                 if type(linear) is nn.Linear and not linear.weight.requires_grad:

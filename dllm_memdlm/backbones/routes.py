@@ -1,0 +1,52 @@
+"""Which rows an expert computes: each token once for every expert it is sent to, sorted by expert."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..grouped import ends
+
+
+class Routes(NamedTuple):
+    """T rows, one for each of its k experts of each of N tokens, sorted by expert, and within an expert by sample.
+
+    Padded ones have as many rows for every (expert, sample), some of which are fillers: what they give nobody reads.
+    """
+
+    order: Tensor  #: which of the N·k (token, choice) pairs stands in each row [T]
+    tokens: Tensor  #: and which token [T]
+    back: Tensor  #: the rows of each token [N, k]
+    offsets: Tensor | None  #: where each expert's rows end [E] int32; None if padded
+    fast_offsets: Tensor | None  #: where each (expert, sample)'s rows end [E·S] int32; None if padded
+
+    @classmethod
+    def of(cls, chosen: Tensor, experts: int, samples: int) -> Routes:
+        """Of the experts chosen for each token [B, M, k], 0 to `experts` - 1; `samples` is 1, or B of them."""
+        group = chosen * samples
+        if samples > 1:
+            group = group + torch.arange(samples, device=chosen.device)[:, None, None]
+        group = group.flatten()
+        counts = torch.zeros(experts * samples, dtype=torch.int64, device=group.device)
+        fast_offsets = counts.scatter_add_(0, group, torch.ones_like(group)).cumsum(0).to(torch.int32)
+        order, top_k = group.argsort(stable=True), chosen.shape[-1]
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        tokens = order.div(top_k, rounding_mode="floor")
+        return cls(order, tokens, back.view(-1, top_k), fast_offsets[samples - 1 :: samples], fast_offsets)
+
+    def padded(self, at_most: float) -> Routes:
+        """With fillers, or without if rows would be more than `at_most` times as many. Waits for the device."""
+        last, rows = ends(self.fast_offsets, len(self.order)), len(self.order)
+        sizes = [end - start for start, end in zip([0, *last], last, strict=False)]
+        size = max(sizes)
+        if size * len(sizes) > at_most * rows:
+            return self
+        fillers = torch.tensor([size - own for own in sizes], device=self.order.device)
+        before = (fillers.cumsum(0) - fillers).repeat_interleave(size - fillers, output_size=rows)
+        places = torch.arange(rows, device=self.order.device) + before
+        order, tokens = (
+            part.new_zeros(size * len(sizes)).index_copy_(0, places, part) for part in (self.order, self.tokens)
+        )
+        return Routes(order, tokens, places[self.back], None, None)
