@@ -64,7 +64,8 @@ def profiling(size: Size) -> Section:
         columns=[
             *("model, vocabulary, prompt:response", "step", "s"),
             *("products s", "attention s", "rest s"),
-            *("GFLOP of products", "GFLOP/s", "s at the full rate", "÷ dllm's plain", "÷ plain at the full rate"),
+            *("GFLOP of products", "GFLOP/s", "GFLOP ÷ plain's"),
+            *("s at the full rate", "÷ dllm's plain", "÷ plain at the full rate"),
         ],
         note=f"{described(size.shapes[0])}; CPU time, medians of {size.repeats} turns; products and attention as timed "
         "one by one in another step. At the full rate: with every product at the speed of one of two matrices of "
@@ -87,13 +88,16 @@ def _rows(shape: str, cases: dict[str, Step], repeats: int, full_rate: float) ->
         case()  # the first step of a model also packs its experts
     seconds = {name: timed.median("cpu") for name, timed in side_by_side(cases, repeats).items()}
     rows: list[list[Cell]] = []
-    best: dict[str, float] = {}
+    best, flops = {}, {}
     for name, case in cases.items():
         found = parts(case, seconds[name])
-        gflop, best[name] = found.flops / 1e9, seconds[name] - found.products + found.flops / full_rate
+        flops[name], best[name] = found.flops, seconds[name] - found.products + found.flops / full_rate
         rows.append(
             [
-                *(shape, name, seconds[name], *found[:3], gflop, round(gflop / found.products), best[name]),
+                *(shape, name, seconds[name], *found[:3]),
+                *(found.flops / 1e9, round(found.flops / 1e9 / found.products)),
+                found.flops / flops["plain"] if name == "MemDLM" else None,
+                best[name],
                 best[name] / seconds["dllm"] if "dllm" in seconds else None,
                 best[name] / best["plain"] if name != "dllm" else None,
             ]

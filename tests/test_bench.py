@@ -53,9 +53,11 @@ def test_profile(found):
     kinds = [kind for kind in ("dllm", "plain", "MemDLM") if kind != "dllm" or dllm_api.HAS_DLLM]
     shapes = ("LLaDA-MoE, 256, 7:1", "LLaDA2.1, 256, 7:1")
     assert [row[:2] for row in rows] == [[shape, kind] for shape in shapes for kind in kinds]
-    for _, kind, seconds, *parts, gflop, _, least, of_dllms, of_plain in rows:
+    gflops = {(shape, kind): gflop for shape, kind, *_, gflop, _, _, _, _, _ in rows}
+    for shape, kind, seconds, *parts, gflop, _, floor, least, of_dllms, of_plain in rows:
         assert min(parts) > 0 and sum(parts) == pytest.approx(seconds)
         assert gflop > 0 and least != seconds
+        assert floor == (pytest.approx(gflop / gflops[shape, "plain"]) if kind == "MemDLM" else None)
         assert (of_plain is None) == (kind == "dllm")
         assert (of_dllms is None) is not dllm_api.HAS_DLLM
 

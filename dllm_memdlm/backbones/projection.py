@@ -12,16 +12,13 @@ from torch import Tensor
 from ..grouped import grouped_linear, grouped_outer
 from .routes import Routes
 
-#: Of every group [G, out, in], or made when asked for.
-Matrices = Tensor | Callable[[], Tensor]
-
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is added to a projection's output: scaling · up(down(dropout(x))), or up(x)."""
+    """What is added to a projection's output: scaling · up(down(dropout(x))), or up(x). G is E, or E·S per sample."""
 
-    down: Matrices | None  #: [r, in]
-    up: Matrices | None  #: [out, r], or [out, in]
+    down: Tensor | None  #: [G, r, in]
+    up: Tensor  #: [G, out, r], or [G, out, in]
     scaling: float
     dtype: torch.dtype  #: it computes in
     per_sample: bool = False  #: a matrix for each expert and sample, rather than for each expert
@@ -32,7 +29,8 @@ class Adapter:
 class Projection:
     """One of gate, up and down, of all experts."""
 
-    weight: Matrices  #: [out, in]; where they are packed in 4 bit what unpacks them, which the backward pass does again
+    #: [E, out, in]; where they are packed in 4 bit what unpacks them, which the backward pass does again.
+    weight: Tensor | Callable[[], Tensor]
     dtype: torch.dtype  #: the product with it computes in
     adapters: Sequence[Adapter] = ()
 
