@@ -52,7 +52,7 @@ def batch_of(vocabulary: int, size: int, length: int, ratio: int, memory: Memory
 
 def trainer_of(model: nn.Module, memory: MemoryConfig, args: MemDLMConfig | None = None) -> MemDLMTrainer:
     """A trainer that never logs in the middle of what is timed; on a CPU in float32 unless told otherwise."""
-    arguments = _arguments(MemDLMConfig)
+    arguments = _arguments(MemDLMConfig, model)
     trainer = MemDLMTrainer(model, memory=memory, **(arguments if args is None else {**arguments, "args": args}))
     trainer.state.logging_steps, trainer.state.global_step = 10**9, 1
     return trainer
@@ -98,7 +98,7 @@ def dllms(model: nn.Module, batch: dict[str, Tensor]) -> Step:
     """dllm's MDLMTrainer on dllm's model. It draws its own masks, which its cost does not depend on."""
     from dllm.core.trainers import MDLMConfig, MDLMTrainer
 
-    trainer = MDLMTrainer(model=model, **_arguments(MDLMConfig))
+    trainer = MDLMTrainer(model=model, **_arguments(MDLMConfig, model))
     inputs = {key: batch[key] for key in ("input_ids", "labels")}
     return _step(trainer.model, lambda: trainer.compute_loss(trainer.model, dict(inputs)))
 
@@ -113,9 +113,8 @@ def _step(model: nn.Module, loss_of: Callable[[], Tensor]) -> Step:
     return step
 
 
-def _arguments(config_class: type) -> dict[str, Any]:
+def _arguments(config_class: type, model: nn.Module) -> dict[str, Any]:
+    quiet = {"use_cpu": True, "bf16": False, "report_to": [], "eval_strategy": "no", "disable_tqdm": True}
     with tempfile.TemporaryDirectory() as folder:
-        args = config_class(
-            output_dir=folder, use_cpu=True, bf16=False, report_to=[], eval_strategy="no", disable_tqdm=True
-        )
+        args = config_class(output_dir=folder, gradient_checkpointing=model.is_gradient_checkpointing, **quiet)
         return {"args": args, "train_dataset": [{"input_ids": [1]}], "processing_class": models.TOKENIZER}

@@ -26,9 +26,10 @@ class Shape:
     ratio: int = 7  #: prompt tokens to one of the response
     batch: int = 2
     length: int = 512
+    checkpointing: bool = False  #: of gradients, as in the recipes
 
     def __str__(self) -> str:
-        return f"{self.name}, {self.vocabulary}, {self.ratio}:1"
+        return f"{self.name}, {self.vocabulary}, {self.ratio}:1{', checkpointing' * self.checkpointing}"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ FULL = Size(
         Shape("LLaDA-MoE", 32768, ratio=1),
         Shape("LLaDA-MoE", 8192, ratio=1),
         Shape("LLaDA2.1", 8192, ratio=1),
+        Shape("LLaDA-MoE", 32768, checkpointing=True),
+        Shape("LLaDA2.1", 8192, checkpointing=True),
     ],
     base=Shape("LLaDA-MoE", 8192),
     growth={
@@ -68,7 +71,11 @@ FULL = Size(
 )
 QUICK = Size(
     dimensions=models.QUICK,
-    shapes=[Shape("LLaDA-MoE", 256, length=64), Shape("LLaDA2.1", 256, length=64)],
+    shapes=[
+        Shape("LLaDA-MoE", 256, length=64),
+        Shape("LLaDA2.1", 256, length=64),
+        Shape("LLaDA2.1", 256, length=64, checkpointing=True),
+    ],
     base=Shape("LLaDA-MoE", 256, length=64),
     growth={"length": [64, 128], "steps": [1, 2]},
     repeats=2,
@@ -81,7 +88,7 @@ class Bench:
 
     def __init__(self, size: Size, shape: Shape) -> None:
         self.size, self.shape, self.dimensions = size, shape, size.dimensions_of(shape)
-        self.model = steps.adapted(shape.name, self.dimensions)
+        self.model = self._checkpointed(steps.adapted(shape.name, self.dimensions))
 
     def batch(self, memory: MemoryConfig) -> dict[str, Tensor]:
         shape = self.shape
@@ -95,12 +102,20 @@ class Bench:
         return steps.naive(model or self.model, self.batch(PUBLISHED), steps.trainer_of(self.model, PUBLISHED))
 
     def all(self) -> dict[str, Step]:
-        cases = {"plain": self.ours(PLAIN), "MemDLM": self.ours(MemoryConfig()), "naive": self.naive()}
+        """The naive ones without checkpointing only: nothing keeps their fast weights in place for a second pass."""
+        cases = {"plain": self.ours(PLAIN), "MemDLM": self.ours(MemoryConfig())}
+        models = {"naive": self.model}
         if dllm_api.HAS_DLLM:
-            theirs = steps.adapted_dllms(self.shape.name, self.dimensions)
-            cases["dllm"] = steps.dllms(theirs, self.batch(PLAIN))
-            cases["naive on dllm"] = self.naive(theirs)
+            models["naive on dllm"] = self._checkpointed(steps.adapted_dllms(self.shape.name, self.dimensions))
+            cases["dllm"] = steps.dllms(models["naive on dllm"], self.batch(PLAIN))
+        if not self.shape.checkpointing:
+            cases |= {name: self.naive(model) for name, model in models.items()}
         return cases
+
+    def _checkpointed(self, model: nn.Module) -> nn.Module:
+        if self.shape.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
 
 
 def compared(size: Size, threads: int) -> Section:
@@ -133,7 +148,7 @@ def compared(size: Size, threads: int) -> Section:
         section.rows.append(
             [
                 *(str(shape), seconds.get("dllm"), seconds["plain"], seconds["MemDLM"]),
-                *(seconds["naive"], seconds.get("naive on dllm")),
+                *(seconds.get("naive"), seconds.get("naive on dllm")),
                 *(ratio("plain", "dllm"), ratio("MemDLM", "dllm")),
                 *(ratio("MemDLM", "naive"), ratio("MemDLM", "naive on dllm"), ratio("MemDLM", "plain")),
                 *(round(tokens / seconds["plain"]), round(tokens / seconds["MemDLM"])),
@@ -162,12 +177,12 @@ def peaks(size: Size) -> Section:
         for name, case in cases.items():
             case()
             found[name] = peak_memory(case) / 1e6
-        memory, dllm = found["MemDLM"], found.get("dllm")
+        memory, dllm, naive = found["MemDLM"], found.get("dllm"), found.get("naive")
         section.rows.append(
             [
-                *(str(shape), held, dllm, found["plain"], memory, found["naive"]),
+                *(str(shape), held, dllm, found["plain"], memory, naive),
                 *((None, None) if dllm is None else (memory / dllm, (memory + held) / (dllm + held))),
-                memory / found["naive"],
+                None if naive is None else memory / naive,
             ]
         )
     return section

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from dllm_memdlm import dllm_api
 from dllm_memdlm.backbones import staged_backbone
 from dllm_memdlm.backbones.sites import adapted_layers
 from dllm_memdlm.config import MemoryConfig
+
+SHAPES = ["LLaDA-MoE, 256, 7:1", "LLaDA2.1, 256, 7:1"]
 
 
 @pytest.fixture(scope="module")
@@ -36,30 +39,41 @@ def bench() -> training.Bench:
 
 
 def test_steps(found):
-    section = found["step-1"]
-    assert [row[0] for row in section["rows"]] == ["LLaDA-MoE, 256, 7:1", "LLaDA2.1, 256, 7:1"]
-    for row in section["rows"]:
-        _, dllm, plain, memory, naive, *ratios, memory_naive, memory_naive_dllm, memory_plain = row[:-2]
-        tokens = row[-2:]
-        assert {cell is None for cell in (dllm, *ratios, memory_naive_dllm)} == {not dllm_api.HAS_DLLM}
-        for median, smallest, largest in (memory_naive, memory_plain):
+    rows = found["step-1"]["rows"]
+    assert [row[0] for row in rows] == [*SHAPES, f"{SHAPES[1]}, checkpointing"]
+    for shape, dllm, plain, memory, naive, naive_dllm, *row in rows:
+        plain_dllm, memory_dllm, memory_naive, memory_naive_dllm, memory_plain, *tokens = row
+        with_naive = "checkpointing" not in shape
+        assert all((cell is not None) == dllm_api.HAS_DLLM for cell in (dllm, plain_dllm, memory_dllm))
+        assert all((cell is not None) == with_naive for cell in (naive, memory_naive))
+        assert all((cell is not None) == (with_naive and dllm_api.HAS_DLLM) for cell in (naive_dllm, memory_naive_dllm))
+        for median, smallest, largest in filter(None, (memory_naive, memory_plain)):
             assert smallest <= median <= largest
-        assert min(plain, memory, naive) > 0
+        assert min(plain, memory) > 0
         assert tokens == [round(128 / plain), round(128 / memory)]
 
 
 def test_profile(found):
     rows = found["profile"]["rows"]
-    kinds = [kind for kind in ("dllm", "plain", "MemDLM") if kind != "dllm" or dllm_api.HAS_DLLM]
-    shapes = ("LLaDA-MoE, 256, 7:1", "LLaDA2.1, 256, 7:1")
-    assert [row[:2] for row in rows] == [[shape, kind] for shape in shapes for kind in kinds]
-    gflops = {(shape, kind): gflop for shape, kind, *_, gflop, _, _, _, _, _ in rows}
-    for shape, kind, seconds, *parts, gflop, _, floor, least, of_dllms, of_plain in rows:
+    kinds = [kind for kind in ("dllm", "plain", "MemDLM", "naive") if kind != "dllm" or dllm_api.HAS_DLLM]
+    assert [row[:2] for row in rows] == [[shape, kind] for shape in SHAPES for kind in kinds]
+    gflops = {(shape, kind): gflop for shape, kind, *_, gflop, _, _, _, _, _, _ in rows}
+    for shape, kind, seconds, *parts, gflop, _, more, least, of_dllms, of_naive, of_plain in rows:
         assert min(parts) > 0 and sum(parts) == pytest.approx(seconds)
-        assert gflop > 0 and least != seconds
-        assert floor == (pytest.approx(gflop / gflops[shape, "plain"]) if kind == "MemDLM" else None)
-        assert (of_plain is None) == (kind == "dllm")
+        assert gflop > 0 and least != seconds and of_naive > 0
+        assert (more is None) == (of_plain is None) == (kind == "dllm")
+        assert more is None or more == pytest.approx(gflop / gflops[shape, "plain"])
         assert (of_dllms is None) is not dllm_api.HAS_DLLM
+
+
+def test_checkpointing_takes_another_forward_pass_and_no_other_numbers(bench):
+    checkpointed = training.Bench(training.QUICK, replace(training.QUICK.base, checkpointing=True))
+    without = bench.all()
+    for name, case in checkpointed.all().items():
+        plainly = without[name]
+        if name != "dllm":  # which draws its own masks
+            assert case() == pytest.approx(plainly(), rel=1e-6)
+        assert profiling.parts(case, 1.0).flops > 1.2 * profiling.parts(plainly, 1.0).flops
 
 
 def test_flops_of_every_kind_of_product_and_of_nothing_else():
@@ -79,9 +93,12 @@ def test_flops_of_every_kind_of_product_and_of_nothing_else():
 
 def test_peaks(found):
     for row in found["peaks"]["rows"]:
-        _, weights, _, plain, memory, naive, _, _, ratio = row
-        assert weights > 0 and plain < memory < naive
-        assert ratio == pytest.approx(memory / naive)
+        shape, weights, _, plain, memory, naive, _, _, ratio = row
+        assert weights > 0 and plain < memory
+        if "checkpointing" in shape:
+            assert naive is ratio is None
+        else:
+            assert memory < naive and ratio == pytest.approx(memory / naive)
 
 
 def test_growth(found):
