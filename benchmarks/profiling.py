@@ -17,7 +17,7 @@ from .steps import Step
 from .timing import CPU, rates, side_by_side
 from .training import Bench, Size, described
 
-PRODUCTS = tuple(f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "_grouped_mm"))
+PRODUCTS = tuple(f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm"))
 ATTENTION = "aten::_scaled_dot_product"
 
 
@@ -31,7 +31,7 @@ class Parts(NamedTuple):
 
 
 class Clock(TorchDispatchMode):
-    """Times every operator as it is called. Views take longer to time than to make; products and attention do not."""
+    """CPU time of every operator. Views take longer to time than to make; products and attention do not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,10 +39,10 @@ class Clock(TorchDispatchMode):
         self.flops = 0  #: of matrix products
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        start = time.perf_counter()
+        start = time.process_time()
         out = func(*args, **(kwargs or {}))
         name = func._overloadpacket._qualified_op_name
-        self.seconds[name] += time.perf_counter() - start
+        self.seconds[name] += time.process_time() - start
         if name in PRODUCTS:
             self.flops += FLOPS[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out

@@ -111,7 +111,7 @@ def _inner_graph_through_all_layers(trainer: MemDLMTrainer, batch: dict[str, Ten
 
 
 SWITCHES: dict[str, Switch] = {
-    "experts over sorted rows": _one_expert_after_the_other,
+    "all experts at once": _one_expert_after_the_other,
     "loss at masked positions only": _positions_everywhere,
     "the last layer's queries and FFN at those only": _queries_everywhere,
     "loss without whole logits": _whole_logits,

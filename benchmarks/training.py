@@ -104,12 +104,12 @@ class Bench:
     def all(self) -> dict[str, Step]:
         """The naive ones without checkpointing only: nothing keeps their fast weights in place for a second pass."""
         cases = {"plain": self.ours(PLAIN), "MemDLM": self.ours(MemoryConfig())}
-        models = {"naive": self.model}
+        naive_on = {"naive": self.model}
         if dllm_api.HAS_DLLM:
-            models["naive on dllm"] = self._checkpointed(steps.adapted_dllms(self.shape.name, self.dimensions))
-            cases["dllm"] = steps.dllms(models["naive on dllm"], self.batch(PLAIN))
+            naive_on["naive on dllm"] = self._checkpointed(steps.adapted_dllms(self.shape.name, self.dimensions))
+            cases["dllm"] = steps.dllms(naive_on["naive on dllm"], self.batch(PLAIN))
         if not self.shape.checkpointing:
-            cases |= {name: self.naive(model) for name, model in models.items()}
+            cases |= {name: self.naive(model) for name, model in naive_on.items()}
         return cases
 
     def _checkpointed(self, model: nn.Module) -> nn.Module:

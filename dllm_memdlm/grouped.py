@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 #: CUDA's kernel takes fewer than 1,024 groups. Fast weights have as many as experts times samples.
 MAX_GROUPS = 1023
 
+#: On a GPU only bfloat16 has one, from Hopper on. Otherwise torch loops over the groups, and waits for where they end.
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

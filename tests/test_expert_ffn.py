@@ -10,6 +10,7 @@ import torch
 from conftest import assert_close_relative
 from test_moe import experts_of, routing
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dllm_memdlm import grouped
 from dllm_memdlm.backbones import moe
@@ -150,25 +151,58 @@ def test_in_the_inner_loop_only_fast_weights_have_gradients():
     assert all(p.grad is not None for p in experts.parameters() if p.requires_grad)
 
 
-def small_fast_weights(samples: int) -> dict[str, SiteWeights]:
+def small_fast_weights(samples: int, full: bool = False) -> dict[str, SiteWeights]:
     generator = torch.Generator().manual_seed(5)
 
     def draw(*size: int) -> Tensor:
         return torch.randn(6, samples, *size, generator=generator)
 
     widths = {"gate_proj": (16, 8), "up_proj": (16, 8), "down_proj": (8, 16)}
+    if full:
+        return {name: SiteWeights(None, draw(rows, columns), 1.0) for name, (columns, rows) in widths.items()}
     return {name: SiteWeights(draw(8, columns), draw(rows, 8), 0.1) for name, (columns, rows) in widths.items()}
 
 
 @pytest.mark.parametrize("samples", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_padded_is_as_sorted(dtype, samples, monkeypatch):
-    experts, padded = experts_of(dtype, lora=True), spy_on(monkeypatch)
+    experts, padded = experts_of(dtype, lora=True).eval(), spy_on(monkeypatch)
     experts.fast.update(small_fast_weights(samples) if samples else {})
     inputs = routing(dtype, [0, 2, 3, 5])
     expected = experts(*inputs)
     with torch.no_grad():
         assert_close_relative(experts(*inputs), expected, {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, 4e-2))
+    assert padded == [False, True]
+
+
+def test_full_size_fast_weights_are_padded_too(monkeypatch):
+    experts, padded = experts_of(torch.float32, lora=False).eval(), spy_on(monkeypatch)
+    experts.fast.update(small_fast_weights(2, full=True))
+    inputs = routing(torch.float32, [0, 2, 3, 5])
+    expected = experts(*inputs)
+    with torch.no_grad():
+        assert_close_relative(experts(*inputs), expected, 1e-6)
+    assert padded == [False, True]
+
+
+def test_padded_under_autocast_and_without_values(monkeypatch):
+    experts, padded = experts_of(torch.float32, lora=True).eval(), spy_on(monkeypatch)
+    inputs = routing(torch.float32, [0, 2, 3, 5])
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = experts(*inputs)
+        with torch.no_grad():
+            assert_close_relative(experts(*inputs), expected, 1e-2)
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert experts(*map(mode.from_tensor, inputs)).shape == inputs[0].shape
+    assert padded == [False, True, True]
+
+
+def test_no_tokens(monkeypatch):
+    experts, padded = experts_of(torch.float32, lora=True).eval(), spy_on(monkeypatch)
+    x, chosen, weights = (part[:, :0] for part in routing(torch.float32, [0, 2]))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert experts(x, chosen, weights).shape == (2, 0, 16)
     assert padded == [False, True]
 
 
@@ -185,8 +219,8 @@ def spy_on(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def test_what_is_padded(monkeypatch):
-    """Few rows, without a gradient, and not mostly fillers."""
-    experts, padded = experts_of(torch.float32, lora=True), spy_on(monkeypatch)
+    """Few rows, without a gradient and not in training, and not mostly fillers."""
+    experts, padded = experts_of(torch.float32, lora=True).eval(), spy_on(monkeypatch)
     inputs = routing(torch.float32, [0, 1, 2, 3, 4, 5])  # 28 rows for 6 experts
     x, chosen, weights = inputs
     monkeypatch.setattr(moe, "FEW_ROWS", 5)
@@ -197,7 +231,9 @@ def test_what_is_padded(monkeypatch):
         experts(x[:1, :1], chosen[:1, :1], weights[:1, :1])
         monkeypatch.setattr(moe, "FEW_ROWS", 4)
         experts(*inputs)
-    assert padded == [True, True, False, False]
+        monkeypatch.setattr(moe, "FEW_ROWS", 5)
+        experts.train()(*inputs)
+    assert padded == [True, True, False, False, False]
 
 
 def test_padding():
@@ -211,13 +247,20 @@ def test_padding():
     assert unpadded.padded(at_most=1.9) is unpadded
 
 
+def test_offsets_are_contiguous():
+    """CUDA's kernel reads them one after the other, whatever their strides; a CPU's does not."""
+    routes = Routes.of(torch.tensor([[[0, 3], [3, 0]], [[3, 1], [1, 3]]]), experts=4, samples=2)
+    assert routes.offsets.tolist() == [2, 4, 4, 8] and routes.fast_offsets.tolist() == [2, 2, 2, 4, 4, 4, 6, 8]
+    assert routes.offsets.is_contiguous() and routes.fast_offsets.is_contiguous()
+
+
 def test_what_is_held_still_is_stacked_once_and_let_go():
     experts = experts_of(torch.float32, lora=True)
     x, chosen, weights = routing(torch.float32, [0, 1, 2])
     expected = experts(x, chosen, weights)
     with held_still([experts]):
         with torch.no_grad():
-            assert torch.equal(experts(x, chosen, weights), expected)
+            assert torch.equal(experts(x, chosen, weights), expected)  # in training mode, where no rows are padded
         output = experts(x, chosen, weights)
         stacked = experts._made_of(torch.float32, False)[0].adapters[0].down
         assert stacked.requires_grad and experts._made_of(torch.float32, False)[0].adapters[0].down is stacked

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from dllm_memdlm.backbones.moe import RoutedExperts
 from dllm_memdlm.planner.live import LiveBytes
 from dllm_memdlm.trainer import MemDLMTrainer
 
@@ -31,8 +30,6 @@ def step(trainer: MemDLMTrainer) -> list[Tensor]:
     batch = train_batch(trainer)
     trainer.state.logging_steps, trainer.state.global_step = 100, 5  # of a step that is not logged
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
-    for experts in (part for part in trainer.model.modules() if isinstance(part, RoutedExperts)):
-        experts.pads = False  # as on a GPU
     trainer.compute_loss(trainer.model.train(), dict(batch))  # the first step of a model also packs its experts
     with without_values() as mode:
         batch = tree_map_only(Tensor, mode.from_tensor, batch)

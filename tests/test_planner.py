@@ -198,7 +198,6 @@ def grouped(a: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any) ->
 
 
 MISSING = {
-    torch.ops.aten.addmm_: lambda out, a, b, *args, out_shape=None, **kwargs: 2 * a[0] * a[1] * b[-1],
     torch.ops.aten._grouped_mm: grouped,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, out_shape=None, **kwargs: (
         sdpa_flop_count(q, k, v)

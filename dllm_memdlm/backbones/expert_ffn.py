@@ -2,9 +2,10 @@
 
     y[t] = Σ over the experts e that token t is sent to of  w[t, e] · down_e(act(gate_e(x[t])) · up_e(x[t]))
 
-Every projection is one grouped product over rows sorted by expert, and every adapter of one (the outer LoRA, the fast
-weights) two thin ones. The backward pass is written out, so that next to nothing is kept for it: what gate and up gave,
-and the low-rank products. Sorting the rows again, and the activation, cost little beside the products.
+Every projection is one grouped product over rows sorted by expert (one batched product if they are padded), and every
+adapter of one (the outer LoRA, the fast weights) two thin ones. The backward pass is written out, so that next to
+nothing is kept for it: what gate and up gave, and the low-rank products. Sorting the rows again, and the activation,
+cost little beside the products.
 
 What goes in `d_x` is the gradient of the loss by `x`.
 """

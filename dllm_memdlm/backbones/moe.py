@@ -23,7 +23,7 @@ from .projection import Adapter, Projection
 from .routes import Routes
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-#: Up to so many times the rows may be fillers and rows, where each expert has few: reading its weights costs more.
+#: Where each expert has few rows, they are padded to at most so many times as many: reading its weights costs more.
 MOST_PADDING = 4
 #: An expert has few rows if it has no more on average.
 FEW_ROWS = 32
@@ -37,8 +37,6 @@ class RoutedExperts(nn.ModuleList):
     The experts stay ordinary modules (names, checkpoints, PEFT and quantisation as ever). Fast weights of their
     projections are put into `fast` for the time of a forward pass.
     """
-
-    pads = True  #: whether a CPU takes few rows as one batched product, which its threads share; not a grouped one
 
     def __init__(self, experts: Iterable[nn.Module]) -> None:
         super().__init__(experts)
@@ -79,8 +77,9 @@ class RoutedExperts(nn.ModuleList):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         parts = self._made_of(dtype, torch.is_autocast_enabled(device))
         routes = Routes.of(chosen, len(self), samples)
-        few = chosen.numel() <= FEW_ROWS * len(self)
-        if self.pads and parts is not None and device == "cpu" and few and not torch.is_grad_enabled():
+        # A CPU's threads share a batched product, not a grouped one. In training dropout would draw for fillers, too.
+        few = device == "cpu" and chosen.numel() <= FEW_ROWS * len(self)
+        if few and parts is not None and not (self.training or torch.is_grad_enabled()):
             routes = routes.padded(MOST_PADDING)
         weights = weights.flatten().index_select(0, routes.order)[:, None]
         if parts is None:

@@ -34,7 +34,8 @@ class Routes(NamedTuple):
         order, top_k = group.argsort(stable=True), chosen.shape[-1]
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         tokens = order.div(top_k, rounding_mode="floor")
-        return cls(order, tokens, back.view(-1, top_k), fast_offsets[samples - 1 :: samples], fast_offsets)
+        offsets = fast_offsets[samples - 1 :: samples].contiguous()  # CUDA's kernel takes no notice of strides
+        return cls(order, tokens, back.view(-1, top_k), offsets, fast_offsets)
 
     def padded(self, at_most: float) -> Routes:
         """With fillers, or without if rows would be more than `at_most` times as many. Waits for the device."""

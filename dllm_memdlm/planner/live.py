@@ -101,7 +101,6 @@ def attention_backward_flops(
 #: FLOPs by op: torch's own table, and what it lacks.
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
-    aten.addmm_: flop_registry[aten.addmm],
     aten._grouped_mm: grouped_flops,
     aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,

@@ -94,10 +94,10 @@ class ShapeExperts(RoutedExperts):
         return torch.empty(len(linears), first.out_features, first.in_features, dtype=first.compute_dtype)
 
     @classmethod
-    def put_into(cls, module: nn.Module, packs: bool, device: str) -> None:
+    def put_into(cls, module: nn.Module, packs: bool) -> None:
         """In place of all routed experts. `packs`: frozen weights are stacked already."""
         for experts in [part for part in module.modules() if isinstance(part, RoutedExperts)]:
-            experts.__class__, experts.pads = cls, device == "cpu"
+            experts.__class__ = cls
             for name, child in experts[0].named_children() if packs else ():
                 linear = _base(child)
                 if type(linear) is nn.Linear and not linear.weight.requires_grad:

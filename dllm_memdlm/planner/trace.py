@@ -260,7 +260,7 @@ class Tracer:
         if module not in self._materialised:
             with self._modes():
                 materialise(module, self.sizes.cast)
-                ShapeExperts.put_into(module, self.sizes.packs, self.sizes.device)
+                ShapeExperts.put_into(module, self.sizes.packs)
             if self.sizes.device == "cuda":
                 FusedDropout.put_into(module)
             self._materialised.add(module)
