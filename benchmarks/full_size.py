@@ -25,8 +25,9 @@ from dllm_memdlm.planner import Plan, make_plan
 from dllm_memdlm.recipe import Recipe, load_recipe
 
 from . import steps
+from .memory import peak_memory
 from .report import Cell, Section, write
-from .timing import peak_memory, rates, side_by_side
+from .timing import rates, side_by_side
 
 RECIPES = ("recipes/llada_moe.yaml", "recipes/llada2_mini.yaml")
 #: What stands in for the weights.

@@ -15,9 +15,10 @@ from dllm_memdlm.config import MemoryConfig
 from dllm_memdlm.trainer import MemDLMTrainer
 
 from . import steps
+from .memory import peak_memory
 from .report import Section
 from .steps import PLAIN, Step
-from .timing import peak_memory, side_by_side
+from .timing import side_by_side
 from .training import Bench, Size, described
 
 

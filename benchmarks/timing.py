@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from .report import Range
 
@@ -52,23 +51,6 @@ def side_by_side(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str,
             timed[name].wall.append(time.perf_counter() - wall)
             timed[name].cpu.append(time.process_time() - cpu)
     return timed
-
-
-def peak_memory(case: Callable[[], Any], device: torch.device = CPU) -> int:
-    """Most bytes that torch's allocator has handed out at a time, beyond what it had when `case` began."""
-    if device.type == "cuda":
-        held = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        case()
-        return torch.cuda.max_memory_allocated(device) - held
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        case()
-    live = highest = 0
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        highest = max(highest, live)
-    return highest
 
 
 class Rates(NamedTuple):

@@ -12,9 +12,10 @@ from dllm_memdlm import dllm_api
 from dllm_memdlm.config import MemoryConfig
 
 from . import models, steps
+from .memory import peak_memory
 from .report import Range, Section
 from .steps import PLAIN, PUBLISHED, Step
-from .timing import Timed, peak_memory, side_by_side
+from .timing import Timed, side_by_side
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from conftest import make_tokenizer, seq2seq
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.timing import peak_memory
 from dllm_memdlm.backbones import config_of, load_model
 from dllm_memdlm.recipe import Recipe, build_recipe
 from dllm_memdlm.trainer import MemDLMTrainer
@@ -46,7 +46,19 @@ def trainer_of(recipe: Recipe, response: int) -> MemDLMTrainer:
 def measure(build: Callable[[], MemDLMTrainer]) -> int:
     """Most bytes allocated at a time while a trainer is built and takes its steps."""
     gc.collect()  # what an earlier run has left would count as freed by this one
-    return peak_memory(lambda: build().train())
+    return allocated(lambda: build().train())
+
+
+def allocated(case: Callable[[], Any]) -> int:
+    """Most bytes that torch's allocator has handed out at a time, beyond what it had when `case` began."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        case()
+    live = highest = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        highest = max(highest, live)
+    return highest
 
 
 def held_storage(model: nn.Module) -> int:

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from measured import allocated
 
 from benchmarks import __main__ as command
 from benchmarks import full_size, padding, profiling, steps, switches, training
+from benchmarks.memory import peak_memory
 from benchmarks.report import Range
 from dllm_memdlm import dllm_api
 from dllm_memdlm.backbones import staged_backbone
@@ -101,6 +103,13 @@ def test_peaks(found):
             assert naive is ratio is None
         else:
             assert memory < naive and ratio == pytest.approx(memory / naive)
+
+
+@pytest.mark.parametrize("shape", training.QUICK.shapes, ids=str)
+def test_peaks_are_those_of_the_allocator(shape):
+    for case in training.Bench(training.QUICK, shape).all().values():
+        case()
+        assert peak_memory(case) == pytest.approx(allocated(case), rel=0.05)
 
 
 def test_growth(found):

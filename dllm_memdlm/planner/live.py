@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -51,8 +52,10 @@ class LiveBytes(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is aten._grouped_mm.default:  # its shape function knows bfloat16 only, its kernels other dtypes too
-            out = grouped_output(*args, **kwargs)
+        if func is aten._grouped_mm.default and isinstance(args[0], FakeTensor):
+            out = grouped_output(
+                *args, **kwargs
+            )  # torch's shape function knows bfloat16 only, its kernels more
         else:
             out = func(*args, **kwargs)
         for tensor in tree_iter(out):
