@@ -53,9 +53,7 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is aten._grouped_mm.default and isinstance(args[0], FakeTensor):
-            out = grouped_output(
-                *args, **kwargs
-            )  # torch's shape function knows bfloat16 only, its kernels more
+            out = grouped_output(*args, **kwargs)  # torch's shape function knows bfloat16 only, its kernels more
         else:
             out = func(*args, **kwargs)
         for tensor in tree_iter(out):
