@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks", description="Time training steps and decoding.")
     parser.add_argument("--quick", action="store_true", help="small models and batches, to try the benchmark itself")
     parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="what begins like this: step, decode-a")
-    parser.add_argument("--repeats", type=int, help="turns of the training steps (default: 5)")
+    parser.add_argument("--repeats", type=int, help="turns of the training steps (default: 3)")
     parser.add_argument("--output", type=Path, default=Path("reports"), help="where to write (default: reports)")
     args = parser.parse_args(argv)
     console, threads = Console(highlight=False), torch.get_num_threads()

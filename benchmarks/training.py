@@ -67,7 +67,7 @@ FULL = Size(
         "steps": [1, 2, 3, 4],
         "layer_fraction": [0.1, 0.25, 0.5, 1.0],
     },
-    repeats=5,
+    repeats=3,
     padded_batches=8,
 )
 QUICK = Size(
