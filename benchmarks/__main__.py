@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, help="turns of the training steps (default: 3)")
     parser.add_argument("--output", type=Path, default=Path("reports"), help="where to write (default: reports)")
     args = parser.parse_args(argv)
-    console, threads = Console(highlight=False), torch.get_num_threads()
+    console, threads = Console(highlight=False, log_path=False), torch.get_num_threads()
     if not console.is_terminal:
         console.width = 200  # of a log, where no table need be squeezed
     measures = sections(args.quick, args.repeats)
@@ -74,8 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         console.print("dllm is not installed: its trainer and its sampler are not timed")
     done = []
     for name in chosen:
-        with console.status(f"measuring {name}"):
-            done.append(measures[name]())
+        console.log(f"measuring {name}")
+        done.append(measures[name]())
         torch.set_num_threads(threads)
         done[-1].print(console)
         paths = write(done, "Benchmarks", about, args.output, "bench")  # a run that is cut off leaves what it has

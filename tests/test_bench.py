@@ -198,6 +198,7 @@ def test_some_of_it(tmp_path, capsys):
     assert [title.split(",")[0] for title in titles] == ["Peak memory of a training step", "LLaDA2.1"]
     printed = capsys.readouterr().out
     assert "dllm is not installed: its trainer and its sampler are not timed" in printed or dllm_api.HAS_DLLM
+    assert [printed.count(f"measuring {name}") for name in ("peaks", "decode", "step")] == [1, 1, 0]
     assert str(Path(tmp_path, "bench.md")) in printed.replace("\n", "")
     assert torch.get_num_threads() == threads
     with pytest.raises(SystemExit):
