@@ -55,7 +55,7 @@ $(REPRODUCED): reproduce-%: venv
 report: venv ## a page for each reproduced figure and table, from what is in reports/
 	@$(BIN)/python -m dllm_memdlm.report $(ARGS)
 
-bench: venv ## time training steps and decoding, into reports/ (hours; ARGS="--only step", ARGS="--quick")
+bench: venv ## time training steps and decoding, into reports/ (2½ hours; ARGS="--only step", ARGS="--quick")
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 bench-gpu: venv ## LLaDA-MoE and LLaDA2.1 at full size with random weights, on a GPU (ARGS="recipes/llada_moe.yaml --set data.max_length=1024")
