@@ -70,7 +70,7 @@ def prepare(args: Any) -> None:
     _ours.clear()
     launched = launched_engine()
     if args.use_cpu:
-        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")  # and not cpu:1, which checkpoints are not loaded to
+        _leave("ACCELERATE_TORCH_DEVICE", "cpu")  # and not cpu:1, which checkpoints are not loaded to
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     if args.engine != "auto":
         for other, chosen in (("deepspeed", args.deepspeed), ("fsdp", args.fsdp)):
@@ -104,6 +104,13 @@ def prepare(args: Any) -> None:
         _settle_deepspeed_on_cpu()
 
 
+def _leave(name: str, value: str) -> None:
+    """Set a variable until the next run, unless somebody else has."""
+    if name not in os.environ:
+        os.environ[name] = value
+        _ours.add(name)
+
+
 def launched_engine() -> str | None:
     """The engine that accelerate's launcher, or somebody's environment, has chosen."""
     for name, variable in (("DeepSpeed", "ACCELERATE_USE_DEEPSPEED"), ("FSDP", "ACCELERATE_USE_FSDP")):
@@ -133,7 +140,7 @@ def describe(accelerator: Accelerator) -> str:
 def _settle_deepspeed_on_cpu() -> None:
     """DeepSpeed must be told so before it is imported, must not compile a kernel of its own for minutes, and must know
     of the other processes when ZeRO-3 loads a checkpoint in parts (on GPUs accelerate sees to that)."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _leave("DS_ACCELERATOR", "cpu")
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -31,7 +31,7 @@ with warnings.catch_warnings():
 import recipe_files
 
 from dllm_memdlm import run
-from dllm_memdlm.backbones import LLaDA2MoeConfig, LLaDAMoEConfig, model_class, with_lora
+from dllm_memdlm.backbones import LLaDA2MoeConfig, LLaDAMoEConfig, model_class, projection, with_lora
 from dllm_memdlm.config import LoraConfig, MemoryConfig
 from dllm_memdlm.trainer import MemDLMConfig, MemDLMTrainer
 
@@ -92,6 +92,23 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     # TrainingArguments with bf16 write it into the environment, where the next test's would find it
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
+@pytest.fixture
+def products(monkeypatch) -> set[torch.dtype]:
+    """What the grouped products of experts compute in, from now on."""
+    seen: set[torch.dtype] = set()
+
+    def seeing(product: Any) -> Any:
+        def computed(x: Tensor, *others: Any) -> Tensor:
+            seen.add(x.dtype)
+            return product(x, *others)
+
+        return computed
+
+    for name in ("grouped_linear", "grouped_outer"):
+        monkeypatch.setattr(projection, name, seeing(getattr(projection, name)))
+    return seen
 
 
 #: What launchers set, and accelerate leaves behind in a process: each would change what a launch does.

@@ -51,7 +51,7 @@ def measure(build: Callable[[], MemDLMTrainer]) -> int:
 
 def allocated(case: Callable[[], Any]) -> int:
     """Most bytes that torch's allocator has handed out at a time, beyond what it had when `case` began."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         case()
     live = highest = 0
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -91,9 +91,9 @@ def save_model(
     return str(folder)
 
 
-def save_adapter(folder: Path, base: str, model: nn.Module, recipe: dict[str, Any] | None = None) -> str:
+def save_adapter(folder: Path, base: str, model: nn.Module, recipe: dict[str, Any] | None = None, r: int = 4) -> str:
     """An adapter of `model`, whose weights lie in `base`, and no tokenizer."""
-    adapted = with_lora(model, LoraConfig(r=4, alpha=8, dropout=0.0))
+    adapted = with_lora(model, LoraConfig(r=r, alpha=2 * r, dropout=0.0))
     with torch.random.fork_rng():
         torch.manual_seed(7)
         for name, parameter in adapted.named_parameters():
@@ -115,10 +115,10 @@ def train_adapter(folder: Path, base: str, *overrides: str) -> str:
     return str(folder / "run")
 
 
-def save_pair(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+def save_pair(folder: Path, kind: str, dtype: torch.dtype = torch.float32, r: int = 4) -> tuple[str, str]:
     """A base and an adapter for it."""
     base = save_model(folder / "base", kind, dtype=dtype)
-    return base, save_adapter(folder / "adapter", base, tiny(kind, dtype), {"memory": {"rank": 5}})
+    return base, save_adapter(folder / "adapter", base, tiny(kind, dtype), {"memory": {"rank": 5}}, r)
 
 
 def weights_of(folder: str | Path) -> dict[str, Tensor]:

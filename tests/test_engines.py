@@ -27,6 +27,7 @@ from dllm_memdlm.trainer import MemDLMConfig
 
 REPOSITORY = Path(dllm_memdlm.__file__).parents[1]
 RECIPES = REPOSITORY / "recipes"
+COMPILED = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
 
 @pytest.fixture(autouse=True)
@@ -60,8 +61,7 @@ def test_one_process_has_nothing_to_share_out(engine, tmp_path):
 
 def test_another_run_of_the_process_begins_afresh(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    compiled = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
-    others = dict.fromkeys(("deepspeed", "fsdp", "bf16", "fp16", *compiled))
+    others = dict.fromkeys(("deepspeed", "fsdp", "bf16", "fp16", *COMPILED))
     engines.prepare(SimpleNamespace(engine="fsdp2", use_cpu=True, **others))
     assert engines.FSDP2.items() <= os.environ.items()
     engines.prepare(SimpleNamespace(engine="zero3", use_cpu=True, **others))
@@ -70,6 +70,19 @@ def test_another_run_of_the_process_begins_afresh(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert config(tmp_path, engine="ddp").deepspeed_plugin is None
     assert "ACCELERATE_USE_DEEPSPEED" not in os.environ
+
+
+@pytest.mark.parametrize("own", [None, "cuda:3"])
+def test_a_run_on_the_cpu_does_not_keep_the_next_one_from_the_gpu(own, monkeypatch):
+    monkeypatch.setattr(engines, "_ours", set())
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", own or "")
+    if not own:  # what the user says is for all runs
+        monkeypatch.delenv("ACCELERATE_TORCH_DEVICE")
+    others = dict.fromkeys(("deepspeed", "fsdp", "bf16", "fp16", *COMPILED))
+    engines.prepare(SimpleNamespace(engine="auto", use_cpu=True, **others))
+    assert os.environ["ACCELERATE_TORCH_DEVICE"] == (own or "cpu")
+    engines.prepare(SimpleNamespace(engine="auto", use_cpu=False, **others))  # where there is a GPU
+    assert os.environ.get("ACCELERATE_TORCH_DEVICE") == own
 
 
 @pytest.mark.parametrize("launched", [None, "no", "bf16"])

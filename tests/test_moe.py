@@ -80,6 +80,23 @@ def test_sorted_experts_are_a_loop_over_experts(dtype, lora, used):
             assert not gradient.any() and plain_gradients[name] is None
 
 
+def test_a_float32_lora_on_bfloat16_experts_computes_in_bfloat16(products):
+    """As PEFT loads adapters: in float32 a GPU has no grouped product. PEFT itself widens each expert's input."""
+    experts = experts_of(torch.bfloat16, lora=True)
+    for name, parameter in experts.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    results = []
+    for run in (experts, lambda *arguments: loop_over_experts(experts, *arguments)):
+        run(*routing(torch.bfloat16, [0, 1, 2, 3, 4, 5])).float().square().sum().backward()
+        results.append({name: p.grad for name, p in experts.named_parameters() if p.requires_grad})
+        experts.zero_grad()
+    assert products == {torch.bfloat16}
+    for name, gradient in results[0].items():
+        assert gradient.dtype == torch.float32
+        assert_close_relative(gradient, results[1][name], 2 * TOLERANCE[torch.bfloat16], name)
+
+
 def test_some_experts_may_be_frozen():
     experts = experts_of(torch.float32, lora=True)
     experts[0].requires_grad_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 from conftest import ARCHITECTURES
 from measured import held_storage, measure, measure_rank, trainer_of
 from processes import launch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils import flop_counter
+from torch.utils.flop_counter import FlopCounterMode
 
 from dllm_memdlm.backbones import config_of, load_model
 from dllm_memdlm.config import ConfigError
 from dllm_memdlm.planner import Plan, advice, make_plan, parse_memory
+from dllm_memdlm.planner.live import FLOPS
 from dllm_memdlm.recipe import Recipe, build_recipe
 
 LENGTH, RESPONSE, BATCH = 256, 64, 4
@@ -197,15 +200,41 @@ def grouped(a: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any) ->
     return 2 * a[0] * a[1] * b[-1]
 
 
+def product(q: Any, k: Any) -> int:
+    """Of all queries with all keys. q [B, H, M, d], k [B, H or fewer, L, d]."""
+    return 2 * math.prod(q) * k[2]
+
+
 MISSING = {
     torch.ops.aten._grouped_mm: grouped,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, out_shape=None, **kwargs: (
-        sdpa_flop_count(q, k, v)
-    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *args, **kwargs: 2 * product(q, k),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda g, q, k, v, *args, out_shape=None, **kwargs: sdpa_backward_flop_count(g, q, k, v)
+        lambda gradient, q, k, *args, **kwargs: 5 * product(q, k)
     ),
 }
+
+
+def test_flops_of_attention_are_those_of_its_products(monkeypatch):
+    """With fewer heads of keys than of queries too, which the formula of torch 2.11 refuses."""
+    q, k, v = (torch.randn(2, heads, n, d).requires_grad_() for heads, n, d in ((6, 5, 4), (3, 7, 4), (3, 7, 8)))
+    more_k, more_v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+    with FlopCounterMode(display=False) as forward:
+        output = (q @ more_k.mT).softmax(-1) @ more_v
+    with FlopCounterMode(display=False) as backward:
+        output.sum().backward()
+    with FlopCounterMode(display=False) as scores:
+        q @ more_k.mT
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("query/key/value shapes are incompatible")
+
+    monkeypatch.setattr(flop_counter, "bmm_flop", refuse)  # what torch's own formulas for attention are made of
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    assert FLOPS[fused](q, k, v, out_val=None) == forward.get_total_flops()
+    # A fused kernel keeps no scores, so its backward pass computes them once more.
+    expected = backward.get_total_flops() + scores.get_total_flops()
+    assert FLOPS[fused_backward](output, q, k, v, out_val=None) == expected
 
 
 def test_more_gpus_share_what_the_engine_shares(tmp_path):

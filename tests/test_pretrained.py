@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import make_tokenizer, tiny
 from safetensors.torch import load_file, save_file
-from saved_models import save_adapter, save_model, save_recipe
+from saved_models import prompt_memory, random_prompts, save_adapter, save_model, save_pair, save_recipe
+from steps import memory_for
 from torch import Tensor
 
 from dllm_memdlm.config import ConfigError, DataConfig, MemoryConfig, ModelConfig
@@ -101,6 +102,19 @@ def test_a_merged_adapter_gives_nearly_the_same(adapter):
     torch.testing.assert_close(logits(merged), logits(beside), atol=1e-4, rtol=1e-4)
     assert not isinstance(merged.model, peft.PeftModel)
     assert not [name for name, _ in merged.model.named_modules() if "lora" in name]
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+@pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
+def test_experts_under_an_adapter_compute_in_the_bases_dtype(kind, load_in_4bit, products, tmp_path):
+    """In a forward pass and in the inner loop on a prompt, though PEFT loads the adapter in float32."""
+    base, adapter = save_pair(tmp_path, kind, torch.bfloat16, r=8)
+    loaded = load_pretrained(base, adapter, load_in_4bit=load_in_4bit)
+    assert {p.dtype for name, p in loaded.model.named_parameters() if "lora_" in name} == {torch.float32}
+    texts = random_prompts(200)
+    with prompt_memory(loaded.model, memory_for(kind, rank=8)).recalled(texts):
+        logits = loaded.model(input_ids=torch.tensor(texts)).logits
+    assert logits.dtype == torch.bfloat16 and products == {torch.bfloat16}
 
 
 def test_the_adapters_tokenizer_comes_first_and_the_argument_before_it(adapter, copy_of, tmp_path):

@@ -128,10 +128,12 @@ class RoutedExperts(nn.ModuleList):
         return Projection(weight, (bases[0].compute_dtype if packed else None) or dtype, lora)
 
     def _lora(self, name: str, linears: list[nn.Module], dtype: torch.dtype) -> Adapter:
-        """The outer LoRA of one projection, in its own dtype or in autocast's."""
+        """The outer LoRA of one projection: in autocast's dtype; without it in its own, or in the input's if that is
+        narrower, as PEFT loads every adapter in float32, in which a GPU has no grouped product."""
         first, adapter = linears[0], linears[0].active_adapters[0]
         own = first.lora_A[adapter].weight
-        dtype = dtype if torch.is_autocast_enabled(own.device.type) else own.dtype
+        if not torch.is_autocast_enabled(own.device.type):
+            dtype = min(own.dtype, dtype, key=lambda one: one.itemsize)
         down, up = (
             self._matrices(f"{name}.{adapter}.{side}", [layer[adapter].weight for layer in layers], dtype)
             for side, layers in (("A", [one.lora_A for one in linears]), ("B", [one.lora_B for one in linears]))
