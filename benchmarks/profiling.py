@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from dllm_memdlm.planner.live import FLOPS
-
+from .device import CPU, PRODUCTS, Clock
 from .report import Cell, Section
 from .steps import Step
-from .timing import CPU, rates, side_by_side
+from .timing import rates, side_by_side
 from .training import Bench, Size, described
 
-PRODUCTS = tuple(f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm"))
 ATTENTION = "aten::_scaled_dot_product"
 
 
@@ -28,24 +23,6 @@ class Parts(NamedTuple):
     attention: float
     rest: float  #: other operators, autograd, Python
     flops: int  #: of the products
-
-
-class Clock(TorchDispatchMode):
-    """CPU time of every operator. Views take longer to time than to make; products and attention do not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seconds: Counter[str] = Counter()
-        self.flops = 0  #: of matrix products
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        start = time.process_time()
-        out = func(*args, **(kwargs or {}))
-        name = func._overloadpacket._qualified_op_name
-        self.seconds[name] += time.process_time() - start
-        if name in PRODUCTS:
-            self.flops += FLOPS[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
 
 
 def parts(step: Callable[[], Any], seconds: float) -> Parts:

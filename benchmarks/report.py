@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -36,7 +37,7 @@ class Section:
         for number, column in enumerate(self.columns):
             table.add_column(column, justify="right" if number else "left")
         for row in self.rows:
-            table.add_row(*map(text, row))
+            table.add_row(*(escape(text(cell)) for cell in row))
         console.print()
         console.print(table)
         if self.note:
@@ -54,7 +55,9 @@ def text(cell: Cell) -> str:
         return "-"
     if isinstance(cell, Range):
         return f"{cell.median:.2f} ({cell.smallest:.2f}-{cell.largest:.2f})"
-    return f"{cell:.2f}" if isinstance(cell, float) else str(cell)
+    if isinstance(cell, float):
+        return f"{cell:.2f}" if abs(cell) >= 0.1 or cell == 0 else f"{cell:.2g}"
+    return str(cell)
 
 
 def write(sections: list[Section], title: str, facts: dict[str, Any], folder: Path, name: str) -> list[Path]:

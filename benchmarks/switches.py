@@ -15,7 +15,7 @@ from dllm_memdlm.config import MemoryConfig
 from dllm_memdlm.trainer import MemDLMTrainer
 
 from . import steps
-from .memory import peak_memory
+from .device import peak_memory
 from .report import Section
 from .steps import PLAIN, Step
 from .timing import side_by_side

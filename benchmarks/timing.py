@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from .device import finish
 from .report import Range
 
-CPU = torch.device("cpu")
 Clock = Literal["wall", "cpu"]
 
 
@@ -72,14 +72,9 @@ def rates(device: torch.device, dtype: torch.dtype) -> Rates:
 def _fastest(work: Callable[[], Any], device: torch.device) -> float:
     times = []
     for _ in range(10):
-        _finish(device)
+        finish(device)
         start = time.perf_counter()
         work()
-        _finish(device)
+        finish(device)
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -12,7 +12,7 @@ from dllm_memdlm import dllm_api
 from dllm_memdlm.config import MemoryConfig
 
 from . import models, steps
-from .memory import peak_memory
+from .device import peak_memory
 from .report import Range, Section
 from .steps import PLAIN, PUBLISHED, Step
 from .timing import Timed, side_by_side

@@ -132,7 +132,8 @@ def memory_for(
     if snapshot is not None:
         if changes:
             raise ConfigError(f"{snapshot} brings its memory settings along; give no others ({', '.join(changes)})")
-        fast_weights, config = load_snapshot(snapshot, pretrained.name)
+        device = next(pretrained.model.parameters()).device
+        fast_weights, config = load_snapshot(snapshot, pretrained.name, device)
     memory = ParametricMemory(
         pretrained.model,
         config,

@@ -151,12 +151,12 @@ class FastWeights:
         save_file({k: v.detach().contiguous() for k, v in self.tensors.items()}, path, metadata)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, device: str = "cpu") -> tuple[FastWeights, dict[str, Any]]:
+    def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> tuple[FastWeights, dict[str, Any]]:
         """Read what `save` wrote: the fast weights and their header. Raises ConfigError for any other file."""
         try:
-            with safe_open(path, framework="pt", device=device) as file:
+            with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+                tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"{path}: not a fast-weight snapshot ({error})") from None
         if metadata.get("format") != "memdlm-fast-weights" or not {"scaling", "header"} <= metadata.keys():

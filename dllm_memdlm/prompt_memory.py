@@ -165,13 +165,15 @@ def save_snapshot(
     fast_weights.save(path, header)
 
 
-def load_snapshot(path: str | os.PathLike, model: str) -> tuple[FastWeights, MemoryConfig]:
-    """What `save_snapshot` wrote: the fast weights, and the settings they were written with.
+def load_snapshot(
+    path: str | os.PathLike, model: str, device: torch.device | str = "cpu"
+) -> tuple[FastWeights, MemoryConfig]:
+    """What `save_snapshot` wrote: the fast weights, on the device, and the settings they were written with.
 
     Raises:
         ConfigError: another file, one of another model, or one that holds several memories.
     """
-    fast_weights, header = FastWeights.load(path)
+    fast_weights, header = FastWeights.load(path, device)
     if "memory" not in header or fast_weights.samples != 1:
         raise ConfigError(f"{path}: expected the memory of one text, as --save-memory writes it")
     if header["model"] != model:

@@ -16,6 +16,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from devices import device, pytest_addoption, pytest_configure  # noqa: F401 (a fixture and hooks)
 from drawings import figures  # noqa: F401 (a fixture)
 from measured_tables import pytest_terminal_summary  # noqa: F401 (a hook)
 from patched_dllm import tree, unpatched  # noqa: F401 (fixtures)
@@ -172,6 +173,7 @@ def tiny(
     lora: bool | float = False,
     seed: int = 0,
     attention: str = "sdpa",
+    rank: int = 4,
     **dimensions: Any,
 ) -> nn.Module:
     """A tiny backbone whose outputs depend on its inputs. `lora` wraps it; a number is the dropout of the LoRA."""
@@ -187,7 +189,7 @@ def tiny(
                 if isinstance(module, LlamaRMSNorm):  # which computes in float32 whatever it is given
                     module.forward = types.MethodType(rms_norm, module)
         if lora is not False:
-            model = with_lora(model, LoraConfig(r=4, alpha=8, dropout=0.0 if lora is True else lora))
+            model = with_lora(model, LoraConfig(r=rank, alpha=2 * rank, dropout=0.0 if lora is True else lora))
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:  # zero to begin with, which would hide every gradient of A
                     nn.init.normal_(parameter, std=0.1)
@@ -279,10 +281,10 @@ def make_trainer(
     collator: Any = None,
     **training: Any,
 ) -> MemDLMTrainer:
-    """A trainer on the CPU that writes only when asked to."""
+    """A trainer that writes only when asked to; on the CPU, unless tensors are made elsewhere by default."""
     defaults: dict[str, Any] = {
         "output_dir": str(folder),
-        "use_cpu": True,
+        "use_cpu": torch.get_default_device().type == "cpu",
         "bf16": False,
         "per_device_train_batch_size": 3,
         "per_device_eval_batch_size": 3,

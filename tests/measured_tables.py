@@ -1,26 +1,29 @@
-"""Tables of what tests have measured, printed after them."""
+"""Tables of what tests have measured, printed after them, and written where `--tables` says."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+
+from benchmarks.report import Section, write
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """A table for each title among the tests' `record_property("table", (title, row, column, value))`."""
     reports = [report for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome)]
-    rows = [value for report in reports for name, value in report.user_properties if name == "table"]
-    for title in dict.fromkeys(title for title, *_ in rows):
-        cells = {(row, column): value for own, row, column, value in rows if own == title}
-        table = Table(title=title, title_justify="left")
-        table.add_column("")
-        columns = list(dict.fromkeys(column for _, column in cells))
-        for column in columns:
-            table.add_column(column, justify="right")
-        for row in dict.fromkeys(row for row, _ in cells):
-            table.add_row(escape(row), *(cells.get((row, column), "") for column in columns))
-        terminalreporter.write_line("")
-        Console(file=terminalreporter._tw._file, width=120, force_terminal=False).print(table)
+    cells = [value for report in reports for name, value in report.user_properties if name == "table"]
+    tables = []
+    for title in dict.fromkeys(title for title, *_ in cells):
+        values = {(row, column): value for own, row, column, value in cells if own == title}
+        columns = list(dict.fromkeys(column for _, column in values))
+        rows = [
+            [row, *(values.get((row, column)) for column in columns)] for row in dict.fromkeys(r for r, _ in values)
+        ]
+        tables.append(Section(title, ["", *columns], rows=rows))
+    console = Console(file=terminalreporter._tw._file, width=120, force_terminal=False)
+    for table in tables:
+        table.print(console)
+    folder = terminalreporter.config.getoption("--tables")
+    if folder is not None:
+        write(tables, "What tests have measured", {}, folder, "tables")

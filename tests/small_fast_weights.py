@@ -9,7 +9,7 @@ from dllm_memdlm import noise
 from dllm_memdlm.config import MemoryConfig
 from dllm_memdlm.fast_weights import FastWeights, SiteShape
 
-CPU = torch.device("cpu")
+HERE = torch.get_default_device()
 DENSE = SiteShape("layers.3.mlp.up_proj", in_features=24, out_features=16)
 EXPERTS = SiteShape("layers.3.mlp.experts.down_proj", in_features=16, out_features=24, experts=5)
 KEYS = noise.example_keys(42, 0, torch.arange(5))
@@ -20,7 +20,7 @@ def config_of(**values) -> MemoryConfig:
 
 
 def initial(config: MemoryConfig | None = None, keys: Tensor = KEYS) -> FastWeights:
-    return FastWeights.initial([DENSE, EXPERTS], config or config_of(), keys, CPU)
+    return FastWeights.initial([DENSE, EXPERTS], config or config_of(), keys, HERE)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

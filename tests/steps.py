@@ -76,7 +76,7 @@ class Step:
 
 def initial(trainer: MemDLMTrainer, batch: dict[str, Any]) -> FastWeights:
     keys = trainer.memory.keys_of(Trajectory.from_batch(batch))
-    fast = FastWeights.initial(trainer.memory.shapes, trainer.memory_config, keys, torch.device("cpu"))
+    fast = FastWeights.initial(trainer.memory.shapes, trainer.memory_config, keys, keys.device)
     # float32, but as wide as the model where the comparison is in float64
     dtype = torch.promote_types(torch.float32, next(trainer.model.parameters()).dtype)
     return FastWeights({name: v.to(dtype) for name, v in fast.tensors.items()}, fast.scaling)

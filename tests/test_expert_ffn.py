@@ -208,6 +208,8 @@ def test_no_tokens(monkeypatch):
 
 def spy_on(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether the rows of each pass were padded."""
+    if torch.get_default_device().type != "cpu":
+        pytest.skip("a GPU pads no rows")
     padded, run = [], moe.expert_ffn
 
     def spy(x: Tensor, weights: Tensor, routes: Routes, *rest: Any) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_fast_weights import CPU, DENSE, EXPERTS, KEYS, config_of, initial, randn, written
+from small_fast_weights import DENSE, EXPERTS, HERE, KEYS, config_of, initial, randn, written
 from torch import Tensor
 
 from dllm_memdlm.config import ConfigError
@@ -40,7 +40,7 @@ def test_shapes():
 @pytest.mark.parametrize("site", [SiteShape("a", 50, 8), SiteShape("b", 200, 8, experts=3)], ids=["dense", "experts"])
 def test_a_is_kaiming_uniform(site):
     config = config_of(rank=64)
-    fast = FastWeights.initial([site], config, torch.arange(8), CPU)
+    fast = FastWeights.initial([site], config, torch.arange(8), HERE)
     a = fast.tensors[f"{site.name}.A"].flatten().double()
     bound = math.sqrt(6 / ((1 + 5) * site.in_features))  # a = √5: 1/√in
     assert a.abs().max() <= bound
@@ -225,7 +225,7 @@ def test_files_are_exact(tmp_path, kind):
     assert again.scaling == fast.scaling == config.scaling  # 1/3 has no short decimal form
     assert again.tensors.keys() == fast.tensors.keys()
     for name, value in fast.tensors.items():
-        assert torch.equal(again.tensors[name], value) and again.tensors[name].dtype == torch.float32
+        assert torch.equal(again.tensors[name], value.cpu()) and again.tensors[name].dtype == torch.float32
 
 
 def test_files_of_strided_tensors_without_header(tmp_path):
@@ -233,7 +233,7 @@ def test_files_of_strided_tensors_without_header(tmp_path):
     fast.save(tmp_path / "memory.safetensors")
     again, header = FastWeights.load(str(tmp_path / "memory.safetensors"))
     assert header == {} and again.scaling == 0.1
-    assert all(torch.equal(again.tensors[k], v) for k, v in fast.tensors.items())
+    assert all(torch.equal(again.tensors[k], v.cpu()) for k, v in fast.tensors.items())
 
 
 def test_other_files_are_refused(tmp_path):

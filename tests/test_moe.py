@@ -258,7 +258,7 @@ def test_under_autocast_a_lora_in_float32_is_cast_once_for_all_experts():
                 casts.append(tuple(args[0].shape))
             return function(*args, **(kwargs or {}))
 
-    with torch.autocast("cpu", dtype=torch.bfloat16), Casts():
+    with torch.autocast(x.device.type, dtype=torch.bfloat16), Casts():
         experts(x, chosen, weights)
     # of rank 8: A of gate and up, B of gate and up, A and B of down; gate's, up's and down's own weights
     assert sorted(casts).count((6, 8, 16)) == 2 + 2 and casts.count((6, 8, 8)) == 2 + 1

@@ -55,7 +55,7 @@ def test_is_the_loss_of_the_logits(dtype, frozen, chunk, monkeypatch):
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
 def test_under_autocast(frozen):
     layer, rows, wanted = layer_and_rows(torch.float32, frozen)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         logits, nll = layer(rows), layer(rows, wanted)
     assert logits.dtype == torch.bfloat16 and nll.dtype == torch.float32
     torch.testing.assert_close(nll, token_nll(logits, wanted))

@@ -203,7 +203,7 @@ class Held(NamedTuple):
 def held(model: nn.Module, rows: int) -> Held:
     """Fast weights of each row that change what it decodes."""
     memory = ParametricMemory(model, MemoryConfig(rank=4, layer_fraction=0.4), mask_token_id=MASK)
-    fast = FastWeights.initial(memory.shapes, memory.config, torch.arange(rows), torch.device("cpu"))
+    fast = FastWeights.initial(memory.shapes, memory.config, torch.arange(rows), torch.get_default_device())
     generator = torch.Generator().manual_seed(2)
     drawn = {k: torch.randn(v.shape, generator=generator, dtype=torch.float64) * 0.3 for k, v in fast.tensors.items()}
     return Held(memory, FastWeights(drawn, fast.scaling))

@@ -131,7 +131,7 @@ def load_model(
         except RuntimeError as error:
             raise ConfigError(f"model.path={model.path!r}: weights of another shape ({_first_line(error)})") from error
         if model.load_in_4bit:
-            _keep_4bit_weights_as_packed(backbone)
+            keep_4bit_weights_as_packed(backbone)
         if report["missing_keys"]:
             first = sorted(report["missing_keys"])[0]
             raise ConfigError(
@@ -164,7 +164,7 @@ def staged_backbone(model: nn.Module) -> StagedForward:
     return inner
 
 
-def _keep_4bit_weights_as_packed(backbone: PreTrainedModel) -> None:
+def keep_4bit_weights_as_packed(backbone: PreTrainedModel) -> None:
     """Forward passes without gradient would repack them on CPUs with AVX512-BF16, and later gradients be zero."""
     from bitsandbytes.nn import Linear4bit
 

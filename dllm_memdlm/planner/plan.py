@@ -71,7 +71,19 @@ def make_plan(
     device: str = "cuda",
     model: nn.Module | None = None,
 ) -> Plan:
-    """The plan of a recipe.
+    """The plan of a recipe; see `make_plans`."""
+    return make_plans(recipe, config, gpus, response_share, device, model)[recipe.memory.enabled]
+
+
+def make_plans(
+    recipe: Recipe,
+    config: PretrainedConfig,
+    gpus: int = 1,
+    response_share: float = RESPONSE_SHARE,
+    device: str = "cuda",
+    model: nn.Module | None = None,
+) -> dict[bool, Plan]:
+    """The plans of a recipe without memory and with it, by whether it has one.
 
     Args:
         recipe: what is to be trained.
@@ -104,23 +116,25 @@ def make_plan(
     memory = ParametricMemory(model, dataclasses.replace(recipe.memory, enabled=True), mask_token_id=0)
     parts = Parts(model, sizes)
     steps = {on: step(parts, memory if on else None, held.stays) for on in (False, True)}
-    timeline = steps[recipe.memory.enabled]
     micro_batches = args.gradient_accumulation_steps * gpus
-    return Plan(
-        engine,
-        gpus,
-        *counts,
-        memory.fast_parameters if recipe.memory.enabled else 0,
-        sizes.batch,
-        args.gradient_accumulation_steps,
-        length,
-        sizes.masked,
-        steps[False].flops * micro_batches,
-        steps[True].flops * micro_batches,
-        _with_share(timeline.highest, held),
-        _with_share(timeline.largest, held),
-        timeline.moment,
-    )
+    return {
+        on: Plan(
+            engine,
+            gpus,
+            *counts,
+            memory.fast_parameters if on else 0,
+            sizes.batch,
+            args.gradient_accumulation_steps,
+            length,
+            sizes.masked,
+            steps[False].flops * micro_batches,
+            steps[True].flops * micro_batches,
+            _with_share(timeline.highest, held),
+            _with_share(timeline.largest, held),
+            timeline.moment,
+        )
+        for on, timeline in steps.items()
+    }
 
 
 def _with_share(step: dict[str, int], held: Share) -> dict[str, int]:

@@ -1,0 +1,40 @@
+"""Options of the tests: the device that `-m gpu` compares with the CPU, and the one that all others run on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("dllm-memdlm")
+    group.addoption("--device", default="cuda", help="of the tests marked gpu; cpu to try the tests themselves")
+    group.addoption("--default-device", help="make every tensor there, and train there (cuda; default: the CPU)")
+    group.addoption("--tables", type=Path, help="write what tests have measured into this folder")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    name = config.getoption("--default-device")
+    if name is None:
+        return
+    torch.set_default_device(name)
+
+    class Generator(torch.Generator):
+        """Where the tensors are that it draws."""
+
+        def __new__(cls, device: Any = None) -> Any:
+            return super().__new__(cls, device=torch.device(name) if device is None else device)
+
+    torch.Generator = Generator
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> torch.device:
+    """The device to compare with the CPU; without one the test is skipped."""
+    wanted = torch.device(pytestconfig.getoption("--device"))
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip(f"needs a CUDA device; torch {torch.__version__} finds none")
+    return wanted
