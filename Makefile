@@ -17,7 +17,7 @@ ALL := $(FIGURES) $(if $(filter cpu,$(SCALE)),dropout)
 REPRODUCED := $(addprefix reproduce-,$(FIGURES) dropout)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-distributed soak reproduce $(REPRODUCED) report bench bench-gpu lint format clean
+.PHONY: help venv demo test test-distributed soak reproduce $(REPRODUCED) report bench bench-gpu gpu-check lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -58,7 +58,10 @@ report: venv ## a page for each reproduced figure and table, from what is in rep
 bench: venv ## time training steps and decoding, into reports/ (2½ hours; ARGS="--only step", ARGS="--quick")
 	@$(BIN)/python -m benchmarks $(ARGS)
 
-bench-gpu: venv ## LLaDA-MoE and LLaDA2.1 at full size with random weights, on a GPU (ARGS="recipes/llada_moe.yaml --set data.max_length=1024")
+gpu-check: venv ## whether the GPU trains and decodes right, and how fast (9 minutes; ARGS=--cpu tries the check itself)
+	@$(BIN)/python -m benchmarks.gpu_check $(ARGS)
+
+bench-gpu: venv ## LLaDA-MoE and LLaDA2.1 at full size with random weights, on a GPU (ARGS="recipes/llada_moe.yaml --bits 4")
 	@$(BIN)/python -m benchmarks.full_size $(ARGS)
 
 lint: venv ## check style and format

@@ -28,10 +28,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 540  #: of everything
+TOGETHER = 150  #: of each part that runs beside others
 UNIT_TESTS = (
     *("canvas_cache", "expert_ffn", "fast_weights", "inner_sgd", "losses", "memory_step", "moe", "noise", "objectives"),
     *("samplers_llada21", "samplers_mdlm", "trajectory"),
 )
+#: Recipes, bits of a weight of the base, and the seconds that each may take.
+TIMED = (("llada_moe", 16, 110), ("llada_moe", 4, 90), ("llada2_mini", 16, 140), ("llada2_mini", 4, 150))
 FEW_UNIT_TESTS = ("losses", "noise")
 #: As much of a failed part's output as the report shows, and as the log keeps of every part, in characters.
 SHOWN, KEPT = 3_000, 60_000
@@ -159,27 +162,20 @@ def parts(folder: Path, cpu: bool) -> tuple[Part, list[Part], list[Part]]:
         fixed = ("-p", "no:cacheprovider", "--tb=short", "--tables", str(folder / name))
         return module("pytest", "-q", *fixed, *arguments)
 
-    names = FEW_UNIT_TESTS if cpu else UNIT_TESTS
-    files = [f"tests/test_{name}.py" for name in names]
+    files = [f"tests/test_{name}.py" for name in (FEW_UNIT_TESTS if cpu else UNIT_TESTS)]
+    workers = [] if cpu else ["-n", "4", "--dist", "loadfile"]
     together = [
-        Part("equality", 180, pytest("equality", "-m", "gpu", "--device", device, "tests/test_gpu.py")),
-        Part("commands", 180, module("benchmarks.user_commands", str(folder / "commands"), *small)),
-        Part(
-            "unit_tests", 180, pytest("unit_tests", "--default-device", device, *([] if cpu else ["-n", "4"]), *files)
-        ),
+        Part("equality", TOGETHER, pytest("equality", "-m", "gpu", "--device", device, "tests/test_gpu.py")),
+        Part("commands", TOGETHER, module("benchmarks.user_commands", str(folder / "commands"), *small)),
+        Part("unit_tests", TOGETHER, pytest("unit_tests", "--default-device", device, *workers, *files)),
     ]
     timed = []
-    for recipe, bits, seconds in (
-        ("llada_moe", 16, 110),
-        ("llada_moe", 4, 90),
-        ("llada2_mini", 16, 140),
-        ("llada2_mini", 4, 150),
-    ):
+    for recipe, bits, seconds in TIMED:
         name = f"{recipe}_{bits}bit"
         command = module("benchmarks.full_size", f"recipes/{recipe}.yaml", "--bits", str(bits), *small)
         command += ["--plans", str(folder / "plans" / f"{name}.json"), "--output", str(folder / name)]
         if not cpu:  # where they take no time
-            together.append(Part(f"plan_{name}", 180, [*command, "--plan-only"]))
+            together.append(Part(f"plan_{name}", TOGETHER, [*command, "--plan-only"]))
         timed.append(Part(name, seconds, command))
     return Part("machine", 90, module("benchmarks.machine", str(folder / "machine"), *small)), together, timed
 
@@ -240,6 +236,8 @@ def main(argv: list[str] | None = None) -> int:
         chosen = [name for name in names if name.startswith(tuple(args.only))]
         if not chosen:
             parser.error(f"--only {' '.join(args.only)}: expected the beginning of one of {', '.join(names)}")
+        if args.wheels is not None and not any(args.wheels.glob("*.whl")):
+            parser.error(f"--wheels {args.wheels}: expected a folder with .whl files")
         about = {"card": "unknown", "torch": "unknown", "commit": args.commit or commit(), "date": time.strftime("%F")}
         env = environment(folder, args.wheels)
         check = Check(folder, args.output, start + args.seconds, env, about)

@@ -16,7 +16,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from devices import device, pytest_addoption, pytest_configure  # noqa: F401 (a fixture and hooks)
+from devices import device, products, pytest_addoption, pytest_configure  # noqa: F401 (fixtures and hooks)
 from drawings import figures  # noqa: F401 (a fixture)
 from measured_tables import pytest_terminal_summary  # noqa: F401 (a hook)
 from patched_dllm import tree, unpatched  # noqa: F401 (fixtures)
@@ -32,7 +32,7 @@ with warnings.catch_warnings():
 import recipe_files
 
 from dllm_memdlm import run
-from dllm_memdlm.backbones import LLaDA2MoeConfig, LLaDAMoEConfig, model_class, projection, with_lora
+from dllm_memdlm.backbones import LLaDA2MoeConfig, LLaDAMoEConfig, model_class, with_lora
 from dllm_memdlm.config import LoraConfig, MemoryConfig
 from dllm_memdlm.trainer import MemDLMConfig, MemDLMTrainer
 
@@ -93,23 +93,6 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     # TrainingArguments with bf16 write it into the environment, where the next test's would find it
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-
-
-@pytest.fixture
-def products(monkeypatch) -> set[torch.dtype]:
-    """What the grouped products of experts compute in, from now on."""
-    seen: set[torch.dtype] = set()
-
-    def seeing(product: Any) -> Any:
-        def computed(x: Tensor, *others: Any) -> Tensor:
-            seen.add(x.dtype)
-            return product(x, *others)
-
-        return computed
-
-    for name in ("grouped_linear", "grouped_outer"):
-        monkeypatch.setattr(projection, name, seeing(getattr(projection, name)))
-    return seen
 
 
 #: What launchers set, and accelerate leaves behind in a process: each would change what a launch does.

@@ -1,4 +1,4 @@
-"""Options of the tests: the device that `-m gpu` compares with the CPU, and the one that all others run on."""
+"""Where tests run: the device that `-m gpu` compares with the CPU, and the one of all others; and in what dtype."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+from dllm_memdlm.backbones import projection
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,3 +41,20 @@ def device(pytestconfig: pytest.Config) -> torch.device:
     if wanted.type == "cuda" and not torch.cuda.is_available():
         pytest.skip(f"needs a CUDA device; torch {torch.__version__} finds none")
     return wanted
+
+
+@pytest.fixture
+def products(monkeypatch) -> set[torch.dtype]:
+    """What the grouped products of experts compute in, from now on."""
+    seen: set[torch.dtype] = set()
+
+    def seeing(product: Any) -> Any:
+        def computed(x: Tensor, *others: Any) -> Tensor:
+            seen.add(x.dtype)
+            return product(x, *others)
+
+        return computed
+
+    for name in ("grouped_linear", "grouped_outer"):
+        monkeypatch.setattr(projection, name, seeing(getattr(projection, name)))
+    return seen

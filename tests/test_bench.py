@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from measured import allocated
 
 from benchmarks import __main__ as command
-from benchmarks import device, full_size, padding, profiling, steps, switches, training
-from benchmarks.device import CPU, Clock, peak_memory
-from benchmarks.random_models import random_model, recipe_of
+from benchmarks import padding, profiling, steps, switches, training
+from benchmarks.device import Clock, peak_memory
 from benchmarks.report import Range
-from benchmarks.watch import NEEDED, Watched, autocast_seen
 from dllm_memdlm import dllm_api
-from dllm_memdlm.backbones import load_model, read_config, staged_backbone
-from dllm_memdlm.backbones.sites import adapted_layers
 from dllm_memdlm.config import MemoryConfig
-from dllm_memdlm.recipe import Recipe
 
 SHAPES = ["LLaDA-MoE, 256, 7:1", "LLaDA2.1, 256, 7:1"]
 
@@ -217,152 +208,3 @@ def test_a_range_in_a_table():
     from benchmarks.report import text
 
     assert text(Range(0.456, 0.4, 0.5)) == "0.46 (0.40-0.50)"
-
-
-# === at full size ===
-
-
-@pytest.fixture
-def moe() -> Recipe:
-    """LLaDA-MoE's recipe, cut down."""
-    return recipe_of("recipes/llada_moe.yaml", 16, small=True)
-
-
-def test_full_size(tmp_path):
-    recipes = ["recipes/llada_moe.yaml", "recipes/tiny_llada2.yaml"]
-    more = ["--cpu", "--bits", "16", "--output", str(tmp_path), "--set", "training.gradient_checkpointing=true"]
-    assert full_size.main([*recipes, *more]) == 0
-    written = json.loads((tmp_path / "bench-gpu.json").read_text())
-    sections = {section["title"]: section for section in written["sections"]}
-    assert all(len(row) == len(section["columns"]) for section in sections.values() for row in section["rows"])
-    rows = sections["A training step at full size"]["rows"]
-    assert [row[:2] for row in rows] == [
-        [f"{name}, 16 bit", kind] for name in ("llada_moe", "tiny_llada2") for kind in ("plain MDLM", "MemDLM")
-    ]
-    for row in rows:
-        _, _, seconds, speed, _, flops, flop_limit, read, byte_limit, over, peak, planned, busy, waits = row
-        assert speed == round(128 / seconds) and waits == 0 and 1 <= int(busy.rstrip("%")) <= 150
-        assert over == pytest.approx(seconds / max(flop_limit, byte_limit)) and over > 1
-        assert min(flops, read) > 0 and 0.5 < planned / peak < 2
-    for plain, memory in (rows[:2], rows[2:]):
-        assert plain[4] == 1 and memory[4] == pytest.approx(memory[2] / plain[2])
-        assert memory[5] > plain[5] and memory[7] > plain[7]
-    for row, host in zip(rows, sections["What the host does in a step, s"]["rows"], strict=True):
-        assert sum(host[2:6]) == pytest.approx(row[2], rel=0.2), "nothing of a step is left out"
-    whats = [row[1] for row in sections["Decoding at full size"]["rows"]]
-    assert len(whats) == 7 + 6 and "decoding 8 tokens with memory" in whats
-
-
-def test_a_stop_loses_nothing_that_was_measured(moe, tmp_path, monkeypatch):
-    trained = full_size.trained
-
-    def stopped(model: Any, recipe: Recipe, memory: MemoryConfig) -> Any:
-        if memory.enabled:
-            raise KeyboardInterrupt
-        return trained(model, recipe, memory)
-
-    monkeypatch.setattr(full_size, "trained", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        full_size.main(["--cpu", "--bits", "16", "--output", str(tmp_path), "recipes/llada_moe.yaml"])
-    section = json.loads((tmp_path / "bench-gpu.json").read_text())["sections"][0]
-    assert [row[:2] for row in section["rows"]] == [["llada_moe, 16 bit", "plain MDLM"]]
-
-
-def test_steps_are_those_of_training(moe, products, monkeypatch):
-    """On a GPU the autocast that transformers uses on CPUs is off: all of it is accelerate's, around the model."""
-    monkeypatch.setattr(full_size.MemDLMTrainer, "compute_loss_context_manager", contextlib.nullcontext)
-    model, clipped, updated = random_model(moe), [], []
-    clip, update = full_size.MemDLMTrainer.create_accelerator_and_postprocess, torch.optim.AdamW.step
-
-    def watched_clip(trainer: Any) -> None:
-        clip(trainer)
-        norm = trainer.accelerator.clip_grad_norm_
-        trainer.accelerator.clip_grad_norm_ = lambda *arguments: clipped.append(0) or norm(*arguments)
-
-    monkeypatch.setattr(full_size.MemDLMTrainer, "create_accelerator_and_postprocess", watched_clip)
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *arguments: updated.append(0) or update(*arguments))
-    found = full_size.trained(model, moe, moe.memory)
-    assert found.autocast == {True} and products == {torch.bfloat16}
-    assert len(clipped) == len(updated) == NEEDED
-    # afterwards, to decode with, the model is as it was
-    seen = Watched()
-    with autocast_seen(seen, staged_backbone(model).layers, CPU), torch.no_grad():
-        assert model(input_ids=torch.arange(3, 9)[None]).logits.dtype == torch.bfloat16
-    assert seen.autocast == {False}
-
-
-def test_steps_without_autocast_are_refused(moe, monkeypatch):
-    monkeypatch.setattr(full_size.MemDLMTrainer, "compute_loss_context_manager", contextlib.nullcontext)
-    monkeypatch.setattr(Accelerator, "prepare_model", lambda accelerator, model, *_, **__: model)
-    with pytest.raises(RuntimeError, match="without autocast"):
-        full_size.trained(random_model(moe), moe, moe.memory)
-
-
-def test_plans_are_made_once(moe, tmp_path, monkeypatch):
-    file = tmp_path / "plans" / "moe.json"
-    made = full_size.plans_for("moe", moe, file)
-    monkeypatch.setattr(full_size, "plans_of", None)
-    assert full_size.plans_for("moe", moe, file) == made
-    assert made[True].fast > 0 == made[False].fast and made[True].flops_mdlm == made[False].flops_mdlm
-
-
-def test_weights_in_4_bit_are_those_of_from_pretrained(tmp_path):
-    recipe = recipe_of("recipes/llada2_mini.yaml", 4, ["lora.enabled=false"], small=True)
-    ours = random_model(recipe)
-    bare = recipe_of("recipes/llada2_mini.yaml", 16, ["lora.enabled=false"], small=True)
-    random_model(bare).save_pretrained(tmp_path)
-    loaded = load_model(dataclasses.replace(recipe.model, path=str(tmp_path)), read_config(str(tmp_path)))
-    expected = loaded.state_dict()
-    assert ours.state_dict().keys() == expected.keys()
-    for name, value in ours.state_dict().items():
-        assert value.dtype == expected[name].dtype and torch.equal(value, expected[name]), name
-
-
-def test_waits_of_the_host_are_counted_by_line(monkeypatch):
-    """As torch tells of them; it also says, once, that this is a prototype."""
-    modes = ["default"]
-    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-    with device.waits(torch.device("cuda")) as found:
-        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
-        for _ in range(3):
-            warnings.warn(device.WAITED, stacklevel=1)
-    ((line, times),) = found.items()
-    assert line.startswith("tests/test_bench.py:") and times == 3
-    assert modes == ["default", "warn", "default"]
-
-
-def test_full_size_asks_for_a_gpu(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as exit:
-        full_size.main([])
-    assert exit.value.code == 2 and "expected a CUDA device" in capsys.readouterr().err.splitlines()[-1]
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("memory", [steps.PLAIN, MemoryConfig(), MemoryConfig(steps=3)], ids=["plain", "K2", "K3"])
-def test_weights_are_read_as_often_as_layers_are_passed(memory, checkpointing, bench):
-    backbone = staged_backbone(bench.model)
-    if checkpointing:
-        bench.model.gradient_checkpointing_enable({"use_reentrant": False})
-    passes = dict.fromkeys(range(len(backbone.layers)), 0)
-
-    def count(number: int) -> Any:
-        def hook(*_: Any) -> None:
-            passes[number] += 1
-
-        return backbone.layers[number].register_forward_pre_hook(hook)  # recomputation may end early
-
-    hooks = [count(number) for number in passes]
-    try:
-        bench.ours(memory)()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        bench.model.gradient_checkpointing_disable()
-    boundary = adapted_layers(len(passes), memory).start if memory.enabled else len(passes)
-    backward = {number: 1 if number < boundary else memory.steps + 1 for number in passes}
-    sizes = [sum(p.nbytes for p in layer.parameters()) for layer in backbone.layers]
-    expected = sum(sizes[number] * (passes[number] + backward[number]) for number in passes)
-    expected += backbone.lm_head.weight.nbytes * 2 * (memory.steps + 1 if memory.enabled else 1)
-    assert full_size.weights_read(bench.model, memory, checkpointing) == expected

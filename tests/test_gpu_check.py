@@ -1,0 +1,161 @@
+"""The check of a GPU machine: all of it cut down on the CPU; parts that fail, hang or find no time; wheels."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import gpu_check
+from benchmarks.gpu_check import Check, Part
+
+ALL = ["machine", "equality", "commands", "unit_tests"]
+ALL += [f"{recipe}_{bits}bit" for recipe in ("llada_moe", "llada2_mini") for bits in (16, 4)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What the whole check has written, on a CPU."""
+    folder = tmp_path_factory.mktemp("reports")
+    code = gpu_check.main(["--cpu", "--output", str(folder), "--commit", "abc1234", "--seconds", "1200"])
+    assert code == 0, (folder / "gpu-check.md").read_text()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tables(folder) -> dict[str, dict[str, Any]]:
+    return {table["title"]: table for table in json.loads((folder / "gpu-check.json").read_text())["sections"]}
+
+
+def test_every_part_ends_well(tables):
+    assert sorted(row[0] for row in tables["Parts"]["rows"]) == sorted(ALL)
+    assert {row[1] for row in tables["Parts"]["rows"]} == {"well"}
+
+
+def test_all_that_was_measured_is_in_one_report(tables, folder):
+    page = (folder / "gpu-check.md").read_text()
+    assert all(f"## {title}" in page for title in tables)
+    facts = json.loads((folder / "gpu-check.json").read_text())
+    assert facts["card"].startswith("cpu: ") and facts["torch"] and facts["commit"] == "abc1234"
+    kinds = [row[:2] for row in tables["A training step at full size"]["rows"]]
+    assert kinds == [
+        [f"{recipe}, {bits} bit", kind]
+        for recipe in ("llada_moe", "llada2_mini")
+        for bits in (16, 4)
+        for kind in ("plain MDLM", "MemDLM")
+    ]
+    assert {row[0] for row in tables["Decoding at full size"]["rows"]} == {"llada_moe, 16 bit", "llada2_mini, 16 bit"}
+    assert len(tables["The longest kernels of a step"]["rows"]) == 20 * len(kinds)
+    assert len(tables["What a user types"]["rows"]) == 7
+    assert any(row[0].startswith("a_step_in_float32[llada2") for row in tables["A GPU against the CPU"]["rows"])
+    assert all(f"===== {name}" in (folder / "gpu-check.log").read_text() for name in ALL)
+
+
+# === parts ===
+
+
+@pytest.fixture
+def check(tmp_path) -> Check:
+    (tmp_path / "work").mkdir()
+    about = {"card": "none", "torch": "none"}
+    return Check(tmp_path / "work", tmp_path / "reports", time.monotonic() + 60, dict(os.environ), about)
+
+
+def python(name: str, code: str, seconds: int = 30) -> Part:
+    return Part(name, seconds, [sys.executable, "-c", code])
+
+
+def test_what_fails_is_said_and_the_rest_goes_on(check, tmp_path):
+    table = {"sections": [{"title": "Half", "columns": ["a"], "note": "", "rows": [["one"]]}]}
+    (tmp_path / "work" / "bad").mkdir()
+    written = f"open({str(tmp_path / 'work' / 'bad' / 'x.json')!r}, 'w').write({json.dumps(table)!r})"
+    check.run(python("bad", f"{written}; print('what went wrong'); raise SystemExit(3)"))
+    page = tmp_path / "reports" / "gpu-check.md"
+    # the second part finds what the first has left
+    check.run(python("good", f"assert '| bad | exit code 3 |' in open({str(page)!r}).read()"))
+    assert [row[:2] for row in check.ended] == [["bad", "exit code 3"], ["good", "well"]]
+    assert check.failed == ["bad"]
+    assert "## What bad said last" in page.read_text() and "what went wrong" in page.read_text()
+    assert [section["title"] for section in json.loads(page.with_suffix(".json").read_text())["sections"]] == [
+        *("Parts", "Half")
+    ]
+
+
+def test_what_takes_too_long_is_ended_with_all_that_it_has_started(check, tmp_path):
+    child = "import time; time.sleep(100)"
+    code = (
+        f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid, flush=True); {child}"
+    )
+    check.run(python("slow", code, seconds=5))
+    (row,) = check.ended
+    assert row[:2] == ["slow", "stopped at its limit of 5 s"] and 5 <= row[2] < 10
+    state = Path(f"/proc/{int(row[-1])}/status")
+    assert not state.exists() or "zombie" in state.read_text()
+
+
+def test_without_time_left_nothing_is_begun(check):
+    check.deadline = time.monotonic() + 3
+    check.run(python("late", "raise SystemExit(1)"))
+    assert check.ended[0][:3] == ["late", "no time left", 0] and check.failed == ["late"]
+
+
+def test_a_stop_ends_what_runs_and_begins_nothing_more(check):
+    parts = [python(name, "import time; time.sleep(100)") for name in "abcdef"]
+    timer = threading.Timer(1.0, check.stop)
+    timer.start()
+    start = time.monotonic()
+    check.run_together(parts)
+    assert time.monotonic() - start < 20 and len(check.failed) == len(parts)
+    assert {row[1] for row in check.ended} <= {"exit code -9", "no time left"}
+
+
+def test_wheels_are_put_in_front_and_need_no_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "wheels").mkdir()
+    name = "a_wheel_of_this_test-1.0"
+    with zipfile.ZipFile(tmp_path / "wheels" / f"{name}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("a_wheel_of_this_test.py", "VALUE = 7\n")
+        wheel.writestr("rich/__init__.py", "OURS = True\n")  # which is installed too
+        wheel.writestr(
+            f"{name}.dist-info/METADATA", "Metadata-Version: 2.1\nName: a-wheel-of-this-test\nVersion: 1.0\n"
+        )
+        wheel.writestr(f"{name}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{name}.dist-info/RECORD", "")
+    gpu_check.install(tmp_path / "site", tmp_path / "wheels")
+    environment = gpu_check.environment(tmp_path, tmp_path / "wheels")
+    code = "import a_wheel_of_this_test, rich, benchmarks; print(a_wheel_of_this_test.VALUE, rich.OURS)"
+    printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd="/")
+    assert printed.stdout == "7 True\n", printed.stderr
+    assert environment["HF_HUB_OFFLINE"] == "1" and not [k for k in environment if k.startswith("PYTEST_")]
+
+
+def test_an_unknown_part_is_refused(capsys):
+    with pytest.raises(SystemExit) as exit:
+        gpu_check.main(["--cpu", "--only", "equalty"])
+    assert exit.value.code == 2
+    assert "--only equalty: expected the beginning of one of equality, commands" in capsys.readouterr().err
+
+
+def test_a_folder_without_wheels_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--cpu", "--wheels", str(tmp_path)])
+    assert f"--wheels {tmp_path}: expected a folder with .whl files" in capsys.readouterr().err
+
+
+def test_on_a_gpu_the_planner_works_beside_what_is_checked(tmp_path):
+    first, together, timed = gpu_check.parts(tmp_path, cpu=False)
+    plans = [part for part in together if part.name.startswith("plan_")]
+    assert [part.name.removeprefix("plan_") for part in plans] == [part.name for part in timed]
+    for plan, part in zip(plans, timed, strict=True):
+        assert plan.command == [*part.command, "--plan-only"] and "--cpu" not in part.command
+    assert first.name == "machine" and sum(part.seconds for part in timed) < gpu_check.SECONDS
+    for path in (path for part in together for path in part.command if path.startswith("tests/")):
+        assert (gpu_check.ROOT / path).is_file()
