@@ -36,6 +36,8 @@ UNIT_TESTS = (
 #: Recipes, bits of a weight of the base, and the seconds that each may take.
 TIMED = (("llada_moe", 16, 110), ("llada_moe", 4, 90), ("llada2_mini", 16, 140), ("llada2_mini", 4, 150))
 FEW_UNIT_TESTS = ("losses", "noise")
+#: Every part is a group of processes, so that it ends with all that it has started.
+GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 #: As much of a failed part's output as the report shows, and as the log keeps of every part, in characters.
 SHOWN, KEPT = 3_000, 60_000
 
@@ -72,11 +74,8 @@ class Check:
             self._end(part, "no time left", 0, limit)
             return
         with log.open("w") as file:
-            # In a session of its own, so that it ends with all that it has started.
             environment = self.environment | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
-            process = subprocess.Popen(
-                part.command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
-            )
+            process = subprocess.Popen(part.command, cwd=ROOT, env=environment, stdout=file, stderr=file, **GROUP)
             self.running.add(process)
             try:
                 code = process.wait(limit)

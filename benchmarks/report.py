@@ -61,10 +61,16 @@ def text(cell: Cell) -> str:
 
 
 def write(sections: list[Section], title: str, facts: dict[str, Any], folder: Path, name: str) -> list[Path]:
-    """`name`.json and `name`.md. Returns their paths."""
+    """`name`.json and `name`.md. Returns their paths. A process that is killed leaves the old ones or the new ones."""
     folder.mkdir(parents=True, exist_ok=True)
     data, page = folder / f"{name}.json", folder / f"{name}.md"
-    data.write_text(json.dumps({**facts, "sections": [asdict(section) for section in sections]}, indent=2) + "\n")
+    _replace(data, json.dumps({**facts, "sections": [asdict(section) for section in sections]}, indent=2) + "\n")
     about = "\n".join(f"- {key}: {value}" for key, value in facts.items())
-    page.write_text("\n".join([f"# {title}", "", about, "", *(section.markdown() for section in sections)]))
+    _replace(page, "\n".join([f"# {title}", "", about, "", *(section.markdown() for section in sections)]))
     return [data, page]
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
