@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 from collections import Counter
@@ -21,6 +22,8 @@ from torch.utils._pytree import tree_iter
 from dllm_memdlm.planner.live import FLOPS, LiveBytes
 
 CPU = torch.device("cpu")
+#: Of C++ names.
+COMMON = r"void |at::native::|\(anonymous namespace\)::|c10::|cutlass::|std::|at::|\|"
 WAITED = "called a synchronizing CUDA operation"  #: torch's warning
 PRODUCTS = tuple(f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm"))
 
@@ -60,6 +63,11 @@ class Kernel(NamedTuple):
     name: str
     calls: int
     seconds: float  #: of all calls together
+
+    @property
+    def short(self) -> str:
+        """The name without what all have in common, in a width that a table takes."""
+        return f"`{re.sub(COMMON, '', self.name)[:160]}`"
 
 
 @contextmanager

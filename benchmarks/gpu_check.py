@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -22,13 +23,14 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 540  #: of everything
 TOGETHER = 150  #: of each part that runs beside others
+SLOWER = 4  #: times a CPU may take as long
 UNIT_TESTS = (
     *("canvas_cache", "expert_ffn", "fast_weights", "inner_sgd", "losses", "memory_step", "moe", "noise", "objectives"),
     *("samplers_llada21", "samplers_mdlm", "trajectory"),
@@ -36,7 +38,8 @@ UNIT_TESTS = (
 #: Recipes, bits of a weight of the base, and the seconds that each may take.
 TIMED = (("llada_moe", 16, 110), ("llada_moe", 4, 90), ("llada2_mini", 16, 140), ("llada2_mini", 4, 150))
 FEW_UNIT_TESTS = ("losses", "noise")
-#: Every part is a group of processes, so that it ends with all that it has started.
+#: Every part is a group of processes, so that it ends with all that it has started; not a session, which would outlive
+#: one that is killed whole.
 GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 #: As much of a failed part's output as the report shows, and as the log keeps of every part, in characters.
 SHOWN, KEPT = 3_000, 60_000
@@ -73,6 +76,7 @@ class Check:
         if limit < 5:
             self._end(part, "no time left", 0, limit)
             return
+        how = "stopped"
         with log.open("w") as file:
             environment = self.environment | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
             process = subprocess.Popen(part.command, cwd=ROOT, env=environment, stdout=file, stderr=file, **GROUP)
@@ -85,7 +89,7 @@ class Check:
             finally:
                 _kill(process)
                 self.running.discard(process)
-        self._end(part, how, time.monotonic() - start, limit)
+                self._end(part, how, time.monotonic() - start, limit)
 
     def run_together(self, parts: Sequence[Part]) -> None:
         """As many at once as there are cores, which they share."""
@@ -135,11 +139,8 @@ class Check:
         if machine.exists():
             facts = json.loads(machine.read_text())
             self.about |= {name: facts[name] for name in ("card", "torch")}
-        page, data = write(self.sections(), "GPU check", self.about, self.output, "gpu-check")[::-1]
-        tails = {name: self._tail(name, SHOWN) for name in self.failed}
-        with page.open("a") as file:
-            for name, tail in tails.items():
-                file.write(f"\n## What {name} said last\n\n```\n{tail}\n```\n")
+        tails = "\n".join(f"## What {name} said last\n\n```\n{self._tail(name, SHOWN)}\n```\n" for name in self.failed)
+        data, page = write(self.sections(), "GPU check", self.about, self.output, "gpu-check", tails)
         logs = self.output / "gpu-check.log"
         logs.write_text("\n".join(f"===== {name}\n{self._tail(name, KEPT)}" for name, *_ in self.ended))
         return [page, data, logs]
@@ -158,11 +159,13 @@ def parts(folder: Path, cpu: bool) -> tuple[Part, list[Part], list[Part]]:
         return [sys.executable, "-m", name, *arguments]
 
     def pytest(name: str, *arguments: str) -> list[str]:
-        fixed = ("-p", "no:cacheprovider", "--tb=short", "--tables", str(folder / name))
+        # What a library warns of on this machine is no fault of the code's.
+        fixed = ("-W", "default", "-p", "no:cacheprovider", "--tb=short", "--tables", str(folder / name))
         return module("pytest", "-q", *fixed, *arguments)
 
     files = [f"tests/test_{name}.py" for name in (FEW_UNIT_TESTS if cpu else UNIT_TESTS)]
-    workers = [] if cpu else ["-n", "4", "--dist", "loadfile"]
+    several = not cpu and importlib.util.find_spec("xdist") is not None
+    workers = ["-n", "4", "--dist", "loadfile"] if several else []
     together = [
         Part("equality", TOGETHER, pytest("equality", "-m", "gpu", "--device", device, "tests/test_gpu.py")),
         Part("commands", TOGETHER, module("benchmarks.user_commands", str(folder / "commands"), *small)),
@@ -172,22 +175,29 @@ def parts(folder: Path, cpu: bool) -> tuple[Part, list[Part], list[Part]]:
     for recipe, bits, seconds in TIMED:
         name = f"{recipe}_{bits}bit"
         command = module("benchmarks.full_size", f"recipes/{recipe}.yaml", "--bits", str(bits), *small)
-        command += ["--plans", str(folder / "plans" / f"{name}.json"), "--output", str(folder / name)]
-        if not cpu:  # where they take no time
-            together.append(Part(f"plan_{name}", TOGETHER, [*command, "--plan-only"]))
-        timed.append(Part(name, seconds, command))
-    return Part("machine", 90, module("benchmarks.machine", str(folder / "machine"), *small)), together, timed
+        command += ["--plans", str(folder / "plans")]
+        together.append(Part(f"plan_{name}", TOGETHER, [*command, "--plan-only"]))
+        timed.append(Part(name, seconds, [*command, "--output", str(folder / name)]))
+    machine = Part("machine", 90, module("benchmarks.machine", str(folder / "machine"), *small))
+    slower = SLOWER if cpu else 1
+    first, *rest = (replace(part, seconds=part.seconds * slower) for part in (machine, *together, *timed))
+    return first, rest[: len(together)], rest[len(together) :]
 
 
 def environment(folder: Path, wheels: Path | None) -> dict[str, str]:
     """For every part: no network, nothing in the user's folders, compiled modules kept for the next part."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "PYTHONDONTWRITE"))}
     site = [] if wheels is None else [str(folder / "site")]
-    paths = [*site, str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), *site, *filter(None, [os.environ.get("PYTHONPATH")])]
+    # A step of a quarter of a million kernels does not fit the profiler's 128 MB.
+    kineto = folder / "kineto.conf"
+    kineto.write_text("ACTIVITIES_MAX_GPU_BUFFER_SIZE_MB=1024\n")
     return {
         **inherited,
         **{"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HOME": str(folder / "hf")},
         **{"PYTHONPYCACHEPREFIX": str(folder / "compiled"), "PYTHONPATH": os.pathsep.join(paths)},
+        **{"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]},
+        **{"KINETO_CONFIG": str(kineto)},
     }
 
 
@@ -230,24 +240,29 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     start = time.monotonic()
     with working_folder() as folder:
+        if args.wheels is not None:
+            if not any(args.wheels.glob("*.whl")):
+                parser.error(f"--wheels {args.wheels}: expected a folder with .whl files")
+            try:
+                install(folder / "site", args.wheels)
+            except subprocess.CalledProcessError:
+                parser.error(f"--wheels {args.wheels}: pip could not install them; it says above why")
         first, together, timed = parts(folder, args.cpu)
         names = [part.name for part in (*together, *timed)]
-        chosen = [name for name in names if name.startswith(tuple(args.only))]
+        wanted = tuple(args.only)
+        chosen = [name for name in names if name.startswith(wanted) or name.removeprefix("plan_").startswith(wanted)]
         if not chosen:
             parser.error(f"--only {' '.join(args.only)}: expected the beginning of one of {', '.join(names)}")
-        if args.wheels is not None and not any(args.wheels.glob("*.whl")):
-            parser.error(f"--wheels {args.wheels}: expected a folder with .whl files")
         about = {"card": "unknown", "torch": "unknown", "commit": args.commit or commit(), "date": time.strftime("%F")}
-        env = environment(folder, args.wheels)
-        check = Check(folder, args.output, start + args.seconds, env, about)
+        check = Check(folder, args.output, start + args.seconds, environment(folder, args.wheels), about)
         try:
-            if args.wheels is not None:
-                install(folder / "site", args.wheels)
             check.run(first)
             check.run_together([part for part in together if part.name in chosen])
             for part in timed:
                 if part.name in chosen:
                     check.run(part)
+        except KeyboardInterrupt:
+            check.failed.append("the rest, as it was interrupted")
         finally:
             check.stop()
         paths = check.write()

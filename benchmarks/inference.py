@@ -33,9 +33,12 @@ def section() -> Section:
     )
 
 
-def measure(name: str, model: nn.Module, recipe: Recipe, table: Section, save: Callable[[], Any]) -> None:
-    """A forward pass, adaptation and decoding at 4,096 tokens, adaptation at 32,768; a row for each."""
-    device = recipe.training.device
+def measure(name: str, model: nn.Module, recipe: Recipe, table: Section, save: Callable[[], Any]) -> list[str]:
+    """A forward pass, adaptation and decoding at 4,096 tokens, adaptation at 32,768; a row for each.
+
+    Returns what could not be measured, and why.
+    """
+    device, faults = recipe.training.device, []
     cpu = device.type == "cpu"
     length, long, new, block = (48, 96, 8, 4) if cpu else (4096, 32768, 64, 32)
     backbone = staged_backbone(model.eval().requires_grad_(False))
@@ -55,21 +58,30 @@ def measure(name: str, model: nn.Module, recipe: Recipe, table: Section, save: C
     def decode() -> None:
         sampler.sample([prompt], **settings)
 
-    def adapt(text: torch.Tensor, attention: str = "full") -> Any:
+    def decode_with_memory() -> None:
+        with written.holding(remembered[0]):
+            decode()
+
+    def adapt(text: torch.Tensor, attention: str = "full") -> None:
         prompts = PromptMemory(written, attention=attention)
-        fast = prompts.recall([text])
+        remembered[:] = [prompts.recall([text])]
         if prompts.tally.failures():
-            raise RuntimeError(f"a prompt of {len(text):,} tokens was left without memory: {prompts.tally.failures()}")
-        return fast
+            raise RuntimeError(f"left without memory: {prompts.tally.failures()}")
+
+    remembered: list[Any] = []
 
     def row(what: str, work: Callable[[], Any], tokens: int | None = None, again: bool = True) -> None:
-        if again:
-            work()
-        with memory(device) as taken, waits(device) as waited:
-            start = time.perf_counter()
-            work()
-            finish(device)
-            seconds = time.perf_counter() - start
+        try:
+            if again:
+                work()
+            with memory(device) as taken, waits(device) as waited:
+                start = time.perf_counter()
+                work()
+                finish(device)
+                seconds = time.perf_counter() - start
+        except Exception as error:  # whatever it is, the next row may do
+            faults.append(f"{name}, {what}: {type(error).__name__}: {error}")
+            return
         speed = None if tokens is None else tokens / seconds
         table.rows.append([name, what, seconds, speed, taken.peak / GIB, sum(waited.values())])
         save()
@@ -79,8 +91,8 @@ def measure(name: str, model: nn.Module, recipe: Recipe, table: Section, save: C
         with model.disable_adapter():
             row("the same without the LoRA", forward)
     row(f"adapting to {length:,} tokens", lambda: adapt(prompt))
-    with written.holding(adapt(prompt)):
-        row(f"decoding {new} tokens with memory", decode, new)
+    row(f"decoding {new} tokens with memory", decode_with_memory, new)
     row(f"decoding {new} tokens", decode, new)
     row(f"adapting to {long:,} tokens", lambda: adapt(long_prompt), again=False)
     row("the same, block by block", lambda: adapt(long_prompt, "block_causal"), again=False)
+    return faults

@@ -12,6 +12,7 @@ from torch import nn
 from dllm_memdlm.backbones import config_of, load_model, with_lora
 from dllm_memdlm.backbones.loading import keep_4bit_weights_as_packed
 from dllm_memdlm.planner import Plan, make_plans
+from dllm_memdlm.planner.shapes import packable
 from dllm_memdlm.recipe import Recipe, load_recipe
 
 #: A step, and nothing around it; every response token masked, as the planner assumes.
@@ -68,19 +69,13 @@ def quantise(model: nn.Module, device: torch.device) -> None:
     """Pack every linear layer but the output, as `from_pretrained` does: NF4, the scales packed too."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    output = model.get_output_embeddings()
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and child is not output:
-                packed = Linear4bit(
-                    *(child.in_features, child.out_features, child.bias is not None),
-                    compute_dtype=child.weight.dtype,
-                    quant_type="nf4",
-                    device="meta",
-                )
-                weight = Params4bit(child.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
-                packed.weight, packed.bias, child.weight = weight.to(device), child.bias, None
-                setattr(parent, name, packed)
+    for parent, name, linear in packable(model):
+        sizes = linear.in_features, linear.out_features, linear.bias is not None
+        packed = Linear4bit(*sizes, compute_dtype=linear.weight.dtype, quant_type="nf4", device="meta")
+        weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
+        packed.weight, packed.bias = weight.to(device), linear.bias
+        linear.weight = None  # before the next one is packed
+        setattr(parent, name, packed)
     keep_4bit_weights_as_packed(model)
     model.is_loaded_in_4bit = True
 

@@ -60,13 +60,18 @@ def text(cell: Cell) -> str:
     return str(cell)
 
 
-def write(sections: list[Section], title: str, facts: dict[str, Any], folder: Path, name: str) -> list[Path]:
-    """`name`.json and `name`.md. Returns their paths. A process that is killed leaves the old ones or the new ones."""
+def write(
+    sections: list[Section], title: str, facts: dict[str, Any], folder: Path, name: str, appendix: str = ""
+) -> list[Path]:
+    """`name`.json and `name`.md, the latter with an appendix. Returns their paths.
+
+    A process that is killed leaves the old ones or the new ones.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     data, page = folder / f"{name}.json", folder / f"{name}.md"
     _replace(data, json.dumps({**facts, "sections": [asdict(section) for section in sections]}, indent=2) + "\n")
     about = "\n".join(f"- {key}: {value}" for key, value in facts.items())
-    _replace(page, "\n".join([f"# {title}", "", about, "", *(section.markdown() for section in sections)]))
+    _replace(page, "\n".join([f"# {title}", "", about, "", *(section.markdown() for section in sections), appendix]))
     return [data, page]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,20 +32,22 @@ class Watched:
     first: float = 0.0  #: seconds of the first step
     seconds: float = 0.0  #: of a step, data and optimizer included, with the host free to run ahead
     host: dict[str, float] = field(default_factory=dict)  #: seconds of a step by what the host is doing
-    waits: Counter[str] = field(default_factory=Counter)  #: of one step, by the line that waits
-    memory: Memory = field(default_factory=Memory)  #: of one step
+    waits: Counter[str] | None = None  #: of one step, by the line that waits
+    memory: Memory | None = None  #: of one step
     kernels: list[Kernel] = field(default_factory=list)  #: of one step
     autocast: set[bool] = field(default_factory=set)  #: whether it was on in the layers, of all their passes
+    faults: list[str] = field(default_factory=list)  #: what could not be looked at, and why
 
 
-def watch(trainer: MemDLMTrainer) -> Watched:
+def watch(trainer: MemDLMTrainer, save: Callable[[Watched], None]) -> Watched:
     """Train until everything is measured; the trainer's `max_steps` must be at least NEEDED.
 
-    The model is left as it was before, without the wrapper in which accelerate trains it.
+    `save` gets what there is after the timed steps, and after each step that is looked at. The model is left as it was
+    before, without the wrapper in which accelerate trains it.
     """
     found, device = Watched(), trainer.args.device
     trainer.pop_callback(PrinterCallback)
-    trainer.add_callback(_Watch(found, device))
+    trainer.add_callback(_Watch(found, device, save))
     try:
         with autocast_seen(found, staged_backbone(trainer.model).layers, device):
             trainer.train()
@@ -69,8 +71,8 @@ def autocast_seen(found: Watched, layers: Iterable[nn.Module], device: torch.dev
 class _Watch(TrainerCallback):
     """Between any two steps it does the next thing of `_measure`; when that is over, so is the run."""
 
-    def __init__(self, found: Watched, device: torch.device) -> None:
-        self.found, self.device = found, device
+    def __init__(self, found: Watched, device: torch.device, save: Callable[[Watched], None]) -> None:
+        self.found, self.device, self.save = found, device, save
         self._host: Counter[str] = Counter()
         self._script = self._measure()
 
@@ -83,6 +85,7 @@ class _Watch(TrainerCallback):
 
         self._host.clear()
         start, steps = time.perf_counter(), 0
+        self._since = start
         while steps < STEPS and time.perf_counter() - start < SECONDS:
             yield
             steps += 1
@@ -90,10 +93,26 @@ class _Watch(TrainerCallback):
         self.found.seconds = (time.perf_counter() - start) / steps
         self.found.host = {name: seconds / steps for name, seconds in self._host.items()}
 
-        with memory(self.device) as self.found.memory, waits(self.device) as self.found.waits:
+        self.save(self.found)
+
+        with self._going_on("waits, memory"):
+            with memory(self.device) as taken, waits(self.device) as waited:
+                yield
+            self.found.memory, self.found.waits = taken, waited
+        self.save(self.found)
+        with self._going_on("kernels"):
+            with kernels(self.device) as listed:
+                yield
+            self.found.kernels = listed
+        self.save(self.found)
+
+    @contextmanager
+    def _going_on(self, what: str) -> Iterator[None]:
+        """A tool that fails to look at a step must not cost what was timed."""
+        try:
             yield
-        with kernels(self.device) as self.found.kernels:
-            yield
+        except Exception as error:  # whatever it is
+            self.found.faults.append(f"{what}: {type(error).__name__}: {error}")
 
     def _note(self, name: str) -> None:
         now = time.perf_counter()

@@ -6,13 +6,15 @@ import contextlib
 import dataclasses
 import json
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 
-from benchmarks import device, full_size, steps, training
+from benchmarks import device, full_size, inference, steps, training, watch
 from benchmarks.device import CPU
 from benchmarks.random_models import random_model, recipe_of
 from benchmarks.watch import NEEDED, Watched, autocast_seen
@@ -53,19 +55,42 @@ def test_full_size(tmp_path):
     assert len(whats) == 7 + 6 and "decoding 8 tokens with memory" in whats
 
 
-def test_a_stop_loses_nothing_that_was_measured(moe, tmp_path, monkeypatch):
-    trained = full_size.trained
+def rows_of(folder: Path) -> list[list[Any]]:
+    return json.loads((folder / "bench-gpu.json").read_text())["sections"][0]["rows"]
 
-    def stopped(model: Any, recipe: Recipe, memory: MemoryConfig) -> Any:
-        if memory.enabled:
+
+def test_a_stop_loses_nothing_that_was_measured(tmp_path, monkeypatch):
+    """Not even what was timed of a step when the profiler has begun to look at another."""
+    memory_too = []
+
+    @contextlib.contextmanager
+    def stopped(where: torch.device) -> Iterator[list]:
+        if memory_too:
             raise KeyboardInterrupt
-        return trained(model, recipe, memory)
+        memory_too.append(True)
+        yield []
 
-    monkeypatch.setattr(full_size, "trained", stopped)
+    monkeypatch.setattr(watch, "kernels", stopped)
     with pytest.raises(KeyboardInterrupt):
         full_size.main(["--cpu", "--bits", "16", "--output", str(tmp_path), "recipes/llada_moe.yaml"])
-    section = json.loads((tmp_path / "bench-gpu.json").read_text())["sections"][0]
-    assert [row[:2] for row in section["rows"]] == [["llada_moe, 16 bit", "plain MDLM"]]
+    rows = rows_of(tmp_path)
+    assert [row[:2] for row in rows] == [["llada_moe, 16 bit", "plain MDLM"], ["llada_moe, 16 bit", "MemDLM"]]
+    assert all(row[2] > 0 and row[10] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("tool", ["kernels", "waits", "memory"])
+def test_a_tool_that_fails_costs_no_timing(tool, tmp_path, monkeypatch, capsys):
+    @contextlib.contextmanager
+    def failing(where: torch.device) -> Iterator[None]:
+        raise RuntimeError("not permitted")
+        yield
+
+    monkeypatch.setattr(watch, tool, failing)
+    assert full_size.main(["--cpu", "--bits", "4", "--output", str(tmp_path), "recipes/llada_moe.yaml"]) == 1
+    errors = capsys.readouterr().err
+    assert "llada_moe, 4 bit, plain MDLM: " in errors and "RuntimeError: not permitted" in errors
+    for row in rows_of(tmp_path):
+        assert row[2] > 0 and row[12] is not None if tool != "kernels" else row[12] is None and row[10] > 0
 
 
 def test_steps_are_those_of_training(moe, products, monkeypatch):
@@ -98,12 +123,30 @@ def test_steps_without_autocast_are_refused(moe, monkeypatch):
         full_size.trained(random_model(moe), moe, moe.memory)
 
 
-def test_plans_are_made_once(moe, tmp_path, monkeypatch):
-    file = tmp_path / "plans" / "moe.json"
-    made = full_size.plans_for("moe", moe, file)
+def test_plans_are_kept(moe, tmp_path, monkeypatch):
+    assert full_size.plans_for("moe, 16 bit", moe, tmp_path, make=False) == {}
+    made = full_size.plans_for("moe, 16 bit", moe, tmp_path / "new", make=True)
     monkeypatch.setattr(full_size, "plans_of", None)
-    assert full_size.plans_for("moe", moe, file) == made
+    assert full_size.plans_for("moe, 16 bit", moe, tmp_path / "new", make=False) == made
     assert made[True].fast > 0 == made[False].fast and made[True].flops_mdlm == made[False].flops_mdlm
+
+
+@pytest.mark.parametrize("failing", [True, False])
+def test_a_prompt_that_cannot_be_adapted_to_costs_the_next_row_nothing(failing, moe, monkeypatch):
+    if failing:
+        monkeypatch.setattr(inference.PromptMemory, "recall", lambda *_: 1 / 0)
+    table = inference.section()
+    faults = inference.measure("moe", random_model(moe), moe, table, lambda: None)
+    assert len(faults) == (4 if failing else 0) and len(table.rows) == 7 - len(faults)
+    assert table.rows[-1][1] == ("decoding 8 tokens" if failing else "the same, block by block")
+
+
+def test_names_of_kernels_are_told_apart_in_a_table():
+    begin = "void at::native::vectorized_elementwise_kernel<4, at::native::BinaryFunctor<c10::BFloat16, c10::BFloat16, "
+    names = [f"{begin}c10::BFloat16, at::native::binary_internal::{name}Functor<float> >" for name in ("Add", "Mul")]
+    shown = [device.Kernel(name, 1, 1.0).short for name in names]
+    assert shown[0] != shown[1] and all("Functor" in name and len(name) <= 162 for name in shown)
+    assert "|" not in device.Kernel("a|b", 1, 1.0).short
 
 
 def test_a_fault_of_the_planner_costs_no_timing(tmp_path, monkeypatch, capsys):
@@ -112,18 +155,18 @@ def test_a_fault_of_the_planner_costs_no_timing(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(full_size, "plans_of", fault)
     arguments = ["--cpu", "--bits", "16", "--output", str(tmp_path), "recipes/llada_moe.yaml"]
-    assert full_size.main(arguments) == 0
-    assert "llada_moe, 16 bit: no plan (AssertionError: shapes are incompatible)" in capsys.readouterr().out
-    for row in json.loads((tmp_path / "bench-gpu.json").read_text())["sections"][0]["rows"]:
+    assert full_size.main(arguments) == 1
+    assert "llada_moe, 16 bit: no plan, AssertionError: shapes are incompatible" in capsys.readouterr().err
+    for row in rows_of(tmp_path):
         assert [row[i] for i in (5, 6, 11)] == [None] * 3 and row[9] == pytest.approx(row[2] / row[8])
-    with pytest.raises(AssertionError):
-        full_size.main([*arguments, "--plan-only"])
+    assert full_size.main([*arguments, "--plan-only"]) == 1
 
 
-def test_weights_in_4_bit_are_those_of_from_pretrained(tmp_path):
-    recipe = recipe_of("recipes/llada2_mini.yaml", 4, ["lora.enabled=false"], small=True)
+@pytest.mark.parametrize("name", ["llada_moe", "llada2_mini"])
+def test_weights_in_4_bit_are_those_of_from_pretrained(name, tmp_path):
+    recipe = recipe_of(f"recipes/{name}.yaml", 4, ["lora.enabled=false"], small=True)
     ours = random_model(recipe)
-    bare = recipe_of("recipes/llada2_mini.yaml", 16, ["lora.enabled=false"], small=True)
+    bare = recipe_of(f"recipes/{name}.yaml", 16, ["lora.enabled=false"], small=True)
     random_model(bare).save_pretrained(tmp_path)
     loaded = load_model(dataclasses.replace(recipe.model, path=str(tmp_path)), read_config(str(tmp_path)))
     expected = loaded.state_dict()

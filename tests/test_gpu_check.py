@@ -17,8 +17,8 @@ import pytest
 from benchmarks import gpu_check
 from benchmarks.gpu_check import Check, Part
 
-ALL = ["machine", "equality", "commands", "unit_tests"]
-ALL += [f"{recipe}_{bits}bit" for recipe in ("llada_moe", "llada2_mini") for bits in (16, 4)]
+TIMED = [f"{recipe}_{bits}bit" for recipe in ("llada_moe", "llada2_mini") for bits in (16, 4)]
+ALL = ["machine", "equality", "commands", "unit_tests", *(f"plan_{name}" for name in TIMED), *TIMED]
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,7 @@ def tables(folder) -> dict[str, dict[str, Any]]:
 def test_every_part_ends_well(tables):
     assert sorted(row[0] for row in tables["Parts"]["rows"]) == sorted(ALL)
     assert {row[1] for row in tables["Parts"]["rows"]} == {"well"}
+    assert [row[0] for row in tables["Parts"]["rows"]][-4:] == TIMED, "one after the other, after all else"
 
 
 def test_all_that_was_measured_is_in_one_report(tables, folder):
@@ -53,6 +54,7 @@ def test_all_that_was_measured_is_in_one_report(tables, folder):
         for kind in ("plain MDLM", "MemDLM")
     ]
     assert {row[0] for row in tables["Decoding at full size"]["rows"]} == {"llada_moe, 16 bit", "llada2_mini, 16 bit"}
+    assert all(None not in row for row in tables["A training step at full size"]["rows"]), "plans included"
     assert len(tables["The longest kernels of a step"]["rows"]) == 20 * len(kinds)
     assert len(tables["What a user types"]["rows"]) == 7
     assert any(row[0].startswith("a_step_in_float32[llada2") for row in tables["A GPU against the CPU"]["rows"])
@@ -97,8 +99,10 @@ def test_what_takes_too_long_is_ended_with_all_that_it_has_started(check, tmp_pa
     check.run(python("slow", code, seconds=5))
     (row,) = check.ended
     assert row[:2] == ["slow", "stopped at its limit of 5 s"] and 5 <= row[2] < 10
-    state = Path(f"/proc/{int(row[-1])}/status")
-    assert not state.exists() or "zombie" in state.read_text()
+    state, end = Path(f"/proc/{int(row[-1])}/status"), time.monotonic() + 10
+    while state.exists() and "zombie" not in state.read_text():
+        assert time.monotonic() < end, "it lives on"
+        time.sleep(0.1)
 
 
 def test_without_time_left_nothing_is_begun(check):
@@ -150,12 +154,50 @@ def test_a_folder_without_wheels_is_refused(tmp_path, capsys):
     assert f"--wheels {tmp_path}: expected a folder with .whl files" in capsys.readouterr().err
 
 
-def test_on_a_gpu_the_planner_works_beside_what_is_checked(tmp_path):
-    first, together, timed = gpu_check.parts(tmp_path, cpu=False)
+INTERRUPTED = """
+import json, signal, sys
+from benchmarks import gpu_check
+from benchmarks.gpu_check import Part
+
+def parts(folder, cpu):
+    (folder / "long").mkdir()
+    table = {"sections": [{"title": "Half", "columns": ["a"], "note": "", "rows": [["one"]]}]}
+    (folder / "long" / "half.json").write_text(json.dumps(table))
+    python = [sys.executable, "-c"]
+    timed = [Part("long", 60, [*python, "import time; time.sleep(60)"]), Part("never", 60, [*python, ""])]
+    return Part("machine", 60, [*python, ""]), [], timed
+
+gpu_check.parts = parts
+signal.signal(signal.SIGTERM, gpu_check._stop)
+raise SystemExit(gpu_check.main(["--cpu", "--output", sys.argv[1]]))
+"""
+
+
+def test_an_interrupted_check_leaves_what_it_had(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, str(tmp_path)], cwd=gpu_check.ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline().startswith("machine: well")
+    time.sleep(1)
+    process.terminate()
+    printed, _ = process.communicate(timeout=30)
+    assert process.returncode == 1 and "long: stopped" in printed
+    sections = json.loads((tmp_path / "gpu-check.json").read_text())["sections"]
+    assert [row[:2] for row in sections[0]["rows"]] == [["machine", "well"], ["long", "stopped"]]
+    assert sections[1]["title"] == "Half" and sections[1]["rows"] == [["one"]]
+
+
+def test_plans_are_made_before_what_is_timed_and_only_read_there(tmp_path):
+    _, together, timed = gpu_check.parts(tmp_path, cpu=False)
     plans = [part for part in together if part.name.startswith("plan_")]
-    assert [part.name.removeprefix("plan_") for part in plans] == [part.name for part in timed]
+    assert [part.name.removeprefix("plan_") for part in plans] == [part.name for part in timed] == TIMED
     for plan, part in zip(plans, timed, strict=True):
-        assert plan.command == [*part.command, "--plan-only"] and "--cpu" not in part.command
-    assert first.name == "machine" and sum(part.seconds for part in timed) < gpu_check.SECONDS
+        assert plan.command[-1] == "--plan-only" and part.command[:-2] == plan.command[:-1]
+        assert part.command[-4:-2] == ["--plans", str(tmp_path / "plans")]
+
+
+def test_the_limits_leave_time_for_everything(tmp_path):
+    _, together, timed = gpu_check.parts(tmp_path, cpu=False)
+    assert sum(part.seconds for part in timed) < gpu_check.SECONDS
     for path in (path for part in together for path in part.command if path.startswith("tests/")):
         assert (gpu_check.ROOT / path).is_file()

@@ -45,7 +45,7 @@ def load(folder: Path, dtype: str = "float32", dropout: float = 0.0) -> nn.Modul
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero to begin with, which would hide every gradient of A
-            parameter.data.normal_(std=0.1, generator=generator)
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return model.train()
 
 

@@ -35,14 +35,18 @@ def shape_model(recipe: Recipe, config: PretrainedConfig) -> nn.Module:
 
 def quantise(model: nn.Module, compute_dtype: torch.dtype) -> None:
     """What loading in 4 bit does: linear layers but the output are packed, PEFT makes all else float32."""
-    output = staged_backbone(model).get_output_embeddings()
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and child is not output:
-                setattr(parent, name, PackedLinear(child, compute_dtype))
+    for parent, name, linear in packable(model):
+        setattr(parent, name, PackedLinear(linear, compute_dtype))
     for parameter in model.parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
+
+
+def packable(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """The linear layers that loading in 4 bit packs, all but the output: parent, name, layer."""
+    output = staged_backbone(model).get_output_embeddings()
+    children = [(parent, *child) for parent in model.modules() for child in parent.named_children()]
+    return [found for found in children if type(found[2]) is nn.Linear and found[2] is not output]
 
 
 class PackedLinear(nn.Linear):
