@@ -180,6 +180,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             except Exception as error:  # a fault of the planner's must not cost the timings
                 faults.append(f"{name}: no plan, {type(error).__name__}: {error}")
                 plans = {}
+            for on, plan in plans.items():
+                console.print(f"{name}: {plan.peak / 2**30:.1f} GiB planned for {KINDS[on]}", soft_wrap=True)
             if not args.plan_only:
                 faults += measure(name, recipe, plans, report)
                 gc.collect()
