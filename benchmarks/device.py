@@ -116,8 +116,7 @@ class Clock(TorchDispatchMode):
 class Memory:
     """Bytes that tensors take in a block of code."""
 
-    held: int = 0  #: when it began; not counted on a CPU
-    peak: int = 0  #: most at a time beyond that
+    peak: int = 0  #: most at a time, beyond what there was when it began
 
 
 @contextmanager
@@ -130,11 +129,11 @@ def memory(device: torch.device) -> Iterator[Memory]:
     found = Memory()
     if device.type == "cuda":
         finish(device)
-        found.held = torch.cuda.memory_allocated(device)
+        held = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         yield found
         finish(device)
-        found.peak = torch.cuda.max_memory_allocated(device) - found.held
+        found.peak = torch.cuda.max_memory_allocated(device) - held
         return
     with _NewBytes() as live, live.span() as span:
         yield found

@@ -8,11 +8,13 @@ import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.autograd import DeviceType, _KinetoEvent
 
 from benchmarks import device, full_size, inference, steps, training, watch
 from benchmarks.device import CPU
@@ -139,6 +141,25 @@ def test_a_prompt_that_cannot_be_adapted_to_costs_the_next_row_nothing(failing, 
     faults = inference.measure("moe", random_model(moe), moe, table, lambda: None)
     assert len(faults) == (4 if failing else 0) and len(table.rows) == 7 - len(faults)
     assert table.rows[-1][1] == ("decoding 8 tokens" if failing else "the same, block by block")
+
+
+def test_kernels_of_a_gpu_are_added_up_by_name(monkeypatch):
+    """From the events as torch 2.10 to 2.13 give them; annotations and the host's own calls are no kernels."""
+
+    def event(name: str, nanoseconds: int, kind: DeviceType = DeviceType.CUDA, annotation: bool = False) -> Any:
+        values = {"name": name, "duration_ns": nanoseconds, "device_type": kind, "is_user_annotation": annotation}
+        assert all(hasattr(_KinetoEvent, attribute) for attribute in values)
+        return SimpleNamespace(**{attribute: lambda value=value: value for attribute, value in values.items()})
+
+    events = [event("mm", 2_000), event("add", 5_000), event("mm", 4_000)]
+    events += [event("AdamW", 9_000, annotation=True), event("cudaLaunchKernel", 9_000, DeviceType.CPU)]
+    results = SimpleNamespace(kineto_results=SimpleNamespace(events=lambda: events))
+    monkeypatch.setattr(device, "profile", lambda **_: contextlib.nullcontext(results))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    with device.kernels(torch.device("cuda")) as found:
+        pass
+    assert [(kernel.name, kernel.calls) for kernel in found] == [("mm", 2), ("add", 1)]
+    assert [kernel.seconds for kernel in found] == pytest.approx([6e-6, 5e-6])
 
 
 def test_names_of_kernels_are_told_apart_in_a_table():
