@@ -99,10 +99,15 @@ def train(recipe: Recipe, resume: bool = False) -> MemDLMTrainer:
         made_by = check_whole(checkpoint)
         check_recipe(checkpoint, recipe)
         recipe.training.eval_on_start = False  # it was evaluated at this step before
+        if accelerate.PartialState().is_main_process:
+            print(f"going on from {checkpoint}", flush=True)
     trainer = build_trainer(recipe)
     if checkpoint is not None:
         check_engine(checkpoint, made_by, engines.describe(trainer.accelerator))
     trainer.train(resume_from_checkpoint=checkpoint)
+    steps = trainer.state.global_step
+    if checkpoint is not None and Path(checkpoint).name == f"checkpoint-{steps}" and trainer.is_world_process_zero():
+        print(f"all {steps} steps were done: nothing was left to train", flush=True)
     evaluated = {row["step"] for row in trainer.state.log_history if "eval_loss" in row}
     if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated:
         trainer.evaluate()

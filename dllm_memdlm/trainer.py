@@ -122,6 +122,12 @@ class MemDLMTrainer(WholeCheckpoints, MDLMTrainer):
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """None once `max_steps` is reached. transformers looks after a step only, so every resume would take one."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
     # === the step ===
 
     def compute_loss(

@@ -42,6 +42,28 @@ def test_a_resumed_run_ends_at_the_same_bits(finished, recipe_file, tmp_path):
     assert moved > 0.8 * len(start)
 
 
+@pytest.mark.parametrize("steps", [3, 4, 6])
+def test_a_run_that_has_reached_its_end_takes_no_step(steps, recipe_file, tmp_path, capsys):
+    """Within an epoch (four steps), at its end, and within the next. With a constant schedule a step would show."""
+    settings = [f"training.max_steps={steps}", "training.save_steps=1", "training.lr_scheduler_type=constant"]
+    run.train(recipe_for(recipe_file, tmp_path, *settings))
+    weights, logs = (tmp_path / "model.safetensors").read_bytes(), without_times(logs_of(tmp_path))
+    for name in ("model.safetensors", "trainer_state.json"):  # as if it was killed after its last checkpoint
+        (tmp_path / name).unlink()
+    for _ in range(2):
+        trainer = run.train(recipe_for(recipe_file, tmp_path, *settings), resume=True)
+        assert trainer.state.global_step == steps
+        printed = capsys.readouterr().out.splitlines()
+        assert f"going on from {tmp_path}/checkpoint-{steps}" in printed
+        assert f"all {steps} steps were done: nothing was left to train" in printed
+        assert (tmp_path / "model.safetensors").read_bytes() == weights
+        assert [log for log in without_times(logs_of(tmp_path)) if "loss" in log] == [
+            log for log in logs if "loss" in log
+        ]
+        assert any("eval_loss" in log and log["step"] == steps for log in logs_of(tmp_path))
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*"))[-1] == f"checkpoint-{steps}"
+
+
 def test_resuming_takes_the_last_checkpoint_or_starts(finished, recipe_file, tmp_path, monkeypatch):
     taken = []
 
