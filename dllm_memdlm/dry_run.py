@@ -19,7 +19,7 @@ from .backbones import config_of, staged_backbone
 from .config import ConfigError
 from .data import load_rows
 from .memory import ParametricMemory
-from .planner import RESPONSE_SHARE, Plan, advice, make_plan, parse_memory, shape_model
+from .planner import RESPONSE_SHARE, Plan, advice, make_plans, parse_memory, shape_model
 from .recipe import Recipe
 
 GIB = 2**30
@@ -62,7 +62,7 @@ def dry_run(recipe: Recipe, machine: Machine | None = None, console: Console | N
         where = f"from layer {memory.boundary} of {len(staged_backbone(model).layers)} on"
         console.print(f"Fast weights: {len(memory.shapes)} sites, {linears:,} linear layers, {where}", soft_wrap=True)
         console.print(sites_table(memory))
-    plan = make_plan(recipe, config, machine.gpus, machine.response_share, model=model)
+    plan = make_plans(recipe, config, machine.gpus, machine.response_share, model=model)[recipe.memory.enabled]
     console.print(f"Parameters ({source})", soft_wrap=True)
     console.print(parameters_table(plan))
     _print_plan(console, plan, recipe)

@@ -144,7 +144,7 @@ def test_a_prompt_that_cannot_be_adapted_to_costs_the_next_row_nothing(failing, 
 
 
 def test_kernels_of_a_gpu_are_added_up_by_name(monkeypatch):
-    """From the events as torch 2.10 to 2.13 give them; annotations and the host's own calls are no kernels."""
+    """From the events as torch 2.11 and 2.13 give them; annotations and the host's own calls are no kernels."""
 
     def event(name: str, nanoseconds: int, kind: DeviceType = DeviceType.CUDA, annotation: bool = False) -> Any:
         values = {"name": name, "duration_ns": nanoseconds, "device_type": kind, "is_user_annotation": annotation}

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dllm_memdlm.backbones import config_of, load_model
 from dllm_memdlm.config import ConfigError
-from dllm_memdlm.planner import Plan, advice, make_plan, parse_memory
+from dllm_memdlm.planner import Plan, advice, make_plans, parse_memory
 from dllm_memdlm.planner.live import FLOPS
 from dllm_memdlm.recipe import Recipe, build_recipe
 
@@ -84,7 +84,7 @@ def recipe_of(kind: str, folder: Any, lora: bool = False, memory: Any = True, **
 
 
 def plan_of(recipe: Recipe, gpus: int = 1, device: str = "cpu") -> Plan:
-    return make_plan(recipe, config_of(recipe.model), gpus, RESPONSE / LENGTH, device)
+    return make_plans(recipe, config_of(recipe.model), gpus, RESPONSE / LENGTH, device)[recipe.memory.enabled]
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def grouped_flops(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> int:
 def attention_flops(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
     """Of scores and of the sum over values. query [B, H, M, d]; key, value [B, H or a divisor of it, L, d].
 
-    Not torch's own formula: up to 2.11 it refuses fewer heads of keys and values than of queries.
+    Not torch's own formula: that of 2.11 refuses fewer heads of keys and values than of queries.
     """
     return 2 * query.shape[:3].numel() * key.shape[2] * (query.shape[3] + value.shape[3])
 

@@ -63,18 +63,6 @@ class Plan:
         return self.samples * self.length
 
 
-def make_plan(
-    recipe: Recipe,
-    config: PretrainedConfig,
-    gpus: int = 1,
-    response_share: float = RESPONSE_SHARE,
-    device: str = "cuda",
-    model: nn.Module | None = None,
-) -> Plan:
-    """The plan of a recipe; see `make_plans`."""
-    return make_plans(recipe, config, gpus, response_share, device, model)[recipe.memory.enabled]
-
-
 def make_plans(
     recipe: Recipe,
     config: PretrainedConfig,
