@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from .timing import Rates
 from .watch import Watched
 
 GIB = 2**30
+PLAIN = "plain MDLM"
 
 
 class Work(NamedTuple):
@@ -40,7 +42,7 @@ class Report:
     """The tables, on disk after every row."""
 
     def __init__(self, output: Path, about: dict[str, Any]) -> None:
-        self.output, self.about = output, about
+        self.output, self.about, self.start = output, about, time.perf_counter()
         self.steps = Section(
             title="A training step at full size",
             columns=[
@@ -77,16 +79,13 @@ class Report:
         tables = (self.steps, self.host, self.waits, self.kernels, self.loading, self.inference)
         return [table for table in tables if table.rows]
 
-    def note(self, key: list[str], work: Work, plain: float | None, found: Watched) -> None:
-        """What is known by now of one model's training, in place of what was known before.
-
-        `plain`: seconds of plain MDLM's step, none where this is it.
-        """
+    def note(self, key: list[str], work: Work, found: Watched) -> None:
+        """What is known by now of one model's training, in place of what was known before."""
         busy = sum(kernel.seconds for kernel in found.kernels)
         self._put(
             *(self.steps, key),
             [
-                *(found.seconds, round(work.tokens / found.seconds), found.seconds / (plain or found.seconds)),
+                *(found.seconds, round(work.tokens / found.seconds), None),
                 *(work.tflop, work.flops_seconds, work.gigabytes, work.bytes_seconds),
                 found.seconds / max(work.flops_seconds or 0, work.bytes_seconds),
                 *(found.memory and found.memory.peak / GIB, work.planned),
@@ -94,15 +93,21 @@ class Report:
                 None if found.waits is None else sum(found.waits.values()),
             ],
         )
+        plain = {model: seconds for model, kind, seconds, *_ in self.steps.rows if kind == PLAIN}
+        for row in self.steps.rows:
+            row[4] = row[2] / plain[row[0]] if row[0] in plain else None
         self._put(self.host, key, [*found.host.values(), found.first])
         if found.waits is not None:
             self._put(self.waits, key, *([line, times] for line, times in found.waits.most_common(10)))
         longest = found.kernels[:20]
         self._put(self.kernels, key, *([k.short, k.calls, k.seconds * 1e3, f"{k.seconds / busy:.1%}"] for k in longest))
-        self.save()
+        last = "kernels" if found.kernels else "step" if found.waits is None else "waits"
+        self.save(f"{', '.join(key)}: {last}")
 
     def _put(self, table: Section, key: list[str], *rows: list[Any]) -> None:
         table.rows = [row for row in table.rows if row[:2] != key] + [[*key, *row] for row in rows]
 
-    def save(self) -> list[Path]:
+    def save(self, what: str) -> list[Path]:
+        """Write what there is; say what has come, so that a log tells what takes the time."""
+        print(f"{time.perf_counter() - self.start:6.1f} s  {what}", flush=True)
         return write(self.tables(), "At full size", self.about, self.output, "bench-gpu")

@@ -36,7 +36,7 @@ UNIT_TESTS = (
     *("samplers_llada21", "samplers_mdlm", "trajectory"),
 )
 #: Recipes, bits of a weight of the base, and the seconds that each may take.
-TIMED = (("llada_moe", 16, 110), ("llada_moe", 4, 90), ("llada2_mini", 16, 140), ("llada2_mini", 4, 150))
+TIMED = (("llada_moe", 16, 110), ("llada_moe", 4, 110), ("llada2_mini", 16, 220), ("llada2_mini", 4, 270))
 FEW_UNIT_TESTS = ("losses", "noise")
 #: Every part is a group of processes, so that it ends with all that it has started; not a session, which would outlive
 #: one that is killed whole.
@@ -165,7 +165,7 @@ def parts(folder: Path, cpu: bool) -> tuple[Part, list[Part], list[Part]]:
 
     files = [f"tests/test_{name}.py" for name in (FEW_UNIT_TESTS if cpu else UNIT_TESTS)]
     several = not cpu and importlib.util.find_spec("xdist") is not None
-    workers = ["-n", "4", "--dist", "loadfile"] if several else []
+    workers = ["-n", "8", "--dist", "loadfile"] if several else []
     together = [
         Part("equality", TOGETHER, pytest("equality", "-m", "gpu", "--device", device, "tests/test_gpu.py")),
         Part("commands", TOGETHER, module("benchmarks.user_commands", str(folder / "commands"), *small)),

@@ -33,7 +33,7 @@ def section() -> Section:
     )
 
 
-def measure(name: str, model: nn.Module, recipe: Recipe, table: Section, save: Callable[[], Any]) -> list[str]:
+def measure(name: str, model: nn.Module, recipe: Recipe, table: Section, save: Callable[[str], Any]) -> list[str]:
     """A forward pass, adaptation and decoding at 4,096 tokens, adaptation at 32,768; a row for each.
 
     Returns what could not be measured, and why.
@@ -84,7 +84,7 @@ def measure(name: str, model: nn.Module, recipe: Recipe, table: Section, save: C
             return
         speed = None if tokens is None else tokens / seconds
         table.rows.append([name, what, seconds, speed, taken.peak / GIB, sum(waited.values())])
-        save()
+        save(f"{name}: {what}")
 
     row(f"forward, {length:,} tokens", forward)
     if isinstance(model, PeftModel):

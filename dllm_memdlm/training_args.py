@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from . import engines
 from .config import ConfigError, require
@@ -34,6 +35,9 @@ class MemDLMConfig(MDLMConfig):
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         if not (torch.cuda.is_available() or torch.xpu.is_available()):
             self.use_cpu, self.dataloader_pin_memory = True, False
+        if self.dataloader_pin_memory and not isinstance(self.accelerator_config, (str, AcceleratorConfig)):
+            # A copy that the host waits for would end its running ahead, once for every tensor of a batch.
+            self.accelerator_config = {"non_blocking": True} | (self.accelerator_config or {})
         require("training", self, "engine", self.engine in engines.ENGINES, f"one of {', '.join(engines.ENGINES)}")
         engines.prepare(self)
         super().__post_init__()

@@ -159,10 +159,13 @@ def tiny(
     rank: int = 4,
     **dimensions: Any,
 ) -> nn.Module:
-    """A tiny backbone whose outputs depend on its inputs. `lora` wraps it; a number is the dropout of the LoRA."""
+    """A tiny backbone whose outputs depend on its inputs. `lora` wraps it; a number is the dropout of the LoRA.
+
+    Drawn on the CPU, so that it is the same model on every device.
+    """
     config = tiny_config(kind, **dimensions)
     config._attn_implementation = attention
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.device("cpu"):
         torch.manual_seed(seed)
         model = model_class(ARCHITECTURES[kind])(config)
         scale_up(model)
@@ -176,7 +179,7 @@ def tiny(
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:  # zero to begin with, which would hide every gradient of A
                     nn.init.normal_(parameter, std=0.1)
-    return model.train()
+    return model.to(torch.get_default_device()).train()
 
 
 def rms_norm(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
@@ -239,11 +242,11 @@ def examples(
     Prompts are of `prompt` to `prompt + spread` tokens. Padding is a label too, so after collation nothing else tells
     the samples' maskable tokens apart.
     """
-    generator = torch.Generator().manual_seed(seed)
+    drawn = {"generator": torch.Generator("cpu").manual_seed(seed), "device": "cpu"}  # the same ones on every device
     rows = []
     for number in range(count):
-        length = int(torch.randint(shortest, longest + 1, (), generator=generator))
-        tokens = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+        length = int(torch.randint(shortest, longest + 1, (), **drawn))
+        tokens = torch.randint(3, VOCABULARY, (length,), **drawn).tolist()
         start = prompt + number % (spread + 1)
         rows.append({"input_ids": tokens, "labels": [-100] * start + tokens[start:]})
     return rows

@@ -39,8 +39,8 @@ def moves(canvases: list[Canvas]) -> list[Canvas]:
 
 def prompts(*lengths: int) -> list[Canvas]:
     """Random prompts without special tokens."""
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    drawn = {"generator": torch.Generator("cpu").manual_seed(1), "device": "cpu"}  # the same ones on every device
+    return [torch.randint(3, VOCABULARY, (length,), **drawn).tolist() for length in lengths]
 
 
 def decoder(kind: str, dtype: torch.dtype = torch.float64, **dimensions: Any) -> nn.Module:

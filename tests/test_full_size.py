@@ -41,14 +41,14 @@ def test_full_size(tmp_path):
     assert all(len(row) == len(section["columns"]) for section in sections.values() for row in section["rows"])
     rows = sections["A training step at full size"]["rows"]
     assert [row[:2] for row in rows] == [
-        [f"{name}, 16 bit", kind] for name in ("llada_moe", "tiny_llada2") for kind in ("plain MDLM", "MemDLM")
+        [f"{name}, 16 bit", kind] for name in ("llada_moe", "tiny_llada2") for kind in ("MemDLM", "plain MDLM")
     ]
     for row in rows:
         _, _, seconds, speed, _, flops, flop_limit, read, byte_limit, over, peak, planned, busy, waits = row
         assert speed == round(128 / seconds) and waits == 0 and 1 <= int(busy.rstrip("%")) <= 150
         assert over == pytest.approx(seconds / max(flop_limit, byte_limit)) and over > 1
         assert min(flops, read) > 0 and 0.5 < planned / peak < 2
-    for plain, memory in (rows[:2], rows[2:]):
+    for memory, plain in (rows[:2], rows[2:]):
         assert plain[4] == 1 and memory[4] == pytest.approx(memory[2] / plain[2])
         assert memory[5] > plain[5] and memory[7] > plain[7]
     for row, host in zip(rows, sections["What the host does in a step, s"]["rows"], strict=True):
@@ -63,20 +63,20 @@ def rows_of(folder: Path) -> list[list[Any]]:
 
 def test_a_stop_loses_nothing_that_was_measured(tmp_path, monkeypatch):
     """Not even what was timed of a step when the profiler has begun to look at another."""
-    memory_too = []
+    plain_too = []
 
     @contextlib.contextmanager
     def stopped(where: torch.device) -> Iterator[list]:
-        if memory_too:
+        if plain_too:
             raise KeyboardInterrupt
-        memory_too.append(True)
+        plain_too.append(True)
         yield []
 
     monkeypatch.setattr(watch, "kernels", stopped)
     with pytest.raises(KeyboardInterrupt):
         full_size.main(["--cpu", "--bits", "16", "--output", str(tmp_path), "recipes/llada_moe.yaml"])
     rows = rows_of(tmp_path)
-    assert [row[:2] for row in rows] == [["llada_moe, 16 bit", "plain MDLM"], ["llada_moe, 16 bit", "MemDLM"]]
+    assert [row[:2] for row in rows] == [["llada_moe, 16 bit", "MemDLM"], ["llada_moe, 16 bit", "plain MDLM"]]
     assert all(row[2] > 0 and row[10] > 0 for row in rows)
 
 
@@ -138,7 +138,7 @@ def test_a_prompt_that_cannot_be_adapted_to_costs_the_next_row_nothing(failing, 
     if failing:
         monkeypatch.setattr(inference.PromptMemory, "recall", lambda *_: 1 / 0)
     table = inference.section()
-    faults = inference.measure("moe", random_model(moe), moe, table, lambda: None)
+    faults = inference.measure("moe", random_model(moe), moe, table, lambda what: None)
     assert len(faults) == (4 if failing else 0) and len(table.rows) == 7 - len(faults)
     assert table.rows[-1][1] == ("decoding 8 tokens" if failing else "the same, block by block")
 

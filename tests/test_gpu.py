@@ -20,6 +20,7 @@ from steps import OFF, Step, memory_for
 from torch import Tensor, nn
 
 from benchmarks.device import waits
+from benchmarks.watch import NEEDED, watch
 from dllm_memdlm import grouped, noise
 from dllm_memdlm.backbones.moe import RoutedExperts
 from dllm_memdlm.config import MemoryConfig
@@ -238,6 +239,15 @@ def test_a_step_in_bfloat16_never_waits(kind, memory, device, tokenizer, tmp_pat
         loss = step()
     assert not waited, dict(waited)
     assert loss.isfinite()
+
+
+def test_nor_does_a_run(device, tokenizer, tmp_path):
+    """Data, clipping and optimizer included."""
+    training = {"bf16": True, "max_steps": NEEDED, "logging_steps": 100, "logging_first_step": False}
+    model, config = tiny("llada_moe", lora=0.05, rank=8), memory_for("llada_moe", rank=8)
+    found = watch(trainer_on(device, model, tokenizer, tmp_path, config, **training), lambda found: None)
+    assert not found.faults and found.waits is not None
+    assert not found.waits, dict(found.waits)
 
 
 # === prompts ===

@@ -200,6 +200,15 @@ def test_a_model_without_stages_is_refused_before_anything_is_built(tokenizer, t
 
 
 @pytest.mark.parametrize(
+    ("given", "expected"), [(None, True), ({"split_batches": False}, True), ({"non_blocking": False}, False)]
+)
+def test_a_pinned_batch_is_copied_without_waiting(given, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    arguments = MemDLMConfig(str(tmp_path), use_cpu=True, bf16=False, accelerator_config=given)
+    assert arguments.dataloader_pin_memory and arguments.accelerator_config.non_blocking is expected
+
+
+@pytest.mark.parametrize(
     ("setting", "value", "known"),
     [("loss_norm_type", "tokens", "token, sequence, batch"), ("loss_weight_type", "linear", "scheduler, uniform")],
 )
