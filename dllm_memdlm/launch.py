@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import http.client
+import logging
 import os
 import sys
 import urllib.error
@@ -72,11 +74,28 @@ def exit_code(command: Callable[[], None], debug: bool) -> int:
 
 
 def close_process_group() -> None:
-    """Leave the group of processes, if there is one: at the end of an interpreter its threads may abort it."""
+    """Leave the group of processes, if there is one, and let this process end without taking its interpreter down.
+
+    DDP keeps gloo's threads alive. One that lets go of a tensor while the interpreter goes aborts the process.
+    """
+    global _left_group
     import torch
 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        _left_group = True
+
+
+_left_group = False
+
+
+@atexit.register  # before other libraries have registered anything, hence after all that they do at the end
+def _end_at_once() -> None:
+    if _left_group:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def work_offline_without_hub(timeout: float = 5.0) -> None:

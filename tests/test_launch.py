@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.server
 import os
 import socket
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -154,3 +156,19 @@ def test_who_is_offline_already_asks_nobody(online, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(launch.urllib.request, "urlopen", lambda *args, **kwargs: pytest.fail("asked"))
     launch.work_offline_without_hub()
+
+
+def test_a_process_that_has_left_its_group_skips_the_end_of_its_interpreter(tmp_path):
+    """Where gloo's threads, which DDP keeps alive, may abort it. What other libraries do at the end is done."""
+    script = f"""if True:
+        from dllm_memdlm.launch import close_process_group
+        import atexit, torch
+        class Last:
+            def __del__(self): print("interpreter ended")
+        last = Last()
+        atexit.register(lambda: print("handlers run"))
+        torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+        close_process_group()
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "handlers run\n"

@@ -205,7 +205,7 @@ def test_a_model_without_stages_is_refused_before_anything_is_built(tokenizer, t
 def test_a_pinned_batch_is_copied_without_waiting(given, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     arguments = MemDLMConfig(str(tmp_path), use_cpu=True, bf16=False, accelerator_config=given)
-    assert arguments.dataloader_pin_memory and arguments.accelerator_config.non_blocking is expected
+    assert arguments.accelerator_config.non_blocking is expected
 
 
 @pytest.mark.parametrize(
