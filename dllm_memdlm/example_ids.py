@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import datasets
@@ -38,6 +39,17 @@ def with_example_ids(dataset: Any) -> Any:
     if isinstance(dataset, dict):
         return {name: with_example_ids(part) for name, part in dataset.items()}
     return _Numbered(dataset)
+
+
+def digest_of(rows: datasets.Dataset) -> str:
+    """A digest of the token ids and labels of all rows, in order."""
+    digest = hashlib.sha256()
+    for table in rows.with_format("arrow").iter(batch_size=1000):
+        for name in ("input_ids", "labels"):
+            column = table[name].combine_chunks()
+            for numbers in (column.value_lengths(), column.flatten()):
+                digest.update(numbers.to_numpy().astype("int64").tobytes())
+    return digest.hexdigest()
 
 
 def lengths_of(dataset: Any) -> list[int]:

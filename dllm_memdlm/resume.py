@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +27,11 @@ from .config import ConfigError
 #: In the output folder: a checkpoint that is being written. What a killed run leaves there, the next save removes.
 UNFINISHED = ".unfinished-checkpoint"
 
-#: In a finished checkpoint: the size of every file, and what it was made by.
+#: In a finished checkpoint: the size of every file, what it was made by, in which run and when.
 CONTENTS = "contents.json"
+
+#: In the output folder: the name of the newest run, which a run takes at its start and its checkpoints carry.
+RUN = ".run"
 
 
 class WholeCheckpoints(transformers.Trainer):
@@ -35,15 +40,30 @@ class WholeCheckpoints(transformers.Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         #: Called with the folder of every checkpoint, before it is complete.
         self.beside_checkpoints: list[Callable[[Path], None]] = []
+        #: What the trainer's user wants to find again in a checkpoint, to compare with when a run goes on from it.
+        self.made_of: dict[str, Any] = {}
         self._aside: Path | None = None
         super().__init__(*args, **kwargs)
+        self.add_callback(_BestCheckpoint())
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As transformers' method; True goes on from the last checkpoint of the newest run in the output folder."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ConfigError(f"{self.args.output_dir}: no checkpoint of the newest run to go on from")
+        run = _contents(resume_from_checkpoint).get("run") if resume_from_checkpoint else uuid.uuid4().hex
+        if self.args.should_save and run != _run_of(folder := Path(self.args.output_dir)):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / RUN).write_text(run or "", encoding="utf-8")
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        made_by = engines.describe(self.accelerator)
+        about = {"made_by": engines.describe(self.accelerator), "made_of": self.made_of}
         try:
-            with written_aside(run_dir, self.accelerator, self.args.should_save, made_by) as self._aside:
+            with written_aside(run_dir, self.accelerator, self.args.should_save, about) as self._aside:
                 super()._save_checkpoint(model, trial)
                 self._complete(self._aside / name, run_dir / name)
         finally:
@@ -84,7 +104,9 @@ class WholeCheckpoints(transformers.Trainer):
 
 
 @contextmanager
-def written_aside(output_dir: str | os.PathLike, accelerator: Accelerator, saves: bool, made_by: str) -> Iterator[Path]:
+def written_aside(
+    output_dir: str | os.PathLike, accelerator: Accelerator, saves: bool, about: dict[str, Any]
+) -> Iterator[Path]:
     """A folder to write checkpoints into, which move to `output_dir` at the end. For all processes together.
 
     Each is on the disk before it gets its name, so a name that is there is that of a whole checkpoint.
@@ -93,7 +115,7 @@ def written_aside(output_dir: str | os.PathLike, accelerator: Accelerator, saves
         output_dir: where the checkpoints shall be.
         accelerator: of the processes that write.
         saves: whether this process finishes them: one for each file system.
-        made_by: what `check_engine` compares.
+        about: what each says of itself; `made_by` is what `check_engine` compares.
     """
     final, aside = Path(output_dir), Path(output_dir) / UNFINISHED
     if saves:
@@ -103,16 +125,17 @@ def written_aside(output_dir: str | os.PathLike, accelerator: Accelerator, saves
     yield aside
     accelerator.wait_for_everyone()
     if saves:
-        _finish(aside, final, made_by)
+        _finish(aside, final, about)
     accelerator.wait_for_everyone()
 
 
-def _finish(aside: Path, final: Path, made_by: str) -> None:
+def _finish(aside: Path, final: Path, about: dict[str, Any]) -> None:
     for folder in list(aside.iterdir()):
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
         contents = folder / CONTENTS
-        contents.write_text(json.dumps({"made_by": made_by, "files": sizes}, indent=1), encoding="utf-8")
+        told = {**about, "run": _run_of(final), "written": time.time_ns(), "files": sizes}
+        contents.write_text(json.dumps(told, indent=1), encoding="utf-8")
         for path in (*files, contents, *(path for path in folder.rglob("*") if path.is_dir()), folder):
             _to_disk(path)
         place, replaced = final / folder.name, aside / f".{folder.name}"
@@ -134,16 +157,61 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_whole(checkpoint: str | os.PathLike) -> str:
-    """What a checkpoint was made by. Raises ConfigError where it is none of this trainer's, or not whole."""
+def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The checkpoint that the newest run in a folder has written last, if it has written one.
+
+    Not the one of most steps: a run may use the folder of an earlier one, or go on from an earlier checkpoint.
+    """
+    run, found = _run_of(Path(output_dir)), []
+    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step, contents = folder.name.rpartition("-")[2], _contents(folder)
+        if folder.is_dir() and step.isdecimal() and run in (None, contents.get("run")):
+            found.append((contents.get("written", 0), int(step), str(folder)))
+    return max(found)[2] if found else None
+
+
+def _run_of(output_dir: Path) -> str | None:
+    """The newest run's name; none where its folder was put together by hand, or by an earlier version."""
+    try:
+        return (output_dir / RUN).read_text(encoding="utf-8") or None
+    except OSError:
+        return None
+
+
+def _contents(checkpoint: str | os.PathLike) -> dict[str, Any]:
+    """What a checkpoint says of itself; empty where it cannot be read."""
+    try:
+        contents = json.loads(Path(checkpoint, CONTENTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return contents if isinstance(contents, dict) else {}
+
+
+class _BestCheckpoint(transformers.TrainerCallback):
+    """Finds the best checkpoint so far where the folder has moved since, or the working directory is another one."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        best = state.best_model_checkpoint
+        if best is None or Path(best).is_dir():
+            return
+        place = Path(args.output_dir, Path(best).name)
+        if place.is_dir():
+            state.best_model_checkpoint = str(place)
+            return
+        state.best_model_checkpoint = state.best_metric = None
+        if state.is_world_process_zero:
+            print(f"the best checkpoint so far, {best}, is no longer there: the best from here on counts", flush=True)
+
+
+def check_whole(checkpoint: str | os.PathLike) -> dict[str, Any]:
+    """What a checkpoint says of itself. Raises ConfigError where it is none of this trainer's, or not whole."""
     folder = Path(checkpoint)
     if not folder.is_dir():
         raise ConfigError(f"{checkpoint}: no such checkpoint")
-    try:
-        contents = json.loads((folder / CONTENTS).read_text(encoding="utf-8"))
-        made_by, files = contents["made_by"], contents["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(f"{checkpoint}: not a checkpoint of this trainer (no readable {CONTENTS})") from None
+    contents = _contents(folder)
+    if not {"made_by", "files"} <= contents.keys():
+        raise ConfigError(f"{checkpoint}: not a checkpoint of this trainer (no readable {CONTENTS})")
+    files = contents["files"]
     if "scheduler.pt" not in files:
         raise ConfigError(
             f"{checkpoint}: weights without the optimizer's state (training.save_only_model); to start from them, name "
@@ -155,7 +223,7 @@ def check_whole(checkpoint: str | os.PathLike) -> str:
         if found != size:
             state = "is missing" if found is None else f"has {found:,} bytes of {size:,}"
             raise ConfigError(f"{checkpoint}: not whole, {name} {state}; take an earlier checkpoint")
-    return made_by
+    return contents
 
 
 def check_engine(checkpoint: str | os.PathLike, made_by: str, here: str) -> None:

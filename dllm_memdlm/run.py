@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,26 @@ import huggingface_hub
 import transformers
 import yaml
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy
 
 from . import engines
 from .backbones import config_of, load_model
 from .config import ConfigError
 from .data import load_examples, tokenizer_for, training_texts
 from .dllm_api import NoAttentionMaskWrapper, describe
+from .example_ids import digest_of
 from .model_card import write_run_card
 from .recipe import FILE_NAME, Recipe
-from .resume import check_engine, check_whole
+from .resume import check_engine, check_whole, last_checkpoint
 from .trainer import MemDLMTrainer
 from .training_args import MemDLMConfig
 
 #: Tokenizers that were trained for runs, so that runs on the same texts share one.
 TOKENIZER_CACHE = Path(huggingface_hub.constants.HF_HOME) / "dllm-memdlm" / "tokenizers"
 
+
+#: What to do about a checkpoint that another recipe has made.
+ELSE = "change it back, or train to another training.output_dir"
 
 #: Training arguments on which the noise and the order of the examples depend, with their defaults.
 ORDER = {
@@ -77,6 +82,7 @@ def build_trainer(recipe: Recipe) -> MemDLMTrainer:
     )
     if state.is_main_process:
         print(f"engine: {engines.describe(trainer.accelerator)}", flush=True)
+    trainer.made_of["examples"] = digest_of(examples.train)
     trainer.beside_checkpoints += [recipe.save, write_run_card]
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(_Progress())
@@ -90,20 +96,21 @@ def train(recipe: Recipe, resume: bool = False) -> MemDLMTrainer:
     """
     checkpoint = recipe.training.resume_from_checkpoint
     output_dir = recipe.training.output_dir
-    last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    last = last_checkpoint(output_dir)
     if checkpoint is None and resume:
         checkpoint = last
     elif checkpoint is None and last is not None and accelerate.PartialState().is_main_process:
-        print(f"{last} is of an earlier run, and stays until this one gets as far; --resume would go on from it")
+        print(f"{last} is of an earlier run, which --resume would have gone on with; from now on it goes on with this")
     if checkpoint is not None:
-        made_by = check_whole(checkpoint)
+        made = check_whole(checkpoint)
         check_recipe(checkpoint, recipe)
         recipe.training.eval_on_start = False  # it was evaluated at this step before
         if accelerate.PartialState().is_main_process:
             print(f"going on from {checkpoint}", flush=True)
     trainer = build_trainer(recipe)
     if checkpoint is not None:
-        check_engine(checkpoint, made_by, engines.describe(trainer.accelerator))
+        check_engine(checkpoint, made["made_by"], engines.describe(trainer.accelerator))
+        check_examples(checkpoint, recipe, made.get("made_of", {}), trainer.made_of)
     trainer.train(resume_from_checkpoint=checkpoint)
     steps = trainer.state.global_step
     if checkpoint is not None and Path(checkpoint).name == f"checkpoint-{steps}" and trainer.is_world_process_zero():
@@ -121,7 +128,27 @@ def train(recipe: Recipe, resume: bool = False) -> MemDLMTrainer:
 
 
 def check_recipe(checkpoint: str, recipe: Recipe) -> None:
-    """Refuse a checkpoint that another recipe has made. Of its training section only `ORDER` counts."""
+    """Refuse a checkpoint that another recipe has made.
+
+    Of its training section only `ORDER` counts, of its data the examples that they come to (`check_examples`), and of a
+    local model where it lies, not how that is written.
+    """
+    if (change := next(_changes(checkpoint, recipe, ("model", "lora", "memory", "training")), None)) is not None:
+        raise ConfigError(f"{checkpoint}: made with {change}; {ELSE}")
+
+
+def check_examples(checkpoint: str, recipe: Recipe, made_of: dict[str, Any], here: dict[str, Any]) -> None:
+    """Refuse a checkpoint of a run on other training examples, wherever they lie."""
+    if made_of in ({}, here):  # empty: made without a recipe
+        return
+    change = next(_changes(checkpoint, recipe, ("data",)), None)
+    if change is None:
+        change = f"another content of data.dataset={recipe.data.dataset!r}, which has been written to since"
+    raise ConfigError(f"{checkpoint}: made with {change}; {ELSE}")
+
+
+def _changes(checkpoint: str, recipe: Recipe, sections: tuple[str, ...]) -> Iterator[str]:
+    """What a recipe says of these sections where the checkpoint's own says something else, both in words."""
     try:
         before = yaml.safe_load((Path(checkpoint) / FILE_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -129,14 +156,18 @@ def check_recipe(checkpoint: str, recipe: Recipe) -> None:
     now = yaml.safe_load(recipe.to_yaml())
     for values in (before, now):  # a recipe holds what it sets of this section, and no more
         values["training"] = {key: values["training"].get(key, default) for key, default in ORDER.items()}
-    for section, values in now.items():
-        for key, value in values.items():
+    for section in sections:
+        for key, value in now[section].items():
             made = before.get(section, {}).get(key)
-            if made != value:
-                raise ConfigError(
-                    f"{checkpoint}: made with {section}.{key}={made!r}, the recipe now says {value!r}; change it back, "
-                    "or train to another training.output_dir"
-                )
+            if _place(made) != _place(value):
+                yield f"{section}.{key}={made!r}, the recipe now says {value!r}"
+
+
+def _place(value: Any) -> Any:
+    """A path that leads to something as where it leads to; anything else as it is."""
+    if isinstance(value, str) and (path := Path(value).expanduser()).exists():
+        return str(path.resolve())
+    return value
 
 
 class _Progress(ProgressCallback):

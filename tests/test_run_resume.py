@@ -94,7 +94,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(finished, recipe_file):
     checkpoint = finished / "checkpoint-4"
     cases = [
         ("memory.rank=8", "memory.rank=4, the recipe now says 8"),
-        ("data.max_length=99", "data.max_length=4096, the recipe now says 99"),
+        ("data.mask_prompt=false", "data.mask_prompt=True, the recipe now says False"),
         ("memory.enabled=false", "memory.enabled=True, the recipe now says False"),
         ("lora.enabled=true", "lora.enabled=False, the recipe now says True"),
         ("model.dtype=bfloat16", "model.dtype='float32', the recipe now says 'bfloat16'"),
@@ -191,13 +191,13 @@ def save_two(folder: Path, tokenizer: Any, cut: bool = False, **settings: Any) -
 
 def test_a_save_that_is_cut_off_leaves_the_checkpoint_before(tokenizer, tmp_path):
     trainer = save_two(tmp_path, tokenizer, cut=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", resume.UNFINISHED}
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", resume.RUN, resume.UNFINISHED}
     assert (tmp_path / resume.UNFINISHED / "checkpoint-2" / "model.safetensors").is_file()
-    assert resume.check_whole(tmp_path / "checkpoint-1") == "one process"
+    assert resume.check_whole(tmp_path / "checkpoint-1")["made_by"] == "one process"
     trainer.beside_checkpoints.clear()
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))  # the next save clears it away
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2"}
-    assert resume.check_whole(tmp_path / "checkpoint-2") == "one process"
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2", resume.RUN}
+    assert resume.check_whole(tmp_path / "checkpoint-2")["made_by"] == "one process"
 
 
 def test_weights_alone_are_not_gone_on_from(tokenizer, tmp_path):
@@ -226,7 +226,7 @@ def test_a_new_run_beside_old_checkpoints_says_so(finished, recipe_file, tmp_pat
 @pytest.mark.filterwarnings("ignore:mtime may not be reliable:UserWarning")
 def test_old_checkpoints_are_removed_when_the_new_one_is_there(tokenizer, tmp_path):
     save_two(tmp_path, tokenizer, save_total_limit=1)
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2"}
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", resume.RUN}
 
 
 @pytest.mark.filterwarnings("ignore:mtime may not be reliable:UserWarning")
@@ -256,4 +256,4 @@ def test_a_checkpoint_of_the_same_name_is_replaced(tokenizer, tmp_path):
     (tmp_path / "checkpoint-1" / "old").touch()
     save_two(tmp_path, tokenizer)
     assert not (tmp_path / "checkpoint-1" / "old").exists()
-    assert resume.check_whole(tmp_path / "checkpoint-1") == "one process"
+    assert resume.check_whole(tmp_path / "checkpoint-1")["made_by"] == "one process"
