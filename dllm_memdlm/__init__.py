@@ -2,13 +2,19 @@
 
     trainer = MemDLMTrainer(model, args=MemDLMConfig(...), memory=MemoryConfig(), train_dataset=..., ...)
 
-Importing this package imports nothing else until a name is used, and changes no other library.
+Importing this package imports nothing else until a name is used, and changes no other library. It keeps OpenMP's
+threads on a CPU from spinning long while they wait (GOMP_SPINCOUNT, unless it or OMP_WAIT_POLICY is set): on cores that
+have other work a step can take thirty times as long. torch reads it when it is imported, so import this package first.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
+
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "3000"
 
 __version__ = "0.1.0"
 

@@ -48,6 +48,8 @@ class AnchorTrajectoryCollator(CollatorWrapper):
         seed: noise seed.
         scheduler: noise schedule; linear by default.
         time_epsilon: smallest t.
+        padding_loss: whether padding is left as the wrapped collator makes it, in dllm and in the paper's runs a token
+            that is seen and learned. False hides it, and takes it out of the loss. An evaluation always does.
         bos_token_id: put before every sequence ahead of masking, as models whose logits are shifted need; none
             leaves the sequences alone.
     """
@@ -57,6 +59,7 @@ class AnchorTrajectoryCollator(CollatorWrapper):
     scheduler: BaseAlphaScheduler = field(default_factory=LinearAlphaScheduler)
     time_epsilon: float = 1e-3
     bos_token_id: int | None = None
+    padding_loss: bool = True
 
     def __post_init__(self) -> None:
         # In shared memory, so that workers which outlive an epoch see the next one begin.
@@ -74,7 +77,7 @@ class AnchorTrajectoryCollator(CollatorWrapper):
     def for_evaluation(self) -> AnchorTrajectoryCollator:
         """A copy with noise of its own: that of no training epoch, and the same for every epoch and seed."""
         fixed = copy.copy(self)
-        fixed.seed = noise.EVALUATION_SEED
+        fixed.seed, fixed.padding_loss = noise.EVALUATION_SEED, False
         fixed._epoch = torch.tensor(noise.EVALUATION)
         return fixed
 
@@ -87,7 +90,24 @@ class AnchorTrajectoryCollator(CollatorWrapper):
         examples = torch.tensor([feature[EXAMPLE_ID] for feature in features], dtype=torch.int64)
         features = [{k: v for k, v in feature.items() if k != EXAMPLE_ID} for feature in features]
         batch = super().__call__(features, return_tensors)
+        if batch.get("labels") is None:
+            raise ConfigError(
+                f"AnchorTrajectoryCollator: examples without labels (fields: {', '.join(features[0])}); expected the "
+                "input_ids as labels, with -100 where nothing is learned"
+            )
+        if not self.padding_loss:
+            self._hide_padding(batch, [len(feature["input_ids"]) for feature in features])
         return self.add_noise(batch, examples)
+
+    def _hide_padding(self, batch: dict[str, Any], lengths: list[int]) -> None:
+        """Hide what is beyond the examples' own tokens, and take it out of the labels."""
+        place = torch.arange(batch["input_ids"].shape[1])
+        if getattr(getattr(self, "tokenizer", None), "padding_side", "right") == "left":
+            place = place.flip(0)
+        own = place < torch.tensor(lengths)[:, None]
+        if not own.all():
+            batch["labels"] = batch["labels"].masked_fill(~own, -100)
+            batch["attention_mask"] = own.long()
 
     def add_noise(self, batch: dict[str, Any], examples: Tensor) -> dict[str, Any]:
         """Add the fields of a `Trajectory` to a padded batch. examples [B] int64, indices in the dataset."""

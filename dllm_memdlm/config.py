@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import types
 import typing
 from dataclasses import dataclass, field
@@ -118,17 +119,25 @@ class ModelConfig:
     dimensions: dict[str, Any] = knob({}, "fields of the architecture's config, when there is no config.json")
     tokenizer: str | None = knob(None, "hub name or local folder; none takes `path`, or trains one on the data")
     tokenizer_vocab_size: int = knob(4096, "tokens of the byte-level BPE that is trained when there is no tokenizer")
-    dtype: Literal["float32", "bfloat16", "float16"] = knob("bfloat16", "dtype of the weights")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
+        "auto", "dtype of the weights; auto is bfloat16 under a LoRA, and float32 where all of them train"
+    )
     load_in_4bit: bool = knob(False, "NF4 with double quantisation (extra `quant`)")
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = knob("sdpa", "attention kernel")
     trust_remote_code: bool = knob(False, "run Python code that a checkpoint brings along; never needed here")
 
     def __post_init__(self) -> None:
         check_types(self, "model")
+        expand(self, "path", "tokenizer")
         if self.path is None and self.architecture is None:
             raise ConfigError("model: neither path nor architecture is set; give one of them")
         if self.path is None and self.load_in_4bit:
             raise ConfigError("model.load_in_4bit=True: expected a model.path; only a checkpoint can be quantised")
+
+    def for_training(self, lora: LoraConfig) -> ModelConfig:
+        """With its dtype settled. bfloat16 keeps 8 bits of a weight: updates of less than 1/512 of it would be lost."""
+        dtype = ("bfloat16" if lora.enabled else "float32") if self.dtype == "auto" else self.dtype
+        return dataclasses.replace(self, dtype=dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +156,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "lora")
+        expand(self, "path")
         require("lora", self, "path", self.path is None or self.enabled, "none with lora.enabled=False")
         require("lora", self, "r", self.r >= 1, "at least 1")
         require("lora", self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
@@ -178,6 +188,10 @@ class DataConfig:
     )
     needle_count: int = knob(8, "keys with values planted in the text and asked for (needle format)")
     max_length: int = knob(4096, "longest example in tokens; longer ones are dropped and counted, never cut")
+    padding_loss: bool = knob(
+        True,
+        "see and learn padding, which is end-of-sequence, as dllm does; false hides it, as an evaluation always does",
+    )
     mask_prompt: bool = knob(True, "keep the prompt out of the masks and of the loss")
     train_size: int | None = knob(None, "use the first N training rows, before long ones are dropped")
     eval_size: int | None = knob(None, "use the first N evaluation rows, before long ones are dropped")
@@ -199,6 +213,13 @@ def require(section: str, config: Any, name: str, holds: bool, accepted: str) ->
     """Raise ConfigError naming section, field, value and what would be accepted, unless `holds`."""
     if not holds:
         raise ConfigError(f"{section}.{name}={getattr(config, name)!r}: expected {accepted}")
+
+
+def expand(config: Any, *names: str) -> None:
+    """Bring fields that begin with ~, a home folder, to the folder."""
+    for name in names:
+        if (value := getattr(config, name)) is not None:
+            object.__setattr__(config, name, os.path.expanduser(value))
 
 
 def check_types(config: Any, section: str) -> None:

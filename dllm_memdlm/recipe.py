@@ -137,6 +137,9 @@ def build_recipe(values: dict[str, Any], default_output_dir: str | None = None) 
     built = {name: cls(**values[name]) for name, cls in sections.items() if name != "training"}
     if built["lora"].path is not None and built["model"].path is None:
         raise ConfigError(f"lora.path={built['lora'].path!r}: expected a model.path, of the base that it was made for")
+    if built["model"].load_in_4bit and not built["lora"].enabled:
+        raise ConfigError("model.load_in_4bit=True: expected lora.enabled=true, as packed weights are not trained")
+    built["model"] = built["model"].for_training(built["lora"])
     try:
         training = MemDLMConfig(**values["training"])
     except ConfigError:

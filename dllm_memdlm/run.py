@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import huggingface_hub
+import requests
 import transformers
 import yaml
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
@@ -48,6 +51,11 @@ def build_trainer(recipe: Recipe) -> MemDLMTrainer:
             f"training.engine={recipe.training.engine!r} with model.load_in_4bit: packed weights are not shared out; "
             "expected ddp, zero1 or zero2"
         )
+    if recipe.model.path is None and recipe.lora.enabled:
+        raise ConfigError(
+            "lora.enabled=True without a model.path: an adapter would be saved, and its base, random weights, nowhere; "
+            "expected a model.path, or lora.enabled=false to train all weights from scratch"
+        )
     state = accelerate.PartialState()
     transformers.set_seed(recipe.training.seed)
     with state.local_main_process_first():
@@ -55,7 +63,14 @@ def build_trainer(recipe: Recipe) -> MemDLMTrainer:
         examples = load_examples(recipe.data, tokenizer)
     if state.is_main_process:
         print(f"{describe()}\n{examples.summary()}", flush=True)
+        if recipe.model.dtype != "float32" and not recipe.lora.enabled:
+            print(f"model.dtype={recipe.model.dtype}: most updates of weights are lost in rounding; float32 keeps them")
     if examples.eval is None:
+        if recipe.training.load_best_model_at_end:
+            raise ConfigError(
+                "training.load_best_model_at_end=True: expected examples to evaluate on (data.eval_fraction or "
+                "data.eval_split)"
+            )
         recipe.training.eval_strategy, recipe.training.do_eval = IntervalStrategy.NO, False
     config = config_of(recipe.model, vocab_size=len(tokenizer))
     if config.vocab_size < len(tokenizer):
@@ -70,18 +85,25 @@ def build_trainer(recipe: Recipe) -> MemDLMTrainer:
     collator = transformers.DataCollatorForSeq2Seq(
         tokenizer, padding=True, label_pad_token_id=tokenizer.pad_token_id, return_tensors="pt"
     )
-    trainer = MemDLMTrainer(
-        model=model,
-        args=recipe.training,
-        memory=recipe.memory,
-        # Padding is end-of-sequence: it is a label, and it is visible.
-        data_collator=NoAttentionMaskWrapper(collator),
-        train_dataset=examples.train,
-        eval_dataset=examples.eval,
-        processing_class=tokenizer,
-    )
+    try:
+        trainer = MemDLMTrainer(
+            model=model,
+            args=recipe.training,
+            memory=recipe.memory,
+            # Padding is end-of-sequence: it is a label, and it is visible.
+            data_collator=NoAttentionMaskWrapper(collator),
+            train_dataset=examples.train,
+            eval_dataset=examples.eval,
+            processing_class=tokenizer,
+        )
+    except (HfHubHTTPError, LocalTokenNotFoundError, ConnectionError, requests.ConnectionError) as error:
+        raise ConfigError(
+            f"training.push_to_hub=True: the hub cannot be written to ({' '.join(str(error).split())[:200]}); log in "
+            "with network, or set it to false"
+        ) from error
     if state.is_main_process:
         print(f"engine: {engines.describe(trainer.accelerator)}", flush=True)
+    trainer.data_collator.padding_loss = recipe.data.padding_loss
     trainer.made_of["examples"] = digest_of(examples.train)
     trainer.beside_checkpoints += [recipe.save, write_run_card]
     if trainer.pop_callback(ProgressCallback) is not None:
@@ -115,6 +137,13 @@ def train(recipe: Recipe, resume: bool = False) -> MemDLMTrainer:
     steps = trainer.state.global_step
     if checkpoint is not None and Path(checkpoint).name == f"checkpoint-{steps}" and trainer.is_world_process_zero():
         print(f"all {steps} steps were done: nothing was left to train", flush=True)
+    broken = [row["step"] for row in trainer.state.log_history if not math.isfinite(row.get("loss", 0.0))]
+    if broken and trainer.is_world_process_zero():
+        print(
+            f"the loss is not finite at step {broken[0]}, the first of {len(broken)} such logs: what is saved may not "
+            "work; try a smaller training.learning_rate",
+            flush=True,
+        )
     evaluated = {row["step"] for row in trainer.state.log_history if "eval_loss" in row}
     if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated:
         trainer.evaluate()

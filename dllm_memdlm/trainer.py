@@ -17,6 +17,7 @@ from .collator import AnchorTrajectoryCollator
 from .config import ConfigError, MemoryConfig
 from .dllm_api import MDLMTrainer
 from .epoch_order import EpochSampler, LongestFirst
+from .evaluating import Evaluation, check_best_metric
 from .example_ids import lengths_of, with_example_ids
 from .logs import Averages, EpochClock
 from .losses import masked_diffusion_loss
@@ -26,7 +27,7 @@ from .training_args import MemDLMConfig
 from .trajectory import Trajectory
 
 
-class MemDLMTrainer(WholeCheckpoints, MDLMTrainer):
+class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
     """Trains a masked diffusion language model, with memory (bi-level, first order) or without (plain MDLM).
 
     Both see the same noise for the same seed. Beside dllm's logs there are, with memory on: `loss_memory_off` (the
@@ -79,6 +80,7 @@ class MemDLMTrainer(WholeCheckpoints, MDLMTrainer):
                 f"training.dataloader_num_workers={args.dataloader_num_workers}: expected 0 or 1 for streaming data, "
                 "whose examples each worker would number from 0"
             )
+        check_best_metric(args, memory, eval_dataset, kwargs.get("compute_metrics"))
         self.mask_token_id = tokenizer.mask_token_id
         if isinstance(self.data_collator, AnchorTrajectoryCollator):
             if self.data_collator.config != memory:
@@ -102,8 +104,8 @@ class MemDLMTrainer(WholeCheckpoints, MDLMTrainer):
             )
         self._experts = [part for part in staged_backbone(self.model).modules() if isinstance(part, RoutedExperts)]
         self._train_log = Averages()
-        self._eval_losses_off: list[Tensor] = []
-        self.add_callback(EpochClock(self.data_collator, self._train_log))
+        self._clock = EpochClock(self.data_collator, self._train_log)
+        self.add_callback(self._clock)
         engines.fit(self.model, self.args)
         layers = staged_backbone(self.model).layers
         adapted = adapted_layers(len(layers), memory) if memory.enabled else ()
@@ -171,14 +173,15 @@ class MemDLMTrainer(WholeCheckpoints, MDLMTrainer):
         if count is not None and self.args.average_tokens_across_devices:
             count = count / self.accelerator.num_processes
         loss, total = self._outer_loss(nll, trajectory, positions, count)
-        maskable = trajectory.maskable.sum().to(total.dtype)
+        maskable = trajectory.maskable.sum(-1).to(total.dtype)
+        tokens = maskable.sum()
         self.meter.update(
-            split="train" if model.training else "eval", value=total.sum() / maskable.clamp_min(1), weight=maskable
+            split="train" if model.training else "eval", value=total.sum() / tokens.clamp_min(1), weight=tokens
         )
         if not return_outputs:
             return loss
-        off = loss if written is None else self._loss_memory_off(trajectory, head, positions)
-        return loss, {"loss_memory_off": off}
+        off = total if written is None else self._memory_off(trajectory, head, positions)[1]
+        return loss, {"total": total, "total_memory_off": off, "maskable": maskable}
 
     def _stages(self, model: nn.Module, trajectory: Trajectory, attention_mask: Tensor | None, positions: Any):
         """The anchor's trunk output, and the head on it: a function of the module to call, giving the NLL [B, M]."""
@@ -208,9 +211,9 @@ class MemDLMTrainer(WholeCheckpoints, MDLMTrainer):
             count,
         )
 
-    def _loss_memory_off(self, trajectory: Trajectory, head: Any, positions: Any) -> Tensor:
+    def _memory_off(self, trajectory: Trajectory, head: Any, positions: Any) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            return self._outer_loss(head(self.memory.model), trajectory, positions)[0]
+            return self._outer_loss(head(self.memory.model), trajectory, positions)
 
     def _kept(self, trajectory: Trajectory) -> Tensor:
         """Memory dropout: which sets of fast weights stay in place. → [S] bool."""
@@ -231,6 +234,16 @@ class MemDLMTrainer(WholeCheckpoints, MDLMTrainer):
             batch_size=args.train_batch_size * args.gradient_accumulation_steps,
         )
 
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        if has_length(loader) and len(loader) == 0:
+            raise ConfigError(
+                f"training.dataloader_drop_last={self.args.dataloader_drop_last}: no whole batch of "
+                f"{self.args.train_batch_size} for each of {self.args.world_size} processes in "
+                f"{len(self.train_dataset)} examples; expected false, or a smaller per_device_train_batch_size"
+            )
+        return loader
+
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         if not self.args.group_by_length or eval_dataset is None or not has_length(eval_dataset):
             return super()._get_eval_sampler(eval_dataset)
@@ -250,40 +263,21 @@ class MemDLMTrainer(WholeCheckpoints, MDLMTrainer):
             # One sample for each log. Its dropout draws must not move those of training.
             device = self.args.device
             with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-                self._train_log.add("loss_memory_off", self._loss_memory_off(trajectory, head, positions))
+                self._train_log.add("loss_memory_off", self._memory_off(trajectory, head, positions)[0])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "train_loss" in logs:
+            self._of_this_session(logs)
         if "loss" in logs:
             logs = {**logs, **self._train_log.pop(self.accelerator)}
         super().log(logs, start_time)
 
-    # === evaluation ===
-
-    @torch.no_grad()
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor, None, None]:
-        """The loss of a batch, with fast weights; the one without is kept for `evaluation_loop`. No logits."""
-        inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        if self.memory is not None:
-            # Weighted and gathered as transformers does with the loss.
-            repeated = outputs["loss_memory_off"].detach().repeat(len(inputs["input_ids"]))
-            self._eval_losses_off.append(self.gather_function(repeated).cpu())
-        return loss.detach(), None, None
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        self._eval_losses_off.clear()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self._eval_losses_off:
-            output.metrics[f"{metric_key_prefix}_loss_memory_off"] = torch.cat(self._eval_losses_off).mean().item()
-        return output
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        training_collator = self.data_collator
-        self.data_collator = training_collator.for_evaluation()
-        try:
-            return super().get_eval_dataloader(with_example_ids(eval_dataset))
-        finally:
-            self.data_collator = training_collator
+    def _of_this_session(self, logs: dict[str, float]) -> None:
+        """Correct the summary of a run that was resumed: transformers counts the steps in that others have taken."""
+        taken, all_steps = self.state.global_step - self._clock.first_step, self.state.global_step
+        if taken == 0:
+            del logs["train_loss"]
+        elif taken < all_steps:
+            logs["train_loss"] *= all_steps / taken
+            for name in ("train_samples_per_second", "train_steps_per_second"):
+                logs[name] = round(logs[name] * taken / all_steps, 3)

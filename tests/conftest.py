@@ -11,6 +11,8 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import dllm_memdlm  # noqa: F401, I001 (before torch, which reads what it sets)
+
 import datasets
 import pytest
 import tokenizers

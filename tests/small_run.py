@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dllm_memdlm.backbones import config_of, load_model
+from dllm_memdlm.data import tokenizer_for, training_texts
 from dllm_memdlm.recipe import Recipe, load_recipe
 
 #: Twenty examples of one length, in a tokenizer with a token for each byte: sixteen to train on, four to evaluate on.
@@ -50,6 +52,15 @@ def write_recipe(folder: Path, name: str = "tiny", rows: list[dict[str, str]] = 
     path = folder / f"{name}.yaml"
     path.write_text(RECIPE.replace("DATASET", str(folder / "rows.jsonl")), encoding="utf-8")
     return path
+
+
+def write_base(recipe_file: Path, folder: Path) -> tuple[str, ...]:
+    """The model of a recipe, with random weights, in a folder of its own. Returns the settings that take it."""
+    recipe = load_recipe(recipe_file)
+    tokenizer = tokenizer_for(recipe.model, lambda: training_texts(recipe.data), folder / "tokenizers")
+    load_model(recipe.model, config_of(recipe.model, vocab_size=len(tokenizer)), seed=42).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return (f"model.path={folder}", "model.architecture=null", "model.dimensions={}")
 
 
 def recipe_for(recipe_file: Path, folder: Path, *overrides: str) -> Recipe:

@@ -63,7 +63,7 @@ def test_defaults_of_data_and_model():
     data, model = build("data"), build("model")
     assert (data.max_length, data.mask_prompt, data.split, data.format) == (4096, True, "train", "auto")
     assert (data.instruction_field, data.output_field) == ("instruction", "output")
-    assert (model.dtype, model.load_in_4bit, model.trust_remote_code) == ("bfloat16", False, False)
+    assert (model.dtype, model.load_in_4bit, model.trust_remote_code) == ("auto", False, False)
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -102,7 +102,7 @@ MESSAGES = [
     ("memory", {"kind": "LoRA"}, "memory.kind='LoRA': expected one of lora, full"),
     ("memory", {"scope": "token"}, "memory.scope='token': expected one of sample, batch"),
     ("memory", {"layers": "middle"}, "memory.layers='middle': expected one of last, first"),
-    ("model", {"dtype": "int8"}, "model.dtype='int8': expected one of float32, bfloat16, float16"),
+    ("model", {"dtype": "int8"}, "model.dtype='int8': expected one of auto, float32, bfloat16, float16"),
     ("lora", {"bias": "some"}, "lora.bias='some': expected one of none, all, lora_only"),
     (
         "data",

@@ -120,7 +120,18 @@ def recipes(tmp_path_factory) -> dict[str, Path]:
     trained(llada_moe, saved, 1, *COMMON, *wide, "training.max_steps=1")
     values["model"] = {"path": str(saved), "dtype": "float32"}
     checkpoint = recipe_files.write(folder / "checkpoint.yaml", yaml.safe_dump(values))
-    return {"LLaDA-MoE": llada_moe, "LLaDA2.1": llada2, "a checkpoint": checkpoint, "4 bit": checkpoint}
+    found = {"LLaDA-MoE": llada_moe, "LLaDA2.1": llada2, "a checkpoint": checkpoint, "4 bit": checkpoint}
+    for name, recipe in (("LLaDA-MoE", llada_moe), ("LLaDA2.1", llada2)):
+        values["model"] = {"path": str(folder / f"base of {recipe.stem}"), "dtype": "float32"}
+        small_run.write_base(recipe, folder / f"base of {recipe.stem}")
+        found[f"{name}, LoRA"] = recipe_files.write(folder / f"{recipe.stem}_lora.yaml", yaml.safe_dump(values))
+    return found
+
+
+def recipe_of(case: str, recipes: dict[str, Path]) -> Path:
+    """A LoRA is trained on a saved base."""
+    backbone, _, what = case.partition(", ")
+    return recipes.get(f"{backbone}, {what.partition(',')[0]}", recipes[backbone])
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +142,7 @@ def references(recipes, tmp_path_factory) -> Any:
     def of(case: str) -> tuple[dict[str, Tensor], Run]:
         if case not in done:
             folder = tmp_path_factory.mktemp("one")
-            recipe = recipes[case.partition(",")[0]]
+            recipe = recipe_of(case, recipes)
             settings = (*COMMON, *CASES[case], "training.per_device_train_batch_size=8")
             start = trained(recipe, folder / "start", 1, *settings, "training.max_steps=1", "training.learning_rate=0")
             done[case] = start.weights, trained(recipe, folder / "run", 1, *settings)
@@ -152,7 +163,7 @@ def pairs() -> Iterator[Any]:
 def test_two_halves_are_one_whole(case, engine, recipes, references, tmp_path, record_property):
     start, one = references(case)
     settings = (*COMMON, *CASES[case], "training.per_device_train_batch_size=4", f"training.engine={engine}")
-    two = trained(recipes[case.partition(",")[0]], tmp_path, 2, *settings)
+    two = trained(recipe_of(case, recipes), tmp_path, 2, *settings)
     assert f"engine: {ENGINES[engine]}, 2 processes" in two.output
     assert two.weights.keys() == one.weights.keys() == start.keys()
     moved = max((one.weights[name] - start[name]).abs().max().item() for name in start)
@@ -181,7 +192,7 @@ def test_uneven_last_batches_do_not_hang(engine, recipes, tmp_path):
     settings = ("training.per_device_train_batch_size=3", "training.max_steps=-1", "training.num_train_epochs=2")
     shared = ("memory.scope=batch", "memory.sync=true", f"training.engine={engine}")
     run = trained(
-        recipes["LLaDA-MoE"], tmp_path, 2, *COMMON, *LORA, *settings, *shared, "training.group_by_length=true"
+        recipes["LLaDA-MoE, LoRA"], tmp_path, 2, *COMMON, *LORA, *settings, *shared, "training.group_by_length=true"
     )
     losses = [log["loss"] for log in run.logs if "loss" in log]
     assert len(losses) == 6 and all(math.isfinite(loss) for loss in losses)
@@ -193,8 +204,8 @@ def test_uneven_last_batches_do_not_hang(engine, recipes, tmp_path):
 def test_bfloat16_as_in_the_full_size_recipes(engine, recipes, tmp_path):
     """ZeRO casts the weights, FSDP2 shares out float32 ones, a single process uses autocast: alike, not the same."""
     settings = (*COMMON, *LORA, "training.bf16=true", "model.dtype=bfloat16", "training.gradient_checkpointing=true")
-    one = trained(recipes["LLaDA-MoE"], tmp_path / "one", 1, *settings, "training.per_device_train_batch_size=8")
-    two = trained(recipes["LLaDA-MoE"], tmp_path / "two", 2, *settings, f"training.engine={engine}")
+    one = trained(recipes["LLaDA-MoE, LoRA"], tmp_path / "one", 1, *settings, "training.per_device_train_batch_size=8")
+    two = trained(recipes["LLaDA-MoE, LoRA"], tmp_path / "two", 2, *settings, f"training.engine={engine}")
     for name in ("loss", "inner_loss_1", "inner_loss_2", "eval_loss", "eval_loss_memory_off"):
         ours, theirs = ([log[name] for log in run.logs if name in log] for run in (two, one))
         assert ours and ours == pytest.approx(theirs, rel=0.05), name
@@ -207,7 +218,7 @@ def test_the_best_model_comes_back(engine, recipes, tmp_path):
     settings = (*COMMON, *LORA, "training.eval_steps=1", "training.save_strategy=steps", "training.save_steps=1")
     best = ("training.load_best_model_at_end=true", "training.greater_is_better=true", f"training.engine={engine}")
     metric = "training.metric_for_best_model=eval_loss_memory_off"
-    run = trained(recipes["LLaDA-MoE"], tmp_path, 2, *settings, *best, metric)
+    run = trained(recipes["LLaDA-MoE, LoRA"], tmp_path, 2, *settings, *best, metric)
     losses = {log["step"]: log["eval_loss_memory_off"] for log in run.logs if "eval_loss_memory_off" in log}
     step = max(losses, key=losses.get)
     assert step < 5 and len(losses) == 5

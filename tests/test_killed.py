@@ -99,6 +99,8 @@ def test_killed_runs_end_at_the_same_bits(kind, kills, tmp_path, record_property
     count, _, own = KINDS[kind]
     recipe = small_run.write_recipe(tmp_path, rows=ROWS)
     settings = (*SETTINGS, *own)
+    if "lora.enabled=false" not in own:
+        settings += small_run.write_base(recipe, tmp_path / "base")
     straight, again = tmp_path / "straight", tmp_path / "again"
     launch(count, straight / "logs", train, str(recipe), (*settings, f"training.output_dir={straight}"))
     seed = random.randrange(1 << 30)  # another moment every time; a failure tells which

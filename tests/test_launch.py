@@ -172,3 +172,18 @@ def test_a_process_that_has_left_its_group_skips_the_end_of_its_interpreter(tmp_
     """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "handlers run\n"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "expected"),
+    [({}, ("3000", None)), ({"GOMP_SPINCOUNT": "9"}, ("9", None)), ({"OMP_WAIT_POLICY": "ACTIVE"}, (None, "ACTIVE"))],
+)
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "export", "info", "demo"])
+def test_threads_that_wait_do_not_spin_long(command, theirs, expected):
+    """Set before torch is there, by every command, for its child processes too; what a user sets stays."""
+    script = f"import os, sys, dllm_memdlm; assert 'torch' not in sys.modules; import dllm_memdlm.{command}; " + (
+        "print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | theirs
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(value) for value in expected]

@@ -51,7 +51,7 @@ def test_the_nearest_key_is_known(base):
         ("memory.target_modules=up_proj", "memory.target_modules='up_proj': expected list of text"),
         ("memory.strategy=anchor", "memory.strategy='anchor': expected one of anchor_consistent, inconsistent, "),
         ("memory.steps=0", "memory.steps=0: expected at least 1"),
-        ("model.dtype=float8", "model.dtype='float8': expected one of float32, bfloat16, float16"),
+        ("model.dtype=float8", "model.dtype='float8': expected one of auto, float32, bfloat16, float16"),
         ("model.path=5", "model.path=5: expected text or none"),
         ("model.dimensions=5", "model.dimensions=5: expected mapping"),
         ("lora.r=0", "lora.r=0: expected at least 1"),

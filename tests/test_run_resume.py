@@ -64,6 +64,25 @@ def test_a_run_that_has_reached_its_end_takes_no_step(steps, recipe_file, tmp_pa
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*"))[-1] == f"checkpoint-{steps}"
 
 
+def test_the_summary_of_a_resumed_run_is_of_its_own_steps(finished, recipe_file, tmp_path):
+    """transformers divides by all steps, those of the session before included."""
+    shutil.copytree(finished / "checkpoint-2", tmp_path / "checkpoint-2")
+    for steps in ((3, 4), ()):
+        summary = run.train(recipe_for(recipe_file, tmp_path), resume=True).state.log_history
+        last = next(log for log in reversed(summary) if "train_runtime" in log)
+        losses = [log["loss"] for log in summary if "loss" in log and log["step"] in steps]
+        assert ("train_loss" in last) == bool(steps)
+        if steps:
+            assert last["train_loss"] == pytest.approx(sum(losses) / 2, abs=1e-4)
+            assert last["train_steps_per_second"] == pytest.approx(2 / last["train_runtime"], rel=0.1)
+
+
+def test_a_run_that_has_lost_its_numbers_says_so(recipe_file, tmp_path, capsys):
+    settings = ("training.learning_rate=1e30", "training.max_steps=3", "training.max_grad_norm=0")
+    run.train(recipe_for(recipe_file, tmp_path, *settings, "training.save_strategy='no'"))
+    assert "the loss is not finite at step 3, the first of 1 such logs" in capsys.readouterr().out
+
+
 def test_resuming_takes_the_last_checkpoint_or_starts(finished, recipe_file, tmp_path, monkeypatch):
     taken = []
 

@@ -11,6 +11,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
 
 
+def parts(config: Any, whole: str, number: str) -> int:
+    """The size of each of so many equal parts of a dimension. Raises ValueError where that leaves a rest."""
+    size, count = getattr(config, whole), getattr(config, number)
+    if count < 1 or size < count or size % count:
+        raise ValueError(f"{whole} {size} is no multiple of {number} {count}")
+    return size // count
+
+
 def take(x: Tensor, positions: Tensor) -> Tensor:
     """Rows of each sample. x [B, L, D], positions [B, M] → [B, M, D]."""
     return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))

@@ -12,8 +12,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
-from .layers import GatedMLP, attend, take
-from .moe import RoutedExperts
+from .layers import GatedMLP, attend, parts, take
+from .moe import RoutedExperts, check_experts
 from .output import OutputLinear
 from .staged import StagedForward
 
@@ -91,7 +91,7 @@ class LLaDA2MoeAttention(nn.Module):
         super().__init__()
         self.config = config
         self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.num_key_value_groups = parts(config, "num_attention_heads", "num_key_value_heads")
         heads = config.num_attention_heads + 2 * config.num_key_value_heads
         self.query_key_value = nn.Linear(config.hidden_size, heads * self.head_dim, bias=config.use_qkv_bias)
         self.dense = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=config.use_bias)
@@ -125,6 +125,8 @@ class LLaDA2MoeGate(nn.Module):
     def __init__(self, config: LLaDA2MoeConfig) -> None:
         super().__init__()
         self.config = config
+        check_experts(config)
+        parts(config, "num_experts", "n_group")
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.register_buffer("expert_bias", torch.zeros(config.num_experts))
         self.reset_parameters()

@@ -10,8 +10,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
-from .layers import GatedMLP, attend, take
-from .moe import RoutedExperts
+from .layers import GatedMLP, attend, parts, take
+from .moe import RoutedExperts, check_experts
 from .output import OutputLinear
 from .staged import StagedForward
 
@@ -80,8 +80,8 @@ class LLaDAMoEAttention(nn.Module):
     def __init__(self, config: LLaDAMoEConfig) -> None:
         super().__init__()
         self.config = config
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.head_dim = parts(config, "hidden_size", "num_attention_heads")
+        self.num_key_value_groups = parts(config, "num_attention_heads", "num_key_value_heads")
         kv_size = config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
@@ -118,6 +118,7 @@ class LLaDAMoESparseMoeBlock(nn.Module):
     def __init__(self, config: LLaDAMoEConfig) -> None:
         super().__init__()
         self.config = config
+        check_experts(config)
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = RoutedExperts(
             GatedMLP(config.hidden_size, config.expert_intermediate_size, config.hidden_act)

@@ -53,6 +53,12 @@ def read_config(path: str, architecture: str | None = None) -> PretrainedConfig:
         raise ConfigError(f"model.path={path!r}: {missing_reason(path)}") from error
     if not values:
         raise ConfigError(f"model.path={path!r}: {missing_reason(path)}")
+    if quantised := values.get("quantization_config"):
+        method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else "unknown method"
+        raise ConfigError(
+            f"model.path={path!r}: its weights are quantised already ({method}); expected float weights, which "
+            "model.load_in_4bit can pack"
+        )
     architecture = (values.get("architectures") or [architecture])[0]
     if architecture is None:
         raise ConfigError(f"model.path={path!r}: its config.json names no architecture; set model.architecture")
@@ -88,6 +94,10 @@ def build_config(cls: type[PretrainedConfig], dimensions: dict[str, Any]) -> Pre
     for name in dimensions:
         if name not in known:
             raise ConfigError(f"model.dimensions.{name}: not a field of {cls.__name__}")
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        size = dimensions.get(name, 1)
+        if type(size) is not int or size < 1:
+            raise ConfigError(f"model.dimensions.{name}={size!r}: expected a whole number, at least 1")
     return cls(**dimensions)
 
 
@@ -100,7 +110,7 @@ def load_model(
         ConfigError: the weights cannot be had, or do not fit the config.
     """
     cls = model_class((config.architectures or [model.architecture])[0])
-    dtype = getattr(torch, model.dtype)
+    dtype = getattr(torch, model.for_training(lora or LoraConfig(enabled=False)).dtype)
     if model.path is None:
         with torch.random.fork_rng(devices=[]), _whole():
             torch.manual_seed(seed)

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -29,6 +30,12 @@ MOST_PADDING = 4
 FEW_ROWS = 32
 #: Where PEFT keeps its LoRA for linear layers, and for those of bitsandbytes.
 PLAIN_LORA = ("peft.tuners.lora.layer", "peft.tuners.lora.bnb")
+
+
+def check_experts(config: Any) -> None:
+    """Raise ValueError where a token cannot have as many experts as the config says."""
+    if not 1 <= config.num_experts_per_tok <= config.num_experts:
+        raise ValueError(f"num_experts_per_tok {config.num_experts_per_tok} of num_experts {config.num_experts}")
 
 
 class RoutedExperts(nn.ModuleList):
