@@ -104,7 +104,7 @@ def build_trainer(recipe: Recipe) -> MemDLMTrainer:
     if state.is_main_process:
         print(f"engine: {engines.describe(trainer.accelerator)}", flush=True)
     trainer.data_collator.padding_loss = recipe.data.padding_loss
-    trainer.made_of["examples"] = digest_of(examples.train)
+    trainer.made_of |= {"examples": digest_of(examples.train), "padding_loss": recipe.data.padding_loss}
     trainer.beside_checkpoints += [recipe.save, write_run_card]
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(_Progress())

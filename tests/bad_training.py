@@ -7,7 +7,6 @@ from __future__ import annotations
 
 Row = tuple[str, dict[str, str], list[str], tuple[str, ...]]
 
-ADAMW_ARGUMENTS = "training.optim='adamw_torch' with "
 SCHEDULE = "training.lr_scheduler_type="
 #: Weights that another library has packed.
 QUANTISED = '{"architectures": ["LLaDAMoEModelLM"], "quantization_config": {"quant_method": "gptq", "bits": 4}}'

@@ -161,13 +161,10 @@ def tiny(
     rank: int = 4,
     **dimensions: Any,
 ) -> nn.Module:
-    """A tiny backbone whose outputs depend on its inputs. `lora` wraps it; a number is the dropout of the LoRA.
-
-    Drawn on the CPU, so that it is the same model on every device.
-    """
+    """A tiny backbone whose outputs depend on its inputs. `lora` wraps it; a number is the dropout of the LoRA."""
     config = tiny_config(kind, **dimensions)
     config._attn_implementation = attention
-    with torch.random.fork_rng(), torch.device("cpu"):
+    with torch.random.fork_rng(), torch.device("cpu"):  # the same model on every device
         torch.manual_seed(seed)
         model = model_class(ARCHITECTURES[kind])(config)
         scale_up(model)

@@ -113,6 +113,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(finished, recipe_file):
     checkpoint = finished / "checkpoint-4"
     cases = [
         ("memory.rank=8", "memory.rank=4, the recipe now says 8"),
+        ("data.padding_loss=false", "data.padding_loss=True, the recipe now says False"),
         ("data.mask_prompt=false", "data.mask_prompt=True, the recipe now says False"),
         ("memory.enabled=false", "memory.enabled=True, the recipe now says False"),
         ("lora.enabled=true", "lora.enabled=False, the recipe now says True"),
