@@ -69,7 +69,7 @@ def test_instruction_fields_can_be_renamed(tmp_path):
 def test_messages_are_taken_as_they_stand(tmp_path):
     chat = [{"role": r, "content": c} for r, c in [("system", "s "), ("user", "u"), ("assistant", " a")]]
     config = write(tmp_path / "rows.json", [{"messages": [{**m, "id": 1} for m in chat]}])
-    assert chats(config) == [chat]
+    assert chats(config) == [[{**m, "id": 1} for m in chat]]
 
 
 def test_hotpotqa_quotes_the_supporting_sentences_in_document_order(tmp_path):
@@ -243,8 +243,8 @@ def test_a_chat_template_that_is_no_prefix_is_refused(tmp_path, tokenizer):
     ends_differently.chat_template = "{{ messages | length }}" + tokenizer.chat_template
     config = write(tmp_path / "rows.json", ROWS[:2])
     assert message_of(load_examples, config, ends_differently) == (
-        f"data.dataset='{config.dataset}', train row 0: the prompt's tokens are not the first tokens of the whole "
-        "chat; expected a chat template that only appends the response, or data.mask_prompt=false"
+        f"data.dataset='{config.dataset}', train row 0: the prompt is not how the whole chat begins; expected a "
+        "chat template that only appends the response, or data.mask_prompt=false"
     )
     assert len(load_examples(replace(config, mask_prompt=False), ends_differently).train) == 2
 
@@ -253,7 +253,7 @@ def test_a_chat_template_that_refuses_a_role_or_is_missing(tmp_path, tokenizer):
     chat = [{"role": "tool", "content": "a"}, {"role": "assistant", "content": "b"}]
     config = write(tmp_path / "rows.json", [{"messages": chat}])
     assert message_of(load_examples, config, tokenizer) == (
-        f"data.dataset='{config.dataset}', train rows 0 to 0: the chat template of the tokenizer refuses a chat: "
+        f"data.dataset='{config.dataset}', train row 0: the chat template of the tokenizer refuses the chat: "
         "unknown role tool: expected system, user or assistant"
     )
     plain = train_tokenizer([], 263)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -9,17 +10,29 @@ from typing import Any, NamedTuple
 from dllm_memdlm.config import ConfigError, DataConfig
 from dllm_memdlm.data.needle import Row, check_needles, plant, sentences_of
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]  #: of {role, content}, both text; a message may say more in fields of `HELD`
+Tools = list[dict[str, Any]] | None  #: functions that a chat may call
+ToMessages = Callable[[Row, DataConfig], Messages]
+ToTools = Callable[[Row], Tools]
+
+#: Fields in which a message says something beside its content, in the names that chat templates know.
+HELD = frozenset({"tool_calls", "function_call", "reasoning_content", "thinking"})
 
 # HotpotQA's fields that hold pairs, and what the hub's form calls the two halves of a pair
 PAIRS = {"context": ("title", "sentences"), "supporting_facts": ("title", "sent_id")}
+
+
+def no_tools(row: Row) -> Tools:
+    """None, as all formats but one have."""
+    return None
 
 
 class Format(NamedTuple):
     """The fields a row must have, and the chat that is made of them (ValueError: the row does not allow it)."""
 
     fields: Callable[[DataConfig], tuple[str, ...]]
-    to_messages: Callable[[Row, DataConfig], Messages]
+    to_messages: ToMessages
+    to_tools: ToTools = no_tools
     auto: bool = True  #: whether `auto` may choose it
 
 
@@ -32,6 +45,9 @@ def instruction(row: Row, config: DataConfig) -> Messages:
 def messages(row: Row, config: DataConfig) -> Messages:
     """A chat as it stands, of any number of turns; the last message is the response.
 
+    Messages keep all their fields, which are the chat template's business. Tables give every message the fields of all
+    others, without a value: those are left out.
+
     Raises:
         ValueError: not a list of {role, content}, or the last message is not the assistant's.
     """
@@ -41,7 +57,22 @@ def messages(row: Row, config: DataConfig) -> Messages:
     if not chat or chat[-1]["role"] != "assistant":
         found = chat[-1]["role"] if chat else "no message"
         raise ValueError(f"field {config.messages_field!r} ends with {found}: expected a message of the assistant")
-    return [{"role": m["role"], "content": m["content"] or ""} for m in chat]
+    return [{**_with_values(m), "content": m["content"] or ""} for m in chat]
+
+
+def tools_of(row: Row) -> Tools:
+    """The functions that a chat may call: its row's field `tools`, as a list or as JSON; none if there are none."""
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise ValueError(f"field 'tools' is not JSON ({error}); expected a list of functions") from None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise ValueError(f"field 'tools' is not a list of functions, each an object: found {tools!r:.60}")
+    return [_with_values(tool) for tool in tools]
 
 
 def hotpotqa(row: Row, config: DataConfig) -> Messages:
@@ -115,7 +146,7 @@ def pairs_to_columns(row: Row) -> Row:
 
 # `auto` takes the first of those it may choose of which the rows have every field.
 FORMATS: dict[str, Format] = {
-    "messages": Format(lambda c: (c.messages_field,), messages),
+    "messages": Format(lambda c: (c.messages_field,), messages, tools_of),
     "hotpotqa": Format(lambda c: ("question", "answer", "context", "supporting_facts"), hotpotqa),
     "instruction": Format(lambda c: (c.instruction_field, c.output_field), instruction),
     "paragraphs": Format(lambda c: ("context",), paragraphs, auto=False),
@@ -156,7 +187,14 @@ def _text(value: Any) -> str:
 
 def _is_message(value: Any) -> bool:
     fields = isinstance(value, Mapping) and {"role", "content"} <= value.keys()
-    return fields and isinstance(value["content"], str | None)
+    return fields and isinstance(value["role"], str) and isinstance(value["content"], str | None)
+
+
+def _with_values(value: Any) -> Any:
+    """A value without the fields that have none, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _with_values(item) for key, item in value.items() if item is not None}
+    return [_with_values(item) for item in value] if isinstance(value, list) else value
 
 
 def _is_pairs(value: Any) -> bool:

