@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ import datasets
 
 from dllm_memdlm.config import ConfigError, DataConfig
 from dllm_memdlm.data.formats import Row, pairs_to_columns
+from dllm_memdlm.data.json_rows import EMPTY, Named, fault_in, is_document, reason_of, rows_of
 
 BUILDERS = {".jsonl": "json", ".parquet": "parquet"}
 SUFFIXES = (".json", *BUILDERS)
@@ -73,34 +74,88 @@ def _load_split(config: DataConfig, split: str) -> datasets.Dataset:
     """One split, through the cache of `datasets`. Local paths are absolute there: the cache knows no working folder."""
     path = _local_path(config.dataset)
     try:
-        if path is None:
-            return datasets.load_dataset(config.dataset, split=split)
-        if path.is_dir():
-            return datasets.load_dataset(str(path), split=split)
-        if path.suffix in BUILDERS:
-            return datasets.load_dataset(BUILDERS[path.suffix], data_files=str(path), split=split)
-        if split != "train":
-            raise ValueError(f"Unknown split {split!r}: a file has only 'train'")
-        # the time of the last change is part of the cache's key: an edited file is read again
-        stamp = path.stat().st_mtime_ns
-        return datasets.Dataset.from_generator(_json_rows, gen_kwargs={"path": str(path), "stamp": stamp})
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        hint = f"; {HUB_HINT}" if path is None else ""
-        raise ConfigError(f"data.dataset={config.dataset!r}, split {split!r}: {_reason(error)}{hint}") from error
+        with _quiet():
+            rows = _read(config.dataset, split) if path is None else _read_local(path, split)
+            if path is not None:
+                rows.data.validate(full=True)  # pyarrow reads text that is not UTF-8, and nobody can use it
+    except (OSError, ValueError, TypeError, RuntimeError, ArithmeticError, datasets.exceptions.DatasetsError) as error:
+        reason = reason_of(error)
+        if not reason.startswith("Unknown split"):  # which names those that are known
+            reason = (path and not isinstance(error, OSError) and _fault(path)) or reason
+            reason += "" if "expected" in reason else f"; {_expected(path)}"
+        raise ConfigError(f"data.dataset={config.dataset!r}, split {split!r}: {reason}") from error
+    if not len(rows):
+        raise ConfigError(f"data.dataset={config.dataset!r}, split {split!r}: {EMPTY}")
+    return rows
+
+
+def _expected(path: Path | None) -> str:
+    if path is None:
+        return HUB_HINT
+    if path.is_dir():
+        return f"expected a folder with files of {', '.join(SUFFIXES)}, or one that save_to_disk has written"
+    return f"expected a whole file of {path.suffix}"
+
+
+def _read(name: str, split: str) -> datasets.Dataset:
+    return datasets.load_dataset(name, split=split)
+
+
+def _read_local(path: Path, split: str) -> datasets.Dataset:
+    if path.is_dir():
+        return _saved(path, split) if _is_saved(path) else _read(str(path), split)
+    if path.suffix in BUILDERS and not is_document(path):
+        return datasets.load_dataset(BUILDERS[path.suffix], data_files=str(path), split=split)
+    _check_split(split, ["train"], "a file")
+    # the time of the last change is part of the cache's key: an edited file is read again
+    stamp = path.stat().st_mtime_ns
+    return datasets.Dataset.from_generator(_json_rows, gen_kwargs={"path": str(path), "stamp": stamp})
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / file).is_file() for file in ("dataset_dict.json", "state.json"))
+
+
+def _saved(path: Path, split: str) -> datasets.Dataset:
+    """A split of a folder that `save_to_disk` has written: of a dataset, or of one for each split."""
+    rows = datasets.load_from_disk(path)
+    splits = rows if isinstance(rows, datasets.DatasetDict) else {"train": rows}
+    _check_split(split, list(splits), "the saved folder")
+    return splits[split]
+
+
+def _check_split(split: str, known: list[str], what: str) -> None:
+    if split not in known:
+        raise ValueError(f"Unknown split {split!r}: {what} has only {', '.join(map(repr, known))}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let `datasets` log no errors: what it raises says them again."""
+    before = datasets.utils.logging.get_verbosity()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.utils.logging.set_verbosity(before)
 
 
 def _json_rows(path: str, stamp: int) -> Iterator[Row]:
-    """The rows of one JSON document: a list of objects, or an object with that list under `data` (as SQuAD has it).
+    """The rows of a JSON document. `datasets` has a reader, but it refuses HotpotQA's pairs of mixed types."""
+    yield from (row for _, row in _named_rows(Path(path)))
 
-    `datasets` has a JSON reader, but it refuses HotpotQA's pairs of mixed types.
-    """
-    document = json.loads(Path(path).read_text(encoding="utf-8"))
-    rows = document.get("data") if isinstance(document, dict) else document
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError("expected a list of objects, at least one, or an object with such a list under `data`")
-    fields = dict.fromkeys(field for row in rows for field in row)  # a set, in order of appearance
-    for row in rows:
-        yield pairs_to_columns({field: row.get(field) for field in fields})
+
+def _named_rows(path: Path) -> Iterator[Named]:
+    rows = list(rows_of(path))
+    fields = dict.fromkeys(field for _, row in rows for field in row)  # a set, in order of appearance
+    for where, row in rows:
+        yield where, pairs_to_columns({field: row.get(field) for field in fields})
+
+
+def _fault(path: Path) -> str | None:
+    if path.suffix == ".parquet" or (path.is_dir() and _is_saved(path)):
+        return None
+    return fault_in(path, _named_rows(path) if path.is_file() and is_document(path) else None)
 
 
 def _local_path(dataset: str) -> Path | None:
@@ -130,12 +185,3 @@ def _package_file(dataset: str) -> Path:
         if (path := Path(folder).absolute() / relative).is_file():
             return path
     raise ConfigError(f"data.dataset={dataset!r}: the installed package {name} has no file {relative}")
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of the error that was met first: `datasets` wraps what went wrong while reading."""
-    while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
-        error = error.__cause__
-    if isinstance(error, datasets.arrow_writer.SchemaInferenceError):
-        return "has no rows"
-    return next(iter(str(error).splitlines()), type(error).__name__)
