@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -182,6 +183,51 @@ def test_the_border_where_the_text_changes_its_length(tmp_path):
     config = write(tmp_path / "rows.json", [chat(("user", "\u00e9\u00e9"), ("assistant", "b"))])
     (row,) = load_examples(config, tokenizer).train
     assert row == {"input_ids": [0, 1, 0, 1, 2], "labels": [-100, -100, -100, -100, 2]}
+
+
+# rows of the wrong types
+
+HOTPOT = {"question": "a", "answer": "b", "supporting_facts": {"title": ["t"], "sent_id": [0]}}
+HALVES = " is not as in HotpotQA: expected pairs, or the hub's two lists, title and "
+
+
+@pytest.mark.parametrize(
+    ("form", "bad", "reason"),
+    [
+        ("auto", {"instruction": ["a"], "output": "b"}, "field 'instruction': expected text, found ['a']"),
+        (
+            "auto",
+            {"instruction": "a", "input": {"b": 1}, "output": "b"},
+            "field 'input': expected text, found {'b': 1}",
+        ),
+        ("auto", {"instruction": "a", "output": True}, "field 'output': expected text, found True"),
+        ("auto", {"messages": [{"role": None, "content": "b"}]}, "field 'messages' is not a list of {role, content}"),
+        ("auto", {"messages": [{"role": "user", "content": ["b"]}]}, "field 'messages' is not a list of {role, conte"),
+        ("auto", {**HOTPOT, "context": {"title": ["t"], "sentences": []}}, f"field 'context'{HALVES}sentences"),
+        ("auto", {**HOTPOT, "context": {"title": ["t"], "sentences": [[1]]}}, f"field 'context'{HALVES}sentences"),
+        ("auto", {**HOTPOT, "context": {"names": ["t"]}}, f"field 'context'{HALVES}sentences"),
+        (
+            "auto",
+            {**HOTPOT, "context": [], "supporting_facts": [["t", "0"]]},
+            f"field 'supporting_facts'{HALVES}sent_id",
+        ),
+        ("paragraphs", {"context": {"title": [1], "sentences": [["a"]]}}, f"field 'context'{HALVES}sentences"),
+        (
+            "needle",
+            {"context": {"title": ["t"], "sentences": "abc"}},
+            "context is not as in HotpotQA: expected paragraphs",
+        ),
+        (
+            "needle",
+            {"context": {"title": ["t"], "sentences": [[1]]}},
+            "context is not as in HotpotQA: expected paragraphs",
+        ),
+    ],
+)
+def test_fields_of_other_types_name_the_row_and_the_field(tmp_path, tokenizer, form, bad, reason):
+    config = replace(write(tmp_path / "rows.json", [bad]), format=form)
+    message = message_of(load_examples, config, tokenizer)
+    assert message.startswith(f"data.dataset='{config.dataset}', train row 0: {reason}")
 
 
 # the name of a row

@@ -37,9 +37,12 @@ class Format(NamedTuple):
 
 
 def instruction(row: Row, config: DataConfig) -> Messages:
-    """Alpaca-like fields (LongAlpaca's): instruction and optional input, a blank line between them, and the output."""
-    parts = (_text(row.get(name)) for name in (config.instruction_field, config.input_field))
-    return _chat("\n\n".join(part for part in parts if part), _text(row[config.output_field]))
+    """Alpaca-like fields (LongAlpaca's): instruction and optional input, a blank line between them, and the output.
+
+    Texts stay as they are: their first spaces may be code's. A blank instruction or input is none.
+    """
+    parts = (_text(row, name) for name in (config.instruction_field, config.input_field))
+    return _chat("\n\n".join(part for part in parts if part.strip()), _text(row, config.output_field))
 
 
 def messages(row: Row, config: DataConfig) -> Messages:
@@ -85,11 +88,7 @@ def hotpotqa(row: Row, config: DataConfig) -> Messages:
 
     RULER scores this very set (qa_2): a model trained on it must not be scored there.
     """
-    if not all(isinstance(row[field], Mapping) for field in PAIRS):
-        raise ValueError(
-            f"{' and '.join(PAIRS)} are not as in HotpotQA: expected pairs, or the hub's mappings of lists"
-        )
-    facts = set(zip(row["supporting_facts"]["title"], row["supporting_facts"]["sent_id"], strict=True))
+    facts = set(_halves(row, "supporting_facts", str, int))
     supporting = {title for title, _ in facts}
     kept, quotes = [], []
     for title, sentences in _paragraphs(row):
@@ -97,8 +96,8 @@ def hotpotqa(row: Row, config: DataConfig) -> Messages:
             kept.append(f"{title}: {' '.join(sentences)}")
         # a few facts name a sentence beyond the paragraph's end; those are left out
         quotes += [f"> {sentence}" for i, sentence in enumerate(sentences) if (title, i) in facts]
-    prompt = "\n\n".join([*kept, f"Question: {_text(row['question'])}"])
-    return _chat(prompt, "\n".join([*quotes, f"Answer: {_text(row['answer'])}"]))
+    prompt = "\n\n".join([*kept, f"Question: {_text(row, 'question').strip()}"])
+    return _chat(prompt, "\n".join([*quotes, f"Answer: {_text(row, 'answer').strip()}"]))
 
 
 def paragraphs(row: Row, config: DataConfig) -> Messages:
@@ -175,14 +174,29 @@ def choose_format(config: DataConfig, columns: Iterable[str]) -> Format:
 
 def _paragraphs(row: Row) -> list[tuple[str, list[str]]]:
     """The title and the stripped sentences of each paragraph of a HotpotQA row."""
-    pairs = zip(row["context"]["title"], row["context"]["sentences"], strict=True)
-    return [(title, [sentence.strip() for sentence in sentences]) for title, sentences in pairs]
+    return [(title, [s.strip() for s in sentences]) for title, sentences in _halves(row, "context", str, list)]
 
 
-def _text(value: Any) -> str:
+def _halves(row: Row, field: str, first: type, second: type) -> list[tuple[Any, Any]]:
+    """The pairs that HotpotQA has in a field. Raises ValueError if they are none."""
+    value, names = row[field], PAIRS[field]
+    lists = [value.get(name) if isinstance(value, Mapping) else None for name in names]
+    if all(isinstance(items, list) for items in lists) and len(lists[0]) == len(lists[1]):
+        pairs = list(zip(*lists, strict=True))
+        if all(isinstance(one, first) and isinstance(other, second) for one, other in pairs) and all(
+            isinstance(sentence, str) for _, other in pairs if second is list for sentence in other
+        ):
+            return pairs
+    raise ValueError(
+        f"field {field!r} is not as in HotpotQA: expected pairs, or the hub's two lists, {' and '.join(names)}"
+    )
+
+
+def _text(row: Row, field: str) -> str:
+    value = row.get(field)
     if not isinstance(value, str | None):
-        raise ValueError(f"expected text, found {value!r:.60}")
-    return (value or "").strip()
+        raise ValueError(f"field {field!r}: expected text, found {value!r:.60}")
+    return value or ""
 
 
 def _is_message(value: Any) -> bool:
