@@ -269,6 +269,20 @@ def test_a_template_that_nobody_can_read_is_the_tokenizers_fault(tmp_path):
     assert message.startswith("model.tokenizer='': line 2 of its chat template is not Jinja: ")
 
 
+def test_a_chat_template_that_refuses_a_role_or_is_missing(tmp_path, tokenizer):
+    chat = [{"role": "tool", "content": "a"}, {"role": "assistant", "content": "b"}]
+    config = write(tmp_path / "rows.json", [{"messages": chat}])
+    assert message_of(load_examples, config, tokenizer) == (
+        f"data.dataset='{config.dataset}', train row 0: the chat template of the tokenizer refuses the chat: "
+        "unknown role tool: expected system, user or assistant"
+    )
+    plain = train_tokenizer([], 263)
+    plain.chat_template = None
+    assert message_of(load_examples, config, plain).endswith(
+        "has no chat template; expected the tokenizer of a chat model"
+    )
+
+
 def test_a_template_that_cannot_join_what_it_is_given_names_the_row(tmp_path):
     tokenizer = train_tokenizer([], 263)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content + m.name }}{% endfor %}"

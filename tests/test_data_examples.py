@@ -211,7 +211,9 @@ def test_nothing_left_says_why(tmp_path, tokenizer):
         "response); their lengths go from 7 to 1,505 tokens"
     )
     config = write(tmp_path / "empty.json", rows[2:])
-    assert message_of(load_examples, config, tokenizer).endswith("is left (0 too long, 1 without a response)")
+    message = message_of(load_examples, config, tokenizer)
+    assert message.startswith(f"data.dataset='{config.dataset}': none of the 1 train examples of ")
+    assert message.endswith("is left (0 too long, 1 without a response); expected a response in at least one")
 
 
 def test_eval_examples_are_filtered_and_counted_too(tmp_path, tokenizer):
@@ -251,20 +253,6 @@ def test_a_chat_template_that_is_no_prefix_is_refused(tmp_path, tokenizer):
         "chat template that only appends the response, or data.mask_prompt=false"
     )
     assert len(load_examples(replace(config, mask_prompt=False), ends_differently).train) == 2
-
-
-def test_a_chat_template_that_refuses_a_role_or_is_missing(tmp_path, tokenizer):
-    chat = [{"role": "tool", "content": "a"}, {"role": "assistant", "content": "b"}]
-    config = write(tmp_path / "rows.json", [{"messages": chat}])
-    assert message_of(load_examples, config, tokenizer) == (
-        f"data.dataset='{config.dataset}', train row 0: the chat template of the tokenizer refuses the chat: "
-        "unknown role tool: expected system, user or assistant"
-    )
-    plain = train_tokenizer([], 263)
-    plain.chat_template = None
-    assert message_of(load_examples, config, plain).endswith(
-        "has no chat template; expected the tokenizer of a chat model"
-    )
 
 
 def test_training_texts_are_the_messages_of_the_training_rows(tmp_path):

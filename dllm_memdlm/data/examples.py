@@ -117,10 +117,13 @@ def _tokenise(
     kept = [i for i, length in enumerate(lengths) if 0 < length <= config.max_length]
     too_long, empty = sum(length > config.max_length for length in lengths), lengths.count(0)
     if not kept:
-        seen = f"; their lengths go from {min(filter(None, lengths)):,} to {max(lengths):,} tokens" if too_long else ""
+        where, seen = f"data.dataset={config.dataset!r}", "expected a response in at least one"
+        if too_long:
+            where = f"data.max_length={config.max_length}"
+            seen = f"their lengths go from {min(filter(None, lengths)):,} to {max(lengths):,} tokens"
         raise ConfigError(
-            f"data.max_length={config.max_length}: none of the {len(lengths):,} {role} examples of {config.dataset} "
-            f"is left ({too_long:,} too long, {empty:,} without a response){seen}"
+            f"{where}: none of the {len(lengths):,} {role} examples of {config.dataset} is left "
+            f"({too_long:,} too long, {empty:,} without a response); {seen}"
         )
     kept_lengths = [lengths[i] for i in kept]
     counts = Counts(len(kept), too_long, empty, max(kept_lengths), sum(kept_lengths) / len(kept))

@@ -16,8 +16,11 @@ import datasets
 #: A row's place in its file, and the row.
 Named = tuple[str, dict[str, Any]]
 
-LONGEST = 400  #: letters of a reason
+LONGEST = 300  #: letters of a reason
 EMPTY = "has no rows; expected at least one"
+
+#: What `datasets` says of JSON Lines, and of parquet, without rows.
+NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0, got 0")
 
 KINDS = {str: "text", int: "a number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
 
@@ -65,7 +68,7 @@ def lines_of(path: Path) -> Iterator[Named]:
             row = json.loads(text, object_pairs_hook=_once)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{where} is not JSON: {error.msg} at column {error.colno}; expected one object a line"
+                f"{where} is not JSON: {error.msg}, column {error.colno}; expected one object a line"
             ) from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: {error}") from None
@@ -91,11 +94,14 @@ def reason_of(error: BaseException) -> str:
     generation = datasets.exceptions.DatasetGenerationError
     while isinstance(error, generation) and error.__cause__ is not None and "same columns" not in str(error):
         error = error.__cause__
-    if isinstance(error, datasets.arrow_writer.SchemaInferenceError) or "corresponds to no data" in str(error):
+    if isinstance(error, datasets.arrow_writer.SchemaInferenceError) or any(words in str(error) for words in NO_ROWS):
         return EMPTY
-    text = " ".join(str(error).split()) or type(error).__name__
-    text = text.removeprefix("An error occurred while generating the dataset ")
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    text = " ".join(str(error).split())
+    spoken = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
+    if not text or not isinstance(error, spoken):  # a KeyError says no more than the key
+        text = f"{type(error).__name__}: {text}".removesuffix(": ")
+    text = text.removeprefix("An error occurred while generating the dataset ").partition(" Please either edit")[0]
+    return text.rstrip(".") if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
 def _decoded(data: bytes, where: str) -> str:

@@ -80,7 +80,9 @@ def _load_split(config: DataConfig, split: str) -> datasets.Dataset:
                 rows.data.validate(full=True)  # pyarrow reads text that is not UTF-8, and nobody can use it
     except (OSError, ValueError, TypeError, RuntimeError, ArithmeticError, datasets.exceptions.DatasetsError) as error:
         reason = reason_of(error)
-        if not reason.startswith("Unknown split"):  # which names those that are known
+        if reason.startswith("Unrecognized instruction format"):
+            reason += "; expected the name of a split, or a part of one such as train[:100]"
+        elif not reason.startswith("Unknown split"):  # which names those that are known
             reason = (path and not isinstance(error, OSError) and _fault(path)) or reason
             reason += "" if "expected" in reason else f"; {_expected(path)}"
         raise ConfigError(f"data.dataset={config.dataset!r}, split {split!r}: {reason}") from error
@@ -168,7 +170,7 @@ def _local_path(dataset: str) -> Path | None:
     if path.exists():
         return path
     if path.suffix in SUFFIXES or dataset.startswith(("/", ".", "~")):
-        raise ConfigError(f"data.dataset={dataset!r}: no such file or folder ({path})")
+        raise ConfigError(f"data.dataset={dataset!r}: no such file or folder ({path}); {HUB_HINT}")
     return None
 
 
