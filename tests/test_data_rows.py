@@ -190,6 +190,16 @@ def test_lines_of_another_kind_in_a_later_block_are_named(tmp_path):
         assert "split 'train': line 26" in message
 
 
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+@pytest.mark.parametrize(("count", "size"), [(1500, 1), (30, 2**20)])
+def test_fields_within_others_may_begin_anywhere(tmp_path, name, count, size):
+    """`datasets` takes the types from a first block: a thousand rows, or a few megabytes."""
+    rows = [{"messages": [{"role": "user", "content": "a" * size}]}] * count
+    rows.append({"messages": [{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}], "more": 1})
+    last = load_rows(write(tmp_path / name, rows, lines=name == "rows.jsonl"))[0][-1]
+    assert last == rows[-1]
+
+
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 @pytest.mark.parametrize("lines", [False, True])
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])

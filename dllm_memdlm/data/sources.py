@@ -14,8 +14,7 @@ from dllm_memdlm.config import ConfigError, DataConfig
 from dllm_memdlm.data.formats import Row, pairs_to_columns
 from dllm_memdlm.data.json_rows import EMPTY, Named, fault_in, is_document, reason_of, rows_of
 
-BUILDERS = {".jsonl": "json", ".parquet": "parquet"}
-SUFFIXES = (".json", *BUILDERS)
+SUFFIXES = (".json", ".jsonl", ".parquet")
 SPLIT_SEED = 42  # dllm's, so that both hold the same rows out
 
 HUB_HINT = "expected a hub name (with network, or downloaded before), a local file or folder, or package:NAME/PATH"
@@ -106,12 +105,23 @@ def _read(name: str, split: str) -> datasets.Dataset:
 def _read_local(path: Path, split: str) -> datasets.Dataset:
     if path.is_dir():
         return _saved(path, split) if _is_saved(path) else _read(str(path), split)
-    if path.suffix in BUILDERS and not is_document(path):
-        return datasets.load_dataset(BUILDERS[path.suffix], data_files=str(path), split=split)
-    _check_split(split, ["train"], "a file")
+    if path.suffix == ".parquet":
+        return datasets.load_dataset("parquet", data_files=str(path), split=split)
+    try:
+        if not is_document(path):
+            return datasets.load_dataset("json", data_files=str(path), split=split)
+        _check_split(split, ["train"], "a file")
+        return _generated(path)
+    except datasets.exceptions.DatasetGenerationError:
+        # `datasets` takes the types from the first block of rows, in which no message may have called a tool yet
+        rows = datasets.Dataset.from_list([row for _, row in _named_rows(path)])
+        return _generated(path, rows.features)
+
+
+def _generated(path: Path, features: datasets.Features | None = None) -> datasets.Dataset:
     # the time of the last change is part of the cache's key: an edited file is read again
-    stamp = path.stat().st_mtime_ns
-    return datasets.Dataset.from_generator(_json_rows, gen_kwargs={"path": str(path), "stamp": stamp})
+    source = {"path": str(path), "stamp": path.stat().st_mtime_ns}
+    return datasets.Dataset.from_generator(_json_rows, features=features, gen_kwargs=source)
 
 
 def _is_saved(path: Path) -> bool:
