@@ -157,7 +157,7 @@ def _encode(
         border = _border(encoder, tokens, prompt)
         encoded["input_ids"].append(tokens.ids)
         encoded["labels"].append([IGNORED] * border + tokens.ids[border:])
-        encoded["length"].append(len(tokens.ids) if response else 0)
+        encoded["length"].append(len(tokens.ids) if response and border < len(tokens.ids) else 0)
     return encoded
 
 

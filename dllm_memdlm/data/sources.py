@@ -174,10 +174,14 @@ def _local_path(dataset: str) -> Path | None:
     """The absolute path of a local dataset, or None for a hub name."""
     if dataset.startswith("package:"):
         return _package_file(dataset)
-    path = Path(dataset).expanduser().absolute()
-    if path.is_file() and path.suffix not in SUFFIXES:
+    try:
+        path = Path(dataset).expanduser().absolute()
+        exists, is_file = path.exists(), path.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long; a home folder that nobody has
+        raise ConfigError(f"data.dataset={dataset!r:.80}: {reason_of(error):.80}; {HUB_HINT}") from None
+    if is_file and path.suffix not in SUFFIXES:
         raise ConfigError(f"data.dataset={dataset!r}: a file of type {path.suffix!r}; expected {', '.join(SUFFIXES)}")
-    if path.exists():
+    if exists:
         return path
     if path.suffix in SUFFIXES or dataset.startswith(("/", ".", "~")):
         raise ConfigError(f"data.dataset={dataset!r}: no such file or folder ({path}); {HUB_HINT}")

@@ -128,13 +128,17 @@ def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 
 def _load(name: str, trust_remote_code: bool, where: str) -> PreTrainedTokenizerBase:
-    path = Path(name).expanduser()
-    if path.is_dir() and not any(path.glob("tokenizer*")):
+    try:
+        path = Path(name).expanduser()
+        is_file, is_dir = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError) as error:  # a name that is too long; a home folder that nobody has
+        raise ConfigError(f"{where:.80}: {reason_of(error):.80}; expected a folder or a hub name") from None
+    if is_dir and not any(path.glob("tokenizer*")):
         raise ConfigError(f"{where}: the folder has no tokenizer files (tokenizer.json and its config)")
-    if path.is_file() or (not path.is_dir() and name.startswith(("/", ".", "~"))):
-        found = "is a file" if path.is_file() else "no such folder"
+    if is_file or (not is_dir and name.startswith(("/", ".", "~"))):
+        found = "is a file" if is_file else "no such folder"
         raise ConfigError(f"{where}: {found}; expected a folder with tokenizer.json and its config, or a hub name")
-    source = str(path) if path.is_dir() else name
+    source = str(path) if is_dir else name
     try:
         return AutoTokenizer.from_pretrained(source, padding_side="right", trust_remote_code=trust_remote_code)
     except Exception as error:  # of any kind: what a file of another form leads to
