@@ -285,6 +285,8 @@ def test_a_chat_template_that_refuses_a_role_or_is_missing(tmp_path, tokenizer):
 
 def test_a_template_that_cannot_join_what_it_is_given_names_the_row(tmp_path):
     tokenizer = train_tokenizer([], 263)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content + m.name }}{% endfor %}"
-    message = message_of(load_examples, write(tmp_path / "rows.json", [chat(("assistant", "b"))]), tokenizer)
-    assert "train row 0: the chat template of the tokenizer refuses the chat: " in message
+    config = write(tmp_path / "rows.json", [chat(("assistant", "b"))])
+    for template, reason in (("messages[0].content + 1", "can only"), ("raise_exception('no\\nway.')", "no way")):
+        tokenizer.chat_template = "{{ " + template + " }}"
+        message = message_of(load_examples, config, tokenizer)
+        assert f"train row 0: the chat template of the tokenizer refuses the chat: {reason}" in message

@@ -16,6 +16,7 @@ from dllm_memdlm.config import ConfigError, DataConfig
 from dllm_memdlm.data import encoding, formats, needle
 from dllm_memdlm.data.encoding import Encoder, Tokens, unmarked
 from dllm_memdlm.data.formats import HELD, Messages, choose_format
+from dllm_memdlm.data.json_rows import one_line
 from dllm_memdlm.data.sources import Rows, load_numbered_rows
 
 IGNORED = -100
@@ -168,12 +169,12 @@ def _render(encoder: Encoder, chat: Messages, tools: formats.Tools, **template: 
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(
             f"model.tokenizer={encoder.tokenizer.name_or_path!r}: line {error.lineno} of its chat template is not "
-            f"Jinja: {error.message}; expected a tokenizer with a template that can be read"
+            f"Jinja: {one_line(error)}; expected a tokenizer with a template that can be read"
         ) from error
     except ConfigError as error:
         raise ValueError(error) from error  # of the row, not of a setting
     except (jinja2.TemplateError, TypeError, LookupError, AttributeError) as error:
-        raise ValueError(f"the chat template of the tokenizer refuses the chat: {error}") from error
+        raise ValueError(f"the chat template of the tokenizer refuses the chat: {one_line(error)}") from error
 
 
 def _prompt(encoder: Encoder, chat: Messages, tools: formats.Tools, whole: str) -> str:

@@ -96,12 +96,17 @@ def reason_of(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, datasets.arrow_writer.SchemaInferenceError) or any(words in str(error) for words in NO_ROWS):
         return EMPTY
-    text = " ".join(str(error).split())
+    text = one_line(error)
     spoken = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
     if not text or not isinstance(error, spoken):  # a KeyError says no more than the key
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
     text = text.removeprefix("An error occurred while generating the dataset ").partition(" Please either edit")[0]
-    return text.rstrip(".") if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks."""
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def _decoded(data: bytes, where: str) -> str:

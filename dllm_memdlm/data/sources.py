@@ -81,7 +81,7 @@ def _load_split(config: DataConfig, split: str) -> datasets.Dataset:
         reason = reason_of(error)
         if reason.startswith("Unrecognized instruction format"):
             reason += "; expected the name of a split, or a part of one such as train[:100]"
-        elif not reason.startswith("Unknown split"):  # which names those that are known
+        elif not reason.startswith(("Unknown split", "Bad split")):  # which names those that are known
             reason = (path and not isinstance(error, OSError) and _fault(path)) or reason
             reason += "" if "expected" in reason else f"; {_expected(path)}"
         raise ConfigError(f"data.dataset={config.dataset!r}, split {split!r}: {reason}") from error
