@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from conftest import make_tokenizer
-from tokenizers import Tokenizer, models, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AddedToken, BertTokenizer, PreTrainedTokenizerFast
 
 from dllm_memdlm.config import ConfigError
@@ -95,6 +95,19 @@ def test_spaces_that_belong_to_a_special_token_go_with_it():
     plain, spelled = (encode_chat(tokenizer, chat_of(text, "b")) for text in ("a", "<|mask|>"))
     assert plain == tokenizer.apply_chat_template(chat_of("a", "b"), return_dict=False)
     assert spelled[-3:] == plain[-3:]
+
+
+def test_texts_beside_the_one_that_spells_keep_their_tokens():
+    """A tokenizer that puts a space before the first word alone, as Llama's does."""
+    words = {"<s>": 0, "<m>": 1, "\u2581the": 2, "the": 3, "[UNK]": 4}
+    model = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", mask_token="<m>", unk_token="[UNK]")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<s>{% endfor %}"
+    plain, spelled = (encode_chat(tokenizer, chat_of("the", text, "the")) for text in ("a", "<m>"))
+    assert plain == [2, 0, 4, 0, 3, 0]
+    assert (spelled[:2], spelled[-3:]) == ([2, 0], [0, 3, 0])
+    assert 1 not in spelled
 
 
 def test_a_slow_tokenizer(tmp_path):

@@ -101,12 +101,15 @@ class Encoder:
         return [self._marked(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     def _encode_marked(self, text: str) -> Tokens:
-        """What the template has written is special, and what is between becomes ordinary tokens."""
-        parts = self._written.split(text)  # text, special token, text, … and text
-        encoded = [self._ordinary(unmarked(part)) for part in parts]
-        for i in range(1, len(parts), 2):
-            encoded[i] = Tokens([self.tokenizer.convert_tokens_to_ids(parts[i].strip())], [len(parts[i])])
-        return _joined(map(unmarked, parts), encoded)
+        """Texts between special tokens that spell one become ordinary tokens; all before, between and after as ever."""
+        pieces = [""]
+        for part in self._written.split(text):  # text, special token, text, … and text
+            if MARK in part:
+                pieces += [part, ""]
+            else:
+                pieces[-1] += part
+        encoded = [self._ordinary(unmarked(p)) if MARK in p else self._call([p], False)[0] for p in pieces]
+        return _joined(map(unmarked, pieces), encoded)
 
     def _ordinary(self, text: str) -> Tokens:
         tokens = self._call([text], False, split_special_tokens=True)[0]
