@@ -218,7 +218,7 @@ TEMPLATES: list[Bad] = [
     ("spelled-and-changed",
      {"d.jsonl": lines(chat(("user", "<|mask|>"), ("assistant", "b"))),
       **tokenizer("{% for m in messages %}{{ m.content | replace('<|mask|>', '') }}{% endfor %}")},
-     [*LINES, *TOK], [*ROW, "a message spells a special token", "expected a text without <|mask|>"]),
+     [*LINES, *TOK], [*ROW, "a message spells a special token", "expected a text without '<|mask|>'"]),
     ("no-response", {"d.jsonl": lines(*GOOD), **tokenizer("{{ messages[0].content }}")}, [*LINES, *TOK],
      ["data.dataset='d.jsonl'", "4 without a response", "expected a response in at least one"]),
     ("no-prefix", {"d.jsonl": lines(*GOOD), **tokenizer("{{ messages | length }}{{ messages[0].content }}")},

@@ -124,8 +124,12 @@ def test_a_template_that_changes_what_a_message_says_is_refused_where_a_token_is
     changing = train_tokenizer(TEXTS, 340)
     changing.chat_template = "{% for m in messages %}{{ m.content | replace('<|mask|>', '_') }}{% endfor %}"
     assert encode_chat(changing, chat_of("a", "b"))
-    with pytest.raises(ConfigError, match=r"^a message spells a special token, .*; expected a text without <\|mask"):
+    with pytest.raises(ConfigError, match=r"^a message spells a special token, .*; expected a text without '<\|mask"):
         encode_chat(changing, chat_of("<|mask|>", "b"))
+    changing.add_special_tokens({"additional_special_tokens": ["\n'\""]})  # which Python writes in other letters
+    changing.chat_template = "{{ messages[0].content | length }}"
+    with pytest.raises(ConfigError, match=r"""expected a text without '\\n\\'"'$"""):
+        encode_chat(changing, chat_of("a\n'\"", "b"))
 
 
 def test_the_texts_of_tool_calls_and_tools_stay_text_too(tokenizer):

@@ -11,7 +11,7 @@ stand in a message, and `encode` takes the marks out again: what a mark has spli
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -70,9 +70,10 @@ class Encoder:
             return plain
         text = self._render(marked, settings)
         if unmarked(text) != plain:
+            found = next(filter(None, map(self._spelled.search, _texts([*chat, template]))))
             raise ConfigError(
                 "a message spells a special token, and the chat template changes what a message says; expected a text "
-                f"without {self._spelled.search(str(chat) + str(template)).group()}"
+                f"without {found[0]!r}"
             )
         return text
 
@@ -147,6 +148,15 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Mapping[str, 
 def unmarked(rendered: str) -> str:
     """A rendered chat as its template has written it."""
     return rendered.replace(MARK, "")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a value, but for its keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
 
 
 def _with_spaces(token: str, added: Any) -> str:
