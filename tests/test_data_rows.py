@@ -1,5 +1,6 @@
 """Rows from every kind of source."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from data_files import HOTPOTQA, ROWS, message_of, write
 
 from dllm_memdlm.config import DataConfig
 from dllm_memdlm.data import load_rows
+from dllm_memdlm.data.sources import HUB_HINT
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -101,7 +103,7 @@ def test_datasets_that_cannot_be_found(tmp_path, monkeypatch, dataset, message):
     monkeypatch.chdir(tmp_path)
     Path("rows.csv").write_text("a,b")
     expected = f"data.dataset='{dataset}': {message.format(cwd=tmp_path)}"
-    assert message_of(load_rows, DataConfig(dataset=dataset)) == expected
+    assert message_of(load_rows, DataConfig(dataset=dataset)) in (expected, f"{expected}; {HUB_HINT}")
 
 
 def test_the_missing_package_of_hotpotqa_is_named_with_its_command(monkeypatch):
@@ -131,19 +133,110 @@ def test_a_missing_split_names_those_there_are(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "reason"),
     [
-        ("rows.json", "[{", "Expecting property name enclosed in double quotes: line 1 column 3 (char 2)"),
+        ("rows.json", "[{", "is not JSON: Expecting property name enclosed in double quotes: line 1 column 3 (char 2)"),
         ("rows.json", "[]", "expected a list of objects, at least one, or an object with such a list under `data`"),
         ("rows.json", "[1]", "expected a list of objects, at least one, or an object with such a list under `data`"),
-        ("rows.json", '[{"a": 1}, {"a": [1]}]', "cannot mix list and non-list, non-null values"),
-        ("rows.jsonl", "", "has no rows"),
-        ("rows.jsonl", '{"a": 1}\n{"a":\n', "JSON parse error: Invalid value. in row 1"),
+        ("rows.json", '[{"a": 1}, {"a": [1]}]', "row 1: field 'a' is a list; expected a number, as in row 0"),
+        ("rows.json", '[{"a": {"b": 1}}, {"a": {"b": "c"}}]', "row 1: field 'a.b' is text; expected a number, as in"),
+        ("rows.json", " \n", "has no rows; expected at least one"),
+        ("rows.json", "[" * 99999, "is too deeply nested; expected a list of objects"),
+        ("rows.json", b'[{"a": "\xe9"}]', "the file is not UTF-8: its byte 9 is 0xe9; expected UTF-8"),
+        ("rows.json", '[{"a": "b"}]'.encode("utf-16"), "the file is UTF-16; expected UTF-8"),
+        (
+            "rows.json",
+            '{"a": 1}\n{"a":\n',
+            "line 2 is not JSON: Expecting value, column 6; expected one object a line",
+        ),
+        ("rows.json", '[{"a": "\\ud800"}]', "row 0: field 'a' has half a surrogate pair; expected whole characters"),
+        (
+            "rows.json",
+            f'[{{"a": 1{"0" * 30}}}]',
+            "row 0: field 'a' is 10000000000000000000…; expected numbers of 64 bits",
+        ),
+        ("rows.jsonl", "", "has no rows; expected at least one"),
+        ("rows.jsonl", "\n\n", "has no rows; expected at least one"),
+        (
+            "rows.jsonl",
+            '{"a": 1}\n{"a":\n',
+            "line 2 is not JSON: Expecting value, column 6; expected one object a line",
+        ),
+        ("rows.jsonl", '{"a": 1},\n{"a": 2}', "line 1 is not JSON: Extra data, column 9; expected one object a line"),
+        ("rows.jsonl", b'{"a": "b"}\n\n{"a": "\xe9"}', "line 3 is not UTF-8: its byte 8 is 0xe9; expected UTF-8"),
+        ("rows.jsonl", '{"a": "b"}'.encode("utf-16"), "line 1 is UTF-16; expected UTF-8"),
+        ("rows.jsonl", '{"a": "b"}\n{"a": ["b"]}', "line 2: field 'a' is a list; expected text, as in line 1"),
+        ("rows.jsonl", "[1]\n[2]", "line 1 is a list; expected an object"),
+        ("rows.jsonl", '[{"a": 1}, {"a": "b"}]', "row 1: field 'a' is text; expected a number, as in row 0"),
+        ("rows.jsonl", '{"a": 1, "a": 2}', "line 1: field 'a' stands twice in one object; expected once"),
+        ("rows.parquet", "PAR1", "Parquet file size is 4 bytes"),
+        ("rows.parquet", "no table", "Parquet magic bytes not found in footer."),
     ],
 )
-def test_unreadable_content(tmp_path, name, text, reason):
-    (tmp_path / name).write_text(text)
+def test_unreadable_content(tmp_path, capfd, name, text, reason):
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     message = message_of(load_rows, DataConfig(dataset=str(tmp_path / name)))
     assert message.startswith(f"data.dataset='{tmp_path / name}', split 'train': {reason}")
+    assert "expected " in message
     assert "An error occurred" not in message  # what `datasets` says, whatever happened
+    assert "Failed to" not in capfd.readouterr().err  # what it logs beside
+
+
+def test_lines_of_another_kind_in_a_later_block_are_named(tmp_path):
+    """pyarrow reads blocks of a few megabytes, and joins the tables."""
+    line, padding = '{"a": "b"}', json.dumps({"a": "b", "c": "d" * 2**20})
+    for name, late in (("kind", '{"a": ["b"]}'), ("byte", b'{"a": "\xe9"}'.decode("latin-1"))):
+        lines = [line, *[padding] * 24, late]
+        (tmp_path / f"{name}.jsonl").write_bytes("\n".join(lines).encode("latin-1"))
+        message = message_of(load_rows, DataConfig(dataset=str(tmp_path / f"{name}.jsonl")))
+        assert "split 'train': line 26" in message
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+@pytest.mark.parametrize(("count", "size"), [(1500, 1), (30, 2**20)])
+def test_fields_within_others_may_begin_anywhere(tmp_path, name, count, size):
+    """`datasets` takes the types from a first block: a thousand rows, or a few megabytes."""
+    rows = [{"messages": [{"role": "user", "content": "a" * size}]}] * count
+    rows.append({"messages": [{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}], "more": 1})
+    last = load_rows(write(tmp_path / name, rows, lines=name == "rows.jsonl"))[0][-1]
+    assert last == rows[-1]
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("lines", [False, True])
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_json_and_json_lines_by_either_name_with_a_byte_order_mark_or_without(tmp_path, name, lines, mark):
+    write(tmp_path / name, ROWS, lines=lines)
+    text = (tmp_path / name).read_text(encoding="utf-8")
+    (tmp_path / name).write_text(mark + text, encoding="utf-8")
+    assert load_rows(DataConfig(dataset=str(tmp_path / name), eval_fraction=0))[0].to_list() == ROWS
+
+
+def test_folders_that_save_to_disk_has_written(tmp_path):
+    rows, others = datasets.Dataset.from_list(ROWS[:12]), datasets.Dataset.from_list(ROWS[12:])
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": rows, "test": others}).save_to_disk(tmp_path / "two")
+    config = DataConfig(dataset=str(tmp_path / "one"), eval_fraction=0)
+    assert load_rows(config)[0].to_list() == ROWS[:12]
+    message = message_of(load_rows, replace(config, split="test"))
+    assert message.endswith("split 'test': Unknown split 'test': the saved folder has only 'train'")
+    train, held_out = load_rows(DataConfig(dataset=str(tmp_path / "two"), eval_split="test"))
+    assert (train.to_list(), held_out.to_list()) == (ROWS[:12], ROWS[12:])
+    next((tmp_path / "one").glob("*.arrow")).unlink()
+    assert "or one that save_to_disk has written" in message_of(load_rows, config)
+
+
+def test_a_bad_file_of_a_folder_is_named(tmp_path):
+    write(tmp_path / "a.jsonl", ROWS, lines=True)
+    (tmp_path / "b.jsonl").write_text('{"instruction": "c", "input": "", "output": "d"}\n{"instruction"')
+    message = message_of(load_rows, DataConfig(dataset=str(tmp_path)))
+    assert "split 'train': b.jsonl, line 2 is not JSON: Expecting ':' delimiter, column 15; expected" in message
+
+
+def test_files_of_other_columns_in_a_folder_are_told_apart(tmp_path):
+    write(tmp_path / "a.jsonl", ROWS, lines=True)
+    write(tmp_path / "b.jsonl", [{"question": "c"}], lines=True)
+    message = message_of(load_rows, DataConfig(dataset=str(tmp_path)))
+    assert "All the data files must have the same columns" in message
+    assert "question" in message
 
 
 def test_holding_every_row_out_is_refused(tmp_path):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,14 +13,16 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from dllm_memdlm.config import ConfigError, DataConfig
-from dllm_memdlm.data import formats, needle
-from dllm_memdlm.data.formats import Messages, Row, choose_format
-from dllm_memdlm.data.sources import load_rows
+from dllm_memdlm.data import encoding, formats, needle
+from dllm_memdlm.data.encoding import Encoder, Tokens, unmarked
+from dllm_memdlm.data.formats import HELD, Messages, choose_format
+from dllm_memdlm.data.json_rows import one_line
+from dllm_memdlm.data.sources import Rows, load_numbered_rows
 
 IGNORED = -100
 
 # `datasets` keys its cache by a function's name alone: without this text, an edited format would serve old examples.
-_CODE = Path(__file__).read_text(encoding="utf-8") + inspect.getsource(formats) + inspect.getsource(needle)
+_CODE = Path(__file__).read_text(encoding="utf-8") + "".join(map(inspect.getsource, (encoding, formats, needle)))
 
 
 class Counts(NamedTuple):
@@ -55,16 +58,18 @@ def load_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Exa
     """Read, format and tokenise both splits; drop and count examples that are too long or have an empty response.
 
     With mask_prompt, labels are -100 on the prompt: every message but the last, and the marker that opens the reply.
+    A token that reaches over the prompt's end into the response is learned.
 
     Raises:
         ConfigError: what `load_rows` and `choose_format` raise; the tokenizer has no chat template, or one whose prompt
-            is not how the whole chat begins; a row does not fit the format; no example of a split is left.
+            is not how the whole chat begins; a row does not fit the format, or says what the template leaves out; no
+            example of a split is left.
     """
     if tokenizer.chat_template is None:
         raise ConfigError(
             f"model.tokenizer={tokenizer.name_or_path!r}: has no chat template; expected the tokenizer of a chat model"
         )
-    train_rows, eval_rows = load_rows(config)
+    train_rows, eval_rows = load_numbered_rows(config)
     train, train_counts = _tokenise(train_rows, "train", config, tokenizer)
     if eval_rows is None:
         return Examples(train, None, train_counts, None)
@@ -78,28 +83,34 @@ def training_texts(config: DataConfig) -> Iterator[str]:
     Raises:
         ConfigError: what `load_rows` and `choose_format` raise; a row does not fit the format.
     """
-    rows, _ = load_rows(config)
+    (rows, numbers, split), _ = load_numbered_rows(config)
     to_messages = choose_format(config, rows.column_names).to_messages
-    for index, row in enumerate(rows):
-        for message in _format(row, index, "train", config, to_messages):
+    for number, row in zip(numbers, rows, strict=True):
+        with _named(config, split, number):
+            chat = to_messages(row, config)
+        for message in chat:
             yield message["content"]
 
 
 def _tokenise(
-    rows: datasets.Dataset, split: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase
+    source: Rows, role: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[datasets.Dataset, Counts]:
+    rows, numbers, split = source
+    chosen = choose_format(config, rows.column_names)
     encoded = rows.map(
         _encode,
         batched=True,
         with_indices=True,
         remove_columns=rows.column_names,
         num_proc=config.num_proc if config.num_proc > 1 else None,  # 1 would start a process for nothing
-        desc=f"tokenising {split}",
+        desc=f"tokenising {role}",
         fn_kwargs={
+            "numbers": numbers,
             "split": split,
             "config": config,
             "tokenizer": tokenizer,
-            "to_messages": choose_format(config, rows.column_names).to_messages,
+            "to_messages": chosen.to_messages,
+            "to_tools": chosen.to_tools,
             "code": _CODE,
         },
     )
@@ -107,10 +118,13 @@ def _tokenise(
     kept = [i for i, length in enumerate(lengths) if 0 < length <= config.max_length]
     too_long, empty = sum(length > config.max_length for length in lengths), lengths.count(0)
     if not kept:
-        seen = f"; their lengths go from {min(filter(None, lengths)):,} to {max(lengths):,} tokens" if too_long else ""
+        where, seen = f"data.dataset={config.dataset!r}", "expected a response in at least one"
+        if too_long:
+            where = f"data.max_length={config.max_length}"
+            seen = f"their lengths go from {min(filter(None, lengths)):,} to {max(lengths):,} tokens"
         raise ConfigError(
-            f"data.max_length={config.max_length}: none of the {len(lengths):,} {split} examples of {config.dataset} "
-            f"is left ({too_long:,} too long, {empty:,} without a response){seen}"
+            f"{where}: none of the {len(lengths):,} {role} examples of {config.dataset} is left "
+            f"({too_long:,} too long, {empty:,} without a response); {seen}"
         )
     kept_lengths = [lengths[i] for i in kept]
     counts = Counts(len(kept), too_long, empty, max(kept_lengths), sum(kept_lengths) / len(kept))
@@ -120,44 +134,96 @@ def _tokenise(
 def _encode(
     batch: dict[str, list],
     indices: list[int],
+    numbers: Sequence[int],
     split: str,
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
-    to_messages: Callable[[Row, DataConfig], Messages],
+    to_messages: formats.ToMessages,
+    to_tools: formats.ToTools,
     code: str,
 ) -> dict[str, list]:
     """Token ids and labels of a batch of rows; length 0 marks an empty response. `code` only enters the cache's key."""
+    encoder = Encoder(tokenizer)
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    chats = [_format(row, i, split, config, to_messages) for i, row in zip(indices, rows, strict=True)]
-    try:
-        wholes = tokenizer.apply_chat_template(chats, return_dict=False)
-        prompts: list[list[int]] = [[] for _ in chats]
-        if config.mask_prompt:
-            prompts = tokenizer.apply_chat_template(
-                [chat[:-1] for chat in chats], add_generation_prompt=True, return_dict=False
-            )
-    except jinja2.TemplateError as error:
-        raise ConfigError(
-            f"data.dataset={config.dataset!r}, {split} rows {indices[0]} to {indices[-1]}: the chat template of the "
-            f"tokenizer refuses a chat: {error}"
-        ) from error
+    wholes, prompts, responses = [], [], []
+    for index, row in zip(indices, rows, strict=True):
+        with _named(config, split, numbers[index]):
+            chat, tools = to_messages(row, config), to_tools(row)
+            wholes.append(_render(encoder, chat, tools))
+            prompts.append(_prompt(encoder, chat, tools, wholes[-1]) if config.mask_prompt else "")
+            _refuse_what_is_left_out(encoder, chat, tools, wholes[-1])
+        responses.append(chat[-1]["content"].strip() or any(chat[-1].get(field) for field in HELD))
     encoded: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
-    for i, chat, whole, prompt in zip(indices, chats, wholes, prompts, strict=True):
-        if whole[: len(prompt)] != prompt:
-            raise ConfigError(
-                f"data.dataset={config.dataset!r}, {split} row {i}: the prompt's tokens are not the first tokens of "
-                "the whole chat; expected a chat template that only appends the response, or data.mask_prompt=false"
-            )
-        encoded["input_ids"].append(whole)
-        encoded["labels"].append([IGNORED] * len(prompt) + whole[len(prompt) :])
-        encoded["length"].append(len(whole) if chat[-1]["content"].strip() else 0)
+    for tokens, prompt, response in zip(encoder.encode_all(wholes), prompts, responses, strict=True):
+        border = _border(encoder, tokens, prompt)
+        encoded["input_ids"].append(tokens.ids)
+        encoded["labels"].append([IGNORED] * border + tokens.ids[border:])
+        encoded["length"].append(len(tokens.ids) if response and border < len(tokens.ids) else 0)
     return encoded
 
 
-def _format(
-    row: Row, index: int, split: str, config: DataConfig, to_messages: Callable[[Row, DataConfig], Messages]
-) -> Messages:
+def _render(encoder: Encoder, chat: Messages, tools: formats.Tools, **template: Any) -> str:
+    """The text of a chat. Raises ValueError if the template refuses it, ConfigError if the template is none."""
     try:
-        return to_messages(row, config)
+        return encoder.render(chat, tools=tools, **template)
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(
+            f"model.tokenizer={encoder.tokenizer.name_or_path!r}: line {error.lineno} of its chat template is not "
+            f"Jinja: {one_line(error)}; expected a tokenizer with a template that can be read"
+        ) from error
+    except ConfigError as error:
+        raise ValueError(error) from error  # of the row, not of a setting
+    except (jinja2.TemplateError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"the chat template of the tokenizer refuses the chat: {one_line(error)}") from error
+
+
+def _prompt(encoder: Encoder, chat: Messages, tools: formats.Tools, whole: str) -> str:
+    """The text before the response. Raises ValueError where the whole chat does not begin with it."""
+    prompt = _render(encoder, chat[:-1], tools, add_generation_prompt=True)
+    if not unmarked(whole).startswith(unmarked(prompt)):
+        raise ValueError(
+            "the prompt is not how the whole chat begins; expected a chat template that only appends the response, or "
+            "data.mask_prompt=false"
+        )
+    return prompt
+
+
+def _border(encoder: Encoder, tokens: Tokens, prompt: str) -> int:
+    """How many tokens belong to the prompt alone: tokens may merge where the response begins."""
+    if tokens.ends is not None:
+        length = len(unmarked(prompt))
+        return next((i for i, end in enumerate(tokens.ends) if end > length), len(tokens.ids))
+    alone = encoder.encode(prompt).ids
+    return next((i for i, (a, b) in enumerate(zip(alone, tokens.ids, strict=False)) if a != b), len(alone))
+
+
+def _refuse_what_is_left_out(encoder: Encoder, chat: Messages, tools: formats.Tools, whole: str) -> None:
+    """Raise ValueError if a chat has tools, or a message what it says beside its text, and the template drops that."""
+    changed = {"tools": (chat, None)} if tools else {}
+    for i, message in enumerate(chat):
+        for field in HELD & message.keys():
+            # templates leave the reasoning of earlier turns out on purpose
+            if i == len(chat) - 1 or "call" in field:
+                rest = {key: value for key, value in message.items() if key != field}
+                changed[field] = ([*chat[:i], rest, *chat[i + 1 :]], tools)
+    for field, (without, given) in changed.items():
+        try:
+            same = encoder.render(without, tools=given) == whole
+        except jinja2.TemplateError:
+            continue  # the template asks for it
+        if same:
+            raise ValueError(
+                f"the chat template of the tokenizer leaves out {field}; expected rows without, or a tokenizer whose "
+                "template writes them"
+            )
+
+
+@contextmanager
+def _named(config: DataConfig, split: str, number: int) -> Iterator[None]:
+    """Name the row in the errors of a block."""
+    try:
+        yield
+    except ConfigError:
+        raise  # a setting, whichever row met it
     except ValueError as error:
-        raise ConfigError(f"data.dataset={config.dataset!r}, {split} row {index}: {error}") from None
+        raise ConfigError(f"data.dataset={config.dataset!r}, {split} row {number}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -9,28 +10,46 @@ from typing import Any, NamedTuple
 from dllm_memdlm.config import ConfigError, DataConfig
 from dllm_memdlm.data.needle import Row, check_needles, plant, sentences_of
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]  #: of {role, content}, both text; a message may say more in fields of `HELD`
+Tools = list[dict[str, Any]] | None  #: functions that a chat may call
+ToMessages = Callable[[Row, DataConfig], Messages]
+ToTools = Callable[[Row], Tools]
+
+#: Fields in which a message says something beside its content, in the names that chat templates know.
+HELD = frozenset({"tool_calls", "function_call", "reasoning_content", "thinking"})
 
 # HotpotQA's fields that hold pairs, and what the hub's form calls the two halves of a pair
 PAIRS = {"context": ("title", "sentences"), "supporting_facts": ("title", "sent_id")}
+
+
+def no_tools(row: Row) -> Tools:
+    """None, as all formats but one have."""
+    return None
 
 
 class Format(NamedTuple):
     """The fields a row must have, and the chat that is made of them (ValueError: the row does not allow it)."""
 
     fields: Callable[[DataConfig], tuple[str, ...]]
-    to_messages: Callable[[Row, DataConfig], Messages]
+    to_messages: ToMessages
+    to_tools: ToTools = no_tools
     auto: bool = True  #: whether `auto` may choose it
 
 
 def instruction(row: Row, config: DataConfig) -> Messages:
-    """Alpaca-like fields (LongAlpaca's): instruction and optional input, a blank line between them, and the output."""
-    parts = (_text(row.get(name)) for name in (config.instruction_field, config.input_field))
-    return _chat("\n\n".join(part for part in parts if part), _text(row[config.output_field]))
+    """Alpaca-like fields (LongAlpaca's): instruction and optional input, a blank line between them, and the output.
+
+    Texts stay as they are: their first spaces may be code's. A blank instruction or input is none.
+    """
+    parts = (_text(row, name) for name in (config.instruction_field, config.input_field))
+    return _chat("\n\n".join(part for part in parts if part.strip()), _text(row, config.output_field))
 
 
 def messages(row: Row, config: DataConfig) -> Messages:
     """A chat as it stands, of any number of turns; the last message is the response.
+
+    Messages keep all their fields, which are the chat template's business. Tables give every message the fields of all
+    others, without a value: those are left out.
 
     Raises:
         ValueError: not a list of {role, content}, or the last message is not the assistant's.
@@ -41,7 +60,22 @@ def messages(row: Row, config: DataConfig) -> Messages:
     if not chat or chat[-1]["role"] != "assistant":
         found = chat[-1]["role"] if chat else "no message"
         raise ValueError(f"field {config.messages_field!r} ends with {found}: expected a message of the assistant")
-    return [{"role": m["role"], "content": m["content"] or ""} for m in chat]
+    return [{**_with_values(m), "content": m["content"] or ""} for m in chat]
+
+
+def tools_of(row: Row) -> Tools:
+    """The functions that a chat may call: its row's field `tools`, as a list or as JSON; none if there are none."""
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise ValueError(f"field 'tools' is not JSON ({error}); expected a list of functions") from None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise ValueError(f"field 'tools' is not a list of functions, each an object: found {tools!r:.60}")
+    return [_with_values(tool) for tool in tools]
 
 
 def hotpotqa(row: Row, config: DataConfig) -> Messages:
@@ -54,11 +88,7 @@ def hotpotqa(row: Row, config: DataConfig) -> Messages:
 
     RULER scores this very set (qa_2): a model trained on it must not be scored there.
     """
-    if not all(isinstance(row[field], Mapping) for field in PAIRS):
-        raise ValueError(
-            f"{' and '.join(PAIRS)} are not as in HotpotQA: expected pairs, or the hub's mappings of lists"
-        )
-    facts = set(zip(row["supporting_facts"]["title"], row["supporting_facts"]["sent_id"], strict=True))
+    facts = set(_halves(row, "supporting_facts", str, int))
     supporting = {title for title, _ in facts}
     kept, quotes = [], []
     for title, sentences in _paragraphs(row):
@@ -66,8 +96,8 @@ def hotpotqa(row: Row, config: DataConfig) -> Messages:
             kept.append(f"{title}: {' '.join(sentences)}")
         # a few facts name a sentence beyond the paragraph's end; those are left out
         quotes += [f"> {sentence}" for i, sentence in enumerate(sentences) if (title, i) in facts]
-    prompt = "\n\n".join([*kept, f"Question: {_text(row['question'])}"])
-    return _chat(prompt, "\n".join([*quotes, f"Answer: {_text(row['answer'])}"]))
+    prompt = "\n\n".join([*kept, f"Question: {_text(row, 'question').strip()}"])
+    return _chat(prompt, "\n".join([*quotes, f"Answer: {_text(row, 'answer').strip()}"]))
 
 
 def paragraphs(row: Row, config: DataConfig) -> Messages:
@@ -115,7 +145,7 @@ def pairs_to_columns(row: Row) -> Row:
 
 # `auto` takes the first of those it may choose of which the rows have every field.
 FORMATS: dict[str, Format] = {
-    "messages": Format(lambda c: (c.messages_field,), messages),
+    "messages": Format(lambda c: (c.messages_field,), messages, tools_of),
     "hotpotqa": Format(lambda c: ("question", "answer", "context", "supporting_facts"), hotpotqa),
     "instruction": Format(lambda c: (c.instruction_field, c.output_field), instruction),
     "paragraphs": Format(lambda c: ("context",), paragraphs, auto=False),
@@ -144,19 +174,41 @@ def choose_format(config: DataConfig, columns: Iterable[str]) -> Format:
 
 def _paragraphs(row: Row) -> list[tuple[str, list[str]]]:
     """The title and the stripped sentences of each paragraph of a HotpotQA row."""
-    pairs = zip(row["context"]["title"], row["context"]["sentences"], strict=True)
-    return [(title, [sentence.strip() for sentence in sentences]) for title, sentences in pairs]
+    return [(title, [s.strip() for s in sentences]) for title, sentences in _halves(row, "context", str, list)]
 
 
-def _text(value: Any) -> str:
+def _halves(row: Row, field: str, first: type, second: type) -> list[tuple[Any, Any]]:
+    """The pairs that HotpotQA has in a field. Raises ValueError if they are none."""
+    value, names = row[field], PAIRS[field]
+    lists = [value.get(name) if isinstance(value, Mapping) else None for name in names]
+    if all(isinstance(items, list) for items in lists) and len(lists[0]) == len(lists[1]):
+        pairs = list(zip(*lists, strict=True))
+        if all(isinstance(one, first) and isinstance(other, second) for one, other in pairs) and all(
+            isinstance(sentence, str) for _, other in pairs if second is list for sentence in other
+        ):
+            return pairs
+    raise ValueError(
+        f"field {field!r} is not as in HotpotQA: expected pairs, or the hub's two lists, {' and '.join(names)}"
+    )
+
+
+def _text(row: Row, field: str) -> str:
+    value = row.get(field)
     if not isinstance(value, str | None):
-        raise ValueError(f"expected text, found {value!r:.60}")
-    return (value or "").strip()
+        raise ValueError(f"field {field!r}: expected text, found {value!r:.60}")
+    return value or ""
 
 
 def _is_message(value: Any) -> bool:
     fields = isinstance(value, Mapping) and {"role", "content"} <= value.keys()
-    return fields and isinstance(value["content"], str | None)
+    return fields and isinstance(value["role"], str) and isinstance(value["content"], str | None)
+
+
+def _with_values(value: Any) -> Any:
+    """A value without the fields that have none, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _with_values(item) for key, item in value.items() if item is not None}
+    return [_with_values(item) for item in value] if isinstance(value, list) else value
 
 
 def _is_pairs(value: Any) -> bool:

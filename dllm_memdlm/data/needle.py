@@ -85,10 +85,11 @@ def sentences_of(row: Row) -> list[str]:
     """The sentences of a HotpotQA row's paragraphs. Raises ValueError if it has none."""
     context = row["context"]
     paragraphs = context.get("sentences") if isinstance(context, Mapping) else None
-    sentences = [sentence.strip() for paragraph in paragraphs or () for sentence in paragraph]
-    if not any(sentences):
+    lists = isinstance(paragraphs, list) and all(isinstance(paragraph, list) for paragraph in paragraphs)
+    sentences = [sentence for paragraph in paragraphs for sentence in paragraph] if lists else []
+    if not all(isinstance(sentence, str) for sentence in sentences) or not any(map(str.strip, sentences)):
         raise ValueError("context is not as in HotpotQA: expected paragraphs, at least one, in lists of sentences")
-    return sentences
+    return [sentence.strip() for sentence in sentences]
 
 
 def needle_examples(rows: Iterable[Row], words: int, count: int) -> list[Needles]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dllm_memdlm.config import ConfigError, ModelConfig
+from dllm_memdlm.data.json_rows import reason_of
 
 # Mask tokens that LLaDA's vocabularies hold without declaring them: the MoE models' and the dense models'.
 MASKS = ("<|mask|>", "<|mdm_mask|>")
@@ -126,19 +128,34 @@ def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 
 def _load(name: str, trust_remote_code: bool, where: str) -> PreTrainedTokenizerBase:
-    path = Path(name).expanduser()
-    if path.is_dir() and not any(path.glob("tokenizer*")):
+    try:
+        path = Path(name).expanduser()
+        is_file, is_dir = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError) as error:  # a name that is too long; a home folder that nobody has
+        raise ConfigError(f"{where:.80}: {reason_of(error):.80}; expected a folder or a hub name") from None
+    if is_dir and not any(path.glob("tokenizer*")):
         raise ConfigError(f"{where}: the folder has no tokenizer files (tokenizer.json and its config)")
-    if not path.is_dir() and name.startswith(("/", ".", "~")):
-        raise ConfigError(f"{where}: no such folder")
-    source = str(path) if path.is_dir() else name
+    if is_file or (not is_dir and name.startswith(("/", ".", "~"))):
+        found = "is a file" if is_file else "no such folder"
+        raise ConfigError(f"{where}: {found}; expected a folder with tokenizer.json and its config, or a hub name")
+    source = str(path) if is_dir else name
     try:
         return AutoTokenizer.from_pretrained(source, padding_side="right", trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+    except Exception as error:  # of any kind: what a file of another form leads to
+        reason = _broken(path) or reason_of(error)
         raise ConfigError(
             f"{where}: {reason}; expected a local folder, or a hub name (with network, or downloaded before)"
         ) from error
+
+
+def _broken(folder: Path) -> str | None:
+    """The first JSON file of a folder that is none, and why."""
+    for file in sorted(folder.glob("*.json")):
+        try:
+            json.loads(file.read_bytes())
+        except ValueError as error:
+            return f"{file.name} is not JSON: {error}"
+    return None
 
 
 def _complete(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:
