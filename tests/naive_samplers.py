@@ -123,10 +123,10 @@ class Denoiser:
         width = self.settings.block_size or new
         starts = range(len(prompt), len(prompt) + new, width)
         blocks = [(start, min(start + width, len(prompt) + new)) for start in starts]
-        # A mask that the prompt brings along may be filled in too, in any block's turn; not so in our approximations.
+        # A mask that an earlier block has left may be filled in too; not so in our approximations.
         exact = self.settings.cache == "none" and self.settings.threshold is None
         canvas = prompt + [self.mask] * new
-        return self.fill(canvas, [(start, end, 0 if exact else start, end) for start, end in blocks])
+        return self.fill(canvas, [(start, end, len(prompt) if exact else start, end) for start, end in blocks])
 
     def infill(self, canvas: Canvas, longest: int) -> list[Canvas]:
         """The same for the masks of a canvas, blocks counted from its start in a batch of that length."""
@@ -264,7 +264,7 @@ def block_diffusion(
         visible = block_causal(end, size)
         edits_left = settings.max_post_steps
         while True:
-            masked = [i for i in range(start, end) if canvas[i] == mask]
+            masked = [i for i in range(max(start, len(prompt)), end) if canvas[i] == mask]
             if not masked:
                 if edits_left == 0:
                     break

@@ -93,10 +93,10 @@ class Row:
 
 @dataclass
 class LLaDA21Sampler(CanvasSampler):
-    """dllm's `LLaDA21Sampler`, for any number of prompts of any lengths. See `CanvasSampler`.
+    """dllm's `LLaDA21Sampler`, for any number of prompts of any lengths; mask tokens in a prompt stay.
 
     A model that keeps choosing the mask token itself keeps dllm's loop running forever; here it may not, in a block
-    that it has got stuck in.
+    that it has got stuck in. See `CanvasSampler`.
     """
 
     @torch.no_grad()
@@ -195,17 +195,18 @@ class LLaDA21Sampler(CanvasSampler):
         logits[:, :, mask_id] = logits[:, :, mask_id].masked_fill(barred.bool(), -torch.inf)
         tokens, probability = sample_tokens(logits, settings, noise, [row.idle for row in rows])
         before = canvas.gather(1, window)
-        masked = before == mask_id
+        own = window >= prompt  # a mask token of the prompt is text, and stays
+        masked = (before == mask_id) & own
 
         confidence = probability.masked_fill(~masked, -torch.inf)
         sure = (confidence > settings.threshold) & masked
         best = confidence.topk(min(settings.num_to_transfer, settings.block_size)).indices
         best = torch.zeros_like(masked).scatter_(1, best, True) & masked
         committed = torch.where(sure.sum(1, keepdim=True) >= settings.num_to_transfer, sure, best)
-        edited = ~masked & (window >= prompt) & (probability > settings.editing_threshold) & (tokens != before)
+        edited = ~masked & own & (probability > settings.editing_threshold) & (tokens != before)
         after = torch.where((committed | edited) & ~idle.bool(), tokens, before)
         canvas.scatter_(1, window, after)
-        seen = [masked.sum(1), (after == mask_id).sum(1), (after != before).any(1), edited.any(1)]
+        seen = [masked.sum(1), ((after == mask_id) & own).sum(1), (after != before).any(1), edited.any(1)]
         return [Step(*row) for row in torch.stack(seen, dim=1).tolist()]
 
     def _ends(self, line: Tensor, row: Row, size: int) -> bool:

@@ -57,14 +57,14 @@ class Block(NamedTuple):
 
     starts: list[int]
     ends: list[int]
-    #: Where a token may be committed from: dllm's `sample` also fills masks that the prompt brings along.
+    #: Where a token may be committed: dllm's `sample` also fills masks that blocks before this one have left.
     lowest: list[int]
     highest: list[int]
 
 
 @dataclass
 class MDLMSampler(CanvasSampler):
-    """dllm's `MDLMSampler`. See `CanvasSampler`."""
+    """dllm's `MDLMSampler`, but for mask tokens in a prompt, which stay. See `CanvasSampler`."""
 
     @torch.no_grad()
     def steps(
@@ -87,7 +87,7 @@ class MDLMSampler(CanvasSampler):
         for first in range(0, new, block_size):
             starts = [length + first for length in lengths]
             ends = [length + min(first + block_size, new) for length in lengths]
-            lowest = starts if approximate else [0] * len(lengths)
+            lowest = starts if approximate else lengths  # a mask token of the prompt is text, and stays
             blocks.append(Block(starts, ends, lowest, [start + block_size for start in starts]))
         yield from self._denoise(canvas, [length + new for length in lengths], blocks, settings, seeds)
 
