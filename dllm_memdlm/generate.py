@@ -141,6 +141,8 @@ def run(args: argparse.Namespace) -> None:
         answer(conversation, question, out)
     if decoder.memory is not None and (lost := decoder.memory.tally.failures()):
         notes.print(f"without memory: {lost}", style="yellow")
+    if left := decoder.unfinished():
+        notes.print(left, style="yellow", soft_wrap=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

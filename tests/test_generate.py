@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import AMPLIFIED
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from saved_models import byte_tokenizer, save_model
 
 from dllm_memdlm import generate
@@ -100,6 +102,21 @@ def test_on_a_terminal_the_unmasking_is_seen(model, document):
 def test_settings_reach_the_sampler(ask):
     assert ask("temperature=2.0", "seed=1") != ask()
     assert ask("temperature=2.0", "seed=1") == ask("temperature=2.0", "seed=1")
+
+
+def test_answers_that_are_left_masked_are_said(tmp_path, capsys):
+    """This model's likeliest token is the mask."""
+    folder, mask = save_model(tmp_path, "llama", byte_tokenizer()), byte_tokenizer().mask_token_id
+    weights = load_file(tmp_path / "model.safetensors")
+    head = torch.zeros_like(weights["lm_head.weight"])
+    head[mask] = 50 * weights["model.norm.weight"]
+    save_file({**weights, "lm_head.weight": head}, tmp_path / "model.safetensors", {"format": "pt"})
+    arguments = ["--model", folder, "--question", "Who?", "--max-new-tokens", "6", "seed=3"]
+    assert generate.main(arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and captured.err.startswith("1 of 1 answers have masks left"), captured
+    assert generate.main([*arguments, f"suppress_tokens=[{mask}]"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_the_document_can_come_from_the_standard_input(ask, model, document, capsys, monkeypatch):

@@ -68,3 +68,5 @@ def finish(path: Path, report: dict[str, Any], decoder: Decoder, table: Table, c
     console.print(str(path), soft_wrap=True)
     if decoder.memory is not None and (lost := decoder.memory.tally.failures()):
         console.print(f"without memory: {lost}", style="yellow")
+    if left := decoder.unfinished():
+        console.print(left, style="yellow", soft_wrap=True)

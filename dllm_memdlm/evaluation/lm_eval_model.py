@@ -132,6 +132,7 @@ class MemDLMEvalLM(LM):
             "model_dtype": str(next(self.pretrained.model.parameters()).dtype),
             "sampler": self.decoder.sampler,
             "sampler_settings": self.decoder.settings,
+            "answers_left_masked": self.decoder.left_masked,
         }
         if self.memory is not None:
             info["memory"] = dataclasses.asdict(self.memory.memory.config)
@@ -227,6 +228,8 @@ class MemDLMEvalLM(LM):
     def _report(self) -> None:
         if self.memory is not None:
             _logger.info("rank %d: %s", self.rank, self.memory.tally.describe())
+        if left := self.decoder.unfinished():
+            _logger.warning("rank %d: %s", self.rank, left)
 
 
 @contextmanager
