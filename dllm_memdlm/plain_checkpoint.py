@@ -104,6 +104,6 @@ def _keep_conversion(config: Path, source: Source) -> None:
     if DECODERS.get(architecture, architecture) == architecture:
         return
     base, _ = PretrainedConfig.get_config_dict(source.base)
-    names = {name: base[name] for name in ("architectures", "model_type")}
-    values = {**json.loads(config.read_text(encoding="utf-8")), **names}
+    names = {"architectures": [architecture], "model_type": base.get("model_type")}
+    values = {**json.loads(config.read_text(encoding="utf-8")), **{k: v for k, v in names.items() if v is not None}}
     config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

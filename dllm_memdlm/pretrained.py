@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -50,12 +51,13 @@ def find_source(pretrained: str, adapter: str | None = None) -> Source:
     base = pretrained
     if adapter is None and _is_adapter(pretrained):
         adapter, base = pretrained, _base_of(pretrained)
+    folders = [base] if adapter is None else [adapter_folder(adapter), base]
+    _, recipe = _recipe_beside(folders)
     try:
-        config = read_config(base)
+        config = read_config(base, _section(recipe, "model").get("architecture"))
     except ConfigError as error:
         hint = f"; {adapter!r} names that base, for another give pretrained=BASE,adapter={adapter}"
         raise ConfigError(_named(str(error), base) + (hint if base != pretrained else "")) from None
-    folders = [base] if adapter is None else [adapter_folder(adapter), base]
     return Source(base, adapter, folders, config)
 
 
@@ -147,15 +149,32 @@ def _base_of(adapter: str) -> str:
 
 def _settings_beside(folders: list[str]) -> tuple[MemoryConfig, bool]:
     """The memory and whether logits are shifted, of the first recipe.yaml in the folders."""
+    path, recipe = _recipe_beside(folders)
+    try:
+        memory = MemoryConfig(**_section(recipe, "memory"))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: not a recipe of this version ({_one_line(error)})") from None
+    return memory, bool(_section(recipe, "training").get("right_shift_logits", False))
+
+
+def _recipe_beside(folders: list[str]) -> tuple[Path | None, dict[str, Any]]:
+    """The first recipe.yaml in the folders, and its sections; none where there is no such file."""
     path = next(filter(None, (file_beside(folder, FILE_NAME) for folder in folders)), None)
     if path is None:
-        return MemoryConfig(), False
+        return None, {}
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        memory, training = ({**(recipe.get(section) or {})} for section in ("memory", "training"))
-        return MemoryConfig(**memory), bool(training.get("right_shift_logits", False))
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not a recipe of this version ({_one_line(error)})") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not a readable recipe ({_one_line(error)})") from None
+    sections = [recipe] if not isinstance(recipe, dict) else recipe.values()
+    for value in sections:
+        if value is not None and not isinstance(value, dict):
+            raise ConfigError(f"{path}: not a recipe ({value!r}: expected a mapping)")
+    return path, recipe
+
+
+def _section(recipe: dict[str, Any], name: str) -> dict[str, Any]:
+    return recipe.get(name) or {}
 
 
 def _named(message: str, pretrained: str) -> str:
@@ -163,6 +182,7 @@ def _named(message: str, pretrained: str) -> str:
     if message.startswith("model.architecture="):
         return f"pretrained={pretrained!r}: {message.removeprefix('model.')}"
     message = message.replace("set model.tokenizer to it", "give tokenizer=FOLDER")
+    message = message.replace("set model.architecture", "expected one there, or model.architecture in the run's recipe")
     return message.replace("model.path=", "pretrained=").removeprefix("model.")
 
 

@@ -42,7 +42,7 @@ def read_config(path: str, architecture: str | None = None) -> PretrainedConfig:
     """config.json of a hub name or a local folder, as the class that its `architectures` entry asks for.
 
     `model_type` and `auto_map` are not looked at: the published LLaDA checkpoints carry a `model_type` that other
-    libraries use for other models. `architecture` stands in where config.json names none.
+    libraries use for other models. `architecture` stands in where config.json names none; the config then names it.
 
     Raises:
         ConfigError: there is no such folder, hub name or network; or the architecture is not known.
@@ -53,10 +53,14 @@ def read_config(path: str, architecture: str | None = None) -> PretrainedConfig:
         raise ConfigError(f"model.path={path!r}: {missing_reason(path)}") from error
     if not values:
         raise ConfigError(f"model.path={path!r}: {missing_reason(path)}")
-    architecture = (values.get("architectures") or [architecture])[0]
+    names = values.get("architectures") or [architecture]
+    if not isinstance(names, list):
+        raise ConfigError(f"model.path={path!r}: its config.json has architectures={names!r}; expected a list")
+    architecture = names[0]
     if architecture is None:
         raise ConfigError(f"model.path={path!r}: its config.json names no architecture; set model.architecture")
     cls = model_class(architecture)
+    values["architectures"] = [architecture]
     values.pop("auto_map", None)
     values.pop("model_type", None)
     return cls.config_class.from_dict(values)
