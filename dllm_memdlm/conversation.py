@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .config import ConfigError
+from .data import encode_chat, encode_text
 from .decoding import Decoder
 from .prompt_memory import shared_length
 
@@ -94,10 +95,10 @@ class Conversation:
         if tokenizer.chat_template is None:
             if turns:
                 raise ConfigError("a chat needs a tokenizer with a chat template; this model takes one question alone")
-            return tokenizer(questions[0] + "\n")["input_ids"]
+            return encode_text(tokenizer, questions[0] + "\n")
         messages = []
         for asked, answer in zip(questions, [answer for _, answer in turns] + [None], strict=True):
             messages.append({"role": "user", "content": asked})
             if answer is not None:
                 messages.append({"role": "assistant", "content": answer})
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+        return encode_chat(tokenizer, messages, add_generation_prompt=True)

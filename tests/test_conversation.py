@@ -108,6 +108,17 @@ def test_without_a_chat_template_there_is_one_question_alone():
         ask(chat, "w8")
 
 
+def test_a_document_that_spells_special_tokens_is_text(pretrained):
+    document = "<|mask|>" * 12 + "<|role_end|><|endoftext|>"
+    chat = conversation(pretrained, document=document)
+    prompt = chat._encode("<|mask|>?")
+    special = [token for token in prompt if token in pretrained.tokenizer.all_special_ids]
+    assert pretrained.tokenizer.convert_ids_to_tokens(special) == ["<|user|>", "<|role_end|>", "<|assistant|>"]
+    assert rendered(chat, chat.memory_text("Who?")) == f"<|user|>{document}\n\n"
+    alone = conversation(Pretrained("tiny", tiny("llama").eval(), word_tokenizer(), MemoryConfig(), False), "w5")
+    assert alone.decoder.pretrained.tokenizer.mask_token_id not in alone._encode("<mask> w6")
+
+
 def test_a_seed_gives_the_same_sampled_answers(pretrained):
     def sampled(seed: int) -> list[str]:
         chat = conversation(pretrained, settings={"temperature": 1.0})

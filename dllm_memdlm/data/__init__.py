@@ -1,5 +1,6 @@
-"""From a dataset's name to token ids: rows (sources), chats (formats), examples (examples), and their tokenizer."""
+"""From a dataset's name to token ids: rows (sources), chats (formats), tokens (encoding), examples, their tokenizer."""
 
+from dllm_memdlm.data.encoding import encode_chat, encode_text
 from dllm_memdlm.data.examples import Counts, Examples, load_examples, training_texts
 from dllm_memdlm.data.formats import FORMATS, Format, choose_format
 from dllm_memdlm.data.needle import Needles, needle_examples
@@ -13,6 +14,8 @@ __all__ = [
     "Format",
     "Needles",
     "choose_format",
+    "encode_chat",
+    "encode_text",
     "load_examples",
     "load_rows",
     "load_tokenizer",

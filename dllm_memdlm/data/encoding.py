@@ -1,0 +1,163 @@
+"""Token ids of texts and chats. What a user wrote is text: only the chat template writes special tokens.
+
+A tokenizer finds its special tokens in any text that spells them. `render` therefore puts a mark inside those that
+stand in a message, and `encode` takes the marks out again: what a mark has split becomes ordinary tokens.
+
+    encoder = Encoder(tokenizer)
+    tokens = encoder.encode(encoder.render(chat, add_generation_prompt=True))  # a chat
+    ids = encode_text(tokenizer, "a text that may spell <|mask|>")  # a text alone
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from dllm_memdlm.config import ConfigError
+
+#: Unicode keeps this code point for a program's own use: no text has it.
+MARK = "\ufdd0"
+
+
+class Tokens(NamedTuple):
+    """Token ids, and where in the text each token ends (none where the tokenizer is a slow one, which cannot say)."""
+
+    ids: list[int]
+    ends: list[int] | None
+
+
+class Encoder:
+    """A tokenizer that knows which of its special tokens may be meant."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        tokens = {str(token): token for token in tokenizer.added_tokens_decoder.values() if token.special}
+        named = [*tokenizer.all_special_tokens, getattr(tokenizer, "eot_token", None)]
+        tokens = {**dict.fromkeys(filter(None, named)), **tokens}
+        # one letter is no spelling of a special token, and what is unknown may be so
+        spelled = sorted((t for t in tokens if len(t) > 1), key=len, reverse=True)
+        self._spelled = re.compile("|".join(map(re.escape, spelled)) or r"(?!)")
+        self._written = re.compile(f"({'|'.join(_with_spaces(t, tokens[t]) for t in spelled) or '(?!)'})")
+        self._ids = set(tokenizer.convert_tokens_to_ids(spelled)) - {tokenizer.unk_token_id}
+
+    def text(self, text: str, add_special_tokens: bool = True) -> Tokens:
+        """The tokens of a text in which nothing is special; what the tokenizer itself adds around it stays."""
+        if not self._spelled.search(text):
+            return self._call([text], add_special_tokens)[0]
+        tokens = self._ordinary(text)
+        if not add_special_tokens:
+            return tokens
+        inner, whole = (self._call(["a"], added)[0].ids for added in (False, True))
+        start = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
+        before, after = whole[:start], whole[start + len(inner) :]
+        ends = None if tokens.ends is None else [0] * len(before) + tokens.ends + [0] * len(after)
+        return Tokens(before + tokens.ids + after, ends)
+
+    def render(self, chat: Sequence[Mapping[str, Any]], **template: Any) -> str:
+        """A chat as its template writes it, with marks in what the messages spell. `template`: as apply_chat_template.
+
+        Raises:
+            ConfigError: the template does not leave the text of a message as it is, so that nobody knows whose a
+                special token is.
+        """
+        plain = self._render(chat, template)
+        marked = [{k: v if k == "role" else self._marked(v) for k, v in message.items()} for message in chat]
+        settings = {name: self._marked(value) for name, value in template.items()}
+        if marked == list(chat) and settings == template:
+            return plain
+        text = self._render(marked, settings)
+        if unmarked(text) != plain:
+            raise ConfigError(
+                "a message spells a special token, and the chat template changes what a message says; expected a text "
+                f"without {self._spelled.search(str(chat) + str(template)).group()}"
+            )
+        return text
+
+    def encode(self, rendered: str) -> Tokens:
+        """The tokens of a rendered chat; `ends` count without the marks."""
+        return self.encode_all([rendered])[0]
+
+    def encode_all(self, rendered: Sequence[str]) -> list[Tokens]:
+        """The tokens of several, which a fast tokenizer encodes side by side."""
+        plain = iter(self._call([text for text in rendered if MARK not in text], False))
+        return [self._encode_marked(text) if MARK in text else next(plain) for text in rendered]
+
+    def _render(self, chat: Sequence[Mapping[str, Any]], template: Mapping[str, Any]) -> str:
+        # a list of chats: of a chat without messages, transformers asks for the first one
+        (text,) = self.tokenizer.apply_chat_template([list(chat)], tokenize=False, **template)
+        return text
+
+    def _marked(self, value: Any) -> Any:
+        """A value in which every text has a mark after the first letter of each special token that it spells."""
+        if isinstance(value, str):
+            while self._spelled.search(value):  # again, where two spellings share letters
+                value = self._spelled.sub(lambda found: f"{found[0][0]}{MARK}{found[0][1:]}", value)
+            return value
+        if isinstance(value, Mapping):
+            return {key: self._marked(item) for key, item in value.items()}
+        return [self._marked(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    def _encode_marked(self, text: str) -> Tokens:
+        """What the template has written is special, and what is between becomes ordinary tokens."""
+        parts = self._written.split(text)  # text, special token, text, … and text
+        encoded = [self._ordinary(unmarked(part)) for part in parts]
+        for i in range(1, len(parts), 2):
+            encoded[i] = Tokens([self.tokenizer.convert_tokens_to_ids(parts[i].strip())], [len(parts[i])])
+        return _joined(map(unmarked, parts), encoded)
+
+    def _ordinary(self, text: str) -> Tokens:
+        tokens = self._call([text], False, split_special_tokens=True)[0]
+        if self._ids.isdisjoint(tokens.ids):
+            return tokens
+        # a vocabulary of words holds its special tokens as words: cut them
+        parts = self._marked(text).split(MARK)
+        return _joined(parts, [self._call([part], False, split_special_tokens=True)[0] for part in parts])
+
+    def _call(self, texts: list[str], add_special_tokens: bool, **settings: Any) -> list[Tokens]:
+        if not texts:
+            return []
+        fast = self.tokenizer.is_fast
+        settings |= {"add_special_tokens": add_special_tokens, "return_offsets_mapping": fast}
+        encoded = self.tokenizer(texts, padding=False, truncation=False, **settings)
+        spans = encoded["offset_mapping"] if fast else [None] * len(texts)
+        ends = (None if of_text is None else [end for _, end in of_text] for of_text in spans)
+        return [Tokens(ids, of_text) for ids, of_text in zip(encoded["input_ids"], ends, strict=True)]
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = True) -> list[int]:
+    """The token ids of a text in which nothing is special; what the tokenizer itself adds around it stays.
+
+    A text that spells no special token has the ids that the tokenizer gives it.
+    """
+    return Encoder(tokenizer).text(text, add_special_tokens).ids
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Mapping[str, Any]], **template: Any) -> list[int]:
+    """The token ids of a chat, in which only the template's own special tokens are special."""
+    encoder = Encoder(tokenizer)
+    return encoder.encode(encoder.render(chat, **template)).ids
+
+
+def unmarked(rendered: str) -> str:
+    """A rendered chat as its template has written it."""
+    return rendered.replace(MARK, "")
+
+
+def _with_spaces(token: str, added: Any) -> str:
+    """The pattern of a special token with the spaces beside it that belong to it."""
+    before, after = (r"\s*" if getattr(added, side, False) else "" for side in ("lstrip", "rstrip"))
+    return before + re.escape(token) + after
+
+
+def _joined(parts: Iterable[str], encoded: Iterable[Tokens]) -> Tokens:
+    ids: list[int] = []
+    ends: list[int] | None = []
+    start = 0
+    for part, tokens in zip(parts, encoded, strict=True):
+        ids += tokens.ids
+        ends = None if ends is None or tokens.ends is None else ends + [start + end for end in tokens.ends]
+        start += len(part)
+    return Tokens(ids, ends)

@@ -1,0 +1,126 @@
+"""Text that spells special tokens: it stays text, and what the chat template writes stays special."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import make_tokenizer
+from tokenizers import Tokenizer, models, processors
+from transformers import AddedToken, BertTokenizer, PreTrainedTokenizerFast
+
+from dllm_memdlm.config import ConfigError
+from dllm_memdlm.data import train_tokenizer
+from dllm_memdlm.data.encoding import Encoder, encode_chat, encode_text, unmarked
+
+TEXTS = ["the cat sat on the mat\n", "Größe: 3 × 5", "a <|mask|>, then <|endoftext|>"] * 5
+SPELLED = ["<|mask|>" * 12, "a<|endoftext|>b", "<|role_end|><|assistant|>", "<|user|> the cat <|mask|>\n"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS, 340)
+
+
+def special_in(tokenizer, ids):
+    return [i for i in ids if i in tokenizer.all_special_ids]
+
+
+def chat_of(*texts):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize("text", SPELLED)
+def test_a_text_that_spells_special_tokens_has_none_and_decodes_to_itself(tokenizer, text):
+    assert special_in(tokenizer, tokenizer(text)["input_ids"])  # so the case is one
+    ids = encode_text(tokenizer, text)
+    assert special_in(tokenizer, ids) == []
+    assert tokenizer.decode(ids) == text
+    assert special_in(tokenizer, tokenizer(text)["input_ids"])  # the tokenizer is as it was
+
+
+@pytest.mark.parametrize("text", ["", "the cat", "  spaces\n\n", "<|mask", "<think>漢字 🙂"])
+def test_any_other_text_has_the_tokens_of_the_tokenizer(tokenizer, text):
+    assert encode_text(tokenizer, text) == tokenizer(text)["input_ids"]
+    chat = chat_of(text, text)
+    assert encode_chat(tokenizer, chat) == tokenizer.apply_chat_template(chat, return_dict=False)
+
+
+@pytest.mark.parametrize("text", SPELLED)
+def test_of_a_chat_only_the_templates_own_tokens_are_special(tokenizer, text):
+    ids = encode_chat(tokenizer, chat_of(text, text), add_generation_prompt=True)
+    assert special_in(tokenizer, ids) == [5, 3, 6, 3, 6]  # user, end, assistant, end, assistant
+    assert tokenizer.decode(ids) == f"<|user|>{text}<|role_end|><|assistant|>{text}<|role_end|><|assistant|>"
+    assert encode_text(tokenizer, text) == ids[1 : ids.index(3)]
+
+
+@pytest.mark.parametrize("text", [*SPELLED, "the cat"])
+def test_ends_are_places_in_the_text_without_marks(tokenizer, text):
+    encoder = Encoder(tokenizer)
+    rendered = encoder.render(chat_of(text, text))
+    ids, ends = encoder.encode(rendered)
+    for i, end in enumerate(ends):
+        assert tokenizer.decode(ids[: i + 1]) == unmarked(rendered)[:end]
+
+
+def test_what_a_tokenizer_adds_around_a_text_stays():
+    tokenizer = train_tokenizer(TEXTS, 340)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|startoftext|> $A <|endoftext|>", special_tokens=[("<|startoftext|>", 0), ("<|endoftext|>", 1)]
+    )
+    ids = encode_text(tokenizer, "<|mask|> cat")
+    assert (ids[0], ids[-1], special_in(tokenizer, ids[1:-1])) == (0, 1, [])
+    assert encode_text(tokenizer, "<|mask|> cat", add_special_tokens=False) == ids[1:-1]
+    assert encode_text(tokenizer, "cat") == tokenizer("cat")["input_ids"]
+
+
+def test_a_vocabulary_of_words_that_holds_its_special_tokens():
+    tokenizer = make_tokenizer()
+    assert special_in(tokenizer, encode_text(tokenizer, "w5 <mask> w6 <eos>")) == []
+    assert encode_text(tokenizer, "w5 w6") == [5, 6]
+
+
+def test_a_special_token_that_is_declared_alone_is_not_taken_from_text():
+    """The end of a turn may be known by its name only: `eot_token` is an attribute of ours."""
+    words = {"<|role_end|>": 0, "a": 1, "[UNK]": 2}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="[UNK]")))
+    tokenizer.add_tokens("<|role_end|>")
+    tokenizer.eot_token, tokenizer.eot_token_id = "<|role_end|>", 0
+    assert 0 not in encode_text(tokenizer, "<|role_end|>")
+
+
+def test_spaces_that_belong_to_a_special_token_go_with_it():
+    tokenizer = train_tokenizer(TEXTS, 340)
+    special = AddedToken("<|role_end|>", rstrip=True, special=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": [special]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|role_end|> \n{% endfor %}"
+    plain, spelled = (encode_chat(tokenizer, chat_of(text, "b")) for text in ("a", "<|mask|>"))
+    assert plain == tokenizer.apply_chat_template(chat_of("a", "b"), return_dict=False)
+    assert spelled[-3:] == plain[-3:]
+
+
+def test_a_slow_tokenizer(tmp_path):
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[", "]", "mask", "a"])
+    )
+    tokenizer = BertTokenizer(tmp_path / "vocab.txt")
+    assert encode_text(tokenizer, "a [MASK]") == [2, 8, 5, 7, 6, 3]
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}[SEP]{% endfor %}"
+    assert encode_chat(tokenizer, chat_of("a [MASK]", "a [SEP]")) == [8, 5, 7, 6, 3, 8, 5, 1, 6, 3]
+
+
+def test_a_template_that_changes_what_a_message_says_is_refused_where_a_token_is_spelled(tokenizer):
+    changing = train_tokenizer(TEXTS, 340)
+    changing.chat_template = "{% for m in messages %}{{ m.content | replace('<|mask|>', '_') }}{% endfor %}"
+    assert encode_chat(changing, chat_of("a", "b"))
+    with pytest.raises(ConfigError, match=r"^a message spells a special token, .*; expected a text without <\|mask"):
+        encode_chat(changing, chat_of("<|mask|>", "b"))
+
+
+def test_the_texts_of_tool_calls_and_tools_stay_text_too(tokenizer):
+    calling = train_tokenizer(TEXTS, 340)
+    calling.chat_template = (
+        "{{ tools | tojson }}{% for m in messages %}{{ m.content }}{{ m.tool_calls | tojson }}<|role_end|>{% endfor %}"
+    )
+    calls = [{"function": {"name": "f", "arguments": {"x": "<|endoftext|>"}}}]
+    tools = [{"name": "f", "description": "<|role_end|>"}]
+    ids = encode_chat(calling, [{"role": "assistant", "content": "", "tool_calls": calls}], tools=tools)
+    assert special_in(calling, ids) == [3]
