@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .config import ConfigError
-from .data import encode_chat, encode_text
+from .data import encode_chat
+from .data.encoding import Encoder
 from .decoding import Decoder
 from .prompt_memory import shared_length
 
@@ -95,7 +96,7 @@ class Conversation:
         if tokenizer.chat_template is None:
             if turns:
                 raise ConfigError("a chat needs a tokenizer with a chat template; this model takes one question alone")
-            return encode_text(tokenizer, questions[0] + "\n")
+            return Encoder(tokenizer).prompt(questions[0] + "\n").ids
         messages = []
         for asked, answer in zip(questions, [answer for _, answer in turns] + [None], strict=True):
             messages.append({"role": "user", "content": asked})

@@ -48,9 +48,11 @@ def held_out(data: DataConfig, words: int, questions: int) -> list[Needles]:
 
 def found(decoder: Decoder, examples: Sequence[Needles], batch_size: int) -> list[int]:
     """How many of its values each text's answer gives, with a memory of the text if the decoder has one."""
+    from ..data import encode_chat
+
     tokenizer = decoder.pretrained.tokenizer
     chats = [[{"role": "user", "content": example.prompt}] for example in examples]
-    prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+    prompts = [encode_chat(tokenizer, chat, add_generation_prompt=True) for chat in chats]
     new_tokens = max(len(tokenizer(example.response)["input_ids"]) for example in examples) + 1
     right = []
     for start in range(0, len(prompts), batch_size):
