@@ -163,7 +163,13 @@ class FastWeights:
             raise ConfigError(
                 f"{path}: a safetensors file, but not a fast-weight snapshot; write one with --save-memory"
             )
-        return cls(tensors, float(metadata["scaling"])), json.loads(metadata["header"])
+        try:
+            scaling, header = float(metadata["scaling"]), json.loads(metadata["header"])
+        except ValueError as error:
+            raise ConfigError(f"{path}: a fast-weight snapshot with broken metadata ({error})") from None
+        if not tensors or not isinstance(header, dict):
+            raise ConfigError(f"{path}: a fast-weight snapshot without weights or header; write one with --save-memory")
+        return cls(tensors, scaling), header
 
 
 class InnerStep(NamedTuple):

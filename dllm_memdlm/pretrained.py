@@ -132,7 +132,8 @@ def load_pretrained(
 
 
 def _is_adapter(name: str) -> bool:
-    return file_beside(name, "adapter_config.json") is not None and file_beside(name, "config.json") is None
+    """Whether there is an adapter and, in a local folder, no full weights; some keep the base's config.json with it."""
+    return file_beside(name, "adapter_config.json") is not None and not any(Path(name).glob("model*.safetensors"))
 
 
 def _base_of(adapter: str) -> str:

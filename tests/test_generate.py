@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,14 @@ def test_a_kept_memory_gives_the_same_answers_in_a_new_process(ask, model, docum
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     loaded = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, check=True)
     assert loaded.stdout == saved
+
+
+def test_a_copied_run_takes_its_own_memory(ask, model, document, tmp_path, capsys):
+    path = str(tmp_path / "memory.safetensors")
+    saved, copy = ask("--save-memory", path), str(shutil.copytree(model, tmp_path / "copy"))
+    arguments = ["--model", copy, "--prompt-file", document, "--question", "Who?", "--max-new-tokens", "10"]
+    assert generate.main([*arguments, "--load-memory", path]) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out == saved
 
 
 def test_a_chat_answers_line_by_line(ask, monkeypatch):

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed
+from transformers.utils import find_adapter_config_file
 
 from ..config import ConfigError, LoraConfig, ModelConfig
 from .adapters import with_lora
@@ -117,6 +118,11 @@ def load_model(
             except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
                 raise ConfigError(f"model.dimensions: they make no {cls.__name__} ({_first_line(error)})") from error
     else:
+        if find_adapter_config_file(model.path) is not None:  # transformers would put it on its base, unasked
+            raise ConfigError(
+                f"model.path={model.path!r}: holds an adapter (adapter_config.json); expected weights alone, and the "
+                "adapter by its own name"
+            )
         try:
             backbone, report = cls.from_pretrained(
                 model.path,
