@@ -77,7 +77,11 @@ def test_settings_are_the_users_then_the_requests():
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        ("llada2", {"remasking": "random"}, "remasking: not a setting of the llada21 sampler; known: block_size, edit"),
+        (
+            "llada2",
+            {"remasking": "random"},
+            "remasking: not a setting of the llada21 sampler; known: block_size, ",
+        ),
         ("llama", {"editing_threshold": 0.5}, "editing_threshold: not a setting of the mdlm sampler; known: "),
         ("llama", {"remasking": "most"}, "sampler.remasking='most': expected one of low_confidence, random"),
         ("llama", {"steps": 0}, "sampler.steps=0: expected at least 1"),

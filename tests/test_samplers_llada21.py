@@ -34,7 +34,9 @@ def of_row(histories: list[Tensor], row: int) -> list[Canvas]:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "paper": {},
+    "usual": {},
+    "paper": {"editing_threshold": None, "block_steps": 5},
+    "few_steps": {"block_steps": 3, "threshold": 0.6, "editing_threshold": 0.3, "max_post_steps": 2},
     "editing": {"threshold": 0.3, "editing_threshold": 0.2},
     "one_post_step": {"threshold": 0.3, "editing_threshold": 0.05, "max_post_steps": 1},
     "no_post_step": {"threshold": 0.2, "editing_threshold": 0.05, "max_post_steps": 0},
