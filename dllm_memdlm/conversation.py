@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import jinja2
+
 from .config import ConfigError
 from .data import encode_chat
 from .data.encoding import Encoder
@@ -102,4 +104,10 @@ class Conversation:
             messages.append({"role": "user", "content": asked})
             if answer is not None:
                 messages.append({"role": "assistant", "content": answer})
-        return encode_chat(tokenizer, messages, add_generation_prompt=True)
+        try:
+            return encode_chat(tokenizer, messages, add_generation_prompt=True)
+        except jinja2.TemplateError as error:
+            raise ConfigError(
+                f"tokenizer={tokenizer.name_or_path!r}: its chat template refuses a chat of a user "
+                f"({' '.join(str(error).split())}); expected one of a chat model"
+            ) from error

@@ -66,6 +66,11 @@ class Decoder:
         build, self._config = SAMPLERS[self.sampler]
         self._sampler = build(self.pretrained.model, self.pretrained.tokenizer)
         self.max_length = self.max_length or self.pretrained.model.config.max_position_embeddings
+        if not isinstance(self.max_length, int) or self.max_length < 2:
+            raise ConfigError(
+                f"pretrained={self.pretrained.name!r}: config.json has max_position_embeddings={self.max_length!r}; "
+                "expected a whole number of at least 2, or max_length=N"
+            )
         self.config_for(1)  # a wrong setting is refused before anything is decoded
 
     def config_for(self, new_tokens: int, **changes: Any) -> MDLMSamplerConfig | LLaDA21SamplerConfig:

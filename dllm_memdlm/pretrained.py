@@ -63,7 +63,7 @@ def find_source(pretrained: str, adapter: str | None = None) -> Source:
 
 def file_beside(folder: str, name: str) -> Path | None:
     """A small file of a local folder, or of what the hub has under that name; none where it has none."""
-    if Path(folder).exists():
+    if os.path.exists(folder):
         path = Path(folder) / name
         return path if path.is_file() else None
     try:
@@ -102,7 +102,7 @@ def load_pretrained(
         raise ConfigError("merge_adapter=True: expected false with load_in_4bit; packed weights take no sum")
     source = find_source(pretrained, adapter)
     if tokenizer is None:
-        beside = (f for f in source.folders if Path(f).is_dir() and any(Path(f).glob("tokenizer*")))
+        beside = (f for f in source.folders if os.path.isdir(f) and any(Path(f).glob("tokenizer*")))
         tokenizer = next(beside, source.base)
     if dtype == "auto":
         dtype = str(source.config.dtype or torch.float32).removeprefix("torch.")
@@ -114,6 +114,11 @@ def load_pretrained(
         model = load_model(model_config, source.config)
     except ConfigError as error:
         raise ConfigError(_named(str(error), source.base)) from None
+    if len(loaded) > source.config.vocab_size:
+        raise ConfigError(
+            f"tokenizer={tokenizer!r}: {len(loaded)} tokens, of which the model of pretrained={source.base!r} has "
+            f"{source.config.vocab_size}; expected the tokenizer that it was trained with"
+        )
     if source.adapter is not None:
         model = load_adapter(model, source.adapter)
         if merge_adapter:

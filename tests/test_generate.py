@@ -18,6 +18,7 @@ from saved_models import byte_tokenizer, save_model
 
 from dllm_memdlm import generate
 from dllm_memdlm.config import MemoryConfig
+from dllm_memdlm.evaluation import arguments
 from dllm_memdlm.fast_weights import FastWeights
 
 MEMORY = {"rank": 4, "layer_fraction": 0.4, **AMPLIFIED["llada2"]}
@@ -143,7 +144,11 @@ def test_the_document_can_come_from_the_standard_input(ask, model, document, cap
         (["temperature"], "'temperature': expected name=value, such as temperature=0.7"),
         (["steps=4"], "steps: not a setting of the llada21 sampler; known: block_size"),
         (["memory_rank=0"], "memory.rank=0: expected at least 1"),
-        (["--prompt-file", "nowhere.txt"], "--prompt-file nowhere.txt: No such file or directory"),
+        (
+            ["--prompt-file", "nowhere.txt"],
+            "--prompt-file nowhere.txt: No such file or directory; expected a text file",
+        ),
+        (["--save-memory", "nowhere/m.safetensors"], "--save-memory nowhere/m.safetensors: there is no folder "),
         (["--load-memory", "nowhere.safetensors"], "nowhere.safetensors: not a fast-weight snapshot"),
         (["max_length=20"], "prompt of 23 tokens and answer of 128: expected at most 20 together; max_length=151"),
     ],
@@ -151,6 +156,13 @@ def test_the_document_can_come_from_the_standard_input(ask, model, document, cap
 def test_what_the_user_can_correct_is_one_line(model, capsys, arguments, message):
     question = "Who is it, and when?"
     assert error_of(capsys, "--model", model, "--question", question, *arguments).startswith(message)
+
+
+def test_what_cannot_be_saved_is_refused_before_the_work(model, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(arguments.Parsed, "open", lambda *args: pytest.fail("the model was loaded"))
+    for path in (tmp_path / "none" / "m", tmp_path, f"{model}/config.json/m"):
+        said = error_of(capsys, "--model", model, "--question", "Who?", "--save-memory", str(path))
+        assert said.startswith(f"--save-memory {path}: ")
 
 
 def test_a_model_that_is_not_there_is_one_line(capsys, tmp_path):

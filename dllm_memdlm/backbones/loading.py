@@ -49,8 +49,8 @@ def read_config(path: str, architecture: str | None = None) -> PretrainedConfig:
         ConfigError: there is no such folder, hub name or network; or the architecture is not known.
     """
     try:
-        values, _ = PretrainedConfig.get_config_dict(path)
-    except OSError as error:
+        values, _ = ({}, None) if os.path.isfile(path) else PretrainedConfig.get_config_dict(path)
+    except (OSError, TypeError) as error:  # not there or not JSON, not a mapping
         raise ConfigError(f"model.path={path!r}: {missing_reason(path)}") from error
     if not values:
         raise ConfigError(f"model.path={path!r}: {missing_reason(path)}")
@@ -64,13 +64,18 @@ def read_config(path: str, architecture: str | None = None) -> PretrainedConfig:
     values["architectures"] = [architecture]
     values.pop("auto_map", None)
     values.pop("model_type", None)
-    return cls.config_class.from_dict(values)
+    try:
+        return cls.config_class.from_dict(values)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"model.path={path!r}: a config.json that makes no {cls.__name__} ({error})") from error
 
 
 def missing_reason(path: str) -> str:
     """Why a model, tokenizer or dataset could not be had, in words."""
     if os.path.isdir(path):
         return "a folder without a readable config.json"
+    if os.path.isfile(path):
+        return "a file; expected the folder of a model"
     if os.path.isabs(path) or path.startswith((".", "~")):
         return "no such folder"
     return "no such folder, and no local copy or network to get it from the hub"
@@ -140,6 +145,9 @@ def load_model(
             raise ConfigError(f"model.path={model.path!r}: no weights ({reason})") from error
         except RuntimeError as error:
             raise ConfigError(f"model.path={model.path!r}: weights of another shape ({_first_line(error)})") from error
+        except (ArithmeticError, AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = f"a config.json that makes no {cls.__name__} ({_first_line(error)})"
+            raise ConfigError(f"model.path={model.path!r}: {reason}") from error
         if model.load_in_4bit:
             keep_4bit_weights_as_packed(backbone)
         if report["missing_keys"]:
@@ -190,4 +198,4 @@ def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def _first_line(error: Exception) -> str:
-    return next(line.strip() for line in str(error).splitlines() if line.strip())
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

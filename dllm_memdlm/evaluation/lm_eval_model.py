@@ -69,6 +69,8 @@ class MemDLMEvalLM(LM):
             self.max_length,
             self.arguments.seed,
         )
+        for prompt in prompts:  # a wrong setting is refused before anything is decoded
+            self.decoder.config_for(prompt.new_tokens, **prompt.changes)
         if self.arguments.memory_scope == "prefix":
             share_prefixes(prompts)  # of this process alone: others may have theirs from lm-eval's cache
         answers = [""] * len(prompts)

@@ -54,7 +54,16 @@ class LLaDA21SamplerConfig(BaseSamplerConfig):
     def __post_init__(self) -> None:
         check_types(self, "sampler")
         require("sampler", self, "temperature", self.temperature >= 0, "at least 0")
-        for name, least in (("block_size", 1), ("num_to_transfer", 1), ("max_post_steps", 0), ("block_steps", 1)):
+        for name in ("threshold", "editing_threshold", "top_p"):
+            value = getattr(self, name)
+            require("sampler", self, name, value is None or 0 <= value <= 1, "in [0, 1]")
+        for name, least in (
+            ("block_size", 1),
+            ("num_to_transfer", 1),
+            ("max_post_steps", 0),
+            ("block_steps", 1),
+            ("top_k", 0),
+        ):
             value = getattr(self, name)
             require("sampler", self, name, value is None or value >= least, f"at least {least}")
 

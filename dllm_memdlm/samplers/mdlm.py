@@ -47,7 +47,9 @@ class MDLMSamplerConfig(BaseSamplerConfig):
 
     def __post_init__(self) -> None:
         check_types(self, "sampler")
-        require("sampler", self, "temperature", self.temperature >= 0, "at least 0")
+        for name in ("temperature", "cfg_scale"):
+            require("sampler", self, name, getattr(self, name) >= 0, "at least 0")
+        require("sampler", self, "threshold", self.threshold is None or 0 <= self.threshold <= 1, "in [0, 1]")
         require("sampler", self, "block_size", self.block_size is None or self.block_size >= 1, "at least 1")
         require("sampler", self, "steps", self.steps >= 1, "at least 1")
 
