@@ -39,7 +39,9 @@ def held_out(data: DataConfig, words: int, questions: int) -> list[Needles]:
         raise ConfigError(f"data.eval_fraction={data.eval_fraction}: the run holds no row of {data.dataset} out")
     first = len(rows) if data.eval_size is None else data.eval_size
     if first >= len(rows):
-        raise ConfigError(f"data.eval_size={data.eval_size}: training evaluates on all {len(rows)} rows it holds out")
+        raise ConfigError(
+            f"data.eval_size={data.eval_size}: training evaluates on all {len(rows)} rows it holds out; expected fewer"
+        )
     if "context" not in rows.column_names:
         fields = ", ".join(rows.column_names)
         raise ConfigError(f"data.dataset={data.dataset!r}: rows with {fields}; expected HotpotQA's, with a context")
