@@ -86,6 +86,12 @@ def check_writable(flag: str, path: str | os.PathLike, make_folder: bool = False
         ConfigError: it is a folder, its folder is not there, or may not be written to.
     """
     path = Path(path)
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # it is not there yet; what is above it is looked at below
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: {error.strerror}; expected a file that can be written") from None
     if path.is_dir():
         raise ConfigError(f"{flag} {path}: a folder; expected a file")
     above = path.absolute().parent

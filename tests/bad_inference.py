@@ -124,6 +124,10 @@ GENERATE: list[Bad] = [
     ("save_nowhere", "generate", ["--save-memory", "no/m"], ["--save-memory no/m", "no folder", "expected a file"]),
     ("save_folder", "generate", ["--save-memory", "folder"], ["--save-memory folder", "a folder; expected a file"]),
     ("save_below_a_file", "generate", ["--save-memory", "doc.txt/m"], ["--save-memory doc.txt/m", "is a file"]),
+    ("prompt_long_name", "generate", ["--prompt-file", "x" * 300], ["--prompt-file xxx", "name too long", "text file"]),
+    ("save_long_name", "generate", ["--save-memory", "x" * 300], ["--save-memory xxx", "name too long", "a file"]),
+    ("load_long_name", "generate", ["--load-memory", "x" * 300], ["xxx: ", SNAPSHOT, "--save-memory"]),
+    ("adapter_long_name", "generate", ["--adapter", "x" * 300], ["adapter='xxx", "no readable adapter_config.json"]),
     ("load_nowhere", "generate", ["--load-memory", "no"], ["no: ", SNAPSHOT, "--save-memory"]),
     ("load_folder", "generate", ["--load-memory", "folder"], ["folder: ", SNAPSHOT, "--save-memory"]),
     ("load_text", "generate", ["--load-memory", "memory.safetensors"], ["memory.safetensors: ", SNAPSHOT]),
@@ -237,6 +241,7 @@ EVALUATE: list[Bad] = [
     ("eb_batch_word", "exposure_bias", ["--batch-size", "x"], ["model_args.batch_size='x'", "at least 1, or auto"]),
     ("eb_steps_of_a_sampler", "exposure_bias", ["steps=4"], ["steps: a setting of the samplers", "--steps N"]),
     ("eb_too_long", "exposure_bias", ["max_length=3"], ["max_length=3", "expected at least one step and one example"]),
+    ("eb_output_long_name", "exposure_bias", ["--output", "x" * 300], ["--output xxx", "name too long", "a file"]),
     ("needle_output_folder", "needle", ["--output", "folder"], ["--output folder", "a folder; expected a file"]),
     ("needle_no_rows_left", "needle", [], ["data.eval_size=None", "all 4 rows", "expected fewer"]),
 ]
