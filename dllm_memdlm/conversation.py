@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import jinja2
+
 from .config import ConfigError
-from .data import encode_chat, encode_text
+from .data import encode_chat
+from .data.encoding import Encoder
 from .decoding import Decoder
 from .prompt_memory import shared_length
 
@@ -95,10 +98,16 @@ class Conversation:
         if tokenizer.chat_template is None:
             if turns:
                 raise ConfigError("a chat needs a tokenizer with a chat template; this model takes one question alone")
-            return encode_text(tokenizer, questions[0] + "\n")
+            return Encoder(tokenizer).prompt(questions[0] + "\n").ids
         messages = []
         for asked, answer in zip(questions, [answer for _, answer in turns] + [None], strict=True):
             messages.append({"role": "user", "content": asked})
             if answer is not None:
                 messages.append({"role": "assistant", "content": answer})
-        return encode_chat(tokenizer, messages, add_generation_prompt=True)
+        try:
+            return encode_chat(tokenizer, messages, add_generation_prompt=True)
+        except jinja2.TemplateError as error:
+            raise ConfigError(
+                f"tokenizer={tokenizer.name_or_path!r}: its chat template refuses a chat of a user "
+                f"({' '.join(str(error).split())}); expected one of a chat model"
+            ) from error

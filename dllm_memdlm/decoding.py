@@ -57,6 +57,8 @@ class Decoder:
     settings: dict[str, Any] = field(default_factory=dict)
     memory: PromptMemory | None = None
     max_length: int | None = None
+    answered: int = field(default=0, init=False)  #: answers so far
+    left_masked: int = field(default=0, init=False)  #: those among them in which a mask is left
 
     def __post_init__(self) -> None:
         if self.sampler == "auto":
@@ -64,6 +66,11 @@ class Decoder:
         build, self._config = SAMPLERS[self.sampler]
         self._sampler = build(self.pretrained.model, self.pretrained.tokenizer)
         self.max_length = self.max_length or self.pretrained.model.config.max_position_embeddings
+        if not isinstance(self.max_length, int) or self.max_length < 2:
+            raise ConfigError(
+                f"pretrained={self.pretrained.name!r}: config.json has max_position_embeddings={self.max_length!r}; "
+                "expected a whole number of at least 2, or max_length=N"
+            )
         self.config_for(1)  # a wrong setting is refused before anything is decoded
 
     def config_for(self, new_tokens: int, **changes: Any) -> MDLMSamplerConfig | LLaDA21SamplerConfig:
@@ -94,7 +101,9 @@ class Decoder:
         self, prompts: Sequence[Text], new_tokens: int, seeds: Sequence[int] | None = None, **changes: Any
     ) -> Iterator[Tensor]:
         """The canvas [B, T] before the first step and after each one. See `CanvasSampler.steps`."""
-        return self._sampler.steps(prompts, self.config_for(new_tokens, **changes), seeds)
+        for canvas in self._sampler.steps(prompts, self.config_for(new_tokens, **changes), seeds):
+            yield canvas
+        self._count(completions(canvas, [len(prompt) for prompt in prompts], new_tokens, self._ends))
 
     def answers(
         self,
@@ -110,8 +119,28 @@ class Decoder:
         if self.pretrained.right_shift_logits:  # the first token is predicted from what stands before it
             prompts = [prompt if len(prompt) else [tokenizer.bos_token_id] for prompt in prompts]
         canvas = self._sampler.sample(prompts, self.config_for(new_tokens, **changes), seeds)
-        ends = () if whole else (tokenizer.eos_token_id, tokenizer.eot_token_id)
-        return completions(canvas, [len(prompt) for prompt in prompts], new_tokens, ends)
+        answers = completions(canvas, [len(prompt) for prompt in prompts], new_tokens, () if whole else self._ends)
+        if not whole:
+            self._count(answers)
+        return answers
+
+    def unfinished(self) -> str:
+        """How many answers have masks left in them, and what to do about it; empty if none has."""
+        if not self.left_masked:
+            return ""
+        return (
+            f"{self.left_masked} of {self.answered} answers have masks left, which the model chose as tokens and the "
+            f"text leaves out; suppress_tokens=[{self.pretrained.tokenizer.mask_token_id}] keeps it from that"
+        )
+
+    @property
+    def _ends(self) -> tuple[int, int]:
+        """The tokens that end a text or a turn."""
+        return self.pretrained.tokenizer.eos_token_id, self.pretrained.tokenizer.eot_token_id
+
+    def _count(self, answers: list[list[int]]) -> None:
+        self.answered += len(answers)
+        self.left_masked += sum(self.pretrained.tokenizer.mask_token_id in answer for answer in answers)
 
 
 def memory_for(

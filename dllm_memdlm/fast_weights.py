@@ -158,12 +158,20 @@ class FastWeights:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{path}: not a fast-weight snapshot ({error})") from None
+            raise ConfigError(
+                f"{path}: not a fast-weight snapshot ({error}); expected a file that --save-memory has written"
+            ) from None
         if metadata.get("format") != "memdlm-fast-weights" or not {"scaling", "header"} <= metadata.keys():
             raise ConfigError(
                 f"{path}: a safetensors file, but not a fast-weight snapshot; write one with --save-memory"
             )
-        return cls(tensors, float(metadata["scaling"])), json.loads(metadata["header"])
+        try:
+            scaling, header = float(metadata["scaling"]), json.loads(metadata["header"])
+        except ValueError as error:
+            raise ConfigError(f"{path}: a fast-weight snapshot with broken metadata ({error})") from None
+        if not tensors or not isinstance(header, dict):
+            raise ConfigError(f"{path}: a fast-weight snapshot without weights or header; write one with --save-memory")
+        return cls(tensors, scaling), header
 
 
 class InnerStep(NamedTuple):

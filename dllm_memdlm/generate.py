@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.text import Text
 
 from .config import ConfigError
-from .launch import exit_code, work_offline_without_hub
+from .launch import check_writable, exit_code, work_offline_without_hub
 
 #: Ends a chat, beside the end of the input.
 GOODBYE = ("/exit", "/quit")
@@ -67,22 +67,40 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
         name, equals, value = setting.partition("=")
         if not equals:
             raise ConfigError(f"{setting!r}: expected name=value, such as temperature=0.7")
-        values[name] = yaml.safe_load(value)
+        try:
+            values[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"{setting!r}: not a value; expected a number, a word or a list such as [5, 7]") from None
     if args.memory or args.save_memory:
         values["memory"] = True
     return values
 
 
 def read_document(path: str | None) -> str:
-    """The document, or nothing. Raises ConfigError if it cannot be read."""
+    """The document, or nothing. Raises ConfigError if it cannot be read, or is empty."""
     if path is None:
         return ""
     try:
-        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"--prompt-file {path}: {getattr(error, 'strerror', None) or 'not a text in UTF-8'}"
-        ) from None
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"--prompt-file {path}: not a text in UTF-8; expected one") from None
+    except OSError as error:
+        raise ConfigError(f"--prompt-file {path}: {error.strerror}; expected a text file in UTF-8") from None
+    if not text.strip():
+        raise ConfigError(f"--prompt-file {path}: empty; expected a text")
+    return text
+
+
+def check_question(question: str | None, document: str) -> None:
+    """Raise ConfigError for a question that is no text, or says nothing where there is no document either."""
+    if question is None:
+        return
+    if not (question.strip() or document):
+        raise ConfigError(f"--question {question!r}: empty; expected a text, or a document in --prompt-file")
+    try:
+        question.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"--question {question!r}: not a text in UTF-8; expected one") from None
 
 
 def questions(args: argparse.Namespace, console: Console) -> Iterator[str]:
@@ -126,7 +144,10 @@ def run(args: argparse.Namespace) -> None:
     from .prompt_memory import save_snapshot
 
     document = read_document(args.prompt_file)
+    check_question(args.question, document)
     parsed = parse(model_arguments(args))
+    if args.save_memory:
+        check_writable("--save-memory", args.save_memory)
     notes, out = Console(stderr=True, highlight=False), Console()
     with notes.status("loading"):
         decoder = parsed.open()
@@ -141,6 +162,8 @@ def run(args: argparse.Namespace) -> None:
         answer(conversation, question, out)
     if decoder.memory is not None and (lost := decoder.memory.tally.failures()):
         notes.print(f"without memory: {lost}", style="yellow")
+    if left := decoder.unfinished():
+        notes.print(left, style="yellow", soft_wrap=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

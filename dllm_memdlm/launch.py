@@ -11,6 +11,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import psutil
 from huggingface_hub import constants
@@ -71,6 +72,37 @@ def exit_code(command: Callable[[], None], debug: bool) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def check_writable(flag: str, path: str | os.PathLike, make_folder: bool = False) -> None:
+    """Refuse a file that cannot be written, before the work whose result it is to hold.
+
+    Args:
+        flag: the argument that names it, for the message.
+        path: the file.
+        make_folder: whether its folder will be made where there is none.
+
+    Raises:
+        ConfigError: it is a folder, its folder is not there, or may not be written to.
+    """
+    path = Path(path)
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # it is not there yet; what is above it is looked at below
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: {error.strerror}; expected a file that can be written") from None
+    if path.is_dir():
+        raise ConfigError(f"{flag} {path}: a folder; expected a file")
+    above = path.absolute().parent
+    if make_folder:
+        above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.exists():
+        raise ConfigError(f"{flag} {path}: there is no folder {above}; expected a file in one that is there")
+    if not above.is_dir():
+        raise ConfigError(f"{flag} {path}: {above} is a file; expected a folder")
+    if not os.access(path if path.exists() else above, os.W_OK):
+        raise ConfigError(f"{flag} {path}: may not be written; expected a file that may")
 
 
 def close_process_group() -> None:

@@ -49,6 +49,9 @@ class Training:
             found = {} if state is None else json.loads(state.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ConfigError(f"{state}: not the state of a trainer ({error})") from None
+        wanted = ("log_history", "global_step", "epoch")
+        if state is not None and not (isinstance(found, dict) and all(name in found for name in wanted)):
+            raise ConfigError(f"{state}: not the state of a trainer; expected a mapping with {', '.join(wanted)}")
         return cls(text, yaml.safe_load(text) or {}, found)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -40,6 +41,8 @@ def export(
         ConfigError: a model or adapter is not there or does not fit, its weights are quantised, or `out` cannot be
             written.
     """
+    if not str(out):
+        raise ConfigError("--out '': expected a folder that is empty or not there yet")
     out = Path(out).expanduser().absolute()
     _check_free(out)
     source = find_source(model, adapter)
@@ -67,12 +70,14 @@ def export(
 
 
 def _check_free(out: Path) -> None:
-    if out.exists() and not out.is_dir():
+    if os.path.exists(out) and not out.is_dir():
         raise ConfigError(f"--out {out}: a file; expected a folder that is empty or not there yet")
-    above = next(folder for folder in out.parents if folder.exists())
+    above = next(folder for folder in out.parents if os.path.exists(folder))
     if not above.is_dir():
         raise ConfigError(f"--out {out}: {above} is a file")
-    if out.is_dir() and any(out.iterdir()):
+    if not os.access(above, os.W_OK):
+        raise ConfigError(f"--out {out}: {above} may not be written to; expected a folder that may")
+    if os.path.isdir(out) and any(out.iterdir()):
         raise ConfigError(f"--out {out}: not empty; expected a folder that is empty or not there yet")
 
 
@@ -104,6 +109,6 @@ def _keep_conversion(config: Path, source: Source) -> None:
     if DECODERS.get(architecture, architecture) == architecture:
         return
     base, _ = PretrainedConfig.get_config_dict(source.base)
-    names = {name: base[name] for name in ("architectures", "model_type")}
-    values = {**json.loads(config.read_text(encoding="utf-8")), **names}
+    names = {"architectures": [architecture], "model_type": base.get("model_type")}
+    values = {**json.loads(config.read_text(encoding="utf-8")), **{k: v for k, v in names.items() if v is not None}}
     config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

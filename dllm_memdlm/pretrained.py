@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -50,18 +51,19 @@ def find_source(pretrained: str, adapter: str | None = None) -> Source:
     base = pretrained
     if adapter is None and _is_adapter(pretrained):
         adapter, base = pretrained, _base_of(pretrained)
+    folders = [base] if adapter is None else [adapter_folder(adapter), base]
+    _, recipe = _recipe_beside(folders)
     try:
-        config = read_config(base)
+        config = read_config(base, _section(recipe, "model").get("architecture"))
     except ConfigError as error:
         hint = f"; {adapter!r} names that base, for another give pretrained=BASE,adapter={adapter}"
         raise ConfigError(_named(str(error), base) + (hint if base != pretrained else "")) from None
-    folders = [base] if adapter is None else [adapter_folder(adapter), base]
     return Source(base, adapter, folders, config)
 
 
 def file_beside(folder: str, name: str) -> Path | None:
     """A small file of a local folder, or of what the hub has under that name; none where it has none."""
-    if Path(folder).exists():
+    if os.path.exists(folder):
         path = Path(folder) / name
         return path if path.is_file() else None
     try:
@@ -100,7 +102,7 @@ def load_pretrained(
         raise ConfigError("merge_adapter=True: expected false with load_in_4bit; packed weights take no sum")
     source = find_source(pretrained, adapter)
     if tokenizer is None:
-        beside = (f for f in source.folders if Path(f).is_dir() and any(Path(f).glob("tokenizer*")))
+        beside = (f for f in source.folders if os.path.isdir(f) and any(Path(f).glob("tokenizer*")))
         tokenizer = next(beside, source.base)
     if dtype == "auto":
         dtype = str(source.config.dtype or torch.float32).removeprefix("torch.")
@@ -112,6 +114,11 @@ def load_pretrained(
         model = load_model(model_config, source.config)
     except ConfigError as error:
         raise ConfigError(_named(str(error), source.base)) from None
+    if len(loaded) > source.config.vocab_size:
+        raise ConfigError(
+            f"tokenizer={tokenizer!r}: {len(loaded)} tokens, of which the model of pretrained={source.base!r} has "
+            f"{source.config.vocab_size}; expected the tokenizer that it was trained with"
+        )
     if source.adapter is not None:
         model = load_adapter(model, source.adapter)
         if merge_adapter:
@@ -130,7 +137,8 @@ def load_pretrained(
 
 
 def _is_adapter(name: str) -> bool:
-    return file_beside(name, "adapter_config.json") is not None and file_beside(name, "config.json") is None
+    """Whether there is an adapter and, in a local folder, no full weights; some keep the base's config.json with it."""
+    return file_beside(name, "adapter_config.json") is not None and not any(Path(name).glob("model*.safetensors"))
 
 
 def _base_of(adapter: str) -> str:
@@ -147,15 +155,32 @@ def _base_of(adapter: str) -> str:
 
 def _settings_beside(folders: list[str]) -> tuple[MemoryConfig, bool]:
     """The memory and whether logits are shifted, of the first recipe.yaml in the folders."""
+    path, recipe = _recipe_beside(folders)
+    try:
+        memory = MemoryConfig(**_section(recipe, "memory"))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: not a recipe of this version ({_one_line(error)})") from None
+    return memory, bool(_section(recipe, "training").get("right_shift_logits", False))
+
+
+def _recipe_beside(folders: list[str]) -> tuple[Path | None, dict[str, Any]]:
+    """The first recipe.yaml in the folders, and its sections; none where there is no such file."""
     path = next(filter(None, (file_beside(folder, FILE_NAME) for folder in folders)), None)
     if path is None:
-        return MemoryConfig(), False
+        return None, {}
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        memory, training = ({**(recipe.get(section) or {})} for section in ("memory", "training"))
-        return MemoryConfig(**memory), bool(training.get("right_shift_logits", False))
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not a recipe of this version ({_one_line(error)})") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not a readable recipe ({_one_line(error)})") from None
+    sections = [recipe] if not isinstance(recipe, dict) else recipe.values()
+    for value in sections:
+        if value is not None and not isinstance(value, dict):
+            raise ConfigError(f"{path}: not a recipe ({value!r}: expected a mapping)")
+    return path, recipe
+
+
+def _section(recipe: dict[str, Any], name: str) -> dict[str, Any]:
+    return recipe.get(name) or {}
 
 
 def _named(message: str, pretrained: str) -> str:
@@ -163,6 +188,7 @@ def _named(message: str, pretrained: str) -> str:
     if message.startswith("model.architecture="):
         return f"pretrained={pretrained!r}: {message.removeprefix('model.')}"
     message = message.replace("set model.tokenizer to it", "give tokenizer=FOLDER")
+    message = message.replace("set model.architecture", "expected one there, or model.architecture in the run's recipe")
     return message.replace("model.path=", "pretrained=").removeprefix("model.")
 
 

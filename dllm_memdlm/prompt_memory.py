@@ -12,9 +12,11 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from . import noise
@@ -160,9 +162,16 @@ class PromptMemory:
 def save_snapshot(
     path: str | os.PathLike, fast_weights: FastWeights, model: str, config: MemoryConfig, text: Text
 ) -> None:
-    """Write one memory, with the model, the settings and the text that it belongs to."""
-    header = {"model": model, "memory": asdict(config), "text": _digest(text).hex(), "tokens": len(text)}
-    fast_weights.save(path, header)
+    """Write one memory, with the model, the settings and the text that it belongs to.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    header = {"model": model, "weights": weights_digest(model), "memory": asdict(config)}
+    try:
+        fast_weights.save(path, header | {"text": _digest(text).hex(), "tokens": len(text)})
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path}: cannot be written ({error})") from None
 
 
 def load_snapshot(
@@ -174,11 +183,37 @@ def load_snapshot(
         ConfigError: another file, one of another model, or one that holds several memories.
     """
     fast_weights, header = FastWeights.load(path, device)
-    if "memory" not in header or fast_weights.samples != 1:
+    if not {"model", "memory"} <= header.keys() or fast_weights.samples != 1:
         raise ConfigError(f"{path}: expected the memory of one text, as --save-memory writes it")
-    if header["model"] != model:
-        raise ConfigError(f"{path}: written with the model {header['model']!r}, not {model!r}")
-    return fast_weights, MemoryConfig(**header["memory"])
+    weights = weights_digest(model)
+    if header.get("weights") is None or weights is None:  # a file of before, or a model of the hub: by the name
+        same = header["model"] == model
+    else:
+        same = header["weights"] == weights
+    if not same:
+        other = "the other weights that are there now" if header["model"] == model else repr(model)
+        raise ConfigError(f"{path}: written with the model {header['model']!r}, not {other}")
+    try:
+        return fast_weights, MemoryConfig(**header["memory"])
+    except (TypeError, ConfigError) as error:
+        raise ConfigError(f"{path}: not the memory settings of this version ({error})") from None
+
+
+def weights_digest(folder: str) -> str | None:
+    """What tells the weights of a folder from others, wherever it lies: of an adapter its own; none for a hub name.
+
+    The files' sizes and 64 pieces of each are looked at, as those of a large model take minutes to read.
+    """
+    files = sorted(Path(folder).glob("adapter_model*.safetensors")) or sorted(Path(folder).glob("model*.safetensors"))
+    digest = hashlib.blake2b(digest_size=16)
+    for path in files:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(f"{path.name} {size}".encode())
+            for piece in range(64):
+                file.seek(size * piece // 64)
+                digest.update(file.read(4096))
+    return digest.hexdigest() if files else None
 
 
 def _digest(text: Text) -> bytes:

@@ -17,6 +17,7 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
 from saved_models import byte_tokenizer, save_model
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from dllm_memdlm.decoding import Decoder, memory_for
 from dllm_memdlm.evaluation.lm_eval_model import MemDLMEvalLM
@@ -91,9 +92,9 @@ def data_in(folder: Path) -> Iterator[None]:
         datasets.enable_progress_bars()
 
 
-def save_uniform(folder: Path) -> str:
+def save_uniform(folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> str:
     """A model that knows nothing, with a tokenizer that begins every text with its first token."""
-    tokenizer = byte_tokenizer()
+    tokenizer = tokenizer or byte_tokenizer()
     bos = (tokenizer.bos_token, tokenizer.bos_token_id)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
     saved = save_model(folder, "llama", tokenizer)

@@ -123,10 +123,10 @@ class Denoiser:
         width = self.settings.block_size or new
         starts = range(len(prompt), len(prompt) + new, width)
         blocks = [(start, min(start + width, len(prompt) + new)) for start in starts]
-        # A mask that the prompt brings along may be filled in too, in any block's turn; not so in our approximations.
+        # A mask that an earlier block has left may be filled in too; not so in our approximations.
         exact = self.settings.cache == "none" and self.settings.threshold is None
         canvas = prompt + [self.mask] * new
-        return self.fill(canvas, [(start, end, 0 if exact else start, end) for start, end in blocks])
+        return self.fill(canvas, [(start, end, len(prompt) if exact else start, end) for start, end in blocks])
 
     def infill(self, canvas: Canvas, longest: int) -> list[Canvas]:
         """The same for the masks of a canvas, blocks counted from its start in a batch of that length."""
@@ -250,11 +250,8 @@ def likeliest(logits: list[float], top_k: int | None, top_p: float | None) -> li
 def block_diffusion(
     model: nn.Module, prompt: Canvas, settings: Any, mask: int, eos: int, draws: Draws, limit: int = 1000
 ) -> list[Canvas]:
-    """LLaDA2.1's decoding of one prompt: the canvas before the first step and after each one.
-
-    Settings are those of `LLaDA21SamplerConfig`. Raises AssertionError after `limit` steps.
-    """
-    size = settings.block_size
+    """LLaDA2.1's decoding of one prompt: the canvas before the first step and after each one, at most `limit` steps."""
+    size, edits_above = settings.block_size, settings.editing_threshold or math.inf
     length = len(prompt) + settings.max_new_tokens if settings.max_new_tokens else settings.max_length
     blocks = math.ceil(length / size)
     canvas = prompt + [mask] * (blocks * size - len(prompt))
@@ -262,9 +259,11 @@ def block_diffusion(
     for block in range(len(prompt) // size, blocks):
         start, end = block * size, (block + 1) * size
         visible = block_causal(end, size)
-        edits_left = settings.max_post_steps
+        edits_left = settings.max_post_steps if edits_above < math.inf else 0
+        steps = min(settings.block_steps or 0, length - len(prompt))
+        shares = [size // steps + (step < size % steps) for step in range(steps)]
         while True:
-            masked = [i for i in range(start, end) if canvas[i] == mask]
+            masked = [i for i in range(max(start, len(prompt)), end) if canvas[i] == mask]
             if not masked:
                 if edits_left == 0:
                     break
@@ -272,10 +271,11 @@ def block_diffusion(
             found = predictions(full_logits(model, canvas[:end], visible)[start:], settings, draws)
             found = {start + i: pair for i, pair in enumerate(found)}
             commits = [i for i in masked if found[i][0] > settings.threshold]
-            if len(commits) < settings.num_to_transfer:
-                commits = sorted(masked, key=lambda i: found[i][0], reverse=True)[: settings.num_to_transfer]
+            least = max(settings.num_to_transfer, shares.pop(0) if shares else 0)
+            if len(commits) < least:
+                commits = sorted(masked, key=lambda i: found[i][0], reverse=True)[:least]
             placed = [i for i in range(max(start, len(prompt)), end) if i not in masked]
-            edits = [i for i in placed if found[i][1] != canvas[i] and found[i][0] > settings.editing_threshold]
+            edits = [i for i in placed if found[i][1] != canvas[i] and found[i][0] > edits_above]
             for i in commits + edits:
                 canvas[i] = found[i][1]
             history.append(list(canvas))

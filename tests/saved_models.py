@@ -11,6 +11,7 @@ import yaml
 from conftest import MASK, make_tokenizer, tiny
 from safetensors.torch import load_file
 from small_run import write_recipe
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -37,6 +38,13 @@ def word_tokenizer() -> PreTrainedTokenizerBase:
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
     return train_tokenizer(["a few words"], BYTES)
+
+
+def ending(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, which now appends its end of text to every text, as some published ones do."""
+    eos = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {eos[0]}", special_tokens=[eos])
+    return tokenizer
 
 
 def pretrained_of(model: nn.Module, memory: MemoryConfig | None = None, shift: bool = False) -> Pretrained:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import AMPLIFIED, tiny
-from saved_models import byte_tokenizer, save_model, word_tokenizer
+from saved_models import byte_tokenizer, ending, save_model, word_tokenizer
 
 from dllm_memdlm.config import ConfigError, MemoryConfig
 from dllm_memdlm.conversation import Conversation
@@ -117,6 +117,13 @@ def test_a_document_that_spells_special_tokens_is_text(pretrained):
     assert rendered(chat, chat.memory_text("Who?")) == f"<|user|>{document}\n\n"
     alone = conversation(Pretrained("tiny", tiny("llama").eval(), word_tokenizer(), MemoryConfig(), False), "w5")
     assert alone.decoder.pretrained.tokenizer.mask_token_id not in alone._encode("<mask> w6")
+
+
+def test_an_end_that_the_tokenizer_appends_is_in_no_prompt():
+    tokenizer = ending(byte_tokenizer())
+    tokenizer.chat_template, tokenizer.eot_token_id = None, tokenizer.eos_token_id
+    chat = conversation(Pretrained("tiny", tiny("llama").eval(), tokenizer, MemoryConfig(), False), "ab")
+    assert tokenizer.decode(chat._encode("c")) == "ab\n\nc\n"
 
 
 def test_a_seed_gives_the_same_sampled_answers(pretrained):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import AMPLIFIED, KINDS, tiny
+from conftest import AMPLIFIED, EOS, KINDS, MASK, tiny
 from saved_models import answers_of, decoder_with, pretrained_of, prompt_memory, random_prompts, save_model, state_of
 from steps import memory_for
 from test_memory_samples import poisoned
@@ -21,6 +21,7 @@ from dllm_memdlm.decoding import Decoder
 from dllm_memdlm.decoding import memory_for as memory_of
 from dllm_memdlm.pretrained import load_pretrained
 from dllm_memdlm.prompt_memory import save_snapshot
+from dllm_memdlm.samplers import completions
 
 POISON = 47
 NEW = 6
@@ -76,7 +77,11 @@ def test_settings_are_the_users_then_the_requests():
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        ("llada2", {"remasking": "random"}, "remasking: not a setting of the llada21 sampler; known: block_size, edit"),
+        (
+            "llada2",
+            {"remasking": "random"},
+            "remasking: not a setting of the llada21 sampler; known: block_size, ",
+        ),
         ("llama", {"editing_threshold": 0.5}, "editing_threshold: not a setting of the mdlm sampler; known: "),
         ("llama", {"remasking": "most"}, "sampler.remasking='most': expected one of low_confidence, random"),
         ("llama", {"steps": 0}, "sampler.steps=0: expected at least 1"),
@@ -125,6 +130,25 @@ def test_seeds_choose_the_answer():
     decoder, prompts = decoder_with(None, tiny("llama")), random_prompts(9, 14)
     draws = [decoder.answers(prompts, 12, seeds, temperature=1.0, whole=True) for seeds in ([1, 2], [1, 2], [3, 2])]
     assert draws[0] == draws[1] and draws[0][0] != draws[2][0] and draws[0][1] == draws[2][1]
+
+
+@pytest.mark.parametrize("way", ["answers", "stream"])
+def test_answers_that_are_left_masked_are_counted(way):
+    """This model chooses the mask for some tokens, and its text leaves those out."""
+    model = tiny("llama")
+    with torch.no_grad():
+        model.lm_head.weight[MASK] = 1.1 * model.lm_head.weight[42]
+    decoder, prompts = decoder_with(None, model, block_size=4), random_prompts(5, 9, 7, 8)
+    if way == "answers":
+        left = sum(MASK in answer for answer in decoder.answers(prompts, 12))
+    else:
+        *_, canvas = decoder.stream(prompts, 12)
+        left = sum(MASK in row for row in completions(canvas, [5, 9, 7, 8], 12, [EOS]))
+    assert 0 < left == decoder.left_masked and decoder.answered == 4
+    assert decoder.unfinished().startswith(f"{left} of 4 answers have masks left") and "[2]" in decoder.unfinished()
+    kept = decoder_with(None, model, block_size=4, suppress_tokens=[MASK])
+    kept.answers(prompts, 12)
+    assert (kept.answered, kept.left_masked, kept.unfinished()) == (4, 0, "")
 
 
 # === with a memory ===

@@ -86,6 +86,19 @@ def test_values_as_lm_eval_spells_them():
     assert (found.arguments.adapter, found.arguments.seed) == (None, -3)
 
 
+@pytest.mark.parametrize(("text", "number"), [("5e-2", 0.05), ("1E+3", 1000), ("-2.e-1", -0.2), (".5e1", 5)])
+def test_numbers_that_yaml_takes_for_text(text, number):
+    """A recipe takes them for numbers, and so do these arguments, of a task too."""
+    found = parsed(memory_inner_lr=text, temperature=text)
+    assert found.memory == {"inner_lr": number} and found.sampler == {"temperature": number}
+    assert parsed(adapter="5e-adapter").arguments.adapter == "5e-adapter"
+
+
+def test_a_home_folder_may_be_given_by_its_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert parsed(pretrained="~/runs/mine", adapter="~/other").arguments.adapter == "/home/ada/other"
+
+
 def test_none_is_a_choice_as_well():
     found = parsed(cache="none", memory_clip="none")
     assert found.sampler == {"cache": "none"} and found.memory == {"clip": "none"}
@@ -138,7 +151,9 @@ def test_a_saved_memory_takes_no_settings():
         ({"batch_size": "-1"}, "model_args.batch_size='-1': expected a number of at least 1, or auto"),
         ({"batch_size": "many"}, "model_args.batch_size='many': expected a number of at least 1, or auto"),
         ({"max_batch_size": 0}, "model_args.max_batch_size=0: expected at least 1"),
-        ({"max_length": 0}, "model_args.max_length=0: expected at least 1"),
+        ({"max_length": 1}, "model_args.max_length=1: expected at least 2"),
+        ({"batch_size": "auto:x"}, "model_args.batch_size='auto:x': expected a number of at least 1, or auto"),
+        ({"seed": 2**80}, f"model_args.seed={2**80}: expected a number of at most 62 bits"),
         ({"max_gen_toks": 0}, "model_args.max_gen_toks=0: expected at least 1"),
         ({"mc_num": 0}, "model_args.mc_num=0: expected at least 1"),
         ({"mc_num": "many"}, "model_args.mc_num='many': expected whole number"),
@@ -168,9 +183,10 @@ def test_a_gpu_that_is_not_there(name, caplog, monkeypatch):
     assert device_of(None) == device_of("cpu") == torch.device("cpu") and caplog.messages == []
 
 
-def test_a_device_that_is_none():
-    with pytest.raises(ConfigError, match="device='abacus'"):
-        device_of("abacus")
+@pytest.mark.parametrize("name", ["abacus", "meta", "cuda:x", "cuda:-1", "cpu:"])
+def test_a_device_that_is_none(name):
+    with pytest.raises(ConfigError, match=f"device='{name}': expected cpu, cuda, cuda:N or mps"):
+        device_of(name)
 
 
 # === opened ===

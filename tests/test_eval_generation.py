@@ -104,6 +104,28 @@ def test_what_is_ignored_is_said_once(caplog):
     assert caplog.messages == []
 
 
+def test_settings_of_a_task_are_what_they_mean():
+    (prompt,) = read(("1", {"editing_threshold": "none", "threshold": "9e-1"}), sampler="llada21")
+    assert prompt.changes == {"editing_threshold": None, "threshold": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"max_gen_toks": "x"}, "gen_kwargs max_gen_toks='x': expected a whole number"),
+        ({"max_gen_toks": 2.5}, "gen_kwargs max_gen_toks=2.5: expected a whole number"),
+        ({"max_gen_toks": True}, "gen_kwargs max_gen_toks=True: expected a whole number"),
+        ({"max_gen_toks": 0}, "gen_kwargs max_gen_toks=0: expected at least 1"),
+        ({"temperature": "hot"}, "gen_kwargs temperature='hot': expected a number"),
+        ({"until": 5}, "gen_kwargs until=5: expected text or a list of texts"),
+    ],
+)
+def test_settings_of_a_task_that_do_not_fit(settings, says):
+    with pytest.raises(ConfigError) as error:
+        prompt_of(**settings)
+    assert str(error.value) == says
+
+
 @pytest.mark.parametrize(
     ("settings", "stops"),
     [

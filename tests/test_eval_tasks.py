@@ -9,6 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import tiny
+from saved_models import decoder_with
+
+from dllm_memdlm.evaluation.generation import read_prompts
+from dllm_memdlm.samplers.llada21 import Row
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "recipes" / "eval"
@@ -95,10 +100,28 @@ def test_the_papers_settings():
     assert [given["num_fewshot"] for given in (ruler, babilong, longbench)] == [0, 2, 0]
     for given in (ruler, babilong, longbench):
         # every question, and answers of the length that the task sets
-        assert not {"limit", "samples", "gen_kwargs"} & set(given)
+        assert not {"limit", "samples"} & set(given) and "max_gen_toks" not in given["gen_kwargs"]
     for name in BENCHMARKS:
         # a prompt that is cut gets no memory, and LLaDA-MoE alone would cut at 8,192
         assert "memory=true,max_length=65536" in text_of(name).partition("\n")[0]
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize(("new_tokens", "steps"), [(16, 16), (30, 30), (32, 32), (128, 32)])
+def test_the_papers_decoding_of_llada21(name, new_tokens, steps):
+    """Its code edits no token and takes min(32, max_gen_toks) steps a block; the sampler's own defaults are dllm's."""
+    decoder = decoder_with(None, tiny("llada2"))
+    encode = {"encode": lambda text: [3], "sampler": "llada21", "default_new_tokens": 1, "max_length": 999, "seed": 0}
+    asked = {"max_gen_toks": new_tokens, "until": [], **settings(name)["gen_kwargs"]}
+    (prompt,) = read_prompts([("", asked)], [None], **encode)
+    config = decoder.config_for(prompt.new_tokens, **prompt.changes)
+    assert (config.editing_threshold, config.block_size, config.threshold) == (None, 32, 0.95)
+    row = Row(prompt=1, blocks=9, block=0, block_steps=min(config.block_steps, new_tokens))
+    shares = []
+    for row.steps in range(steps):
+        shares.append(row.quota(config))
+    assert sum(shares) == 32 and max(shares) - min(shares) <= 1
+    assert decoder.config_for(new_tokens).editing_threshold == 0.9
 
 
 def test_babilongs_command_runs_every_length():

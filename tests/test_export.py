@@ -115,6 +115,20 @@ def test_a_model_without_an_adapter_is_converted(tmp_path):
     assert load_pretrained(str(out)).memory.rank == 6
 
 
+def test_a_base_that_names_no_architecture_is_the_one_of_the_recipe(tmp_path):
+    """As it was trained, so it is loaded and exported; the folder that is written names it."""
+    base = save_model(tmp_path / "base", "llada_moe", byte_tokenizer())
+    config = json.loads((Path(base) / "config.json").read_text())
+    name = config.pop("architectures")
+    (Path(base) / "config.json").write_text(json.dumps(config))
+    adapter = train_adapter(tmp_path, base, f"model.architecture={name[0]}", "training.max_steps=1")
+    out = export(adapter, tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["architectures"] == name
+    torch.testing.assert_close(
+        logits(load_pretrained(str(out)).model), logits(load_pretrained(adapter).model), atol=1e-4, rtol=1e-4
+    )
+
+
 # === in other libraries ===
 
 

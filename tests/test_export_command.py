@@ -62,6 +62,24 @@ def test_quantised_weights_are_refused(llama, tmp_path):
     assert refusal(str(base), tmp_path / "out") == f"pretrained='{base}': {says}"
 
 
+def test_an_adapter_with_the_config_of_its_base_is_an_adapter(llama, tmp_path):
+    """Other trainers write it beside; what is exported is the base with the adapter all the same."""
+    adapter = shutil.copytree(llama[1], tmp_path / "adapter")
+    shutil.copy(f"{llama[0]}/config.json", adapter)
+    found, expected = (weights_of(export(str(path), tmp_path / str(i))) for i, path in enumerate((adapter, llama[1])))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_full_weights_with_an_adapter_beside_are_refused(llama, tmp_path):
+    """Nobody knows which are meant; transformers would take the adapter, and its base from wherever it is."""
+    both = shutil.copytree(llama[0], tmp_path / "both")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(f"{llama[1]}/{name}", both)
+    for arguments in ((str(both),), (str(both), llama[1])):
+        says = refusal(arguments[0], tmp_path / "out", *arguments[1:])
+        assert says.startswith(f"pretrained='{both}': holds an adapter (adapter_config.json); expected weights alone")
+
+
 def test_an_adapter_trained_in_4_bit_is_added_to_the_full_weights(llama, tmp_path):
     adapter = shutil.copytree(llama[1], tmp_path / "adapter")
     save_recipe(adapter, {"model": {"path": llama[0], "load_in_4bit": True}})

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import AMPLIFIED
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from saved_models import byte_tokenizer, save_model
 
 from dllm_memdlm import generate
 from dllm_memdlm.config import MemoryConfig
+from dllm_memdlm.evaluation import arguments
 from dllm_memdlm.fast_weights import FastWeights
 
 MEMORY = {"rank": 4, "layer_fraction": 0.4, **AMPLIFIED["llada2"]}
@@ -78,6 +82,14 @@ def test_a_kept_memory_gives_the_same_answers_in_a_new_process(ask, model, docum
     assert loaded.stdout == saved
 
 
+def test_a_copied_run_takes_its_own_memory(ask, model, document, tmp_path, capsys):
+    path = str(tmp_path / "memory.safetensors")
+    saved, copy = ask("--save-memory", path), str(shutil.copytree(model, tmp_path / "copy"))
+    arguments = ["--model", copy, "--prompt-file", document, "--question", "Who?", "--max-new-tokens", "10"]
+    assert generate.main([*arguments, "--load-memory", path]) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out == saved
+
+
 def test_a_chat_answers_line_by_line(ask, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Who?\n\nWhen?\n/exit\nnever asked\n"))
     out = ask("--chat", "--memory", question=None)
@@ -102,6 +114,21 @@ def test_settings_reach_the_sampler(ask):
     assert ask("temperature=2.0", "seed=1") == ask("temperature=2.0", "seed=1")
 
 
+def test_answers_that_are_left_masked_are_said(tmp_path, capsys):
+    """This model's likeliest token is the mask."""
+    folder, mask = save_model(tmp_path, "llama", byte_tokenizer()), byte_tokenizer().mask_token_id
+    weights = load_file(tmp_path / "model.safetensors")
+    head = torch.zeros_like(weights["lm_head.weight"])
+    head[mask] = 50 * weights["model.norm.weight"]
+    save_file({**weights, "lm_head.weight": head}, tmp_path / "model.safetensors", {"format": "pt"})
+    arguments = ["--model", folder, "--question", "Who?", "--max-new-tokens", "6", "seed=3"]
+    assert generate.main(arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and captured.err.startswith("1 of 1 answers have masks left"), captured
+    assert generate.main([*arguments, f"suppress_tokens=[{mask}]"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_the_document_can_come_from_the_standard_input(ask, model, document, capsys, monkeypatch):
     expected = ask()
     monkeypatch.setattr(sys, "stdin", io.StringIO(Path(document).read_text()))
@@ -117,7 +144,11 @@ def test_the_document_can_come_from_the_standard_input(ask, model, document, cap
         (["temperature"], "'temperature': expected name=value, such as temperature=0.7"),
         (["steps=4"], "steps: not a setting of the llada21 sampler; known: block_size"),
         (["memory_rank=0"], "memory.rank=0: expected at least 1"),
-        (["--prompt-file", "nowhere.txt"], "--prompt-file nowhere.txt: No such file or directory"),
+        (
+            ["--prompt-file", "nowhere.txt"],
+            "--prompt-file nowhere.txt: No such file or directory; expected a text file",
+        ),
+        (["--save-memory", "nowhere/m.safetensors"], "--save-memory nowhere/m.safetensors: there is no folder "),
         (["--load-memory", "nowhere.safetensors"], "nowhere.safetensors: not a fast-weight snapshot"),
         (["max_length=20"], "prompt of 23 tokens and answer of 128: expected at most 20 together; max_length=151"),
     ],
@@ -125,6 +156,13 @@ def test_the_document_can_come_from_the_standard_input(ask, model, document, cap
 def test_what_the_user_can_correct_is_one_line(model, capsys, arguments, message):
     question = "Who is it, and when?"
     assert error_of(capsys, "--model", model, "--question", question, *arguments).startswith(message)
+
+
+def test_what_cannot_be_saved_is_refused_before_the_work(model, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(arguments.Parsed, "open", lambda *args: pytest.fail("the model was loaded"))
+    for path in (tmp_path / "none" / "m", tmp_path, f"{model}/config.json/m"):
+        said = error_of(capsys, "--model", model, "--question", "Who?", "--save-memory", str(path))
+        assert said.startswith(f"--save-memory {path}: ")
 
 
 def test_a_model_that_is_not_there_is_one_line(capsys, tmp_path):

@@ -292,8 +292,3 @@ def test_every_token_of_a_text_is_counted_once(uniform):
 
 def test_the_first_token_is_no_part_of_a_continuation(uniform):
     assert values(uniform, ("", "here")) == pytest.approx([-4 * math.log(BYTES)])
-
-
-def test_a_first_token_that_a_chat_template_wrote_is_not_doubled(uniform):
-    bos = uniform.tokenizer.bos_token_id
-    assert uniform._encode("ab")[0] == bos and uniform._encode("<|startoftext|>ab") == uniform._encode("ab")

@@ -269,6 +269,16 @@ def test_sections_of_a_recipe_may_be_empty(recipe, base, copy_of):
     assert load_pretrained(str(folder)).memory == MemoryConfig()
 
 
+def test_an_architecture_that_nothing_names(base, copy_of):
+    folder = copy_of(base)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": None}))
+    says = f"pretrained='{folder}': its config.json names no architecture; expected one there, or "
+    assert message(str(folder)).startswith(says)
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": "LLaDAMoEModelLM"}))
+    assert message(str(folder)).endswith("config.json has architectures='LLaDAMoEModelLM'; expected a list")
+
+
 def test_an_architecture_that_is_not_known(base, copy_of):
     folder = copy_of(base)
     config = json.loads((folder / "config.json").read_text())

@@ -14,14 +14,12 @@ from test_memory_samples import poisoned
 
 from benchmarks.naive import Phi, one_by_one, plain_experts, write_naively
 from dllm_memdlm.backbones.moe import RoutedExperts
-from dllm_memdlm.config import ConfigError, MemoryConfig
+from dllm_memdlm.config import MemoryConfig
 from dllm_memdlm.fast_weights import FastWeights
 from dllm_memdlm.prompt_memory import (
     PromptMemory,
     Tally,
     at_inference,
-    load_snapshot,
-    save_snapshot,
 )
 
 POISON = 47  #: a word of no random prompt
@@ -268,26 +266,3 @@ def test_the_model_is_as_before(kind, fails):
     assert all(not m._forward_hooks and not m.training for m in model.modules())
     assert all(not m.fast for m in model.modules() if isinstance(m, RoutedExperts))
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
-
-
-# === snapshots ===
-
-
-def test_a_snapshot_knows_its_model_and_its_settings(tmp_path):
-    path, memory, text = tmp_path / "memory.safetensors", tiny_memory("llada2"), random_prompts(12)[0]
-    fast = memory.recall([text])
-    save_snapshot(path, fast, "runs/mine", memory.memory.config, text)
-    loaded, config = load_snapshot(path, "runs/mine")
-    assert_same_memory(loaded, fast, 0.0)
-    assert config == memory.memory.config and loaded.scaling == fast.scaling
-    with pytest.raises(ConfigError, match=r"safetensors: written with the model 'runs/mine', not 'runs/other'$"):
-        load_snapshot(path, "runs/other")
-    fast.save(path)
-    with pytest.raises(ConfigError, match="expected the memory of one text, as --save-memory writes it"):
-        load_snapshot(path, "runs/mine")
-    save_snapshot(path, FastWeights.stack([fast, fast]), "runs/mine", memory.memory.config, text)
-    with pytest.raises(ConfigError, match="expected the memory of one text"):
-        load_snapshot(path, "runs/mine")
-    path.write_text("nothing")
-    with pytest.raises(ConfigError, match="not a fast-weight snapshot"):
-        load_snapshot(path, "runs/mine")

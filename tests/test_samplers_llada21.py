@@ -34,7 +34,9 @@ def of_row(histories: list[Tensor], row: int) -> list[Canvas]:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "paper": {},
+    "usual": {},
+    "paper": {"editing_threshold": None, "block_steps": 5},
+    "few_steps": {"block_steps": 3, "threshold": 0.6, "editing_threshold": 0.3, "max_post_steps": 2},
     "editing": {"threshold": 0.3, "editing_threshold": 0.2},
     "one_post_step": {"threshold": 0.3, "editing_threshold": 0.05, "max_post_steps": 1},
     "no_post_step": {"threshold": 0.2, "editing_threshold": 0.05, "max_post_steps": 0},
@@ -95,7 +97,7 @@ def test_the_settings_matter(tokenizer):
 
 
 def test_masks_that_a_prompt_brings_along(tokenizer):
-    """Those in the block that is continued are filled in, those in the blocks before it stay, as in dllm."""
+    """They are text and stay, those in the block that is continued too, which dllm fills in."""
     model, settings = decoder("llada2"), settings_of(editing_threshold=0.3)
     (prompt,) = prompts(10)
     prompt[1] = prompt[9] = MASK
@@ -103,7 +105,7 @@ def test_masks_that_a_prompt_brings_along(tokenizer):
         output = LLaDA21Sampler(model, tokenizer).sample([prompt], settings, use_cache=cached)
         expected = naive(model, prompt, settings)
         assert of_row(output.histories, 0) == expected
-    assert [i for i, token in enumerate(expected[-1]) if token == MASK] == [1]
+    assert [i for i, token in enumerate(expected[-1]) if token == MASK] == [1, 9]
 
 
 # === a batch ===

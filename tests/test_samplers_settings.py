@@ -46,6 +46,7 @@ def one_line(raised: pytest.ExceptionInfo) -> str:
         ("llada21", {"block_size": 0}, "sampler.block_size=0: expected at least 1"),
         ("llada21", {"num_to_transfer": 0}, "sampler.num_to_transfer=0: expected at least 1"),
         ("llada21", {"max_post_steps": -1}, "sampler.max_post_steps=-1: expected at least 0"),
+        ("llada21", {"block_steps": 0}, "sampler.block_steps=0: expected at least 1"),
         (
             "llada21",
             {"max_new_tokens": None, "max_length": 5},
@@ -133,7 +134,9 @@ def test_dllms_settings_are_ours_without_what_we_added(sampler, model, tokenizer
     }[sampler]
     mine, yours = dataclasses.asdict(ours()), dataclasses.asdict(theirs())
     assert {name: mine[name] for name in yours} == yours
-    assert mine.keys() - yours.keys() == {"mdlm": {"cache", "threshold"}, "llada21": {"use_cache"}}[sampler]
+    assert (
+        mine.keys() - yours.keys() == {"mdlm": {"cache", "threshold"}, "llada21": {"use_cache", "block_steps"}}[sampler]
+    )
     changes = {"max_new_tokens": 7, "block_size": 3}
     decode = SAMPLERS[sampler](model, tokenizer).sample
     assert torch.equal(decode(prompts(5), theirs(**changes)), decode(prompts(5), ours(**changes)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from pathlib import Path
@@ -102,7 +103,7 @@ def adapter_folder(name: str) -> str:
 
     The name itself where there is neither.
     """
-    if Path(name).exists():
+    if os.path.exists(name):
         return name
     try:  # without the checkpoints that a run's folder has inside
         files = ["*.json", "*.jinja", "*.model", "*.txt", "*.yaml", WEIGHTS]

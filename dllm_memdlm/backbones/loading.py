@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed
+from transformers.utils import find_adapter_config_file
 
 from ..config import ConfigError, LoraConfig, ModelConfig
 from .adapters import with_lora
@@ -42,14 +43,14 @@ def read_config(path: str, architecture: str | None = None) -> PretrainedConfig:
     """config.json of a hub name or a local folder, as the class that its `architectures` entry asks for.
 
     `model_type` and `auto_map` are not looked at: the published LLaDA checkpoints carry a `model_type` that other
-    libraries use for other models. `architecture` stands in where config.json names none.
+    libraries use for other models. `architecture` stands in where config.json names none; the config then names it.
 
     Raises:
         ConfigError: there is no such folder, hub name or network; or the architecture is not known.
     """
     try:
-        values, _ = PretrainedConfig.get_config_dict(path)
-    except OSError as error:
+        values, _ = ({}, None) if os.path.isfile(path) else PretrainedConfig.get_config_dict(path)
+    except (OSError, TypeError) as error:  # not there or not JSON, not a mapping
         raise ConfigError(f"model.path={path!r}: {missing_reason(path)}") from error
     if not values:
         raise ConfigError(f"model.path={path!r}: {missing_reason(path)}")
@@ -59,19 +60,28 @@ def read_config(path: str, architecture: str | None = None) -> PretrainedConfig:
             f"model.path={path!r}: its weights are quantised already ({method}); expected float weights, which "
             "model.load_in_4bit can pack"
         )
-    architecture = (values.get("architectures") or [architecture])[0]
+    names = values.get("architectures") or [architecture]
+    if not isinstance(names, list):
+        raise ConfigError(f"model.path={path!r}: its config.json has architectures={names!r}; expected a list")
+    architecture = names[0]
     if architecture is None:
         raise ConfigError(f"model.path={path!r}: its config.json names no architecture; set model.architecture")
     cls = model_class(architecture)
+    values["architectures"] = [architecture]
     values.pop("auto_map", None)
     values.pop("model_type", None)
-    return cls.config_class.from_dict(values)
+    try:
+        return cls.config_class.from_dict(values)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"model.path={path!r}: a config.json that makes no {cls.__name__} ({error})") from error
 
 
 def missing_reason(path: str) -> str:
     """Why a model, tokenizer or dataset could not be had, in words."""
     if os.path.isdir(path):
         return "a folder without a readable config.json"
+    if os.path.isfile(path):
+        return "a file; expected the folder of a model"
     if os.path.isabs(path) or path.startswith((".", "~")):
         return "no such folder"
     return "no such folder, and no local copy or network to get it from the hub"
@@ -123,6 +133,11 @@ def load_model(
             except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
                 raise ConfigError(f"model.dimensions: they make no {cls.__name__} ({_first_line(error)})") from error
     else:
+        if find_adapter_config_file(model.path) is not None:  # transformers would put it on its base, unasked
+            raise ConfigError(
+                f"model.path={model.path!r}: holds an adapter (adapter_config.json); expected weights alone, and the "
+                "adapter by its own name"
+            )
         try:
             backbone, report = cls.from_pretrained(
                 model.path,
@@ -140,6 +155,9 @@ def load_model(
             raise ConfigError(f"model.path={model.path!r}: no weights ({reason})") from error
         except RuntimeError as error:
             raise ConfigError(f"model.path={model.path!r}: weights of another shape ({_first_line(error)})") from error
+        except (ArithmeticError, AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = f"a config.json that makes no {cls.__name__} ({_first_line(error)})"
+            raise ConfigError(f"model.path={model.path!r}: {reason}") from error
         if model.load_in_4bit:
             keep_4bit_weights_as_packed(backbone)
         if report["missing_keys"]:
@@ -190,4 +208,4 @@ def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def _first_line(error: Exception) -> str:
-    return next(line.strip() for line in str(error).splitlines() if line.strip())
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -85,6 +86,25 @@ class Encoder:
         """The tokens of several, which a fast tokenizer encodes side by side."""
         plain = iter(self._call([text for text in rendered if MARK not in text], False))
         return [self._encode_marked(text) if MARK in text else next(plain) for text in rendered]
+
+    def prompt(self, text: str) -> Tokens:
+        """The tokens of a text to go on from: as `text`, without what the tokenizer appends, such as an end of text."""
+        return self.begun(self.text(text, add_special_tokens=False))
+
+    def begun(self, tokens: Tokens) -> Tokens:
+        """The tokens behind what the tokenizer puts before every text: often nothing, or its first token."""
+        ends = None if tokens.ends is None else [0] * len(self._before) + tokens.ends
+        return Tokens(self._before + tokens.ids, ends)
+
+    @cached_property
+    def _before(self) -> list[int]:
+        inner, whole = (self._call(["a"], added)[0].ids for added in (False, True))
+        starts = (i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
+        return whole[: next(starts, 0)]
+
+    def marked(self, text: str) -> str:
+        """A text to be appended to a rendered chat: nothing in it is special."""
+        return self._marked(text)
 
     def _render(self, chat: Sequence[Mapping[str, Any]], template: Mapping[str, Any]) -> str:
         # a list of chats: of a chat without messages, transformers asks for the first one

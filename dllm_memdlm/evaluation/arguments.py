@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
+import os
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +24,9 @@ _logger = logging.getLogger("lm_eval.models.memdlm")  # lm-eval shows the messag
 
 #: Fields of `MemoryConfig` that mean nothing for a prompt, or are declared below in another form.
 TRAINING_ONLY = {"enabled", "dropout", "scope", "sync", "weighting"}
+
+#: A number that YAML 1.1 takes for text: it has an exponent, and no point or no sign behind the e.
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 #: Arguments one of whose choices is called none, which is not the same as nothing.
 NONE_IS_A_CHOICE = {"memory_clip", "cache"}
@@ -59,12 +64,18 @@ class EvalArguments:
 
     def __post_init__(self) -> None:
         check_types(self, "model_args")
-        require("model_args", self, "pretrained", self.pretrained != "", "a folder or hub name")
-        for name in ("max_batch_size", "max_length", "max_gen_toks", "mc_num"):
+        for name in ("pretrained", "adapter", "tokenizer", "fast_weights"):
             value = getattr(self, name)
-            require("model_args", self, name, value is None or value >= 1, "at least 1")
-        size = str(self.batch_size)
-        fits = size.split(":")[0] == "auto" or (size.isdigit() and int(size) > 0)
+            require(
+                "model_args", self, name, value != "", "a file" if name == "fast_weights" else "a folder or hub name"
+            )
+            if value is not None:
+                object.__setattr__(self, name, os.path.expanduser(value))
+        for name, least in (("max_batch_size", 1), ("max_length", 2), ("max_gen_toks", 1), ("mc_num", 1)):
+            value = getattr(self, name)
+            require("model_args", self, name, value is None or value >= least, f"at least {least}")
+        require("model_args", self, "seed", abs(self.seed) < 2**62, "a number of at most 62 bits")
+        fits = re.fullmatch(r"auto(:\d+)?|[1-9]\d*", str(self.batch_size)) is not None
         require("model_args", self, "batch_size", fits, "a number of at least 1, or auto")
         require("model_args", self, "memory", not (self.memory and self.fast_weights), "false with fast_weights")
 
@@ -110,14 +121,19 @@ class Parsed:
 
 def device_of(name: str | None) -> torch.device:
     """The device asked for; the CPU where a GPU is asked for, as lm-eval does by default, that is not there."""
-    try:
-        wanted = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise ConfigError(f"device={name!r}: expected cpu, cuda or cuda:N") from None
-    if wanted.type == "cuda" and not torch.cuda.is_available():
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if name not in ("cpu", "cuda", "mps") and not (kind == "cuda" and number.isdecimal()):
+        raise ConfigError(f"device={name!r}: expected cpu, cuda, cuda:N or mps")
+    if kind == "cuda" and not torch.cuda.is_available():
         _logger.warning("device=%s: there is none; using the CPU", name)
         return torch.device("cpu")
-    return wanted
+    if number and int(number) >= torch.cuda.device_count():
+        raise ConfigError(f"device={name!r}: expected one below cuda:{torch.cuda.device_count()}")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"device={name!r}: there is none; expected cpu, cuda or cuda:N")
+    return torch.device(name)
 
 
 def parse(values: dict[str, Any]) -> Parsed:
@@ -126,7 +142,7 @@ def parse(values: dict[str, Any]) -> Parsed:
     Raises:
         ConfigError: an argument that does not exist; or as `EvalArguments`.
     """
-    values = {name: _plain(value, name in NONE_IS_A_CHOICE) for name, value in values.items()}
+    values = {name: as_meant(value, name in NONE_IS_A_CHOICE) for name, value in values.items()}
     own = {f.name for f in dataclasses.fields(EvalArguments)}
     samplers = set().union(*(sampler_settings(name) for name in SAMPLERS))
     memory = {f"memory_{f.name}": f for f in dataclasses.fields(MemoryConfig) if f.name not in TRAINING_ONLY}
@@ -149,8 +165,13 @@ def parse(values: dict[str, Any]) -> Parsed:
     return Parsed(arguments, settings, changes, wanted)
 
 
-def _plain(value: Any, none_is_a_choice: bool) -> Any:
-    """A value as it was meant: lm-eval leaves `none` and lists of words as text, and makes 1e3 and -3 floats."""
+def as_meant(value: Any, none_is_a_choice: bool = False) -> Any:
+    """A value as it was meant: lm-eval leaves `none` and lists of words as text, and makes 1e3 and -3 floats.
+
+    YAML 1.1 takes 5e-2 for text; in a recipe it is a number, and so it is here.
+    """
+    if isinstance(value, str) and EXPONENT.fullmatch(value):
+        value = float(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if not isinstance(value, str):

@@ -14,6 +14,7 @@ from rich.table import Table
 from ..config import ConfigError, DataConfig
 from ..generate import model_arguments
 from ..info import package_versions
+from ..launch import check_writable
 
 if TYPE_CHECKING:
     from ..decoding import Decoder
@@ -36,14 +37,13 @@ def read(args: argparse.Namespace, **defaults: Any) -> tuple[Parsed, DataConfig]
     """What was asked for, as the arguments of lm-eval's model, and the data of the run's recipe.
 
     Raises:
-        ConfigError: an argument that does not exist or fit; no recipe beside the model; `--output` is a folder.
+        ConfigError: an argument that does not exist or fit; no recipe beside the model; `--output` cannot be written.
     """
     # Here, not above: transformers looks at the offline switch when it is imported.
     from ..recipe import FILE_NAME, load_recipe
     from .arguments import parse
 
-    if args.output.is_dir():
-        raise ConfigError(f"--output {args.output}: a folder; expected a file")
+    check_writable("--output", args.output, make_folder=True)
     parsed = parse({**defaults, **model_arguments(args)})
     folder = parsed.arguments.adapter or parsed.arguments.pretrained
     return parsed, load_recipe(Path(folder) / FILE_NAME).data
@@ -68,3 +68,5 @@ def finish(path: Path, report: dict[str, Any], decoder: Decoder, table: Table, c
     console.print(str(path), soft_wrap=True)
     if decoder.memory is not None and (lost := decoder.memory.tally.failures()):
         console.print(f"without memory: {lost}", style="yellow")
+    if left := decoder.unfinished():
+        console.print(left, style="yellow", soft_wrap=True)

@@ -12,6 +12,7 @@ from typing import Any
 from ..config import ConfigError
 from ..decoding import sampler_settings
 from ..prompt_memory import shared_prefixes
+from .arguments import NONE_IS_A_CHOICE, as_meant
 
 _logger = logging.getLogger(__name__)
 
@@ -66,7 +67,8 @@ def read_prompts(
                 f"model_args.max_length={max_length}: answers of {new_tokens} tokens leave no room for a prompt; "
                 "expected a larger one, or --gen_kwargs max_gen_toks=N"
             )
-        changes = {name: value for name, value in settings.items() if name in sampler_settings(sampler)}
+        own = sampler_settings(sampler)
+        changes = {name: as_meant(value, name in NONE_IS_A_CHOICE) for name, value in settings.items() if name in own}
         ignored |= settings.keys() - changes.keys() - TASK_KEYS
         if settings.get("do_sample") is False:
             changes["temperature"] = 0.0
@@ -77,6 +79,8 @@ def read_prompts(
         digest = hashlib.blake2b(f"{name} {seen[name]}".encode(), digest_size=7).digest()
         seen[name] += 1  # the n-th time that a question is asked it gets other random numbers
         stops = settings.get("until") or []
+        if not isinstance(stops, (str, list, tuple)):
+            raise ConfigError(f"gen_kwargs until={stops!r}: expected text or a list of texts")
         prompts.append(
             Prompt(
                 number=number,
@@ -104,9 +108,14 @@ def _number(settings: dict[str, Any], names: Sequence[str], kind: type, default:
     if name is None:
         return default
     try:
-        value = kind(settings[name])
-    except (TypeError, ValueError):
-        raise ConfigError(f"gen_kwargs {name}={settings[name]!r}: expected a number") from None
+        value = float(settings[name])
+        value = kind(value)
+        whole = value == float(settings[name])
+    except (TypeError, ValueError, OverflowError):
+        whole = False
+    if not whole or isinstance(settings[name], bool):
+        expected = "a whole number" if kind is int else "a number"
+        raise ConfigError(f"gen_kwargs {name}={settings[name]!r}: expected {expected}")
     if kind is int and value < 1:
         raise ConfigError(f"gen_kwargs {name}={value}: expected at least 1")
     return value

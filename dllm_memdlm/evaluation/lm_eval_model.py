@@ -26,11 +26,10 @@ from .arguments import parse
 from .batching import Batches
 from .generation import Prompt, cut, in_order, last, read_prompts, share_prefixes
 from .likelihood import Masked, log_likelihoods, states
+from .texts import Pair, Texts
 
 # lm-eval shows the messages of its own loggers only.
 _logger = logging.getLogger("lm_eval.models.memdlm")
-
-Pair = tuple[list[int], list[int]]  #: the tokens of a context and of its continuation
 
 
 class MemDLMEvalLM(LM):
@@ -54,6 +53,7 @@ class MemDLMEvalLM(LM):
         self.decoder = parsed.open(state.device if self._world_size > 1 else None)
         self.pretrained, self.memory = self.decoder.pretrained, self.decoder.memory
         self.tokenizer, self.max_length = self.pretrained.tokenizer, self.decoder.max_length
+        self.texts = Texts(self.tokenizer)
         self._device = next(self.pretrained.model.parameters()).device
         self.batches = Batches(arguments.batch_size, arguments.max_batch_size, self._device)
 
@@ -63,12 +63,14 @@ class MemDLMEvalLM(LM):
         prompts = read_prompts(
             arguments,
             [(request.task_name, request.doc_id, request.idx) for request in requests],
-            self._encode,
+            lambda context: self.texts.context(context).ids,
             self.decoder.sampler,
             self.arguments.max_gen_toks,
             self.max_length,
             self.arguments.seed,
         )
+        for prompt in prompts:  # a wrong setting is refused before anything is decoded
+            self.decoder.config_for(prompt.new_tokens, **prompt.changes)
         if self.arguments.memory_scope == "prefix":
             share_prefixes(prompts)  # of this process alone: others may have theirs from lm-eval's cache
         answers = [""] * len(prompts)
@@ -81,7 +83,9 @@ class MemDLMEvalLM(LM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Estimate the log-likelihood of each continuation (nats), and whether decoding would give it."""
-        pairs = [self._encode_pair(*request.args) for request in requests]
+        pairs = [self.texts.pair(*request.args) for request in requests]
+        if empty := sum(not continuation for _, continuation in pairs):
+            _logger.warning("%d of %d continuations are empty, and score 0", empty, len(pairs))
         values = self._log_likelihoods(pairs, "likelihood", disable_tqdm)
         greedy = self._is_greedy(pairs, disable_tqdm) if self.arguments.check_greedy else [False] * len(pairs)
         results = list(zip(values, greedy, strict=True))
@@ -94,9 +98,8 @@ class MemDLMEvalLM(LM):
         """Estimate the log-likelihood of whole texts, in windows of `max_length`. There is no prompt to adapt to."""
         pairs, owners = [], []
         for number, request in enumerate(requests):
-            first = self._encode("") or [self.tokenizer.bos_token_id]
-            tokens = self._encode(request.args[0])[len(self._encode("")) :]
-            windows = get_rolling_token_windows(tokens, first[-1], self.max_length - 1, context_len=1)
+            tokens = self.texts.whole(request.args[0])
+            windows = get_rolling_token_windows(tokens, self.texts.first(), self.max_length - 1, context_len=1)
             for window in windows:
                 pairs.append(make_disjoint_window(window))
                 owners.append(number)
@@ -114,16 +117,14 @@ class MemDLMEvalLM(LM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        """The chat as text. From here on contexts are such texts; see `texts`."""
+        return self.texts.render(chat_history, begun=not add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template in use, which lm-eval keeps with the results."""
-        return self.tokenizer.get_chat_template() if chat_template else None
+        """The template that is used from here on, which lm-eval keeps with the results; true is the usual one."""
+        if not chat_template:
+            return None
+        return self.texts.use_template(chat_template if isinstance(chat_template, str) else "default")
 
     def get_model_info(self) -> dict[str, Any]:
         """Settings, and what became of this process's memories; lm-eval keeps it with the results."""
@@ -132,6 +133,7 @@ class MemDLMEvalLM(LM):
             "model_dtype": str(next(self.pretrained.model.parameters()).dtype),
             "sampler": self.decoder.sampler,
             "sampler_settings": self.decoder.settings,
+            "answers_left_masked": self.decoder.left_masked,
         }
         if self.memory is not None:
             info["memory"] = dataclasses.asdict(self.memory.memory.config)
@@ -211,22 +213,11 @@ class MemDLMEvalLM(LM):
         found = {prompt.number: answer for prompt, answer in decoded}
         return [found.get(number, []) == continuation for number, (_, continuation) in enumerate(pairs)]
 
-    def _encode(self, text: str) -> list[int]:
-        bos = self.tokenizer.bos_token
-        has_bos = bos is not None and text.startswith(bos)  # a chat template writes it into the text
-        return self.tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
-
-    def _encode_pair(self, context: str, continuation: str) -> Pair:
-        """Spaces between the two belong to the continuation, and the border is where the context alone would end."""
-        spaces = len(context) - len(context.rstrip())
-        if spaces:
-            context, continuation = context[:-spaces], context[-spaces:] + continuation
-        start = self._encode(context)
-        return start, self._encode(context + continuation)[len(start) :]
-
     def _report(self) -> None:
         if self.memory is not None:
             _logger.info("rank %d: %s", self.rank, self.memory.tally.describe())
+        if left := self.decoder.unfinished():
+            _logger.warning("rank %d: %s", self.rank, left)
 
 
 @contextmanager

@@ -39,7 +39,9 @@ def held_out(data: DataConfig, words: int, questions: int) -> list[Needles]:
         raise ConfigError(f"data.eval_fraction={data.eval_fraction}: the run holds no row of {data.dataset} out")
     first = len(rows) if data.eval_size is None else data.eval_size
     if first >= len(rows):
-        raise ConfigError(f"data.eval_size={data.eval_size}: training evaluates on all {len(rows)} rows it holds out")
+        raise ConfigError(
+            f"data.eval_size={data.eval_size}: training evaluates on all {len(rows)} rows it holds out; expected fewer"
+        )
     if "context" not in rows.column_names:
         fields = ", ".join(rows.column_names)
         raise ConfigError(f"data.dataset={data.dataset!r}: rows with {fields}; expected HotpotQA's, with a context")
@@ -48,9 +50,11 @@ def held_out(data: DataConfig, words: int, questions: int) -> list[Needles]:
 
 def found(decoder: Decoder, examples: Sequence[Needles], batch_size: int) -> list[int]:
     """How many of its values each text's answer gives, with a memory of the text if the decoder has one."""
+    from ..data import encode_chat
+
     tokenizer = decoder.pretrained.tokenizer
     chats = [[{"role": "user", "content": example.prompt}] for example in examples]
-    prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+    prompts = [encode_chat(tokenizer, chat, add_generation_prompt=True) for chat in chats]
     new_tokens = max(len(tokenizer(example.response)["input_ids"]) for example in examples) + 1
     right = []
     for start in range(0, len(prompts), batch_size):

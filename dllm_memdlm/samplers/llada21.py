@@ -25,7 +25,11 @@ PREFILL = 1024
 
 @dataclass
 class LLaDA21SamplerConfig(BaseSamplerConfig):
-    """Settings, with dllm's names and defaults; the last one is ours, and does not change the tokens."""
+    """Settings, with dllm's names and defaults; the last two are ours.
+
+    The paper's decoding has no editing, and min(32, answer's tokens) steps a block: `editing_threshold=none` and
+    `block_steps=32`, as recipes/eval says.
+    """
 
     max_new_tokens: int | None = knob(128, "of an answer")
     max_length: int | None = knob(None, "of prompt and answer together, where max_new_tokens is none")
@@ -34,17 +38,34 @@ class LLaDA21SamplerConfig(BaseSamplerConfig):
     top_p: float | None = knob(None, "sample among the likeliest tokens that hold this probability")
     top_k: int | None = knob(None, "sample among this many of the likeliest tokens")
     threshold: float = knob(0.95, "masks are committed above this confidence, and at least num_to_transfer of them")
-    editing_threshold: float = knob(0.9, "committed tokens give way to another one above this confidence")
+    editing_threshold: float | None = knob(
+        0.9, "committed tokens give way to another one above this confidence; none never edits, as in the paper"
+    )
     max_post_steps: int = knob(16, "steps of editing alone, once a block has no mask left")
     num_to_transfer: int = knob(1, "the fewest masks that a step commits")
     eos_early_stop: bool = knob(False, "stop after the block in which the text ends")
     use_cache: bool = knob(True, "keep keys and values of finished blocks; the same tokens without")
+    block_steps: int | None = knob(
+        None,
+        "a block takes no more steps than these, nor than the answer has tokens: each commits at least its share of "
+        "the block (the paper's are 32); none is no limit",
+    )
 
     def __post_init__(self) -> None:
         check_types(self, "sampler")
         require("sampler", self, "temperature", self.temperature >= 0, "at least 0")
-        for name, least in (("block_size", 1), ("num_to_transfer", 1), ("max_post_steps", 0)):
-            require("sampler", self, name, getattr(self, name) >= least, f"at least {least}")
+        for name in ("threshold", "editing_threshold", "top_p"):
+            value = getattr(self, name)
+            require("sampler", self, name, value is None or 0 <= value <= 1, "in [0, 1]")
+        for name, least in (
+            ("block_size", 1),
+            ("num_to_transfer", 1),
+            ("max_post_steps", 0),
+            ("block_steps", 1),
+            ("top_k", 0),
+        ):
+            value = getattr(self, name)
+            require("sampler", self, name, value is None or value >= least, f"at least {least}")
 
 
 class Step(NamedTuple):
@@ -63,6 +84,7 @@ class Row:
     prompt: int  #: tokens
     blocks: int  #: of its canvas, prompt included
     block: int  #: the one that is filled in now
+    block_steps: int | None  #: the most that a block takes
     post_steps: int = 0  #: steps since that had no mask left
     steps: int = 0  #: in this block
     barred: bool = False  #: the mask token may not be chosen in this block any more
@@ -85,7 +107,14 @@ class Row:
         if not step.masks_before and not step.edited:
             return True
         self.post_steps += 1
-        return self.post_steps > settings.max_post_steps
+        return settings.editing_threshold is None or self.post_steps > settings.max_post_steps
+
+    def quota(self, settings: LLaDA21SamplerConfig) -> int:
+        """The fewest masks that the next step commits."""
+        if self.block_steps is None:
+            return settings.num_to_transfer
+        share, more = divmod(settings.block_size, self.block_steps)
+        return max(settings.num_to_transfer, share + (self.steps < more))
 
     def next_block(self) -> None:
         self.block, self.post_steps, self.steps, self.barred, self.stale = self.block + 1, 0, 0, False, False
@@ -93,10 +122,10 @@ class Row:
 
 @dataclass
 class LLaDA21Sampler(CanvasSampler):
-    """dllm's `LLaDA21Sampler`, for any number of prompts of any lengths. See `CanvasSampler`.
+    """dllm's `LLaDA21Sampler`, for any number of prompts of any lengths; mask tokens in a prompt stay.
 
     A model that keeps choosing the mask token itself keeps dllm's loop running forever; here it may not, in a block
-    that it has got stuck in.
+    that it has got stuck in. See `CanvasSampler`.
     """
 
     @torch.no_grad()
@@ -112,8 +141,10 @@ class LLaDA21Sampler(CanvasSampler):
         prompts = self._prompts(inputs)
         rows = []
         for prompt in prompts:
-            length = len(prompt) + new_tokens(settings, len(prompt))
-            rows.append(Row(prompt=len(prompt), blocks=-(-length // size), block=len(prompt) // size))
+            new = new_tokens(settings, len(prompt))
+            most = None if settings.block_steps is None else min(settings.block_steps, new)
+            blocks = -(-(len(prompt) + new) // size)
+            rows.append(Row(prompt=len(prompt), blocks=blocks, block=len(prompt) // size, block_steps=most))
         canvas = self._canvas(prompts, size * max(row.blocks for row in rows))
         for line, row in zip(canvas, rows, strict=True):
             line[row.prompt : row.blocks * size] = self.tokenizer.mask_token_id
@@ -190,22 +221,25 @@ class LLaDA21Sampler(CanvasSampler):
     ) -> list[Step]:
         """Commit and edit tokens in each row's block."""
         mask_id = self.tokenizer.mask_token_id
-        facts = [(row.prompt, row.idle, row.barred) for row in rows]
-        prompt, idle, barred = torch.tensor(facts, device=canvas.device).T[:, :, None]
+        facts = [(row.prompt, row.idle, row.barred, row.quota(settings)) for row in rows]
+        prompt, idle, barred, quota = torch.tensor(facts, device=canvas.device).T[:, :, None]
         logits[:, :, mask_id] = logits[:, :, mask_id].masked_fill(barred.bool(), -torch.inf)
         tokens, probability = sample_tokens(logits, settings, noise, [row.idle for row in rows])
         before = canvas.gather(1, window)
-        masked = before == mask_id
+        own = window >= prompt  # a mask token of the prompt is text, and stays
+        masked = (before == mask_id) & own
 
         confidence = probability.masked_fill(~masked, -torch.inf)
         sure = (confidence > settings.threshold) & masked
-        best = confidence.topk(min(settings.num_to_transfer, settings.block_size)).indices
-        best = torch.zeros_like(masked).scatter_(1, best, True) & masked
-        committed = torch.where(sure.sum(1, keepdim=True) >= settings.num_to_transfer, sure, best)
-        edited = ~masked & (window >= prompt) & (probability > settings.editing_threshold) & (tokens != before)
+        order = confidence.topk(min(max(fact[-1] for fact in facts), settings.block_size)).indices
+        rank = torch.arange(order.shape[1], device=canvas.device)
+        best = torch.zeros_like(masked).scatter_(1, order, rank < quota) & masked
+        committed = torch.where(sure.sum(1, keepdim=True) >= quota, sure, best)
+        edits = torch.inf if settings.editing_threshold is None else settings.editing_threshold
+        edited = ~masked & own & (probability > edits) & (tokens != before)
         after = torch.where((committed | edited) & ~idle.bool(), tokens, before)
         canvas.scatter_(1, window, after)
-        seen = [masked.sum(1), (after == mask_id).sum(1), (after != before).any(1), edited.any(1)]
+        seen = [masked.sum(1), ((after == mask_id) & own).sum(1), (after != before).any(1), edited.any(1)]
         return [Step(*row) for row in torch.stack(seen, dim=1).tolist()]
 
     def _ends(self, line: Tensor, row: Row, size: int) -> bool:

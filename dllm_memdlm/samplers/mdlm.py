@@ -47,7 +47,9 @@ class MDLMSamplerConfig(BaseSamplerConfig):
 
     def __post_init__(self) -> None:
         check_types(self, "sampler")
-        require("sampler", self, "temperature", self.temperature >= 0, "at least 0")
+        for name in ("temperature", "cfg_scale"):
+            require("sampler", self, name, getattr(self, name) >= 0, "at least 0")
+        require("sampler", self, "threshold", self.threshold is None or 0 <= self.threshold <= 1, "in [0, 1]")
         require("sampler", self, "block_size", self.block_size is None or self.block_size >= 1, "at least 1")
         require("sampler", self, "steps", self.steps >= 1, "at least 1")
 
@@ -57,14 +59,14 @@ class Block(NamedTuple):
 
     starts: list[int]
     ends: list[int]
-    #: Where a token may be committed from: dllm's `sample` also fills masks that the prompt brings along.
+    #: Where a token may be committed: dllm's `sample` also fills masks that blocks before this one have left.
     lowest: list[int]
     highest: list[int]
 
 
 @dataclass
 class MDLMSampler(CanvasSampler):
-    """dllm's `MDLMSampler`. See `CanvasSampler`."""
+    """dllm's `MDLMSampler`, but for mask tokens in a prompt, which stay. See `CanvasSampler`."""
 
     @torch.no_grad()
     def steps(
@@ -87,7 +89,7 @@ class MDLMSampler(CanvasSampler):
         for first in range(0, new, block_size):
             starts = [length + first for length in lengths]
             ends = [length + min(first + block_size, new) for length in lengths]
-            lowest = starts if approximate else [0] * len(lengths)
+            lowest = starts if approximate else lengths  # a mask token of the prompt is text, and stays
             blocks.append(Block(starts, ends, lowest, [start + block_size for start in starts]))
         yield from self._denoise(canvas, [length + new for length in lengths], blocks, settings, seeds)
 
