@@ -95,19 +95,10 @@ class AnchorTrajectoryCollator(CollatorWrapper):
                 f"AnchorTrajectoryCollator: examples without labels (fields: {', '.join(features[0])}); expected the "
                 "input_ids as labels, with -100 where nothing is learned"
             )
-        if not self.padding_loss:
-            self._hide_padding(batch, [len(feature["input_ids"]) for feature in features])
-        return self.add_noise(batch, examples)
-
-    def _hide_padding(self, batch: dict[str, Any], lengths: list[int]) -> None:
-        """Hide what is beyond the examples' own tokens, and take it out of the labels."""
-        place = torch.arange(batch["input_ids"].shape[1])
-        if getattr(getattr(self, "tokenizer", None), "padding_side", "right") == "left":
-            place = place.flip(0)
-        own = place < torch.tensor(lengths)[:, None]
-        if not own.all():
+        if not self.padding_loss and (own := _own_tokens(batch, features)) is not None and not own.all():
             batch["labels"] = batch["labels"].masked_fill(~own, -100)
             batch["attention_mask"] = own.long()
+        return self.add_noise(batch, examples)
 
     def add_noise(self, batch: dict[str, Any], examples: Tensor) -> dict[str, Any]:
         """Add the fields of a `Trajectory` to a padded batch. examples [B] int64, indices in the dataset."""
@@ -121,3 +112,22 @@ class AnchorTrajectoryCollator(CollatorWrapper):
         chance, ids = 1 - self.scheduler(t), batch["input_ids"]
         trajectory = build_trajectory(ids, maskable, t, chance, keys, self.config, self.scheduler)
         return {**batch, **trajectory.to_batch()}
+
+
+def _own_tokens(batch: dict[str, Any], features: list[dict[str, Any]]) -> Tensor | None:
+    """What of a batch is no padding [B, L] bool: as its mask says, or else where the examples' tokens stand in it.
+
+    None where neither tells: a wrapped collator made other tokens of the examples, and no mask.
+    """
+    mask, ids = batch.get("attention_mask"), batch["input_ids"]
+    if mask is not None and mask.shape == ids.shape and not mask.all():
+        return mask.bool()
+    own = torch.zeros_like(ids, dtype=torch.bool)
+    for row, feature in enumerate(features):
+        tokens = torch.as_tensor(feature.get("input_ids", ()))
+        places = (slice(0, len(tokens)), slice(ids.shape[1] - len(tokens), None))  # padded right, or left
+        place = next((place for place in places if torch.equal(ids[row, place], tokens.to(ids.dtype))), None)
+        if place is None or not len(tokens):
+            return None
+        own[row, place] = True
+    return own

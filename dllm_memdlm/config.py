@@ -136,7 +136,7 @@ class ModelConfig:
 
     def for_training(self, lora: LoraConfig) -> ModelConfig:
         """With its dtype settled. bfloat16 keeps 8 bits of a weight: updates of less than 1/512 of it would be lost."""
-        dtype = ("bfloat16" if lora.enabled else "float32") if self.dtype == "auto" else self.dtype
+        dtype = ("bfloat16" if lora.enabled or self.load_in_4bit else "float32") if self.dtype == "auto" else self.dtype
         return dataclasses.replace(self, dtype=dtype)
 
 

@@ -41,6 +41,10 @@ class Evaluation(transformers.Trainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._evaluated:
             on, off, maskable = torch.cat(self._evaluated).double().unbind(-1)
+            # All processes hold all samples. The meter, which adds the processes up, gives eval_nll and eval_ppl.
+            tokens = maskable.sum().clamp_min(1)
+            share = (tokens / self.args.world_size).float().to(self.args.device)
+            self.meter.update(split="eval", value=(on.sum() / tokens).float().to(self.args.device), weight=share)
             norm = NORMS[self.loss_norm_type]
             output.metrics[f"{metric_key_prefix}_loss"] = norm(on, maskable).item()
             if self.memory is not None:

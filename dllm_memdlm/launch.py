@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 from huggingface_hub import constants
@@ -106,28 +107,34 @@ def check_writable(flag: str, path: str | os.PathLike, make_folder: bool = False
 
 
 def close_process_group() -> None:
-    """Leave the group of processes, if there is one, and let this process end without taking its interpreter down.
-
-    DDP keeps gloo's threads alive. One that lets go of a tensor while the interpreter goes aborts the process.
-    """
-    global _left_group
+    """Leave the group of processes, if there is one."""
     import torch
 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-        _left_group = True
 
 
-_left_group = False
+def end(code: int) -> NoReturn:
+    """End a command; a process of several without taking its interpreter down.
+
+    DDP keeps gloo's threads alive. One that lets go of a tensor while the interpreter goes aborts the process.
+    """
+    global _code
+    if "LOCAL_RANK" in os.environ:
+        _code = code
+    sys.exit(code)
+
+
+_code: int | None = None
 
 
 @atexit.register  # before other libraries have registered anything, hence after all that they do at the end
 def _end_at_once() -> None:
-    if _left_group:
+    if _code is not None:
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(_code)
 
 
 def work_offline_without_hub(timeout: float = 5.0) -> None:

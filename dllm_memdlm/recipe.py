@@ -39,6 +39,9 @@ class Recipe:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     values: dict[str, Any] = field(default_factory=dict, repr=False)  #: as resolved: `extends` and overrides merged
 
+    def __post_init__(self) -> None:
+        self.model = self.model.for_training(self.lora)
+
     def to_yaml(self) -> str:
         """Every section with every value; of `training` what the recipe sets. Loading it gives the same recipe."""
         sections = ("model", "lora", "data", "memory")
@@ -139,7 +142,6 @@ def build_recipe(values: dict[str, Any], default_output_dir: str | None = None) 
         raise ConfigError(f"lora.path={built['lora'].path!r}: expected a model.path, of the base that it was made for")
     if built["model"].load_in_4bit and not built["lora"].enabled:
         raise ConfigError("model.load_in_4bit=True: expected lora.enabled=true, as packed weights are not trained")
-    built["model"] = built["model"].for_training(built["lora"])
     try:
         training = MemDLMConfig(**values["training"])
     except ConfigError:

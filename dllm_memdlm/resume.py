@@ -15,6 +15,7 @@ from typing import Any
 import peft
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -43,25 +44,26 @@ class WholeCheckpoints(transformers.Trainer):
         #: What the trainer's user wants to find again in a checkpoint, to compare with when a run goes on from it.
         self.made_of: dict[str, Any] = {}
         self._aside: Path | None = None
+        self._run: str | None = None  #: the name of this run, in its folder and in its checkpoints
         super().__init__(*args, **kwargs)
-        self.add_callback(_BestCheckpoint())
+        self._began = _Began()
+        self.add_callback(self._began)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As transformers' method; True goes on from the last checkpoint of the newest run in the output folder."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                raise ConfigError(f"{self.args.output_dir}: no checkpoint of the newest run to go on from")
-        run = _contents(resume_from_checkpoint).get("run") if resume_from_checkpoint else uuid.uuid4().hex
-        if self.args.should_save and run != _run_of(folder := Path(self.args.output_dir)):
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / RUN).write_text(run or "", encoding="utf-8")
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+                raise ConfigError(f"{self.args.output_dir}: no checkpoint to go on from")
+        resumed = resume_from_checkpoint or None
+        (self._run,) = broadcast_object_list([_contents(resumed).get("run") if resumed else uuid.uuid4().hex])
+        self._began.run, self._began.resumed = self._run, resumed
+        return super().train(resume_from_checkpoint=resumed, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        about = {"made_by": engines.describe(self.accelerator), "made_of": self.made_of}
+        about = {"made_by": engines.describe(self.accelerator), "made_of": self.made_of, "run": self._run}
         try:
             with written_aside(run_dir, self.accelerator, self.args.should_save, about) as self._aside:
                 super()._save_checkpoint(model, trial)
@@ -134,7 +136,7 @@ def _finish(aside: Path, final: Path, about: dict[str, Any]) -> None:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
         contents = folder / CONTENTS
-        told = {**about, "run": _run_of(final), "written": time.time_ns(), "files": sizes}
+        told = {**about, "written": _later_than(final), "files": sizes}
         contents.write_text(json.dumps(told, indent=1), encoding="utf-8")
         for path in (*files, contents, *(path for path in folder.rglob("*") if path.is_dir()), folder):
             _to_disk(path)
@@ -158,16 +160,41 @@ def _to_disk(path: Path) -> None:
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The checkpoint that the newest run in a folder has written last, if it has written one.
+    """The checkpoint that the newest run in a folder has written last; none where no run has written any.
 
     Not the one of most steps: a run may use the folder of an earlier one, or go on from an earlier checkpoint.
+
+    Raises:
+        ConfigError: there are checkpoints of earlier runs alone.
     """
-    run, found = _run_of(Path(output_dir)), []
-    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+    found, run = _checkpoints(Path(output_dir)), _run_of(Path(output_dir))
+    own = [entry for entry in found if run in (None, entry[3])]
+    if found and not own:
+        raise ConfigError(
+            f"{output_dir}: the newest run there has written no checkpoint, and {Path(max(found)[2]).name} is of an "
+            "earlier one; start without resuming, or name it as training.resume_from_checkpoint"
+        )
+    return max(own)[2] if own else None
+
+
+def has_checkpoints(output_dir: str | os.PathLike) -> bool:
+    """Whether any run has written one."""
+    return bool(_checkpoints(Path(output_dir)))
+
+
+def _checkpoints(output_dir: Path) -> list[tuple[int, int, str, str]]:
+    """When each was written, its step, its folder, and the name of its run."""
+    found = []
+    for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step, contents = folder.name.rpartition("-")[2], _contents(folder)
-        if folder.is_dir() and step.isdecimal() and run in (None, contents.get("run")):
-            found.append((contents.get("written", 0), int(step), str(folder)))
-    return max(found)[2] if found else None
+        if folder.is_dir() and step.isdecimal():
+            found.append((contents.get("written", 0), int(step), str(folder), contents.get("run") or ""))
+    return found
+
+
+def _later_than(output_dir: Path) -> int:
+    """The time, in ns, and after all that is written there: the clock of another node may be ahead."""
+    return max(time.time_ns(), *(written + 1 for written, *_ in _checkpoints(output_dir)), 0)
 
 
 def _run_of(output_dir: Path) -> str | None:
@@ -187,20 +214,31 @@ def _contents(checkpoint: str | os.PathLike) -> dict[str, Any]:
     return contents if isinstance(contents, dict) else {}
 
 
-class _BestCheckpoint(transformers.TrainerCallback):
-    """Finds the best checkpoint so far where the folder has moved since, or the working directory is another one."""
+class _Began(transformers.TrainerCallback):
+    """When a run begins: its name goes into its folder, and the best checkpoint so far is found again.
+
+    The folder may have moved since, or be a copy, or be reached from another working directory.
+    """
+
+    run: str | None = None
+    resumed: str | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        best = state.best_model_checkpoint
-        if best is None or Path(best).is_dir():
+        folder = Path(args.output_dir)
+        if args.should_save and self.run != _run_of(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / RUN).write_text(self.run or "", encoding="utf-8")
+        if (best := state.best_model_checkpoint) is None:
             return
-        place = Path(args.output_dir, Path(best).name)
-        if place.is_dir():
-            state.best_model_checkpoint = str(place)
-            return
-        state.best_model_checkpoint = state.best_metric = None
-        if state.is_world_process_zero:
-            print(f"the best checkpoint so far, {best}, is no longer there: the best from here on counts", flush=True)
+        beside = [Path(self.resumed).parent] if self.resumed else []
+        places = [*(place / Path(best).name for place in (*beside, folder)), Path(best)]
+        state.best_model_checkpoint = next((str(place) for place in places if place.is_dir()), None)
+        if state.best_model_checkpoint is None:
+            state.best_metric = None
+            if state.is_world_process_zero:
+                print(
+                    f"the best checkpoint so far, {best}, is no longer there: the best from here on counts", flush=True
+                )
 
 
 def check_whole(checkpoint: str | os.PathLike) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from .dllm_api import NoAttentionMaskWrapper, describe
 from .example_ids import digest_of
 from .model_card import write_run_card
 from .recipe import FILE_NAME, Recipe
-from .resume import check_engine, check_whole, last_checkpoint
+from .resume import check_engine, check_whole, has_checkpoints, last_checkpoint
 from .trainer import MemDLMTrainer
 from .training_args import MemDLMConfig
 
@@ -118,11 +118,10 @@ def train(recipe: Recipe, resume: bool = False) -> MemDLMTrainer:
     """
     checkpoint = recipe.training.resume_from_checkpoint
     output_dir = recipe.training.output_dir
-    last = last_checkpoint(output_dir)
     if checkpoint is None and resume:
-        checkpoint = last
-    elif checkpoint is None and last is not None and accelerate.PartialState().is_main_process:
-        print(f"{last} is of an earlier run, which --resume would have gone on with; from now on it goes on with this")
+        checkpoint = last_checkpoint(output_dir)
+    elif checkpoint is None and has_checkpoints(output_dir) and accelerate.PartialState().is_main_process:
+        print(f"{output_dir} has checkpoints of an earlier run; from now on --resume goes on with this one")
     if checkpoint is not None:
         made = check_whole(checkpoint)
         check_recipe(checkpoint, recipe)
@@ -168,9 +167,12 @@ def check_recipe(checkpoint: str, recipe: Recipe) -> None:
 
 def check_examples(checkpoint: str, recipe: Recipe, made_of: dict[str, Any], here: dict[str, Any]) -> None:
     """Refuse a checkpoint of a run on other training examples, wherever they lie."""
-    if made_of in ({}, here):  # empty: made without a recipe
+    if made_of == here:
         return
-    change = next(_changes(checkpoint, recipe, ("data",)), None)
+    changes = _changes(checkpoint, recipe, ("data",))
+    change = next((c for c in changes if not c.startswith(("data.num_proc=", "data.eval_s"))), None)
+    if change is None and made_of == {}:  # made without a recipe, or by an earlier version
+        return
     if change is None:
         change = f"another content of data.dataset={recipe.data.dataset!r}, which has been written to since"
     raise ConfigError(f"{checkpoint}: made with {change}; {ELSE}")

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from .config import ConfigError
-from .launch import close_process_group, missing_processes, run_in_processes, work_offline_without_hub
+from .launch import close_process_group, end, missing_processes, run_in_processes, work_offline_without_hub
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,5 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def command() -> None:
+    """What `memdlm-train` runs."""
+    end(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

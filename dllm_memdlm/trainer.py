@@ -8,7 +8,7 @@ import datasets
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, Sampler
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import TrainOutput, has_length
 
 from . import engines, noise
 from .backbones import adapted_layers, adopt, staged_backbone
@@ -174,10 +174,9 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
             count = count / self.accelerator.num_processes
         loss, total = self._outer_loss(nll, trajectory, positions, count)
         maskable = trajectory.maskable.sum(-1).to(total.dtype)
-        tokens = maskable.sum()
-        self.meter.update(
-            split="train" if model.training else "eval", value=total.sum() / tokens.clamp_min(1), weight=tokens
-        )
+        if model.training:
+            tokens = maskable.sum()
+            self.meter.update(split="train", value=total.sum() / tokens.clamp_min(1), weight=tokens)
         if not return_outputs:
             return loss
         off = total if written is None else self._memory_off(trajectory, head, positions)[1]
@@ -272,12 +271,20 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
             logs = {**logs, **self._train_log.pop(self.accelerator)}
         super().log(logs, start_time)
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As transformers' method. `training_loss`, too, is that of the steps that were taken."""
+        output = super().train(*args, **kwargs)
+        return output._replace(training_loss=output.metrics.get("train_loss", 0.0))
+
     def _of_this_session(self, logs: dict[str, float]) -> None:
-        """Correct the summary of a run that was resumed: transformers counts the steps in that others have taken."""
-        taken, all_steps = self.state.global_step - self._clock.first_step, self.state.global_step
+        """Correct a run's summary: transformers counts the steps in that were taken before, or not at all."""
+        state, speeds = self.state, ("train_samples_per_second", "train_steps_per_second")
+        taken = state.global_step - self._clock.first_step
         if taken == 0:
-            del logs["train_loss"]
-        elif taken < all_steps:
-            logs["train_loss"] *= all_steps / taken
-            for name in ("train_samples_per_second", "train_steps_per_second"):
-                logs[name] = round(logs[name] * taken / all_steps, 3)
+            for name in ("train_loss", *speeds):
+                logs.pop(name, None)
+            return
+        logs["train_loss"] *= state.global_step / taken
+        for name in speeds:
+            if name in logs:
+                logs[name] = round(logs[name] * taken / state.max_steps, 3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ class MemDLMConfig(MDLMConfig):
     """
 
     engine: str = "auto"
-    report_to: str | list[str] = "none"
+    # by a function, as HfArgumentParser takes no other default of a list
+    report_to: str | list[str] = field(default_factory=lambda: "none")
     save_only_model: bool = False
     remove_unused_columns: bool = False
     logging_first_step: bool = True
@@ -94,7 +95,6 @@ ACCEPTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "per_device_train_batch_size": (_count, "at least 1"),
     "per_device_eval_batch_size": (_count, "at least 1"),
     "gradient_accumulation_steps": (_count, "at least 1"),
-    "save_total_limit": (_unset_or(_count), "at least 1"),
 }
 
 
@@ -105,7 +105,7 @@ def _check_trackers(report_to: str | list[str]) -> None:
     except (ValueError, ImportError) as error:
         raise ConfigError(f"training.report_to={report_to!r}: {' '.join(str(error).split())}") from None
     for name in names:
-        if name not in ("all", "none", *get_available_reporting_integrations()):
+        if name not in ("all", "none", "flyte", "azure_ml", *get_available_reporting_integrations()):
             raise ConfigError(
                 f"training.report_to={report_to!r}: {name} is not installed; expected one that is, or none"
             )
@@ -119,6 +119,8 @@ def _check_optimizer(args: MemDLMConfig) -> None:
         if args.optim_target_modules is None:
             optimizer = cls([nn.Parameter(torch.zeros(1))], **kwargs)
     except (AssertionError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if "need to pass a" in str(error):  # the model, which is not there yet
+            return
         where = f"training.optim={str(getattr(args.optim, 'value', args.optim))!r} with {kwargs or 'its arguments'}"
         raise ConfigError(f"{where}: {_one_line(error)}") from None
     if args.optim_target_modules is not None:
@@ -127,7 +129,7 @@ def _check_optimizer(args: MemDLMConfig) -> None:
         transformers.get_scheduler(
             args.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=args.lr_scheduler_kwargs or {}
         )
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, KeyError, TypeError, ValueError) as error:
         name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
         raise ConfigError(
             f"training.lr_scheduler_type={name!r} with lr_scheduler_kwargs={args.lr_scheduler_kwargs!r}: "

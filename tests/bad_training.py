@@ -50,7 +50,6 @@ BAD_TRAINING: list[Row] = [
     training("per_device_train_batch_size", "0", "expected at least 1"),
     training("per_device_eval_batch_size", "0", "expected at least 1"),
     training("gradient_accumulation_steps", "0", "expected at least 1"),
-    training("save_total_limit", "0", "expected at least 1"),
     training("time_epsilon", "1", "expected in (0, 1)"),
     training("time_epsilon", "0", "expected in (0, 1)"),
     training("save_safetensors", "false", "expected true"),

@@ -158,20 +158,28 @@ def test_who_is_offline_already_asks_nobody(online, monkeypatch):
     launch.work_offline_without_hub()
 
 
-def test_a_process_that_has_left_its_group_skips_the_end_of_its_interpreter(tmp_path):
-    """Where gloo's threads, which DDP keeps alive, may abort it. What other libraries do at the end is done."""
+@pytest.mark.parametrize(
+    ("last", "code", "ends_whole"), [("end(0)", 0, False), ("end(2)", 2, False), ("raise RuntimeError", 1, True)]
+)
+def test_a_process_of_several_skips_the_end_of_its_interpreter(last, code, ends_whole):
+    """Where gloo's threads, which DDP keeps alive, may abort it. What other libraries do at the end is done.
+
+    What fails after a command, in a script that calls it, keeps its code.
+    """
     script = f"""if True:
-        from dllm_memdlm.launch import close_process_group
-        import atexit, torch
+        from dllm_memdlm.launch import close_process_group, end
+        import atexit
         class Last:
             def __del__(self): print("interpreter ended")
-        last = Last()
+        kept = Last()
         atexit.register(lambda: print("handlers run"))
-        torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
         close_process_group()
+        {last}
     """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout == "handlers run\n"
+    environment = {**os.environ, "LOCAL_RANK": "0"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stdout == "handlers run\n" + "interpreter ended\n" * ends_whole
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KINDS, examples, make_trainer, seq2seq, tiny
+from conftest import KINDS, examples, make_tokenizer, make_trainer, seq2seq, tiny
 from small_run import logs_of, recipe_for, write_recipe
 from steps import OFF, memory_for
 
@@ -60,7 +60,8 @@ def test_without_padding_a_step_does_not_depend_on_its_split(tokenizer, tmp_path
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_what_is_hidden_is_padding(side, tokenizer):
+def test_what_is_hidden_is_padding(side):
+    tokenizer = make_tokenizer()
     tokenizer.padding_side = side
     collator = AnchorTrajectoryCollator(seq2seq(tokenizer), memory_for("llama"), padding_loss=False)
     batch = collator([{**row, "example_id": number} for number, row in enumerate(ROWS)])
@@ -73,6 +74,34 @@ def test_what_is_hidden_is_padding(side, tokenizer):
         assert (ids[own].tolist(), labels[own].tolist()) == (row["input_ids"], row["labels"])
         assert seen.sum() == length and seen[own].all()
         assert maskable.equal(labels != -100) and maskable.sum() == sum(label != -100 for label in row["labels"])
+
+
+@pytest.mark.parametrize("kind", ["bos", "left"])
+def test_what_a_wrapped_collator_changes_is_no_padding(kind):
+    """As its mask says; without one, a batch whose tokens are not the examples' is left as it is."""
+    tokenizer = make_tokenizer()
+    rows = [{**row, "example_id": number} for number, row in enumerate(ROWS)]
+
+    def changed(features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
+        if kind == "left":
+            tokenizer.padding_side = "left"
+            return seq2seq(tokenizer)(features)
+        return seq2seq(tokenizer)(
+            [{"input_ids": [1, *f["input_ids"]], "labels": [-100, *f["labels"]]} for f in features]
+        )
+
+    def without_mask(features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
+        return {name: value for name, value in changed(features).items() if name != "attention_mask"}
+
+    masked, unmasked = (
+        AnchorTrajectoryCollator(collator, memory_for("llama"), padding_loss=False)(rows)["maskable"].sum(-1).tolist()
+        for collator in (changed, without_mask)
+    )
+    learned = [sum(label != -100 for label in row["labels"]) for row in ROWS]
+    longest = max(len(row["labels"]) for row in ROWS)
+    assert masked == learned
+    padding = [longest - len(row["labels"]) for row in ROWS]
+    assert unmasked == (learned if kind == "left" else [a + b for a, b in zip(learned, padding, strict=True)])
 
 
 def test_examples_without_labels_are_refused(tokenizer, tmp_path):

@@ -71,7 +71,7 @@ def test_the_summary_of_a_resumed_run_is_of_its_own_steps(finished, recipe_file,
         summary = run.train(recipe_for(recipe_file, tmp_path), resume=True).state.log_history
         last = next(log for log in reversed(summary) if "train_runtime" in log)
         losses = [log["loss"] for log in summary if "loss" in log and log["step"] in steps]
-        assert ("train_loss" in last) == bool(steps)
+        assert ("train_loss" in last) == ("train_steps_per_second" in last) == bool(steps)
         if steps:
             assert last["train_loss"] == pytest.approx(sum(losses) / 2, abs=1e-4)
             assert last["train_steps_per_second"] == pytest.approx(2 / last["train_runtime"], rel=0.1)
@@ -239,7 +239,7 @@ def test_what_is_uploaded_is_a_finished_checkpoint(tokenizer, tmp_path, monkeypa
 def test_a_new_run_beside_old_checkpoints_says_so(finished, recipe_file, tmp_path, capsys):
     shutil.copytree(finished / "checkpoint-4", tmp_path / "checkpoint-4")
     run.train(recipe_for(recipe_file, tmp_path, "training.max_steps=1", "training.eval_strategy='no'"))
-    assert f"{tmp_path / 'checkpoint-4'} is of an earlier run" in capsys.readouterr().out
+    assert f"{tmp_path} has checkpoints of an earlier run" in capsys.readouterr().out
 
 
 # transformers' remark on checkpoints that are less than a second apart

@@ -12,7 +12,7 @@ import transformers
 from conftest import examples, make_trainer, tiny
 from small_run import recipe_for, write_recipe
 
-from dllm_memdlm import run
+from dllm_memdlm import resume, run
 from dllm_memdlm.config import ConfigError
 from dllm_memdlm.resume import last_checkpoint
 
@@ -64,13 +64,41 @@ def test_an_older_runs_checkpoints_are_not_gone_on_from(finished, recipe_file, t
     assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
-def test_a_run_without_a_checkpoint_of_its_own_starts_anew(finished, recipe_file, tmp_path, monkeypatch, capsys):
+def test_a_run_without_a_checkpoint_of_its_own_is_not_another(finished, recipe_file, tmp_path, monkeypatch):
+    """Nothing is lost: the older run's checkpoint is named, and can be gone on from by its name."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    recipe = recipe_for(recipe_file, tmp_path, *OTHER_RATE)
-    killed(monkeypatch, 1, recipe)
-    assert last_checkpoint(tmp_path) is None
-    trainer = run.train(recipe, resume=True)
-    assert "going on from" not in capsys.readouterr().out and len(trainer.state.log_history) > 4
+    killed(monkeypatch, 1, recipe_for(recipe_file, tmp_path, *OTHER_RATE))
+    with pytest.raises(ConfigError) as error:
+        run.train(recipe_for(recipe_file, tmp_path, *OTHER_RATE), resume=True)
+    assert str(error.value) == (
+        f"{tmp_path}: the newest run there has written no checkpoint, and checkpoint-4 is of an earlier one; start "
+        "without resuming, or name it as training.resume_from_checkpoint"
+    )
+    named = f"training.resume_from_checkpoint={tmp_path}/checkpoint-4"
+    assert run.train(recipe_for(recipe_file, tmp_path, named)).state.global_step == 4
+    assert last_checkpoint(tmp_path) == f"{tmp_path}/checkpoint-4"
+
+
+def test_a_clock_that_was_set_back_hides_no_checkpoint(recipe_file, tmp_path, monkeypatch):
+    run.train(recipe_for(recipe_file, tmp_path))
+    monkeypatch.setattr(resume.time, "time_ns", lambda: 5)
+    run.train(recipe_for(recipe_file, tmp_path, "training.max_steps=6"), resume=True)
+    assert last_checkpoint(tmp_path) == f"{tmp_path}/checkpoint-6"
+
+
+def test_a_second_run_does_not_rename_the_first(recipe_file, tmp_path):
+    """It begins in the same folder while the first one still trains."""
+
+    class Other(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            (tmp_path / resume.RUN).write_text("another")
+
+    trainer = run.build_trainer(recipe_for(recipe_file, tmp_path))
+    trainer.add_callback(Other())
+    trainer.train()
+    assert {json.loads(path.read_text())["run"] for path in tmp_path.glob("checkpoint-*/contents.json")} != {"another"}
+    with pytest.raises(ConfigError, match="the newest run there has written no checkpoint"):
+        last_checkpoint(tmp_path)
 
 
 def test_a_run_that_goes_on_from_an_earlier_checkpoint_is_the_newest(recipe_file, tmp_path, monkeypatch):
@@ -98,7 +126,7 @@ def test_a_trainer_takes_the_same_one(tokenizer, tmp_path):
     third = trainer(max_steps=2, save_steps=2)
     third.train(resume_from_checkpoint=True)
     assert third.state.global_step == 2
-    with pytest.raises(ConfigError, match="no checkpoint of the newest run"):
+    with pytest.raises(ConfigError, match="no checkpoint to go on from"):
         make_trainer(tiny("llama"), tokenizer, tmp_path / "empty").train(resume_from_checkpoint=True)
 
 
@@ -133,16 +161,23 @@ def test_a_file_that_was_rewritten_is_noticed(tmp_path):
 BEST = ("training.load_best_model_at_end=true", "training.save_steps=2", "training.eval_steps=2")
 
 
-@pytest.mark.parametrize("how", ["moved", "other working directory", "gone"])
+@pytest.mark.filterwarnings("ignore:mtime may not be reliable:UserWarning")
+@pytest.mark.parametrize("how", ["moved", "copied", "absolute", "other working directory", "gone"])
 def test_the_best_checkpoint_is_found_again(how, recipe_file, tmp_path, monkeypatch, capsys):
     """At the end of a run its weights are loaded: in a folder that has moved they are where it is now."""
     monkeypatch.chdir(tmp_path)
     settings = [*BEST, "training.metric_for_best_model=eval_loss", "training.greater_is_better=true"]  # the first, then
     run.train(recipe_for(recipe_file, Path("runs/a"), *settings, "training.max_steps=2"))
     folder = Path("runs/a")
-    if how == "other working directory":
+    if how == "absolute":  # as transformers compares paths, it would remove the best one
+        folder = folder.resolve()
+        settings.append("training.save_total_limit=1")
+    elif how == "other working directory":
         monkeypatch.chdir(tmp_path / "runs")
         folder = Path("a")
+    elif how == "copied":  # not the original's
+        shutil.copytree("runs/a", "runs/b")
+        folder = Path("runs/b")
     else:
         folder = Path("elsewhere/b")
         folder.parent.mkdir()

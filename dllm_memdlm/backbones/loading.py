@@ -54,12 +54,6 @@ def read_config(path: str, architecture: str | None = None) -> PretrainedConfig:
         raise ConfigError(f"model.path={path!r}: {missing_reason(path)}") from error
     if not values:
         raise ConfigError(f"model.path={path!r}: {missing_reason(path)}")
-    if quantised := values.get("quantization_config"):
-        method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else "unknown method"
-        raise ConfigError(
-            f"model.path={path!r}: its weights are quantised already ({method}); expected float weights, which "
-            "model.load_in_4bit can pack"
-        )
     names = values.get("architectures") or [architecture]
     if not isinstance(names, list):
         raise ConfigError(f"model.path={path!r}: its config.json has architectures={names!r}; expected a list")
@@ -88,9 +82,16 @@ def missing_reason(path: str) -> str:
 
 
 def config_of(model: ModelConfig, vocab_size: int | None = None) -> PretrainedConfig:
-    """The model's config: read from `path`, or built from `architecture` and `dimensions`."""
+    """The config of a model to train: read from `path`, or built from `architecture` and `dimensions`."""
     if model.path is not None:
-        return read_config(model.path, model.architecture)
+        config = read_config(model.path, model.architecture)
+        if quantised := getattr(config, "quantization_config", None):
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
+            raise ConfigError(
+                f"model.path={model.path!r}: its weights are quantised already ({method}); expected float weights, "
+                "which model.load_in_4bit can pack"
+            )
+        return config
     cls = model_class(model.architecture)
     dimensions = dict(model.dimensions)
     if vocab_size is not None:
