@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,7 +82,7 @@ def test_a_run_without_a_checkpoint_of_its_own_is_not_another(finished, recipe_f
 
 def test_a_clock_that_was_set_back_hides_no_checkpoint(recipe_file, tmp_path, monkeypatch):
     run.train(recipe_for(recipe_file, tmp_path))
-    monkeypatch.setattr(resume.time, "time_ns", lambda: 5)
+    monkeypatch.setattr(resume, "time", SimpleNamespace(time_ns=lambda: 5))
     run.train(recipe_for(recipe_file, tmp_path, "training.max_steps=6"), resume=True)
     assert last_checkpoint(tmp_path) == f"{tmp_path}/checkpoint-6"
 
