@@ -36,7 +36,7 @@ UNIT_TESTS = (
     *("samplers_llada21", "samplers_mdlm", "trajectory"),
 )
 #: Recipes, bits of a weight of the base, and the seconds that each may take.
-TIMED = (("llada_moe", 16, 110), ("llada_moe", 4, 110), ("llada2_mini", 16, 220), ("llada2_mini", 4, 270))
+TIMED = (("llada_moe", 16, 100), ("llada_moe", 4, 100), ("llada2_mini", 16, 150), ("llada2_mini", 4, 180))
 FEW_UNIT_TESTS = ("losses", "noise")
 #: Every part is a group of processes, so that it ends with all that it has started; not a session, which would outlive
 #: one that is killed whole.

@@ -185,9 +185,9 @@ def test_a_fault_of_the_planner_costs_no_timing(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["llada_moe", "llada2_mini"])
 def test_weights_in_4_bit_are_those_of_from_pretrained(name, tmp_path):
-    recipe = recipe_of(f"recipes/{name}.yaml", 4, ["lora.enabled=false"], small=True)
+    recipe, bare = (recipe_of(f"recipes/{name}.yaml", bits, small=True) for bits in (4, 16))
+    recipe.lora = bare.lora = dataclasses.replace(recipe.lora, enabled=False)
     ours = random_model(recipe)
-    bare = recipe_of(f"recipes/{name}.yaml", 16, ["lora.enabled=false"], small=True)
     random_model(bare).save_pretrained(tmp_path)
     loaded = load_model(dataclasses.replace(recipe.model, path=str(tmp_path)), read_config(str(tmp_path)))
     expected = loaded.state_dict()

@@ -201,7 +201,7 @@ def test_no_mask_token(base, tmp_path):
 
 
 def test_values_that_no_argument_takes(base):
-    assert message(base, dtype="int8") == "dtype='int8': expected one of float32, bfloat16, float16"
+    assert message(base, dtype="int8") == "dtype='int8': expected one of auto, float32, bfloat16, float16"
     assert message(base, attn_implementation="x").startswith("attn_implementation='x': expected one of sdpa, eager,")
 
 
