@@ -51,7 +51,7 @@ def test_all_that_was_measured_is_in_one_report(tables, folder):
         [f"{recipe}, {bits} bit", kind]
         for recipe in ("llada_moe", "llada2_mini")
         for bits in (16, 4)
-        for kind in ("plain MDLM", "MemDLM")
+        for kind in ("MemDLM", "plain MDLM")
     ]
     assert {row[0] for row in tables["Decoding at full size"]["rows"]} == {"llada_moe, 16 bit", "llada2_mini, 16 bit"}
     assert all(None not in row for row in tables["A training step at full size"]["rows"]), "plans included"
