@@ -14,7 +14,7 @@ import os
 from typing import Any
 
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "3000"
+    os.environ["GOMP_SPINCOUNT"] = "30000"
 
 __version__ = "0.1.0"
 

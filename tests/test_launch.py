@@ -184,7 +184,7 @@ def test_a_process_of_several_skips_the_end_of_its_interpreter(last, code, ends_
 
 @pytest.mark.parametrize(
     ("theirs", "expected"),
-    [({}, ("3000", None)), ({"GOMP_SPINCOUNT": "9"}, ("9", None)), ({"OMP_WAIT_POLICY": "ACTIVE"}, (None, "ACTIVE"))],
+    [({}, ("30000", None)), ({"GOMP_SPINCOUNT": "9"}, ("9", None)), ({"OMP_WAIT_POLICY": "ACTIVE"}, (None, "ACTIVE"))],
 )
 @pytest.mark.parametrize("command", ["train", "generate", "evaluate", "export", "info", "demo"])
 def test_threads_that_wait_do_not_spin_long(command, theirs, expected):
