@@ -51,9 +51,7 @@ class Encoder:
         tokens = self._ordinary(text)
         if not add_special_tokens:
             return tokens
-        inner, whole = (self._call(["a"], added)[0].ids for added in (False, True))
-        start = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
-        before, after = whole[:start], whole[start + len(inner) :]
+        before, after = self._around
         ends = None if tokens.ends is None else [0] * len(before) + tokens.ends + [0] * len(after)
         return Tokens(before + tokens.ids + after, ends)
 
@@ -93,14 +91,15 @@ class Encoder:
 
     def begun(self, tokens: Tokens) -> Tokens:
         """The tokens behind what the tokenizer puts before every text: often nothing, or its first token."""
-        ends = None if tokens.ends is None else [0] * len(self._before) + tokens.ends
-        return Tokens(self._before + tokens.ids, ends)
+        before, _ = self._around
+        return Tokens(before + tokens.ids, None if tokens.ends is None else [0] * len(before) + tokens.ends)
 
     @cached_property
-    def _before(self) -> list[int]:
+    def _around(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before every text, and behind it."""
         inner, whole = (self._call(["a"], added)[0].ids for added in (False, True))
-        starts = (i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
-        return whole[: next(starts, 0)]
+        start = next((i for i in range(len(whole)) if whole[i : i + len(inner)] == inner), None)
+        return ([], []) if start is None else (whole[:start], whole[start + len(inner) :])
 
     def marked(self, text: str) -> str:
         """A text to be appended to a rendered chat: nothing in it is special."""
