@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -24,6 +23,7 @@ from .backbones.cache import block_causal
 from .config import ConfigError, MemoryConfig
 from .fast_weights import FastWeights
 from .memory import ParametricMemory
+from .pretrained import weights_digest
 from .trajectory import prompt_trajectory
 
 Text = Tensor | list[int]
@@ -197,23 +197,6 @@ def load_snapshot(
         return fast_weights, MemoryConfig(**header["memory"])
     except (TypeError, ConfigError) as error:
         raise ConfigError(f"{path}: not the memory settings of this version ({error})") from None
-
-
-def weights_digest(folder: str) -> str | None:
-    """What tells the weights of a folder from others, wherever it lies: of an adapter its own; none for a hub name.
-
-    The files' sizes and 64 pieces of each are looked at, as those of a large model take minutes to read.
-    """
-    files = sorted(Path(folder).glob("adapter_model*.safetensors")) or sorted(Path(folder).glob("model*.safetensors"))
-    digest = hashlib.blake2b(digest_size=16)
-    for path in files:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            digest.update(f"{path.name} {size}".encode())
-            for piece in range(64):
-                file.seek(size * piece // 64)
-                digest.update(file.read(4096))
-    return digest.hexdigest() if files else None
 
 
 def _digest(text: Text) -> bytes:

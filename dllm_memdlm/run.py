@@ -24,6 +24,7 @@ from .data import load_examples, tokenizer_for, training_texts
 from .dllm_api import NoAttentionMaskWrapper, describe
 from .example_ids import digest_of
 from .model_card import write_run_card
+from .pretrained import weights_digest
 from .recipe import FILE_NAME, Recipe
 from .resume import check_engine, check_whole, has_checkpoints, last_checkpoint
 from .trainer import MemDLMTrainer
@@ -104,7 +105,10 @@ def build_trainer(recipe: Recipe) -> MemDLMTrainer:
     if state.is_main_process:
         print(f"engine: {engines.describe(trainer.accelerator)}", flush=True)
     trainer.data_collator.padding_loss = recipe.data.padding_loss
-    trainer.made_of |= {"examples": digest_of(examples.train), "padding_loss": recipe.data.padding_loss}
+    trainer.made_of |= {
+        "data": {"examples": digest_of(examples.train), "padding_loss": recipe.data.padding_loss},
+        "weights": _weights_of(recipe),
+    }
     trainer.beside_checkpoints += [recipe.save, write_run_card]
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(_Progress())
@@ -124,14 +128,14 @@ def train(recipe: Recipe, resume: bool = False) -> MemDLMTrainer:
         print(f"{output_dir} has checkpoints of an earlier run; from now on --resume goes on with this one")
     if checkpoint is not None:
         made = check_whole(checkpoint)
-        check_recipe(checkpoint, recipe)
+        check_recipe(checkpoint, recipe, made.get("made_of", {}).get("weights", {}))
         recipe.training.eval_on_start = False  # it was evaluated at this step before
         if accelerate.PartialState().is_main_process:
             print(f"going on from {checkpoint}", flush=True)
     trainer = build_trainer(recipe)
     if checkpoint is not None:
         check_engine(checkpoint, made["made_by"], engines.describe(trainer.accelerator))
-        check_examples(checkpoint, recipe, made.get("made_of", {}), trainer.made_of)
+        check_examples(checkpoint, recipe, made.get("made_of", {}).get("data"), trainer.made_of["data"])
     trainer.train(resume_from_checkpoint=checkpoint)
     steps = trainer.state.global_step
     if checkpoint is not None and Path(checkpoint).name == f"checkpoint-{steps}" and trainer.is_world_process_zero():
@@ -155,23 +159,38 @@ def train(recipe: Recipe, resume: bool = False) -> MemDLMTrainer:
     return trainer
 
 
-def check_recipe(checkpoint: str, recipe: Recipe) -> None:
+def check_recipe(checkpoint: str, recipe: Recipe, weights: dict[str, str]) -> None:
     """Refuse a checkpoint that another recipe has made.
 
-    Of its training section only `ORDER` counts, of its data the examples that they come to (`check_examples`), and of a
-    local model where it lies, not how that is written.
+    Of its training section only `ORDER` counts, of its data the examples that they come to (`check_examples`), and of
+    weights in a folder their own digests, wherever it lies (`weights`: by `model.path` and `lora.path`).
     """
-    if (change := next(_changes(checkpoint, recipe, ("model", "lora", "memory", "training")), None)) is not None:
+    here = _weights_of(recipe)
+    same = [name for name in here if here[name] == weights.get(name)]
+    changes = _changes(checkpoint, recipe, ("model", "lora", "memory", "training"))
+    change = next((c for c in changes if c.partition("=")[0] not in same), None)
+    if change is None and (name := next((n for n in weights if n in here and n not in same), None)) is not None:
+        section, key = name.split(".")
+        change = (
+            f"another content of {name}={getattr(getattr(recipe, section), key)!r}, which has been written to since"
+        )
+    if change is not None:
         raise ConfigError(f"{checkpoint}: made with {change}; {ELSE}")
 
 
-def check_examples(checkpoint: str, recipe: Recipe, made_of: dict[str, Any], here: dict[str, Any]) -> None:
+def _weights_of(recipe: Recipe) -> dict[str, str]:
+    """Digests of the weights that a run starts from, of those that lie in a folder, by their setting's name."""
+    paths = {"model.path": recipe.model.path, "lora.path": recipe.lora.path}
+    return {name: digest for name, path in paths.items() if path and (digest := weights_digest(path)) is not None}
+
+
+def check_examples(checkpoint: str, recipe: Recipe, made_of: dict[str, Any] | None, here: dict[str, Any]) -> None:
     """Refuse a checkpoint of a run on other training examples, wherever they lie."""
     if made_of == here:
         return
     changes = _changes(checkpoint, recipe, ("data",))
     change = next((c for c in changes if not c.startswith(("data.num_proc=", "data.eval_s"))), None)
-    if change is None and made_of == {}:  # made without a recipe, or by an earlier version
+    if change is None and made_of is None:  # made without a recipe, or by an earlier version
         return
     if change is None:
         change = f"another content of data.dataset={recipe.data.dataset!r}, which has been written to since"

@@ -54,11 +54,11 @@ def write_recipe(folder: Path, name: str = "tiny", rows: list[dict[str, str]] = 
     return path
 
 
-def write_base(recipe_file: Path, folder: Path) -> tuple[str, ...]:
+def write_base(recipe_file: Path, folder: Path, seed: int = 42) -> tuple[str, ...]:
     """The model of a recipe, with random weights, in a folder of its own. Returns the settings that take it."""
     recipe = load_recipe(recipe_file)
     tokenizer = tokenizer_for(recipe.model, lambda: training_texts(recipe.data), folder / "tokenizers")
-    load_model(recipe.model, config_of(recipe.model, vocab_size=len(tokenizer)), seed=42).save_pretrained(folder)
+    load_model(recipe.model, config_of(recipe.model, vocab_size=len(tokenizer)), seed=seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return (f"model.path={folder}", "model.architecture=null", "model.dimensions={}")
 

@@ -130,7 +130,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(finished, recipe_file):
         f"{checkpoint}: made with memory.rank=4, the recipe now says 8; change it back, or train to another "
         "training.output_dir"
     )
-    run.check_recipe(str(checkpoint), recipe_for(recipe_file, finished, "training.max_steps=9"))
+    run.check_recipe(str(checkpoint), recipe_for(recipe_file, finished, "training.max_steps=9"), {})
 
 
 def test_what_is_no_checkpoint_is_refused(finished, recipe_file, tmp_path):

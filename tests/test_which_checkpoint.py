@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import transformers
 from conftest import examples, make_trainer, tiny
-from small_run import recipe_for, write_recipe
+from small_run import recipe_for, write_base, write_recipe
 
 from dllm_memdlm import resume, run
 from dllm_memdlm.config import ConfigError
@@ -155,6 +155,28 @@ def test_a_file_that_was_rewritten_is_noticed(tmp_path):
         f"{tmp_path}/run/checkpoint-2: made with another content of data.dataset={str(data)!r}, which has been written "
         "to since; change it back, or train to another training.output_dir"
     )
+
+
+def test_the_same_base_is_gone_on_with_wherever_it_lies(tmp_path, capsys):
+    recipe_file, base = write_recipe(tmp_path), tmp_path / "base"
+    on_base = write_base(recipe_file, base)
+    run.train(recipe_for(recipe_file, tmp_path / "run", *on_base, "training.max_steps=2"))
+    base.rename(tmp_path / "moved")
+    elsewhere = (*on_base, f"model.path={tmp_path / 'moved'}")
+    run.train(recipe_for(recipe_file, tmp_path / "run", *elsewhere), resume=True)
+    assert f"going on from {tmp_path}/run/checkpoint-2" in capsys.readouterr().out
+
+    write_base(recipe_file, base, seed=7)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    for overrides, says in (
+        (on_base, f"model.path={str(tmp_path / 'moved')!r}, the recipe now says {str(base)!r}"),
+        (elsewhere, f"another content of model.path={str(tmp_path / 'moved')!r}, which has been written to since"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            run.train(recipe_for(recipe_file, tmp_path / "copy", *overrides), resume=True)
+        assert str(error.value).startswith(f"{tmp_path}/copy/checkpoint-4: made with {says}; change it back")
+        shutil.rmtree(tmp_path / "moved", ignore_errors=True)
+        shutil.copytree(base, tmp_path / "moved")
 
 
 # --- the best checkpoint -------------------------------------------------------------------------------------------
