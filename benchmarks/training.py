@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dllm_memdlm import dllm_api
 from dllm_memdlm.config import MemoryConfig
+from dllm_memdlm.versions import checkpoint_activations
 
 from . import models, steps
 from .device import peak_memory
@@ -115,7 +116,7 @@ class Bench:
 
     def _checkpointed(self, model: nn.Module) -> nn.Module:
         if self.shape.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         return model
 
 

@@ -53,6 +53,7 @@ def watch(trainer: MemDLMTrainer, save: Callable[[Watched], None]) -> Watched:
             trainer.train()
     finally:
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        vars(trainer.model).pop("_is_accelerate_prepared", None)  # for which accelerate (1.15) would not wrap it again
     return found
 
 

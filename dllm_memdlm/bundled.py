@@ -14,7 +14,10 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate.utils import send_to_device
 from torch import Tensor
+
+from .versions import TrainingArguments
 
 
 @dataclass
@@ -32,11 +35,11 @@ class BaseAlphaScheduler(abc.ABC):
 
     def alpha(self, t: float | Tensor) -> float | Tensor:
         """α(t). Raises ValueError outside [0, 1]."""
-        return self._evaluate(self._alpha, t)
+        return self._value(self._alpha, t)
 
     def alpha_derivative(self, t: float | Tensor) -> float | Tensor:
         """α'(t). Raises ValueError outside [0, 1]."""
-        return self._evaluate(self._alpha_derivative, t)
+        return self._value(self._alpha_derivative, t)
 
     def weight(self, t: float | Tensor) -> float | Tensor:
         """w(t) = -α'(t) / (1 - α(t)), the weight of a masked token in the diffusion loss."""
@@ -50,7 +53,7 @@ class BaseAlphaScheduler(abc.ABC):
         result = (1 - self(early)) / (1 - self(late))
         return result.item() if isinstance(s, float) and isinstance(t, float) else result
 
-    def _evaluate(self, function: Any, t: float | Tensor) -> float | Tensor:
+    def _value(self, function: Any, t: float | Tensor) -> float | Tensor:
         value = torch.as_tensor(t, dtype=torch.float32)
         if not torch.all((value >= 0) & (value <= 1)):
             raise ValueError(f"t={t}: expected a time in [0, 1]")
@@ -138,12 +141,11 @@ def prepend_bos(batch: dict[str, Any], bos_token_id: int, label_pad_token_id: in
 
 
 @dataclass
-class MDLMConfig(transformers.TrainingArguments):
+class MDLMConfig(TrainingArguments):
     """Training arguments of plain masked diffusion, with dllm's defaults."""
 
     output_dir: str = None
     report_to: str = "wandb"
-    overwrite_output_dir: bool = True
     seed: int = 42
     num_train_epochs: float = 10
     learning_rate: float = 2e-5
@@ -239,7 +241,7 @@ class MDLMTrainer(transformers.Trainer):
 
     @torch.no_grad()
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None):
-        loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+        loss, outputs = self.compute_loss(model, send_to_device(inputs, self.args.device), return_outputs=True)
         if prediction_loss_only:
             return loss.detach(), None, None
         return loss.detach(), outputs.logits.detach(), inputs.get("labels")

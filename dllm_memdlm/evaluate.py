@@ -10,7 +10,7 @@ import sys
 
 from .config import ConfigError
 from .evaluation import plugin
-from .launch import work_offline_without_hub
+from .launch import prepare_to_load
 
 
 def main() -> int:
@@ -18,7 +18,7 @@ def main() -> int:
     if importlib.util.find_spec("lm_eval") is None:
         print("error: lm_eval is not installed: pip install 'lm_eval[ruler]==0.4.13'", file=sys.stderr)
         return 2
-    work_offline_without_hub()
+    prepare_to_load()
     plugin.install()  # torch has done so already, unless TORCH_DEVICE_BACKEND_AUTOLOAD=0
     # Here, not above: datasets looks at the offline switch when it is imported.
     from lm_eval.__main__ import cli_evaluate

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from .config import ConfigError, MemoryConfig
@@ -29,7 +30,7 @@ class Evaluation(transformers.Trainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
         """The loss of a batch; what it is made of is kept for `evaluation_loop`. No logits."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = send_to_device(inputs, self.args.device)
         with self.compute_loss_context_manager():
             loss, found = self.compute_loss(model, inputs, return_outputs=True)
         samples = torch.stack([found["total"], found["total_memory_off"], found["maskable"]], dim=-1)

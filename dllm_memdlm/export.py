@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .launch import exit_code, work_offline_without_hub
+from .launch import exit_code, prepare_to_load
 
 DESCRIPTION = "Write a plain checkpoint, with the adapter added to the weights; those are loaded unquantised."
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Write the checkpoint. Raises ConfigError for what the user can correct."""
-    work_offline_without_hub()
+    prepare_to_load()
     # Here, not above: transformers looks at the offline switch when it is imported.
     from .plain_checkpoint import export
 

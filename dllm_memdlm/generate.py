@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.text import Text
 
 from .config import ConfigError
-from .launch import check_writable, exit_code, work_offline_without_hub
+from .launch import check_writable, exit_code, prepare_to_load
 
 #: Ends a chat, beside the end of the input.
 GOODBYE = ("/exit", "/quit")
@@ -137,7 +137,7 @@ def answer(conversation: Any, question: str, out: Console) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Load, adapt if asked to, and answer. Raises ConfigError for what the user can correct."""
-    work_offline_without_hub()
+    prepare_to_load()
     # Here, not above: transformers looks at the offline switch when it is imported.
     from .conversation import Conversation
     from .evaluation.arguments import parse

@@ -137,8 +137,13 @@ def _end_at_once() -> None:
         os._exit(_code)
 
 
-def work_offline_without_hub(timeout: float = 5.0) -> None:
-    """Switch to local copies where the hub does not answer, which otherwise costs five retries for every file."""
+def prepare_to_load(timeout: float = 5.0) -> None:
+    """For a command, before the heavy imports: no bars of loading where nobody watches, and no hub that is not there.
+
+    Where the hub does not answer, every file costs five retries; local copies are used then.
+    """
+    if not sys.stderr.isatty():
+        constants.HF_HUB_DISABLE_PROGRESS_BARS = True  # transformers follows it, too
     if constants.HF_HUB_OFFLINE:
         return
     try:

@@ -17,6 +17,7 @@ from .config import ConfigError
 from .model_card import Training, label, write_card
 from .pretrained import Pretrained, Source, file_beside, find_source, load_pretrained
 from .recipe import FILE_NAME
+from .versions import readable_by_both
 
 
 def export(
@@ -88,6 +89,7 @@ def _write(folder: Path, loaded: Pretrained, source: Source, dtype: str, shard_s
     loaded.model.save_pretrained(folder, max_shard_size=shard_size)
     loaded.tokenizer.save_pretrained(folder)
     _keep_conversion(folder / "config.json", source)
+    readable_by_both(folder)
     recipes = (file_beside(place, FILE_NAME) for place in source.folders)
     for found in (generation, next(filter(None, recipes), None)):
         if found is not None:

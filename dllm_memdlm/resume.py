@@ -24,6 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import engines
 from .config import ConfigError
+from .versions import readable_by_both, rotate_checkpoints
 
 #: In the output folder: a checkpoint that is being written. What a killed run leaves there, the next save removes.
 UNFINISHED = ".unfinished-checkpoint"
@@ -56,6 +57,8 @@ class WholeCheckpoints(transformers.Trainer):
             if resume_from_checkpoint is None:
                 raise ConfigError(f"{self.args.output_dir}: no checkpoint to go on from")
         resumed = resume_from_checkpoint or None
+        if resumed:
+            _check_release(resumed, _contents(resumed))
         (self._run,) = broadcast_object_list([_contents(resumed).get("run") if resumed else uuid.uuid4().hex])
         self._began.run, self._began.resumed = self._run, resumed
         return super().train(resume_from_checkpoint=resumed, **kwargs)
@@ -64,6 +67,7 @@ class WholeCheckpoints(transformers.Trainer):
         run_dir = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         about = {"made_by": engines.describe(self.accelerator), "made_of": self.made_of, "run": self._run}
+        about["transformers"] = transformers.__version__
         try:
             with written_aside(run_dir, self.accelerator, self.args.should_save, about) as self._aside:
                 super()._save_checkpoint(model, trial)
@@ -73,7 +77,7 @@ class WholeCheckpoints(transformers.Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run_dir / name))
         if self.args.should_save:
-            self._rotate_checkpoints(use_mtime=True, output_dir=run_dir)
+            rotate_checkpoints(self, run_dir)
 
     def _complete(self, folder: Path, place: Path) -> None:
         if self.state.best_model_checkpoint == str(folder):
@@ -84,6 +88,11 @@ class WholeCheckpoints(transformers.Trainer):
             self.state.save_to_json(folder / TRAINER_STATE_NAME)
             for write in self.beside_checkpoints:
                 write(folder)
+
+    def save_model(self, output_dir: str | None = None, **kwargs: Any) -> None:
+        super().save_model(output_dir, **kwargs)
+        if self.args.should_save:
+            readable_by_both(output_dir or self.args.output_dir)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._aside or super()._get_output_dir(trial))
@@ -228,17 +237,22 @@ class _Began(transformers.TrainerCallback):
         if args.should_save and self.run != _run_of(folder):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / RUN).write_text(self.run or "", encoding="utf-8")
-        if (best := state.best_model_checkpoint) is None:
+        if self.resumed is not None:
+            self._find_best(Path(self.resumed), folder, state)
+
+    def _find_best(self, resumed: Path, folder: Path, state: Any) -> None:
+        # from the checkpoint, as transformers 5 forgets a best one that is not where it was
+        recorded = transformers.TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME))
+        if recorded.best_model_checkpoint is None:
             return
-        beside = [Path(self.resumed).parent] if self.resumed else []
-        places = [*(place / Path(best).name for place in (*beside, folder)), Path(best)]
-        state.best_model_checkpoint = next((str(place) for place in places if place.is_dir()), None)
-        if state.best_model_checkpoint is None:
-            state.best_metric = None
-            if state.is_world_process_zero:
-                print(
-                    f"the best checkpoint so far, {best}, is no longer there: the best from here on counts", flush=True
-                )
+        best = Path(recorded.best_model_checkpoint)
+        places = (resumed.parent / best.name, folder / best.name, best)
+        found = next((str(place) for place in places if place.is_dir()), None)
+        if found is None and state.is_world_process_zero:
+            print(f"the best checkpoint so far, {best}, is no longer there: the best from here on counts", flush=True)
+        state.best_model_checkpoint = found
+        for name in ("best_metric", "best_global_step"):
+            setattr(state, name, None if found is None else getattr(recorded, name))
 
 
 def check_whole(checkpoint: str | os.PathLike) -> dict[str, Any]:
@@ -249,6 +263,7 @@ def check_whole(checkpoint: str | os.PathLike) -> dict[str, Any]:
     contents = _contents(folder)
     if not {"made_by", "files"} <= contents.keys():
         raise ConfigError(f"{checkpoint}: not a checkpoint of this trainer (no readable {CONTENTS})")
+    _check_release(checkpoint, contents)
     files = contents["files"]
     if "scheduler.pt" not in files:
         raise ConfigError(
@@ -262,6 +277,15 @@ def check_whole(checkpoint: str | os.PathLike) -> dict[str, Any]:
             state = "is missing" if found is None else f"has {found:,} bytes of {size:,}"
             raise ConfigError(f"{checkpoint}: not whole, {name} {state}; take an earlier checkpoint")
     return contents
+
+
+def _check_release(checkpoint: str | os.PathLike, contents: dict[str, Any]) -> None:
+    made, here = contents.get("transformers", "4.57"), transformers.__version__  # before it was noted: 4.57
+    if made.partition(".")[0] != here.partition(".")[0]:
+        raise ConfigError(
+            f"{checkpoint}: made with transformers {made}, this is {here}; resume with that release, or start from the "
+            "weights (model.path, lora.path)"
+        )
 
 
 def check_engine(checkpoint: str | os.PathLike, made_by: str, here: str) -> None:

@@ -10,10 +10,8 @@ from typing import Any
 
 import accelerate
 import huggingface_hub
-import requests
 import transformers
 import yaml
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
@@ -29,6 +27,7 @@ from .recipe import FILE_NAME, Recipe
 from .resume import check_engine, check_whole, has_checkpoints, last_checkpoint
 from .trainer import MemDLMTrainer
 from .training_args import MemDLMConfig
+from .versions import hub_errors
 
 #: Tokenizers that were trained for runs, so that runs on the same texts share one.
 TOKENIZER_CACHE = Path(huggingface_hub.constants.HF_HOME) / "dllm-memdlm" / "tokenizers"
@@ -97,7 +96,7 @@ def build_trainer(recipe: Recipe) -> MemDLMTrainer:
             eval_dataset=examples.eval,
             processing_class=tokenizer,
         )
-    except (HfHubHTTPError, LocalTokenNotFoundError, ConnectionError, requests.ConnectionError) as error:
+    except hub_errors() as error:
         raise ConfigError(
             f"training.push_to_hub=True: the hub cannot be written to ({' '.join(str(error).split())[:200]}); log in "
             "with network, or set it to false"

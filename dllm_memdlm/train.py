@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from .config import ConfigError
-from .launch import close_process_group, end, missing_processes, run_in_processes, work_offline_without_hub
+from .launch import close_process_group, end, missing_processes, prepare_to_load, run_in_processes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_intermixed_args(argv)
     try:
-        work_offline_without_hub()
+        prepare_to_load()
         # Here, not above: transformers and datasets look at the offline switch when they are imported.
         from .recipe import load_recipe
         from .run import train

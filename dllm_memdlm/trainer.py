@@ -105,6 +105,7 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
         self._experts = [part for part in staged_backbone(self.model).modules() if isinstance(part, RoutedExperts)]
         self._train_log = Averages()
         self._clock = EpochClock(self.data_collator, self._train_log)
+        self._loss_sum: Tensor | float = 0.0  #: of all batches in this session
         self.add_callback(self._clock)
         engines.fit(self.model, self.args)
         layers = staged_backbone(self.model).layers
@@ -118,8 +119,8 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
         super().create_accelerator_and_postprocess()
         engines.check(self.accelerator)
 
-    def create_optimizer(self) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer()
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args)
         # With LoRA nothing goes without weight decay, and DeepSpeed takes no empty group.
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
@@ -131,6 +132,11 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     # === the step ===
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self._loss_sum += loss
+        return loss
 
     def compute_loss(
         self,
@@ -277,14 +283,14 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
         return output._replace(training_loss=output.metrics.get("train_loss", 0.0))
 
     def _of_this_session(self, logs: dict[str, float]) -> None:
-        """Correct a run's summary: transformers counts the steps in that were taken before, or not at all."""
-        state, speeds = self.state, ("train_samples_per_second", "train_steps_per_second")
-        taken = state.global_step - self._clock.first_step
+        """A run's summary, of the steps taken here: transformers 4.57 counts in those before, and those to come."""
+        args, taken = self.args, self.state.global_step - self._clock.first_step
+        for name in ("train_loss", "train_samples_per_second", "train_steps_per_second"):
+            logs.pop(name, None)
         if taken == 0:
-            for name in ("train_loss", *speeds):
-                logs.pop(name, None)
             return
-        logs["train_loss"] *= state.global_step / taken
-        for name in speeds:
-            if name in logs:
-                logs[name] = round(logs[name] * taken / state.max_steps, 3)
+        logs["train_loss"] = float(self._loss_sum) / taken
+        if logs["train_runtime"] > 0:
+            examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            logs["train_steps_per_second"] = round(taken / logs["train_runtime"], 3)
+            logs["train_samples_per_second"] = round(taken * examples / logs["train_runtime"], 3)

@@ -54,7 +54,8 @@ class MemDLMConfig(MDLMConfig):
             choice = getattr(self, name)
             require("training", self, name, choice in known, f"one of {', '.join(known)}")
         for name, (holds, accepted) in ACCEPTED.items():
-            require("training", self, name, holds(getattr(self, name)), accepted)
+            if hasattr(self, name):
+                require("training", self, name, holds(getattr(self, name)), accepted)
         folders = (Path(self.output_dir), *Path(self.output_dir).parents)
         place = next(folder for folder in folders if folder.exists())
         require("training", self, "output_dir", place.is_dir(), f"a folder; {place} is a file")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as a command where nobody watches
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import dllm_memdlm  # noqa: F401, I001 (before torch, which reads what it sets)

@@ -20,6 +20,7 @@ from dllm_memdlm.backbones.layers import take
 from dllm_memdlm.config import LoraConfig, MemoryConfig
 from dllm_memdlm.fast_weights import FastWeights
 from dllm_memdlm.memory import ParametricMemory
+from dllm_memdlm.versions import checkpoint_activations
 
 MASKS = ("none", "2-D", "2-D bool", "4-D bool", "4-D additive", "4-D of zeros")
 
@@ -115,7 +116,7 @@ def test_checkpointing_changes_nothing(kind, dropout, tokenizer, tmp_path):
         trainer = make_trainer(model, tokenizer, tmp_path, memory, gradient_checkpointing=on)
         if on:
             assert trainer.args.gradient_checkpointing_kwargs == {"use_reentrant": False}
-            model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+            checkpoint_activations(model)
         calls = 0
 
         def count(*_: object) -> None:

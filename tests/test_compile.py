@@ -9,6 +9,7 @@ from steps import Step, initial, memory_for
 
 from dllm_memdlm.backbones import staged_backbone
 from dllm_memdlm.config import MemoryConfig
+from dllm_memdlm.versions import checkpoint_activations
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,7 @@ def test_compiled_layers_take_the_same_step(kind, enabled, checkpointing, tokeni
     model = tiny(kind, lora=True)
     compiled = make_trainer(model, tokenizer, tmp_path / "compiled", memory, torch_compile_backend="eager")
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     names = list(compiled.model.state_dict())
     model = compiled.accelerator.prepare(compiled.model)
     assert model is compiled.model and list(model.state_dict()) == names == list(plain.model.state_dict())

@@ -91,9 +91,8 @@ def test_another_run_does_not_inherit_bfloat16(launched, tmp_path, monkeypatch):
     if launched:  # what accelerate's launcher says is for all runs
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     MemDLMConfig(output_dir=str(tmp_path), bf16=True)
-    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
-    config(tmp_path)
-    assert os.environ["ACCELERATE_MIXED_PRECISION"] == (launched or "no")
+    config(tmp_path)  # transformers 4.57 writes bf16 there for good
+    assert os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == (launched or "no")
 
 
 @pytest.mark.parametrize(

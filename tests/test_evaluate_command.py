@@ -36,7 +36,7 @@ def cli_evaluate():
 
 def test_without_lm_eval_our_command_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.setattr(evaluate, "work_offline_without_hub", lambda: pytest.fail("asked the hub"))
+    monkeypatch.setattr(evaluate, "prepare_to_load", lambda: pytest.fail("asked the hub"))
     finders = list(sys.meta_path)
     assert evaluate.main() == 2
     assert capsys.readouterr() == ("", "error: lm_eval is not installed: pip install 'lm_eval[ruler]==0.4.13'\n")

@@ -24,6 +24,7 @@ from dllm_memdlm.backbones import load_model, read_config, staged_backbone
 from dllm_memdlm.backbones.sites import adapted_layers
 from dllm_memdlm.config import MemoryConfig
 from dllm_memdlm.recipe import Recipe
+from dllm_memdlm.versions import checkpoint_activations
 
 
 @pytest.fixture
@@ -223,14 +224,14 @@ def test_weights_are_read_as_often_as_layers_are_passed(memory, checkpointing):
     bench = training.Bench(training.QUICK, training.QUICK.base)
     backbone = staged_backbone(bench.model)
     if checkpointing:
-        bench.model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(bench.model)
     passes = dict.fromkeys(range(len(backbone.layers)), 0)
 
     def count(number: int) -> Any:
         def hook(*_: Any) -> None:
             passes[number] += 1
 
-        return backbone.layers[number].register_forward_pre_hook(hook)  # recomputation may end early
+        return backbone.layers[number].input_layernorm.register_forward_pre_hook(hook)  # recomputation may end early
 
     hooks = [count(number) for number in passes]
     try:
@@ -238,7 +239,7 @@ def test_weights_are_read_as_often_as_layers_are_passed(memory, checkpointing):
     finally:
         for hook in hooks:
             hook.remove()
-        bench.model.gradient_checkpointing_disable()
+        checkpoint_activations(bench.model, False)
     boundary = adapted_layers(len(passes), memory).start if memory.enabled else len(passes)
     backward = {number: 1 if number < boundary else memory.steps + 1 for number in passes}
     sizes = [sum(p.nbytes for p in layer.parameters()) for layer in backbone.layers]

@@ -28,6 +28,7 @@ from dllm_memdlm.decoding import memory_for as memory_for_prompts
 from dllm_memdlm.fast_weights import FastWeights, SiteShape
 from dllm_memdlm.prompt_memory import save_snapshot
 from dllm_memdlm.trainer import MemDLMTrainer
+from dllm_memdlm.versions import checkpoint_activations
 
 pytestmark = pytest.mark.gpu
 
@@ -191,7 +192,7 @@ def test_a_step_in_float32(kind, checkpointing, device, tokenizer, tmp_path, com
     """With an inner loop that moves far: with an inner learning rate of 1 % more the loss is 7 % off."""
     model = tiny(kind, lora=True)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     steps = []
     for where in (torch.device("cpu"), device):
         trainer = trainer_on(

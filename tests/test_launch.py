@@ -111,13 +111,13 @@ def online(monkeypatch) -> Any:
 
 def test_without_a_hub_it_works_offline(online, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    launch.work_offline_without_hub(timeout=2)
+    launch.prepare_to_load(timeout=2)
     assert online()
 
 
 def test_a_name_that_does_not_resolve_is_no_hub(online, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://hub.invalid")
-    launch.work_offline_without_hub(timeout=2)
+    launch.prepare_to_load(timeout=2)
     assert online()
 
 
@@ -138,7 +138,7 @@ def test_a_hub_that_answers_is_a_hub(status, online, monkeypatch):
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        launch.work_offline_without_hub(timeout=2)
+        launch.prepare_to_load(timeout=2)
         server.shutdown()
         thread.join()
     assert asked == ["HEAD"]
@@ -148,14 +148,14 @@ def test_a_hub_that_answers_is_a_hub(status, online, monkeypatch):
 def test_a_hub_that_hangs_is_waited_for_no_longer_than_asked(online, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:  # takes the connection, and says nothing
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
-        launch.work_offline_without_hub(timeout=0.2)
+        launch.prepare_to_load(timeout=0.2)
     assert online()
 
 
 def test_who_is_offline_already_asks_nobody(online, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(launch.urllib.request, "urlopen", lambda *args, **kwargs: pytest.fail("asked"))
-    launch.work_offline_without_hub()
+    launch.prepare_to_load()
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from dllm_memdlm.config import ConfigError
 from dllm_memdlm.planner import Plan, advice, make_plans, parse_memory
 from dllm_memdlm.planner.live import FLOPS
 from dllm_memdlm.recipe import Recipe, build_recipe
+from dllm_memdlm.versions import checkpoint_activations
 
 LENGTH, RESPONSE, BATCH = 256, 64, 4
 TABLE = "Peak memory of a process: planned and measured"
@@ -182,7 +183,7 @@ def test_flops_are_those_that_torch_counts(kind, checkpointing, tmp_path):
         recipe = recipe_of(kind, tmp_path, True, memory, gradient_checkpointing=checkpointing)
         trainer = trainer_of(copy.deepcopy(recipe), RESPONSE)
         if checkpointing:
-            trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(trainer.model)
         trainer.state.global_step, trainer.state.logging_steps = 5, 100  # this step is not logged
         batch = trainer.data_collator([trainer.train_dataset[i] for i in range(BATCH)])
         with FlopCounterMode(display=False, custom_mapping=MISSING) as counter:

@@ -16,13 +16,18 @@ def tokenizer():
     return train_tokenizer(TEXTS, 285)
 
 
+def forget_session():
+    hub = huggingface_hub
+    hub.close_session() if hasattr(hub, "close_session") else hub.utils.reset_sessions()
+
+
 @pytest.fixture
 def offline(monkeypatch):
     """What HF_HUB_OFFLINE=1 does: no connection is tried, so none is waited for."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    huggingface_hub.utils.reset_sessions()
+    forget_session()
     yield
-    huggingface_hub.utils.reset_sessions()
+    forget_session()
 
 
 def never():

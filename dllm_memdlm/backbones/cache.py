@@ -36,10 +36,11 @@ class _LayerCache:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
-    def update(
-        self, key: Tensor, value: Tensor, layer_idx: int | None = None, cache_kwargs: dict[str, Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Store new keys and values [B, H, M, d]; all that may be seen [B, H, visible, d]."""
+    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Store new keys and values [B, H, M, d]; all that may be seen [B, H, visible, d].
+
+        What else transformers' attention gives (the layer's number, cosines and sines) differs between releases.
+        """
         if self.keys is None:
             shape = (*key.shape[:2], self.canvas.length, key.shape[-1])
             self.keys, self.values = key.new_zeros(shape), value.new_zeros(shape)

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
 from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
 
 
@@ -34,6 +36,18 @@ def additive_mask(attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor |
         hidden = torch.finfo(dtype).min
         return torch.zeros_like(attention_mask, dtype=dtype).masked_fill_(~attention_mask, hidden)
     return attention_mask.to(dtype)
+
+
+def rotary_embedding(config: Any) -> nn.Module:
+    """Cosine and sine of every position, for the first `partial_rotary_factor` of each head's features.
+
+    The module is GLM's, the one of transformers that turns a part of them; it reads a config as transformers' own are.
+    """
+    names = ("rope_theta", "rope_scaling", "partial_rotary_factor", "max_position_embeddings")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    settings = {name: getattr(config, name) for name in names}
+    heads = {"num_attention_heads": config.num_attention_heads, "hidden_size": config.hidden_size}
+    return GlmRotaryEmbedding(LlamaConfig(head_dim=head_dim, **heads, **settings))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from .layers import GatedMLP, attend, parts, take
+from ..versions import tied_weights
+from .layers import GatedMLP, attend, parts, rotary_embedding, take
 from .moe import RoutedExperts, check_experts
 from .output import OutputLinear
 from .staged import StagedForward
@@ -21,6 +22,7 @@ from .staged import StagedForward
 class LLaDA2MoeConfig(PretrainedConfig):
     """Dimensions; the defaults are those of LLaDA2.1-mini. The first `first_k_dense_replace` layers are dense."""
 
+    rope_scaling: dict[str, Any] | None = None  # no property, which transformers 5 has
     model_type = "llada21_moe"
 
     def __init__(
@@ -77,7 +79,8 @@ class LLaDA2MoeConfig(PretrainedConfig):
         self.attention_dropout = attention_dropout
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
-        self.rope_scaling = rope_scaling
+        if rope_scaling is not None:  # otherwise not in config.json, where transformers 5 would remark on it
+            self.rope_scaling = rope_scaling
         self.partial_rotary_factor = partial_rotary_factor
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
@@ -186,11 +189,11 @@ class LLaDA2MoeDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         queries: Tensor | None = None,
     ) -> Tensor:
         normed = self.input_layernorm(hidden)
-        attended = self.attention(normed, position_embeddings, attention_mask, queries, past_key_values)
+        attended = self.attention(normed, position_embeddings, attention_mask, queries, cache)
         hidden = attended + (hidden if queries is None else take(hidden, queries))
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
@@ -215,7 +218,7 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LLaDA2MoeDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.rotary_emb = rotary_embedding(config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -229,7 +232,7 @@ class LLaDA2MoeModelLM(StagedForward, LLaDA2MoePreTrainedModel):
     """LLaDA2.1 with its language-model head. See `StagedForward.forward`."""
 
     layers_take_queries = True
-    _tied_weights_keys = ["lm_head.weight"]
+    _tied_weights_keys = tied_weights({"lm_head.weight": "model.word_embeddings.weight"})
 
     def __init__(self, config: LLaDA2MoeConfig) -> None:
         super().__init__(config)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from .layers import GatedMLP, attend, parts, take
+from ..versions import tied_weights
+from .layers import GatedMLP, attend, parts, rotary_embedding, take
 from .moe import RoutedExperts, check_experts
 from .output import OutputLinear
 from .staged import StagedForward
@@ -19,6 +20,7 @@ from .staged import StagedForward
 class LLaDAMoEConfig(PretrainedConfig):
     """Dimensions; the defaults are those of LLaDA-MoE-7B-A1B. `moe_layer_freq[i]` is 0 where layer i is dense."""
 
+    rope_scaling: dict[str, Any] | None = None  # no property, which transformers 5 has
     model_type = "lladamoe"
 
     def __init__(
@@ -69,7 +71,8 @@ class LLaDAMoEConfig(PretrainedConfig):
         self.attention_dropout = attention_dropout
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
-        self.rope_scaling = rope_scaling
+        if rope_scaling is not None:  # otherwise not in config.json, where transformers 5 would remark on it
+            self.rope_scaling = rope_scaling
         self.partial_rotary_factor = partial_rotary_factor
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
@@ -156,11 +159,11 @@ class LLaDAMoEDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         queries: Tensor | None = None,
     ) -> Tensor:
         normed = self.input_layernorm(hidden)
-        attended = self.self_attn(normed, position_embeddings, attention_mask, queries, past_key_values)
+        attended = self.self_attn(normed, position_embeddings, attention_mask, queries, cache)
         hidden = attended + (hidden if queries is None else take(hidden, queries))
         normed = self.post_attention_layernorm(hidden)
         output = self.mlp(normed)
@@ -184,7 +187,7 @@ class LLaDAMoEModel(LLaDAMoEPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LLaDAMoEDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.rotary_emb = rotary_embedding(config)
         self.post_init()
 
 
@@ -192,7 +195,7 @@ class LLaDAMoEModelLM(StagedForward, LLaDAMoEPreTrainedModel):
     """LLaDA-MoE with its language-model head. See `StagedForward.forward`."""
 
     layers_take_queries = True
-    _tied_weights_keys = ["lm_head.weight"]
+    _tied_weights_keys = tied_weights({"lm_head.weight": "model.embed_tokens.weight"})
 
     def __init__(self, config: LLaDAMoEConfig) -> None:
         super().__init__(config)

@@ -15,6 +15,7 @@ from transformers.integrations import deepspeed
 from transformers.utils import find_adapter_config_file
 
 from ..config import ConfigError, LoraConfig, ModelConfig
+from ..versions import config_values
 from .adapters import with_lora
 from .decoder import DECODERS, bidirectional
 from .llada2_moe import LLaDA2MoeModelLM
@@ -65,7 +66,7 @@ def read_config(path: str, architecture: str | None = None) -> PretrainedConfig:
     values.pop("auto_map", None)
     values.pop("model_type", None)
     try:
-        return cls.config_class.from_dict(values)
+        return cls.config_class.from_dict(config_values(values, cls.config_class))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"model.path={path!r}: a config.json that makes no {cls.__name__} ({error})") from error
 
@@ -101,7 +102,8 @@ def config_of(model: ModelConfig, vocab_size: int | None = None) -> PretrainedCo
 
 def build_config(cls: type[PretrainedConfig], dimensions: dict[str, Any]) -> PretrainedConfig:
     """A config from dimensions; a name that it does not know is refused (transformers would keep it silently)."""
-    known = set(cls().to_dict())
+    known = {*cls().to_dict(), "rope_theta", "rope_scaling"}  # which transformers 5 takes, and keeps under another name
+    dimensions = config_values(dimensions, cls)
     for name in dimensions:
         if name not in known:
             raise ConfigError(f"model.dimensions.{name}: not a field of {cls.__name__}")

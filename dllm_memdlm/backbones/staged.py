@@ -9,6 +9,8 @@ stages pass through the outermost module's `forward`, so that PEFT, DDP, ZeRO an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +21,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils import ModelOutput
 
 from ..losses import token_nll
+from ..versions import cache_argument
 from .cache import CanvasCache
 from .layers import additive_mask, take
 from .output import OutputLinear
@@ -97,7 +100,8 @@ class StagedForward:
         contexts = [context] * len(self.layers)
         if cache is not None:
             cache.positions = position_ids
-            contexts = [{**context, "past_key_values": part} for part in cache.layers]
+            name = cache_argument(type(self.layers[0]))
+            contexts = [{**context, name: part} for part in cache.layers]
         if stage == "trunk":
             for layer in self.layers[:boundary]:
                 hidden = layer(hidden, **context)
@@ -120,14 +124,27 @@ class StagedForward:
         return token_nll(self.lm_head(hidden), tokens)  # under an adapter of its own
 
     def _head(self, hidden: Tensor, first: int, positions: Tensor | None, contexts: list[dict]) -> Tensor:
-        # Never checkpointed: the fast weights that a recomputation would need are gone by the time of the backward
-        # pass. nn.Module's own __call__ keeps every hook and leaves checkpointing out.
-        *inner, last = zip(self.layers[first:], contexts[first:], strict=True)
-        for layer, context in inner:
-            hidden = nn.Module.__call__(layer, hidden, **context)
-        layer, context = last
-        if positions is None:
-            return nn.Module.__call__(layer, hidden, **context)
-        if self.layers_take_queries:
-            return nn.Module.__call__(layer, hidden, queries=positions, **context)
-        return take(nn.Module.__call__(layer, hidden, **context), positions)
+        layers = self.layers[first:]
+        with _not_checkpointed(layers):
+            *inner, last = zip(layers, contexts[first:], strict=True)
+            for layer, context in inner:
+                hidden = layer(hidden, **context)
+            layer, context = last
+            if positions is None:
+                return layer(hidden, **context)
+            if self.layers_take_queries:
+                return layer(hidden, queries=positions, **context)
+            return take(layer(hidden, **context), positions)
+
+
+@contextmanager
+def _not_checkpointed(layers: nn.ModuleList) -> Iterator[None]:
+    """Keep the activations of these layers: a recomputation would want fast weights that are gone by then."""
+    checkpointed = [layer for layer in layers if getattr(layer, "gradient_checkpointing", False)]
+    for layer in checkpointed:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer in checkpointed:
+            layer.gradient_checkpointing = True

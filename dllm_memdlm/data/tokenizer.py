@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from dllm_memdlm.config import ConfigError, ModelConfig
 from dllm_memdlm.data.json_rows import reason_of
+from dllm_memdlm.versions import load_any_tokenizer
 
 # Mask tokens that LLaDA's vocabularies hold without declaring them: the MoE models' and the dense models'.
 MASKS = ("<|mask|>", "<|mdm_mask|>")
@@ -61,19 +62,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=BOS,
         eos_token=EOS,
         pad_token=EOS,
         mask_token=MASK,
         extra_special_tokens={"eot_token": TURN_END},
-        additional_special_tokens=list(ROLES),
         chat_template=CHAT_TEMPLATE,
         padding_side="right",
         clean_up_tokenization_spaces=False,
         model_max_length=131_072,  # only a warning's threshold: data.max_length decides what is trained on
     )
+    tokenizer.add_special_tokens({"additional_special_tokens": list(ROLES)})
+    return tokenizer
 
 
 def tokenizer_for(
@@ -140,7 +142,7 @@ def _load(name: str, trust_remote_code: bool, where: str) -> PreTrainedTokenizer
         raise ConfigError(f"{where}: {found}; expected a folder with tokenizer.json and its config, or a hub name")
     source = str(path) if is_dir else name
     try:
-        return AutoTokenizer.from_pretrained(source, padding_side="right", trust_remote_code=trust_remote_code)
+        return load_any_tokenizer(source, padding_side="right", trust_remote_code=trust_remote_code)
     except Exception as error:  # of any kind: what a file of another form leads to
         reason = _broken(path) or reason_of(error)
         raise ConfigError(

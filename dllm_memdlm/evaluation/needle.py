@@ -16,7 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 from ..config import ConfigError, DataConfig
-from ..launch import exit_code, work_offline_without_hub
+from ..launch import exit_code, prepare_to_load
 from .command import finish, of_a_run, read
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def found(decoder: Decoder, examples: Sequence[Needles], batch_size: int) -> lis
 
 def run(args: argparse.Namespace) -> None:
     """Ask, and write what was found. Raises ConfigError for what the user can correct."""
-    work_offline_without_hub()
+    prepare_to_load()
     # Trained with full attention, and asked for few words: decoded as LLaDA-MoE is, in one block.
     parsed, data = read(args, sampler="mdlm")
     decoder = parsed.open()

@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..config import ConfigError
 from ..launch import exit_code
+from ..versions import readable_by_both
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -100,6 +101,7 @@ def convert(output: str | Path, gguf: str | Path | None = None) -> Path:
             folder = Path(scratch) / output.name
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            readable_by_both(folder)
             names = {key: file.field(f"general.{key}", "unknown") for key in ("name", "license")}
             card = CARD.format(**names, file=source.name, mask=MASK, spare=SPARE)
             (folder / "README.md").write_text(card, encoding="utf-8")

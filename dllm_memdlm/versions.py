@@ -1,0 +1,194 @@
+"""What hides which release of transformers this is, 4.57 (dllm's) or 5, and what is private of other libraries.
+
+Nothing else asks for a version. PEFT, accelerate and datasets need no such care: what is used of them is in all
+releases that setup.cfg lets in.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import transformers
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+_SINCE_5 = int(transformers.__version__.partition(".")[0]) >= 5
+
+#: Private parts of other libraries that are used, for want of a public way, each with its reason. When one of them has
+#: moved, tests/test_versions.py says so; it also refuses those that are not listed here.
+PRIVATE = {
+    "transformers.Trainer._save_checkpoint": "checkpoints are written aside and renamed when whole",
+    "transformers.Trainer._get_output_dir": "the same",
+    "transformers.Trainer._push_from_checkpoint": "the same: an upload begins after the renaming",
+    "transformers.Trainer._load_from_checkpoint": "FSDP2's adapters: accelerate restores their first part alone",
+    "transformers.Trainer._load_best_model": "the same",
+    "transformers.Trainer._get_train_sampler": "an order of examples that is the same after a resume",
+    "transformers.Trainer._get_eval_sampler": "examples of similar lengths together",
+    "transformers.TrainingArguments._n_gpu": "one GPU a process: replicas of nn.DataParallel would share fast weights",
+    "transformers.PreTrainedModel._from_config": "random weights of a given class, made in their dtype",
+    "transformers.PreTrainedModel._init_weights": "a router's own, under transformers' scheme",
+    "transformers.PreTrainedModel._no_split_modules": "the layers that FSDP wraps",
+    "transformers.PreTrainedModel._supports_sdpa": "which attention functions a model takes",
+    "transformers.PreTrainedModel._supports_flash_attn": "the same",
+    "transformers.PreTrainedModel._tied_weights_keys": "which weights are one",
+    "transformers.PretrainedConfig._attn_implementation": "which attention function was chosen",
+    "transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref": "a model drawn whole under ZeRO-3",
+    "accelerate.PartialState._shared_state": "FSDP on CPUs, which accelerate overlooks",
+    "torch.nn.Module._compiled_call_impl": "a layer that takes fast weights is compiled no longer",
+    "torch.nn.Module._apply": "the planner's models without memory",
+    "torch.nn.Module._backward_hooks": "an expert's own hooks are set aside while all experts run as one function",
+    "torch._subclasses.fake_tensor.FakeTensor": "the planner's tensors without memory",
+    "torch._subclasses.fake_tensor.FakeTensorMode": "the same",
+    "torch.utils._python_dispatch.TorchDispatchMode": "the planner sees every operator",
+    "torch.utils._pytree.tree_iter": "and every tensor in its arguments",
+    "torch.ops.aten.add.Tensor._overloadpacket": "which operator it is",
+    "torch.ops.aten._grouped_mm": "the FLOPs of the experts",
+    "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu": "the FLOPs of attention",
+    "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward": "the same",
+}
+if not _SINCE_5:
+    PRIVATE["transformers.Trainer._rotate_checkpoints"] = "a function in 5"
+
+
+if _SINCE_5:
+
+    @dataclass
+    class TrainingArguments(transformers.TrainingArguments):
+        """transformers' training arguments, with the words that recipes use in both releases."""
+
+        warmup_ratio: float = field(default=0.0, metadata={"help": "Share of all steps that the warm-up takes."})
+        group_by_length: bool = field(default=False, metadata={"help": "Put examples of similar lengths together."})
+
+        def __post_init__(self) -> None:
+            if not 0 <= self.warmup_ratio <= 1:
+                raise ValueError(f"warmup_ratio={self.warmup_ratio}: expected a number in [0,1]")
+            if self.train_sampling_strategy not in ("random", "group_by_length"):
+                raise ValueError(
+                    f"train_sampling_strategy={self.train_sampling_strategy!r}: expected random or group_by_length"
+                )
+            self.warmup_steps = self.warmup_steps or self.warmup_ratio
+            self.group_by_length |= self.train_sampling_strategy == "group_by_length"
+            # The old names still work, with a warning.
+            if self.activation_checkpointing is None:
+                self.activation_checkpointing = self.gradient_checkpointing
+            if self.activation_checkpointing_kwargs is None:
+                self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+            super().__post_init__()
+
+else:
+    TrainingArguments = transformers.TrainingArguments
+
+
+def tied_weights(same_as: dict[str, str]) -> Any:
+    """A model's `_tied_weights_keys`, from the names of weights that may be one with others, and of those."""
+    return same_as if _SINCE_5 else list(same_as)
+
+
+def config_values(values: dict[str, Any], config_class: type[PretrainedConfig]) -> dict[str, Any]:
+    """What a config.json of either release holds, in the words of this config class.
+
+    transformers 5 puts all about rotary positions under `rope_parameters`. Classes of 4.57, and the bundled ones, would
+    keep that key without reading it, and turn positions by their default frequency.
+    """
+    rope = values.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in inspect.signature(config_class.__init__).parameters:
+        return values
+    return {key: value for key, value in values.items() if key != "rope_parameters"} | _old_rope(rope)
+
+
+def _old_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """The settings of rotary positions in the words of transformers 4."""
+    names = ("rope_theta", "partial_rotary_factor")
+    scaling = {key: value for key, value in rope.items() if key not in names}
+    scaled = scaling.get("rope_type", "default") != "default"
+    return {key: rope[key] for key in names if key in rope} | ({"rope_scaling": scaling} if scaled else {})
+
+
+def readable_by_both(folder: str | os.PathLike) -> None:
+    """Say in a saved config.json and tokenizer_config.json what transformers 4.57 reads, where 5 has written them."""
+    if not _SINCE_5:
+        return
+    for name, in_words_of_both in (("config.json", _both_configs), ("tokenizer_config.json", _both_tokenizers)):
+        path = Path(folder) / name
+        if path.is_file():
+            values = in_words_of_both(json.loads(path.read_text(encoding="utf-8")))
+            path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _both_configs(values: dict[str, Any]) -> dict[str, Any]:
+    rope = values.get("rope_parameters")
+    return values | _old_rope(rope) if isinstance(rope, dict) and "rope_theta" in rope else values
+
+
+def _both_tokenizers(values: dict[str, Any]) -> dict[str, Any]:
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(values.get("extra_special_tokens"), list):
+        known = PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES
+        named = {key: token for key, token in values.items() if key.endswith("_token") and key not in known}
+        values["additional_special_tokens"] = values["extra_special_tokens"]
+        values["extra_special_tokens"] = {key: token for key, token in named.items() if isinstance(token, str)}
+    return values
+
+
+def load_any_tokenizer(name: str, **settings: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name that either release has saved.
+
+    Without what transformers 5 remarks on the config.json beside it, of a model that it does not know.
+    """
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return transformers.AutoTokenizer.from_pretrained(name, **settings)
+    except ValueError as error:
+        if "TokenizersBackend" not in str(error):  # the class that only 5 has
+            raise
+        said = _both_tokenizers(get_tokenizer_config(name))
+        special = {key: said[key] for key in ("extra_special_tokens", "additional_special_tokens") if key in said}
+        return transformers.PreTrainedTokenizerFast.from_pretrained(name, **special, **settings)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What asking the hub ends with where there is no network, or no right to: of its own, and of its HTTP library."""
+    http = sys.modules[type(huggingface_hub.get_session()).__module__.partition(".")[0]]
+    failed = http.RequestError if hasattr(http, "RequestError") else http.RequestException
+    return HfHubHTTPError, LocalTokenNotFoundError, ConnectionError, failed
+
+
+def rotate_checkpoints(trainer: transformers.Trainer, output_dir: str | os.PathLike) -> None:
+    """Remove the oldest checkpoints beyond `save_total_limit`, but never the best or the newest."""
+    if not _SINCE_5:
+        trainer._rotate_checkpoints(use_mtime=True, output_dir=output_dir)
+        return
+    from transformers.trainer_utils import rotate_checkpoints
+
+    limit, best = trainer.args.save_total_limit, trainer.state.best_model_checkpoint
+    rotate_checkpoints(str(output_dir), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
+
+
+def cache_argument(layer: type[nn.Module]) -> str:
+    """The name under which a decoder layer of transformers takes its part of the cache."""
+    return "cache" if "cache" in inspect.signature(layer.forward).parameters else "past_key_values"
+
+
+def checkpoint_activations(model: transformers.PreTrainedModel, enable: bool = True) -> None:
+    """Keep each layer's input alone for the backward pass, or all that it computes again."""
+    name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
+    if enable:
+        getattr(model, f"{name}_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{name}_disable")()
