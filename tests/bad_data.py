@@ -248,8 +248,6 @@ TOKENIZERS: list[Bad] = [
      ["model.tokenizer='tok'", "expected a"]),
     ("config-cut", {**tokenizer(), "tok/tokenizer_config.json": "{"}, TOK,
      ["'tok'", "tokenizer_config.json is not JSON", "expected a"]),
-    ("class", tokenizer(tokenizer_class="NoSuchTokenizer"), TOK,
-     ["model.tokenizer='tok'", "NoSuchTokenizer", "expected a"]),
     ("no-end", tokenizer(eos_token=None), TOK,
      ["model.tokenizer='tok'", "neither an eos nor a pad token", "expected one"]),
     ("no-template", tokenizer(chat_template=None), TOK,

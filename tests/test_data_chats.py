@@ -167,7 +167,9 @@ def test_the_border_is_found_beside_special_tokens_that_are_spelled(tmp_path):
 def test_the_border_with_a_slow_tokenizer(tmp_path):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "##a", "##b"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
-    tokenizer = BertTokenizer(tmp_path / "vocab.txt")
+    tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"))
+    if tokenizer.is_fast:
+        pytest.skip("transformers 5 has no slow tokenizer of this kind")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     config = write(tmp_path / "rows.json", [chat(("user", "aa"), ("assistant", "b"))])
     (row,) = load_examples(config, tokenizer).train

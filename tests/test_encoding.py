@@ -114,7 +114,9 @@ def test_a_slow_tokenizer(tmp_path):
     (tmp_path / "vocab.txt").write_text(
         "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[", "]", "mask", "a"])
     )
-    tokenizer = BertTokenizer(tmp_path / "vocab.txt")
+    tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"))
+    if tokenizer.is_fast:
+        pytest.skip("transformers 5 has no slow tokenizer of this kind")
     assert encode_text(tokenizer, "a [MASK]") == [2, 8, 5, 7, 6, 3]
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}[SEP]{% endfor %}"
     assert encode_chat(tokenizer, chat_of("a [MASK]", "a [SEP]")) == [8, 5, 7, 6, 3, 8, 5, 1, 6, 3]

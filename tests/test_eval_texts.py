@@ -33,7 +33,10 @@ def slow(folder: Path) -> PreTrainedTokenizerBase:
     """One that cannot say where its tokens end, begins texts with [CLS] and ends them with [SEP]."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "wor", "world", "##ld", "##z", "z"]
     (folder / "vocab.txt").write_text("\n".join(words))
-    return BertTokenizer(str(folder / "vocab.txt"), bos_token="[CLS]", eos_token="[SEP]")
+    tokenizer = BertTokenizer(str(folder / "vocab.txt"), bos_token="[CLS]", eos_token="[SEP]")
+    if tokenizer.is_fast:
+        pytest.skip("transformers 5 has no slow tokenizer of this kind")
+    return tokenizer
 
 
 # === where a continuation begins ===

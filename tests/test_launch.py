@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -26,11 +27,11 @@ pytestmark = pytest.mark.usefixtures("as_from_a_shell")
 def launcher(monkeypatch) -> Any:
     """Sets accelerate's variables, and the command line of the process that started this one."""
 
-    def set_up(*command: str, **environment: str) -> None:
+    def set_up(*command: str, around: dict[str, str] | None = None, **environment: str) -> None:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        parent = type("Process", (), {"__init__": lambda self, pid: None, "cmdline": lambda self: list(command)})
-        monkeypatch.setattr(launch.psutil, "Process", parent)
+        parent = SimpleNamespace(cmdline=lambda: list(command), environ=lambda: around or {})
+        monkeypatch.setattr(launch.psutil, "Process", lambda pid: parent)
 
     return set_up
 
@@ -39,7 +40,6 @@ ONE_OF_SEVERAL = {
     "ACCELERATE_USE_CPU": "True",
     "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "29500",
-    "CCL_WORKER_COUNT": "0",
 }
 
 
@@ -54,6 +54,11 @@ ONE_OF_SEVERAL = {
 )
 def test_nothing_is_missing_where_all_processes_run(environment, launcher):
     launcher("accelerate", "launch", "--num_processes", "4", "train.py", **environment)
+    assert launch.missing_processes() is None
+
+
+def test_nor_where_the_address_is_a_clusters_own(launcher):
+    launcher("accelerate", "launch", "train.py", around={"MASTER_ADDR": "127.0.0.1"}, **ONE_OF_SEVERAL)
     assert launch.missing_processes() is None
 
 

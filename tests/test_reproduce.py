@@ -115,7 +115,8 @@ def test_both_methods_see_the_same_data_under_the_same_masks(reproduced):
     assert mdlm[0]["step"] == memdlm[0]["step"] == 0
     assert mdlm[0]["eval_loss"] == memdlm[0]["eval_loss_memory_off"] != memdlm[0]["eval_loss"]
     first, other = (next(log for log in logs if log["step"] == 1 and "loss" in log) for logs in (mdlm, memdlm))
-    assert first["loss"] == round(other["loss_memory_off"], 4) != other["loss"], "train losses have four digits"
+    # transformers 4.57 keeps four digits of a train loss
+    assert round(first["loss"], 4) == round(other["loss_memory_off"], 4) != round(other["loss"], 4)
 
 
 @pytest.mark.slow

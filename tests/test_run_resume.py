@@ -226,6 +226,7 @@ def test_weights_alone_are_not_gone_on_from(tokenizer, tmp_path):
     assert text.startswith(f"{tmp_path / 'checkpoint-2'}: weights without the optimizer's state (training.save_only")
 
 
+@pytest.mark.filterwarnings("ignore:Cannot enable progress bars:UserWarning")
 def test_what_is_uploaded_is_a_finished_checkpoint(tokenizer, tmp_path, monkeypatch):
     """Without a hub: where transformers would begin to upload from."""
     folders: list[str] = []

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
@@ -21,6 +22,9 @@ from .decoder import DECODERS, bidirectional
 from .llada2_moe import LLaDA2MoeModelLM
 from .llada_moe import LLaDAMoEModelLM
 from .staged import StagedForward, unwrapped
+
+#: How a config refuses a value: transformers 5 checks them when it is made, in dataclasses of the hub's library.
+REFUSED = (StrictDataclassError, ArithmeticError, TypeError, ValueError)
 
 #: Bundled definitions, by the architecture that a checkpoint's config.json names.
 BUNDLED: dict[str, type[PreTrainedModel]] = {
@@ -53,7 +57,7 @@ def read_config(path: str, architecture: str | None = None) -> PretrainedConfig:
         values, _ = ({}, None) if os.path.isfile(path) else PretrainedConfig.get_config_dict(path)
     except (OSError, TypeError) as error:  # not there or not JSON, not a mapping
         raise ConfigError(f"model.path={path!r}: {missing_reason(path)}") from error
-    if not values:
+    if not isinstance(values, dict) or not values:
         raise ConfigError(f"model.path={path!r}: {missing_reason(path)}")
     names = values.get("architectures") or [architecture]
     if not isinstance(names, list):
@@ -67,8 +71,9 @@ def read_config(path: str, architecture: str | None = None) -> PretrainedConfig:
     values.pop("model_type", None)
     try:
         return cls.config_class.from_dict(config_values(values, cls.config_class))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"model.path={path!r}: a config.json that makes no {cls.__name__} ({error})") from error
+    except (*REFUSED, AttributeError, KeyError) as error:
+        reason = f"a config.json that makes no {cls.__name__} ({_first_line(error)})"
+        raise ConfigError(f"model.path={path!r}: {reason}") from error
 
 
 def missing_reason(path: str) -> str:
@@ -111,7 +116,10 @@ def build_config(cls: type[PretrainedConfig], dimensions: dict[str, Any]) -> Pre
         size = dimensions.get(name, 1)
         if type(size) is not int or size < 1:
             raise ConfigError(f"model.dimensions.{name}={size!r}: expected a whole number, at least 1")
-    return cls(**dimensions)
+    try:
+        return cls(**dimensions)
+    except REFUSED as error:
+        raise ConfigError(f"model.dimensions: they make no {cls.__name__} ({_first_line(error)})") from error
 
 
 def load_model(
@@ -133,7 +141,7 @@ def load_model(
                 raise ConfigError(
                     f"model.attn_implementation={model.attn_implementation!r}: {_first_line(error)}"
                 ) from error
-            except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
+            except (*REFUSED, AssertionError, RuntimeError) as error:
                 raise ConfigError(f"model.dimensions: they make no {cls.__name__} ({_first_line(error)})") from error
     else:
         if find_adapter_config_file(model.path) is not None:  # transformers would put it on its base, unasked
@@ -158,7 +166,7 @@ def load_model(
             raise ConfigError(f"model.path={model.path!r}: no weights ({reason})") from error
         except RuntimeError as error:
             raise ConfigError(f"model.path={model.path!r}: weights of another shape ({_first_line(error)})") from error
-        except (ArithmeticError, AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        except (*REFUSED, AssertionError, AttributeError, KeyError) as error:
             reason = f"a config.json that makes no {cls.__name__} ({_first_line(error)})"
             raise ConfigError(f"model.path={model.path!r}: {reason}") from error
         if model.load_in_4bit:
@@ -211,4 +219,5 @@ def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

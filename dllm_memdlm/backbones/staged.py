@@ -57,6 +57,12 @@ class StagedForward:
     def layers(self) -> nn.ModuleList:
         return self.model.layers
 
+    def enable_input_require_grads(self) -> None:
+        """Leave the embeddings' output without a gradient, which only the reentrant kind of checkpointing needs.
+
+        transformers 5 calls this for every checkpointed model: it would cost a backward pass of the first layer.
+        """
+
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -80,19 +80,31 @@ def lines_of(path: Path) -> Iterator[Named]:
 def fault_in(path: Path, rows: Iterator[Named] | None = None) -> str | None:
     """What is wrong with the rows of a file, or of the JSON files of a folder; none where nothing is."""
     if path.is_dir():
-        files = (file for file in sorted(path.rglob("*.json*")) if file.suffix in (".json", ".jsonl"))
-        found = ((file, fault_in(file)) for file in files)
-        return next((f"{file.relative_to(path)}, {fault}" for file, fault in found if fault), None)
+        files = [file for file in sorted(path.rglob("*.json*")) if file.suffix in (".json", ".jsonl")]
+        found = ((file.relative_to(path), fault_in(file)) for file in files)
+        fault = next((f"{file}, {fault}" for file, fault in found if fault), None)
+        return fault or _other_columns(path, files)
     try:
         return None if _check_kinds(rows or (rows_of if is_document(path) else lines_of)(path)) else EMPTY
     except (ValueError, OSError) as error:
         return str(error)
 
 
+def _other_columns(folder: Path, files: list[Path]) -> str | None:
+    first: tuple[Path, set[str]] | None = None
+    for file in files:
+        names = {name for _, row in (rows_of if is_document(file) else lines_of)(file) for name in row}
+        first = first or (file, names)
+        if other := ", ".join(sorted(names ^ first[1])):
+            one, two = (found.relative_to(folder) for found in (file, first[0]))
+            return f"All the data files must have the same columns; {one} and {two} differ in {other}"
+    return None
+
+
 def reason_of(error: BaseException) -> str:
     """What the error that was met first says, in one line: `datasets` wraps what went wrong while reading."""
     generation = datasets.exceptions.DatasetGenerationError
-    while isinstance(error, generation) and error.__cause__ is not None and "same columns" not in str(error):
+    while isinstance(error, generation) and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, datasets.arrow_writer.SchemaInferenceError) or any(words in str(error) for words in NO_ROWS):
         return EMPTY

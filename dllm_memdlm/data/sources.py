@@ -13,6 +13,7 @@ import datasets
 from dllm_memdlm.config import ConfigError, DataConfig
 from dllm_memdlm.data.formats import Row, pairs_to_columns
 from dllm_memdlm.data.json_rows import EMPTY, Named, fault_in, is_document, reason_of, rows_of
+from dllm_memdlm.versions import may_be_mixed
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 SPLIT_SEED = 42  # dllm's, so that both hold the same rows out
@@ -69,6 +70,18 @@ def _first(source: Rows, size: int | None) -> Rows:
     return Rows(source.rows.select(range(size)), source.numbers[:size], source.split)
 
 
+#: How `datasets` refuses rows; it stops at an empty file (5), or divides by its rows (4).
+UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    ArithmeticError,
+    StopIteration,
+    datasets.exceptions.DatasetsError,
+)
+
+
 def _load_split(config: DataConfig, split: str) -> datasets.Dataset:
     """One split, through the cache of `datasets`. Local paths are absolute there: the cache knows no working folder."""
     path = _local_path(config.dataset)
@@ -77,7 +90,9 @@ def _load_split(config: DataConfig, split: str) -> datasets.Dataset:
             rows = _read(config.dataset, split) if path is None else _read_local(path, split)
             if path is not None:
                 rows.data.validate(full=True)  # pyarrow reads text that is not UTF-8, and nobody can use it
-    except (OSError, ValueError, TypeError, RuntimeError, ArithmeticError, datasets.exceptions.DatasetsError) as error:
+                if may_be_mixed(rows, path) and (fault := _fault(path)):
+                    raise ValueError(fault)
+    except UNREADABLE as error:
         reason = reason_of(error)
         if reason.startswith("Unrecognized instruction format"):
             reason += "; expected the name of a split, or a part of one such as train[:100]"
