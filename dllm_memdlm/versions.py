@@ -56,37 +56,32 @@ PRIVATE = {
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu": "the FLOPs of attention",
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward": "the same",
 }
-if not _SINCE_5:
-    PRIVATE["transformers.Trainer._rotate_checkpoints"] = "a function in 5"
+if hasattr(transformers.Trainer, "_rotate_checkpoints"):
+    PRIVATE["transformers.Trainer._rotate_checkpoints"] = "a function in later releases"
 
 
-if _SINCE_5:
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """transformers' training arguments, with the words that recipes use in all releases."""
 
-    @dataclass
-    class TrainingArguments(transformers.TrainingArguments):
-        """transformers' training arguments, with the words that recipes use in both releases."""
+    warmup_ratio: float = field(default=0.0, metadata={"help": "Share of all steps that the warm-up takes."})
+    group_by_length: bool = field(default=False, metadata={"help": "Put examples of similar lengths together."})
 
-        warmup_ratio: float = field(default=0.0, metadata={"help": "Share of all steps that the warm-up takes."})
-        group_by_length: bool = field(default=False, metadata={"help": "Put examples of similar lengths together."})
-
-        def __post_init__(self) -> None:
-            if not 0 <= self.warmup_ratio <= 1:
-                raise ValueError(f"warmup_ratio={self.warmup_ratio}: expected a number in [0,1]")
-            if self.train_sampling_strategy not in ("random", "group_by_length"):
-                raise ValueError(
-                    f"train_sampling_strategy={self.train_sampling_strategy!r}: expected random or group_by_length"
-                )
-            self.warmup_steps = self.warmup_steps or self.warmup_ratio
-            self.group_by_length |= self.train_sampling_strategy == "group_by_length"
-            # The old names still work, with a warning.
-            if self.activation_checkpointing is None:
-                self.activation_checkpointing = self.gradient_checkpointing
-            if self.activation_checkpointing_kwargs is None:
-                self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
-            super().__post_init__()
-
-else:
-    TrainingArguments = transformers.TrainingArguments
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"warmup_ratio={self.warmup_ratio}: expected a number in [0,1]")
+        ratio = self.warmup_ratio
+        if _SINCE_5:  # where steps below 1 are a share, and earlier releases (5.0) let the ratio win
+            self.warmup_steps, self.warmup_ratio = self.warmup_steps or ratio, None
+        if (strategy := getattr(self, "train_sampling_strategy", "random")) != "random":
+            if strategy != "group_by_length":
+                raise ValueError(f"train_sampling_strategy={strategy!r}: expected random or group_by_length")
+            self.group_by_length = True
+        for name in ("", "_kwargs"):  # the old names still work, with a warning
+            if getattr(self, f"activation_checkpointing{name}", ...) is None:
+                setattr(self, f"activation_checkpointing{name}", getattr(self, f"gradient_checkpointing{name}"))
+        super().__post_init__()
+        self.warmup_ratio = ratio
 
 
 def tied_weights(same_as: dict[str, str]) -> Any:
@@ -181,7 +176,7 @@ def hub_errors() -> tuple[type[Exception], ...]:
 
 def rotate_checkpoints(trainer: transformers.Trainer, output_dir: str | os.PathLike) -> None:
     """Remove the oldest checkpoints beyond `save_total_limit`, but never the best or the newest."""
-    if not _SINCE_5:
+    if hasattr(trainer, "_rotate_checkpoints"):
         trainer._rotate_checkpoints(use_mtime=True, output_dir=output_dir)
         return
     from transformers.trainer_utils import rotate_checkpoints

@@ -57,6 +57,11 @@ class StagedForward:
     def layers(self) -> nn.ModuleList:
         return self.model.layers
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """What PEFT (0.21) asks for, under a name that transformers 5 warns of."""
+        return any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers)
+
     def enable_input_require_grads(self) -> None:
         """Leave the embeddings' output without a gradient, which only the reentrant kind of checkpointing needs.
 
