@@ -185,9 +185,13 @@ def parts(folder: Path, cpu: bool) -> tuple[Part, list[Part], list[Part]]:
 
 
 def environment(folder: Path, wheels: Path | None) -> dict[str, str]:
-    """For every part: no network, nothing in the user's folders, compiled modules kept for the next part."""
+    """For every part: no network, nothing in the user's folders, compiled modules kept for the next part.
+
+    Those of the wheels in a folder of their own, as the machine's packages may be read-only.
+    """
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "PYTHONDONTWRITE"))}
     site = [] if wheels is None else [str(folder / "site")]
+    compiled = {} if wheels is None else {"PYTHONPYCACHEPREFIX": str(folder / "compiled")}
     paths = [str(ROOT), *site, *filter(None, [os.environ.get("PYTHONPATH")])]
     # A step of a quarter of a million kernels does not fit the profiler's 128 MB.
     kineto = folder / "kineto.conf"
@@ -195,7 +199,8 @@ def environment(folder: Path, wheels: Path | None) -> dict[str, str]:
     return {
         **inherited,
         **{"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HOME": str(folder / "hf")},
-        **{"PYTHONPYCACHEPREFIX": str(folder / "compiled"), "PYTHONPATH": os.pathsep.join(paths)},
+        **compiled,
+        **{"PYTHONPATH": os.pathsep.join(paths)},
         **{"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]},
         **{"KINETO_CONFIG": str(kineto)},
     }
