@@ -10,7 +10,7 @@ import jinja2
 
 from .config import ConfigError
 from .data import encode_chat
-from .data.encoding import Encoder
+from .data.encoding import Encoder, decode_text
 from .decoding import Decoder
 from .prompt_memory import shared_length
 
@@ -84,7 +84,7 @@ class Conversation:
             if token != tokenizer.mask_token_id:
                 run.append(token)
                 continue
-            parts += [tokenizer.decode(run, skip_special_tokens=True), mask]
+            parts += [decode_text(tokenizer, run), mask]
             run = []
         return "".join(parts[:-1])
 

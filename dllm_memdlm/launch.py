@@ -35,7 +35,8 @@ def missing_processes() -> int | None:
     if not left_alone or torch.cuda.is_available():
         return None
     accelerate = psutil.Process(os.getppid())
-    if accelerate.environ().get("MASTER_ADDR") == os.environ["MASTER_ADDR"]:
+    around = accelerate.environ()
+    if all(around.get(name) == os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")):
         return None  # a cluster's own
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--num_processes", "--num-processes", type=int)

@@ -50,6 +50,7 @@ class EpochClock(transformers.TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.next_epoch = math.floor(state.epoch or 0)
         self.first_step = state.global_step  #: of this session: what a run goes on from
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=args.device)  #: of all its batches here
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Counted, as state.epoch is no epoch where the length of the data is not known.

@@ -242,6 +242,8 @@ class _Began(transformers.TrainerCallback):
 
     def _find_best(self, resumed: Path, folder: Path, state: Any) -> None:
         # from the checkpoint, as transformers 5 forgets a best one that is not where it was
+        if not (resumed / TRAINER_STATE_NAME).is_file():
+            return
         recorded = transformers.TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME))
         if recorded.best_model_checkpoint is None:
             return
@@ -280,7 +282,8 @@ def check_whole(checkpoint: str | os.PathLike) -> dict[str, Any]:
 
 
 def _check_release(checkpoint: str | os.PathLike, contents: dict[str, Any]) -> None:
-    made, here = contents.get("transformers", "4.57"), transformers.__version__  # before it was noted: 4.57
+    here = transformers.__version__
+    made = contents.get("transformers", "4.57" if contents else here)  # before it was noted; none of this trainer's
     if made.partition(".")[0] != here.partition(".")[0]:
         raise ConfigError(
             f"{checkpoint}: made with transformers {made}, this is {here}; resume with that release, or start from the "

@@ -105,7 +105,6 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
         self._experts = [part for part in staged_backbone(self.model).modules() if isinstance(part, RoutedExperts)]
         self._train_log = Averages()
         self._clock = EpochClock(self.data_collator, self._train_log)
-        self._loss_sum: Tensor | float = 0.0  #: of all batches in this session
         self.add_callback(self._clock)
         engines.fit(self.model, self.args)
         layers = staged_backbone(self.model).layers
@@ -135,7 +134,7 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
-        self._loss_sum += loss
+        self._clock.loss_sum += loss.double()
         return loss
 
     def compute_loss(
@@ -284,13 +283,14 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
 
     def _of_this_session(self, logs: dict[str, float]) -> None:
         """A run's summary, of the steps taken here: transformers 4.57 counts in those before, and those to come."""
-        args, taken = self.args, self.state.global_step - self._clock.first_step
+        taken = self.state.global_step - self._clock.first_step
         for name in ("train_loss", "train_samples_per_second", "train_steps_per_second"):
             logs.pop(name, None)
         if taken == 0:
             return
-        logs["train_loss"] = float(self._loss_sum) / taken
+        logs["train_loss"] = self.accelerator.reduce(self._clock.loss_sum, "mean").item() / taken
         if logs["train_runtime"] > 0:
-            examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            batches = self.args.gradient_accumulation_steps * self.args.world_size
+            examples = self.state.train_batch_size * batches
             logs["train_steps_per_second"] = round(taken / logs["train_runtime"], 3)
             logs["train_samples_per_second"] = round(taken * examples / logs["train_runtime"], 3)

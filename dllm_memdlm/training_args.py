@@ -37,9 +37,14 @@ class MemDLMConfig(MDLMConfig):
     ddp_find_unused_parameters: bool | None = False  # experts without a token get a gradient of zeros
 
     def __post_init__(self) -> None:
-        if self.gradient_checkpointing and not self.gradient_checkpointing_kwargs:
-            # The reentrant kind, transformers' default, breaks gradients that do not go through `.backward()`.
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        if self.gradient_checkpointing and not isinstance(self.gradient_checkpointing_kwargs, str):
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False} | (self.gradient_checkpointing_kwargs or {})
+            if self.gradient_checkpointing_kwargs["use_reentrant"]:
+                raise ConfigError(
+                    "training.gradient_checkpointing_kwargs.use_reentrant=True: expected false; the reentrant kind "
+                    "breaks gradients that do not go through `.backward()`"
+                )
+        self.max_grad_norm = self.max_grad_norm or 0.0
         if not (torch.cuda.is_available() or torch.xpu.is_available()):
             self.use_cpu, self.dataloader_pin_memory = True, False
         if self.dataloader_pin_memory and not isinstance(self.accelerator_config, (str, AcceleratorConfig)):

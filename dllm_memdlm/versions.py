@@ -1,12 +1,13 @@
-"""What hides which releases these are, transformers 4.57 with its contemporaries or 5, and what of them is private.
+"""All that depends on the release of transformers, PEFT, accelerate or datasets, and the private parts that are used.
 
-Nothing else asks for a version. 4.57 is dllm's.
+Nothing else asks for a version. transformers 4.57, and the others of its time, are dllm's.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import sys
 import warnings
@@ -71,8 +72,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio={self.warmup_ratio}: expected a number in [0,1]")
         ratio = self.warmup_ratio
-        if _SINCE_5:  # where steps below 1 are a share, and earlier releases (5.0) let the ratio win
-            self.warmup_steps, self.warmup_ratio = self.warmup_steps or ratio, None
+        if _SINCE_5:  # whose first releases let the ratio win over the steps
+            self.warmup_ratio = None
         if (strategy := getattr(self, "train_sampling_strategy", "random")) != "random":
             if strategy != "group_by_length":
                 raise ValueError(f"train_sampling_strategy={strategy!r}: expected random or group_by_length")
@@ -82,6 +83,12 @@ class TrainingArguments(transformers.TrainingArguments):
                 setattr(self, f"activation_checkpointing{name}", getattr(self, f"gradient_checkpointing{name}"))
         super().__post_init__()
         self.warmup_ratio = ratio
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """The steps of the warm-up: `warmup_steps` where given, else the ratio of all."""
+        if self.warmup_steps == 0:
+            return math.ceil(num_training_steps * self.warmup_ratio)
+        return super().get_warmup_steps(num_training_steps)
 
 
 def tied_weights(same_as: dict[str, str]) -> Any:
@@ -147,12 +154,14 @@ def load_any_tokenizer(name: str, **settings: Any) -> PreTrainedTokenizerBase:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             return transformers.AutoTokenizer.from_pretrained(name, **settings)
-    except ValueError as error:
-        if "TokenizersBackend" not in str(error):  # the class that only 5 has
+    except (AttributeError, ValueError) as error:  # a list of special tokens, or a class, that only 5 has
+        said = {} if _SINCE_5 else _both_tokenizers(get_tokenizer_config(name))
+        if "additional_special_tokens" not in said:
             raise
-        said = _both_tokenizers(get_tokenizer_config(name))
-        special = {key: said[key] for key in ("extra_special_tokens", "additional_special_tokens") if key in said}
-        return transformers.PreTrainedTokenizerFast.from_pretrained(name, **special, **settings)
+        backend = "TokenizersBackend" in str(error)
+        loader = transformers.PreTrainedTokenizerFast if backend else transformers.AutoTokenizer
+        special = {key: said[key] for key in ("extra_special_tokens", "additional_special_tokens")}
+        return loader.from_pretrained(name, **special, **settings)
     finally:
         transformers.logging.set_verbosity(verbosity)
 
@@ -162,7 +171,8 @@ def may_be_mixed(rows: datasets.Dataset, path: Path) -> bool:
 
     4 refuses them. 5 takes a text "1" for the number, and in a later block of JSON Lines a list for its text.
     """
-    several_blocks = path.suffix == ".jsonl" and path.stat().st_size > 10 * 2**20
+    files = path.rglob("*.jsonl") if path.is_dir() else [path] if path.suffix == ".jsonl" else []
+    several_blocks = any(file.stat().st_size > 10 * 2**20 for file in files)
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0  # one process looks at a large file
     return hasattr(datasets, "Json") and ("Json(" in str(rows.features) or (several_blocks and first))
 

@@ -58,7 +58,7 @@ def test_nothing_is_missing_where_all_processes_run(environment, launcher):
 
 
 def test_nor_where_the_address_is_a_clusters_own(launcher):
-    launcher("accelerate", "launch", "train.py", around={"MASTER_ADDR": "127.0.0.1"}, **ONE_OF_SEVERAL)
+    launcher("accelerate", "launch", "train.py", around=ONE_OF_SEVERAL, **ONE_OF_SEVERAL)
     assert launch.missing_processes() is None
 
 

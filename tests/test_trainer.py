@@ -267,3 +267,22 @@ def test_equal_counts_accumulate_exactly_under_the_token_norm(tokenizer, tmp_pat
         losses.append([(log["loss"], log["grad_norm"]) for log in train_logs(trainer)])
     for one, many in zip(*losses, strict=True):
         assert one == pytest.approx(many, rel=1e-4, abs=2e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_counts_wherever_it_stands(kind, tokenizer, tmp_path):
+    """A causal model's first label is no target, and transformers 5 leaves it out for models of such a class."""
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}, {"input_ids": [9, 8, 7], "labels": [-100, 8, 7]}]
+    trainer = make_trainer(tiny(kind), tokenizer, tmp_path, OFF, data=rows)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
+    trainer.state.max_steps = 1
+    _, count = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    assert int(count) == int(batch["labels"].ne(-100).sum()) >= 6
+
+
+def test_every_run_of_a_trainer_has_a_train_loss_of_its_own(tokenizer, tmp_path):
+    trainer = make_trainer(tiny("llama"), tokenizer, tmp_path, OFF, max_steps=3, logging_steps=1)
+    for _ in range(2):
+        output = trainer.train()
+        logged = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        assert output.training_loss == pytest.approx(sum(logged) / 3, abs=1e-4) and len(logged) == 3

@@ -110,6 +110,7 @@ def test_a_recipe_says_warm_up_and_checkpointing_in_the_same_words():
     assert args.gradient_checkpointing_kwargs == {"use_reentrant": False}
     assert training(warmup_steps=7, warmup_ratio=0.1).get_warmup_steps(50) == 7
     assert training().get_warmup_steps(50) == 5  # dllm's default
+    assert training(warmup_ratio=1.0).get_warmup_steps(50) == 50
 
 
 @pytest.mark.skipif(not hasattr(transformers.TrainingArguments, "train_sampling_strategy"), reason="transformers 5's")

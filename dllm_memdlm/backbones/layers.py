@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def rotary_embedding(config: Any) -> nn.Module:
     """
     names = ("rope_theta", "rope_scaling", "partial_rotary_factor", "max_position_embeddings")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    settings = {name: getattr(config, name) for name in names}
+    settings = {name: copy.deepcopy(getattr(config, name)) for name in names}  # transformers 5 writes into them
     heads = {"num_attention_heads": config.num_attention_heads, "hidden_size": config.hidden_size}
     return GlmRotaryEmbedding(LlamaConfig(head_dim=head_dim, **heads, **settings))
 

@@ -58,6 +58,14 @@ class StagedForward:
         return self.model.layers
 
     @property
+    def loss_type(self) -> None:
+        """None: a label is of its own position. Of a causal model transformers 5 counts those from the second on."""
+
+    @loss_type.setter
+    def loss_type(self, value: str | None) -> None:  # transformers sets it by the name of the class
+        pass
+
+    @property
     def is_gradient_checkpointing(self) -> bool:
         """What PEFT (0.21) asks for, under a name that transformers 5 warns of."""
         return any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers)

@@ -164,6 +164,11 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Mapping[str, 
     return encoder.encode(encoder.render(chat, **template)).ids
 
 
+def decode_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """What tokens say, without special ones. Spaces stay as they are: tidying them is up to the release otherwise."""
+    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
 def unmarked(rendered: str) -> str:
     """A rendered chat as its template has written it."""
     return rendered.replace(MARK, "")

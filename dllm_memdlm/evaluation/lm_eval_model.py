@@ -22,6 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
+from ..data.encoding import decode_text
 from .arguments import parse
 from .batching import Batches
 from .generation import Prompt, cut, in_order, last, read_prompts, share_prefixes
@@ -75,7 +76,7 @@ class MemDLMEvalLM(LM):
             share_prefixes(prompts)  # of this process alone: others may have theirs from lm-eval's cache
         answers = [""] * len(prompts)
         for prompt, answer in self._answers(prompts, "decoding", disable_tqdm):
-            text = cut(self.tokenizer.decode(answer, skip_special_tokens=True), prompt.stops)
+            text = cut(decode_text(self.tokenizer, answer), prompt.stops)
             answers[prompt.number] = text
             self.cache_hook.add_partial("generate_until", arguments[prompt.number], text)
         self._report()

@@ -50,7 +50,7 @@ def held_out(data: DataConfig, words: int, questions: int) -> list[Needles]:
 
 def found(decoder: Decoder, examples: Sequence[Needles], batch_size: int) -> list[int]:
     """How many of its values each text's answer gives, with a memory of the text if the decoder has one."""
-    from ..data import encode_chat
+    from ..data.encoding import decode_text, encode_chat
 
     tokenizer = decoder.pretrained.tokenizer
     chats = [[{"role": "user", "content": example.prompt}] for example in examples]
@@ -61,7 +61,7 @@ def found(decoder: Decoder, examples: Sequence[Needles], batch_size: int) -> lis
         batch = prompts[start : start + batch_size]
         with decoder.recalled(batch):
             answers = decoder.answers(batch, new_tokens)
-        texts = (tokenizer.decode(answer, skip_special_tokens=True) for answer in answers)
+        texts = (decode_text(tokenizer, answer) for answer in answers)
         right += [example.right(text) for example, text in zip(examples[start:], texts, strict=False)]
     return right
 
