@@ -185,10 +185,7 @@ def parts(folder: Path, cpu: bool) -> tuple[Part, list[Part], list[Part]]:
 
 
 def environment(folder: Path, wheels: Path | None) -> dict[str, str]:
-    """For every part: no network, nothing in the user's folders, compiled modules kept for the next part.
-
-    Those of the wheels in a folder of their own, as the machine's packages may be read-only.
-    """
+    """For every part: no network, nothing in the user's folders, compiled modules kept for the next part."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "PYTHONDONTWRITE"))}
     site = [] if wheels is None else [str(folder / "site")]
     compiled = {} if wheels is None else {"PYTHONPYCACHEPREFIX": str(folder / "compiled")}

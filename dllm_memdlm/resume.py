@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,16 +23,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import engines
 from .config import ConfigError
+from .run_folder import CONTENTS, RUN, check_release, contents_of, last_checkpoint, later_than, newest_run
 from .versions import readable_by_both, rotate_checkpoints
 
 #: In the output folder: a checkpoint that is being written. What a killed run leaves there, the next save removes.
 UNFINISHED = ".unfinished-checkpoint"
-
-#: In a finished checkpoint: the size of every file, what it was made by, in which run and when.
-CONTENTS = "contents.json"
-
-#: In the output folder: the name of the newest run, which a run takes at its start and its checkpoints carry.
-RUN = ".run"
 
 
 class WholeCheckpoints(transformers.Trainer):
@@ -58,8 +52,8 @@ class WholeCheckpoints(transformers.Trainer):
                 raise ConfigError(f"{self.args.output_dir}: no checkpoint to go on from")
         resumed = resume_from_checkpoint or None
         if resumed:
-            _check_release(resumed, _contents(resumed))
-        (self._run,) = broadcast_object_list([_contents(resumed).get("run") if resumed else uuid.uuid4().hex])
+            check_release(resumed, contents_of(resumed))
+        (self._run,) = broadcast_object_list([contents_of(resumed).get("run") if resumed else uuid.uuid4().hex])
         self._began.run, self._began.resumed = self._run, resumed
         return super().train(resume_from_checkpoint=resumed, **kwargs)
 
@@ -145,7 +139,7 @@ def _finish(aside: Path, final: Path, about: dict[str, Any]) -> None:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
         contents = folder / CONTENTS
-        told = {**about, "written": _later_than(final), "files": sizes}
+        told = {**about, "written": later_than(final), "files": sizes}
         contents.write_text(json.dumps(told, indent=1), encoding="utf-8")
         for path in (*files, contents, *(path for path in folder.rglob("*") if path.is_dir()), folder):
             _to_disk(path)
@@ -168,61 +162,6 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The checkpoint that the newest run in a folder has written last; none where no run has written any.
-
-    Not the one of most steps: a run may use the folder of an earlier one, or go on from an earlier checkpoint.
-
-    Raises:
-        ConfigError: there are checkpoints of earlier runs alone.
-    """
-    found, run = _checkpoints(Path(output_dir)), _run_of(Path(output_dir))
-    own = [entry for entry in found if run in (None, entry[3])]
-    if found and not own:
-        raise ConfigError(
-            f"{output_dir}: the newest run there has written no checkpoint, and {Path(max(found)[2]).name} is of an "
-            "earlier one; start without resuming, or name it as training.resume_from_checkpoint"
-        )
-    return max(own)[2] if own else None
-
-
-def has_checkpoints(output_dir: str | os.PathLike) -> bool:
-    """Whether any run has written one."""
-    return bool(_checkpoints(Path(output_dir)))
-
-
-def _checkpoints(output_dir: Path) -> list[tuple[int, int, str, str]]:
-    """When each was written, its step, its folder, and the name of its run."""
-    found = []
-    for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step, contents = folder.name.rpartition("-")[2], _contents(folder)
-        if folder.is_dir() and step.isdecimal():
-            found.append((contents.get("written", 0), int(step), str(folder), contents.get("run") or ""))
-    return found
-
-
-def _later_than(output_dir: Path) -> int:
-    """The time, in ns, and after all that is written there: the clock of another node may be ahead."""
-    return max(time.time_ns(), *(written + 1 for written, *_ in _checkpoints(output_dir)), 0)
-
-
-def _run_of(output_dir: Path) -> str | None:
-    """The newest run's name; none where its folder was put together by hand, or by an earlier version."""
-    try:
-        return (output_dir / RUN).read_text(encoding="utf-8") or None
-    except OSError:
-        return None
-
-
-def _contents(checkpoint: str | os.PathLike) -> dict[str, Any]:
-    """What a checkpoint says of itself; empty where it cannot be read."""
-    try:
-        contents = json.loads(Path(checkpoint, CONTENTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return contents if isinstance(contents, dict) else {}
-
-
 class _Began(transformers.TrainerCallback):
     """When a run begins: its name goes into its folder, and the best checkpoint so far is found again.
 
@@ -234,7 +173,7 @@ class _Began(transformers.TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir)
-        if args.should_save and self.run != _run_of(folder):
+        if args.should_save and self.run != newest_run(folder):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / RUN).write_text(self.run or "", encoding="utf-8")
         if self.resumed is not None:
@@ -255,48 +194,6 @@ class _Began(transformers.TrainerCallback):
         state.best_model_checkpoint = found
         for name in ("best_metric", "best_global_step"):
             setattr(state, name, None if found is None else getattr(recorded, name))
-
-
-def check_whole(checkpoint: str | os.PathLike) -> dict[str, Any]:
-    """What a checkpoint says of itself. Raises ConfigError where it is none of this trainer's, or not whole."""
-    folder = Path(checkpoint)
-    if not folder.is_dir():
-        raise ConfigError(f"{checkpoint}: no such checkpoint")
-    contents = _contents(folder)
-    if not {"made_by", "files"} <= contents.keys():
-        raise ConfigError(f"{checkpoint}: not a checkpoint of this trainer (no readable {CONTENTS})")
-    _check_release(checkpoint, contents)
-    files = contents["files"]
-    if "scheduler.pt" not in files:
-        raise ConfigError(
-            f"{checkpoint}: weights without the optimizer's state (training.save_only_model); to start from them, name "
-            "it as model.path or lora.path"
-        )
-    for name, size in files.items():
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found:,} bytes of {size:,}"
-            raise ConfigError(f"{checkpoint}: not whole, {name} {state}; take an earlier checkpoint")
-    return contents
-
-
-def _check_release(checkpoint: str | os.PathLike, contents: dict[str, Any]) -> None:
-    here = transformers.__version__
-    made = contents.get("transformers", "4.57" if contents else here)  # before it was noted; none of this trainer's
-    if made.partition(".")[0] != here.partition(".")[0]:
-        raise ConfigError(
-            f"{checkpoint}: made with transformers {made}, this is {here}; resume with that release, or start from the "
-            "weights (model.path, lora.path)"
-        )
-
-
-def check_engine(checkpoint: str | os.PathLike, made_by: str, here: str) -> None:
-    """Refuse a checkpoint of another engine or number of processes: its parts, or its examples, would not fit."""
-    if made_by != here:
-        raise ConfigError(
-            f"{checkpoint}: made by {made_by}, this is {here}; resume with the same engine and number of processes"
-        )
 
 
 def load_shared_out(model: nn.Module, checkpoint: str | os.PathLike) -> None:

@@ -24,7 +24,7 @@ from .example_ids import digest_of
 from .model_card import write_run_card
 from .pretrained import weights_digest
 from .recipe import FILE_NAME, Recipe
-from .resume import check_engine, check_whole, has_checkpoints, last_checkpoint
+from .run_folder import check_engine, check_whole, has_checkpoints, last_checkpoint
 from .trainer import MemDLMTrainer
 from .training_args import MemDLMConfig
 from .versions import hub_errors

@@ -182,8 +182,7 @@ def test_flops_are_those_that_torch_counts(kind, checkpointing, tmp_path):
     for memory in (False, True):
         recipe = recipe_of(kind, tmp_path, True, memory, gradient_checkpointing=checkpointing)
         trainer = trainer_of(copy.deepcopy(recipe), RESPONSE)
-        if checkpointing:
-            checkpoint_activations(trainer.model)
+        checkpoint_activations(trainer.model, checkpointing)
         trainer.state.global_step, trainer.state.logging_steps = 5, 100  # this step is not logged
         batch = trainer.data_collator([trainer.train_dataset[i] for i in range(BATCH)])
         with FlopCounterMode(display=False, custom_mapping=MISSING) as counter:

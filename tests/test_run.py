@@ -227,7 +227,15 @@ def test_two_processes_of_four_examples_equal_one_of_eight(recipe_file, tmp_path
     assert [log["epoch"] for log in two if "loss" in log] == [0.5, 1.0, 1.5, 2.0]
     state = json.loads((folder / "trainer_state.json").read_text())
     assert (state["global_step"], state["max_steps"], state["train_batch_size"]) == (4, 4, 4)
-    for name in ("loss", "grad_norm", "inner_loss_1", "inner_grad_norm_2", "loss_memory_off", "eval_loss"):
+    for name in (
+        "loss",
+        "grad_norm",
+        "inner_loss_1",
+        "inner_grad_norm_2",
+        "loss_memory_off",
+        "eval_loss",
+        "train_loss",
+    ):
         values = [[log[name] for log in logs if name in log] for logs in (two, one)]
         assert values[0] == pytest.approx(values[1], abs=1e-4), name
     expected, actual = (load_file(path / "model.safetensors") for path in (tmp_path / "one", folder))

@@ -14,7 +14,7 @@ from conftest import examples, make_trainer, tiny
 from safetensors.torch import load_file
 from small_run import logs_of, recipe_for, without_times
 
-from dllm_memdlm import resume, run
+from dllm_memdlm import resume, run, run_folder
 from dllm_memdlm.config import ConfigError
 from dllm_memdlm.trainer import MemDLMTrainer
 
@@ -154,7 +154,7 @@ def test_every_file_of_a_checkpoint_is_missed(finished, recipe_file, tmp_path):
     assert needed <= {str(path) for path in files}
     checkpoint = tmp_path / "run" / "checkpoint-2"
     for name in files:
-        if name.name == resume.CONTENTS:
+        if name.name == run_folder.CONTENTS:
             continue
         size = (whole / name).stat().st_size
         for keep, state in ((None, "is missing"), (size // 2, f"has {size // 2:,} bytes of {size:,}")):
@@ -169,22 +169,22 @@ def test_every_file_of_a_checkpoint_is_missed(finished, recipe_file, tmp_path):
 
 @pytest.mark.parametrize("contents", ["", "[]", '{"files": {}}', "{"])
 def test_unreadable_contents_are_those_of_no_checkpoint(contents, tmp_path):
-    (tmp_path / resume.CONTENTS).write_text(contents)
-    assert message(resume.check_whole, tmp_path).endswith(
+    (tmp_path / run_folder.CONTENTS).write_text(contents)
+    assert message(run_folder.check_whole, tmp_path).endswith(
         "not a checkpoint of this trainer (no readable contents.json)"
     )
 
 
 def test_parts_for_other_processes_are_refused(tmp_path):
-    text = message(resume.check_engine, "checkpoint-2", "ZeRO-2, 8 processes", "ZeRO-2, 4 processes")
+    text = message(run_folder.check_engine, "checkpoint-2", "ZeRO-2, 8 processes", "ZeRO-2, 4 processes")
     assert text == (
         "checkpoint-2: made by ZeRO-2, 8 processes, this is ZeRO-2, 4 processes; resume with the same engine and "
         "number of processes"
     )
     for made_by, here in (("one process", "FSDP2, 2 processes"), ("DDP, 4 processes", "DDP, 2 processes")):
-        assert message(resume.check_engine, "checkpoint-2", made_by, here)
-    resume.check_engine("checkpoint-2", "DDP, 2 processes", "DDP, 2 processes")
-    resume.check_engine("checkpoint-2", "one process", "one process")
+        assert message(run_folder.check_engine, "checkpoint-2", made_by, here)
+    run_folder.check_engine("checkpoint-2", "DDP, 2 processes", "DDP, 2 processes")
+    run_folder.check_engine("checkpoint-2", "one process", "one process")
 
 
 # --- a save that is cut off ----------------------------------------------------------------------------------------
@@ -211,18 +211,18 @@ def save_two(folder: Path, tokenizer: Any, cut: bool = False, **settings: Any) -
 
 def test_a_save_that_is_cut_off_leaves_the_checkpoint_before(tokenizer, tmp_path):
     trainer = save_two(tmp_path, tokenizer, cut=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", resume.RUN, resume.UNFINISHED}
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", run_folder.RUN, resume.UNFINISHED}
     assert (tmp_path / resume.UNFINISHED / "checkpoint-2" / "model.safetensors").is_file()
-    assert resume.check_whole(tmp_path / "checkpoint-1")["made_by"] == "one process"
+    assert run_folder.check_whole(tmp_path / "checkpoint-1")["made_by"] == "one process"
     trainer.beside_checkpoints.clear()
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))  # the next save clears it away
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2", resume.RUN}
-    assert resume.check_whole(tmp_path / "checkpoint-2")["made_by"] == "one process"
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2", run_folder.RUN}
+    assert run_folder.check_whole(tmp_path / "checkpoint-2")["made_by"] == "one process"
 
 
 def test_weights_alone_are_not_gone_on_from(tokenizer, tmp_path):
     save_two(tmp_path, tokenizer, save_only_model=True)
-    text = message(resume.check_whole, tmp_path / "checkpoint-2")
+    text = message(run_folder.check_whole, tmp_path / "checkpoint-2")
     assert text.startswith(f"{tmp_path / 'checkpoint-2'}: weights without the optimizer's state (training.save_only")
 
 
@@ -247,7 +247,7 @@ def test_a_new_run_beside_old_checkpoints_says_so(finished, recipe_file, tmp_pat
 @pytest.mark.filterwarnings("ignore:mtime may not be reliable:UserWarning")
 def test_old_checkpoints_are_removed_when_the_new_one_is_there(tokenizer, tmp_path):
     save_two(tmp_path, tokenizer, save_total_limit=1)
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", resume.RUN}
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", run_folder.RUN}
 
 
 @pytest.mark.filterwarnings("ignore:mtime may not be reliable:UserWarning")
@@ -277,4 +277,4 @@ def test_a_checkpoint_of_the_same_name_is_replaced(tokenizer, tmp_path):
     (tmp_path / "checkpoint-1" / "old").touch()
     save_two(tmp_path, tokenizer)
     assert not (tmp_path / "checkpoint-1" / "old").exists()
-    assert resume.check_whole(tmp_path / "checkpoint-1")["made_by"] == "one process"
+    assert run_folder.check_whole(tmp_path / "checkpoint-1")["made_by"] == "one process"

@@ -13,9 +13,9 @@ import transformers
 from conftest import examples, make_trainer, tiny
 from small_run import recipe_for, write_base, write_recipe
 
-from dllm_memdlm import resume, run
+from dllm_memdlm import run, run_folder
 from dllm_memdlm.config import ConfigError
-from dllm_memdlm.resume import last_checkpoint
+from dllm_memdlm.run_folder import last_checkpoint
 
 pytestmark = pytest.mark.usefixtures("caches_of_runs")
 OTHER_RATE = ("training.learning_rate=0.03",)
@@ -82,7 +82,7 @@ def test_a_run_without_a_checkpoint_of_its_own_is_not_another(finished, recipe_f
 
 def test_a_clock_that_was_set_back_hides_no_checkpoint(recipe_file, tmp_path, monkeypatch):
     run.train(recipe_for(recipe_file, tmp_path))
-    monkeypatch.setattr(resume, "time", SimpleNamespace(time_ns=lambda: 5))
+    monkeypatch.setattr(run_folder, "time", SimpleNamespace(time_ns=lambda: 5))
     run.train(recipe_for(recipe_file, tmp_path, "training.max_steps=6"), resume=True)
     assert last_checkpoint(tmp_path) == f"{tmp_path}/checkpoint-6"
 
@@ -92,7 +92,7 @@ def test_a_second_run_does_not_rename_the_first(recipe_file, tmp_path):
 
     class Other(transformers.TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            (tmp_path / resume.RUN).write_text("another")
+            (tmp_path / run_folder.RUN).write_text("another")
 
     trainer = run.build_trainer(recipe_for(recipe_file, tmp_path))
     trainer.add_callback(Other())
