@@ -19,7 +19,7 @@ from rich.console import Console
 from dllm_memdlm import dllm_api
 from dllm_memdlm.info import package_versions
 
-from . import decode, models, padding, profiling, switches, training
+from . import decode, host, models, padding, profiling, switches, training
 from .report import Section, write
 
 
@@ -29,6 +29,8 @@ def sections(quick: bool, repeats: int | None = None) -> dict[str, Callable[[], 
     size = replace(size, repeats=repeats or size.repeats)
     found = {f"step-{count}": partial(training.compared, size, count) for count in sorted({1, threads})}
     found |= {
+        "host": partial(host.host, quick),
+        "host-traffic": partial(host.traffic, quick),
         "profile": partial(profiling.profiling, size),
         "peaks": partial(training.peaks, size),
         "growth": partial(training.growth, size),

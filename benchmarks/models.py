@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dllm_memdlm.backbones import LLaDA2MoeConfig, LLaDAMoEConfig, model_class
+from dllm_memdlm.backbones.experts import split_names
 
 #: Where a tokenizer is asked for, only these are.
 TOKENIZER = SimpleNamespace(eos_token_id=0, bos_token_id=1, mask_token_id=2, padding_side="right")
@@ -95,7 +96,7 @@ def dllms(name: str, model: nn.Module) -> nn.Module:
     config = TheirConfig(**{**values, **more})
     config._attn_implementation = "sdpa"
     theirs = TheirModel(config).eval()
-    theirs.load_state_dict(model.state_dict())
+    theirs.load_state_dict(split_names(model.state_dict()))
     return theirs.requires_grad_(False)
 
 

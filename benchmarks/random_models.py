@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dllm_memdlm.backbones import config_of, load_model, with_lora
+from dllm_memdlm.backbones.experts import ExpertLinear, PackedExpertLinear
 from dllm_memdlm.backbones.loading import keep_4bit_weights_as_packed
 from dllm_memdlm.planner import Plan, make_plans
 from dllm_memdlm.planner.shapes import packable
@@ -67,12 +68,18 @@ def random_model(recipe: Recipe) -> nn.Module:
 
 def quantise(model: nn.Module, device: torch.device) -> None:
     """Pack every linear layer but the output, as `from_pretrained` does: NF4, the scales packed too."""
+    from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit, Params4bit
 
+    settings = {"quant_type": "nf4", "compress_statistics": True}
     for parent, name, linear in packable(model):
+        if isinstance(linear, ExpertLinear):
+            packed = [quantize_4bit(matrix.to(device), **settings) for matrix in linear.weight.data]
+            setattr(parent, name, PackedExpertLinear(packed, linear.weight.dtype))
+            continue
         sizes = linear.in_features, linear.out_features, linear.bias is not None
         packed = Linear4bit(*sizes, compute_dtype=linear.weight.dtype, quant_type="nf4", device="meta")
-        weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
+        weight = Params4bit(linear.weight.data, requires_grad=False, **settings)
         packed.weight, packed.bias = weight.to(device), linear.bias
         linear.weight = None  # before the next one is packed
         setattr(parent, name, packed)

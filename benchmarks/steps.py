@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dllm_memdlm import noise
 from dllm_memdlm.backbones import with_lora
+from dllm_memdlm.backbones.experts import split_names
 from dllm_memdlm.config import LoraConfig, MemoryConfig
 from dllm_memdlm.fast_weights import FastWeights
 from dllm_memdlm.trainer import MemDLMConfig, MemDLMTrainer
@@ -90,7 +91,7 @@ def adapted_dllms(name: str, dimensions: dict[str, Any]) -> nn.Module:
         r=LORA.r, lora_alpha=LORA.alpha, lora_dropout=LORA.dropout, target_modules=sorted(linear - {"lm_head"})
     )
     theirs = peft.get_peft_model(model, config)
-    theirs.load_state_dict(adapted(name, dimensions).state_dict())
+    theirs.load_state_dict(split_names(adapted(name, dimensions).state_dict()))
     return theirs
 
 

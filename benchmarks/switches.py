@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dllm_memdlm import grouped
 from dllm_memdlm.backbones import staged_backbone
-from dllm_memdlm.backbones.moe import RoutedExperts
 from dllm_memdlm.config import MemoryConfig
 from dllm_memdlm.trainer import MemDLMTrainer
 
@@ -79,7 +79,7 @@ def _set(target: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _one_expert_after_the_other(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Any:
-    return _set(RoutedExperts, "_projection", lambda *_: None)
+    return _set(grouped, "_KERNEL_DTYPES", ())
 
 
 @contextmanager

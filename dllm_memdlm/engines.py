@@ -176,14 +176,9 @@ def shares_weights(args: Any) -> bool:
 
 
 def fit(model: nn.Module, args: Any) -> None:
-    """Prepare a model's experts for an engine that shares out the weights themselves."""
-    experts = [module for module in model.modules() if isinstance(module, RoutedExperts)]
-    if not experts or not shares_weights(args):
-        return
-    for module in experts:
-        module.packs = False  # their weights are elsewhere in every pass
-    if args.deepspeed_plugin is not None:
-        # The experts' own forward is not called, so their weights are to be gathered with the list that holds them.
+    """Prepare a model's experts for ZeRO-3: the forward of the layers that hold their weights is never called."""
+    plugin = args.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3 and any(isinstance(m, RoutedExperts) for m in model.modules()):
         import deepspeed
 
         deepspeed.utils.set_z3_leaf_modules(model, [RoutedExperts])

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 #: CUDA's kernel takes fewer than 1,024 groups. Fast weights have as many as experts times samples.
 MAX_GROUPS = 1023
 
-#: On a GPU only bfloat16 has one, from Hopper on. Otherwise torch loops over the groups, and waits for where they end.
+#: On a GPU only bfloat16 has a kernel, from Hopper on. Otherwise torch loops over the groups, and waits for their ends.
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -28,24 +28,30 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor | None) -> Tensor:
     weight = weight.to(x.dtype)
     if offsets is None:
         return torch.bmm(x.unflatten(0, (len(weight), -1)), weight.mT).flatten(0, 1)
-    if _kernel_takes(x.dtype, *weight.shape[1:]):
-        return F.grouped_mm(x, weight.mT, offs=offsets)
-    return grouped_linear_loop(x, weight, offsets)
+    if x.dtype not in _KERNEL_DTYPES:
+        return grouped_linear_loop(x, weight, offsets)
+    out = weight.shape[1]
+    weight = _filled(_filled(weight).mT)
+    return F.grouped_mm(_filled(x), weight, offs=offsets)[:, :out]
 
 
 def grouped_linear_loop(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """The same, one product a group: for the dtypes and widths that the kernel does not take."""
+    """The same, one product a group: for the dtypes that the kernel does not take."""
     return torch.cat([F.linear(rows, matrix) for rows, matrix in zip(split(x, offsets), weight, strict=True)])
 
 
-def grouped_outer(y: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+def grouped_outer(y: Tensor, x: Tensor, offsets: Tensor | None, groups: int) -> Tensor:
     """Σ over the rows of a group of y[t] x[t]ᵀ: how a loss moves the group's matrix, if it moves its outputs by y.
 
     y [T, out], x [T, in], both of one dtype and sorted by group → [G, out, in]. Zeros for a group without rows.
     """
-    if _kernel_takes(x.dtype, y.shape[1], x.shape[1]):
-        return F.grouped_mm(y.T, x, offs=offsets)
-    return torch.stack([a.T @ b for a, b in zip(split(y, offsets), split(x, offsets), strict=True)])
+    if offsets is None:
+        y, x = (rows.unflatten(0, (groups, -1)) for rows in (y, x))
+        return torch.bmm(y.mT, x)
+    if x.dtype not in _KERNEL_DTYPES:
+        return torch.stack([a.T @ b for a, b in zip(split(y, offsets), split(x, offsets), strict=True)])
+    rows, columns = y.shape[1], x.shape[1]
+    return F.grouped_mm(_filled(y).T, _filled(x), offs=offsets)[:, :rows, :columns]
 
 
 def split(x: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
@@ -64,6 +70,7 @@ def ends(offsets: Tensor, rows: int) -> list[int]:
     return offsets.tolist()
 
 
-def _kernel_takes(dtype: torch.dtype, rows: int, columns: int) -> bool:
-    # The kernel reads rows in steps of 16 bytes, of the input and of the output.
-    return dtype in _KERNEL_DTYPES and all(size * dtype.itemsize % 16 == 0 for size in (rows, columns))
+def _filled(x: Tensor) -> Tensor:
+    """With zeros up to whole steps of 16 bytes, in which the kernel reads rows of the input and of the output."""
+    missing = -x.shape[-1] % (16 // x.dtype.itemsize)
+    return F.pad(x, (0, missing)) if missing else x

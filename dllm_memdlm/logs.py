@@ -51,6 +51,7 @@ class EpochClock(transformers.TrainerCallback):
         self.next_epoch = math.floor(state.epoch or 0)
         self.first_step = state.global_step  #: of this session: what a run goes on from
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=args.device)  #: of all its batches here
+        self.steps: list[tuple[Any, Any]] = []  #: when those since the last log began and ended
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Counted, as state.epoch is no epoch where the length of the data is not known.
@@ -58,7 +59,27 @@ class EpochClock(transformers.TrainerCallback):
         self.next_epoch += 1
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = time.perf_counter()
+        self.steps.append((_now(args.device), None))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.averages.add("step_seconds", torch.tensor(time.perf_counter() - self.started))
+        self.steps[-1] = self.steps[-1][0], _now(args.device)
+
+    def note_seconds(self) -> None:
+        """Put the seconds of the steps since the last log into it. Waits for the device."""
+        for start, end in self.steps:
+            if isinstance(end, float):
+                seconds = end - start
+            else:
+                end.synchronize()
+                seconds = start.elapsed_time(end) / 1000
+            self.averages.add("step_seconds", torch.tensor(seconds))
+        self.steps.clear()
+
+
+def _now(device: torch.device) -> float | torch.cuda.Event:
+    """The time; on a GPU what the GPU will note when it gets there, as the host runs ahead of it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

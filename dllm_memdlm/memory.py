@@ -122,7 +122,7 @@ class ParametricMemory:
         trajectory: Trajectory,
         *,
         anchor_trunk: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | int | None = None,
         initial: FastWeights | None = None,
     ) -> Written:
         """Run the inner loop along a trajectory: φ0 → … → φK, for every epoch.
@@ -166,7 +166,7 @@ class ParametricMemory:
         first = trajectory.noise_keys[:1]
         return global_batch.first(first) if self.config.sync else first
 
-    def trunk(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def trunk(self, input_ids: Tensor, attention_mask: Tensor | int | None = None) -> Tensor:
         """The layers without fast weights. input_ids [B, L] → [B, L, D]."""
         out = self.model(stage="trunk", input_ids=input_ids, attention_mask=attention_mask, boundary=self.boundary)
         return out.hidden
@@ -175,7 +175,7 @@ class ParametricMemory:
         self,
         hidden: Tensor,
         positions: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | int | None = None,
         **wanted: Any,
     ) -> StageOutput:
         """The layers from the boundary on, at chosen positions. hidden [B, L, D], positions [B, M].
@@ -198,7 +198,7 @@ class ParametricMemory:
         k: int,
         trunk: Tensor,
         teacher_trunk: Tensor | None,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | int | None,
     ) -> tuple[FastWeights, InnerStep]:
         """One SGD step on state k: pre-anchor alignment for the first, anchor-to-target for the last."""
         objective, config = self.objective, self.config

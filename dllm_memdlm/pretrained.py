@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from .backbones import load_model, read_config
-from .backbones.adapters import adapter_folder, load_adapter, merge
+from .backbones.adapters import adapter_folder, load_adapter, merge, narrow
 from .config import ConfigError, MemoryConfig, ModelConfig
 from .data import load_tokenizer
 from .recipe import FILE_NAME
@@ -124,6 +124,8 @@ def load_pretrained(
         model = load_adapter(model, source.adapter)
         if merge_adapter:
             model = merge(model)
+        else:
+            narrow(model)
     if not load_in_4bit:  # those are put in place as they are loaded
         model = model.to(device)
     memory, right_shift_logits = _settings_beside(source.folders)

@@ -144,10 +144,11 @@ class PromptMemory:
         keys = noise.example_keys(self.seed, noise.EVALUATION, ids)
         trajectory = prompt_trajectory(input_ids.to(device), maskable, keys.to(device), self.memory.config)
         mask = None if maskable.all() else maskable[:, None, None, :]
-        if self.attention == "block_causal":
+        if self.attention == "block_causal" and mask is None:
+            mask = self.block_size
+        elif self.attention == "block_causal":
             places = torch.arange(input_ids.shape[1], device=device)[None]
-            causal = block_causal(places, input_ids.shape[1], self.block_size)
-            mask = causal if mask is None else causal & mask
+            mask = block_causal(places, input_ids.shape[1], self.block_size) & mask
         written = self.memory.write(trajectory, attention_mask=mask)
         self.tally.not_finite += int((~written.finite).sum())
         return [written.fast_weights.select([row]) for row in range(len(texts))]

@@ -7,21 +7,23 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import peft
+import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import engines
+from .backbones.adapters import own_state
+from .backbones.experts import is_stacked, split_name
 from .config import ConfigError
 from .run_folder import CONTENTS, RUN, check_release, contents_of, last_checkpoint, later_than, newest_run
 from .versions import readable_by_both, rotate_checkpoints
@@ -204,14 +206,19 @@ def load_shared_out(model: nn.Module, checkpoint: str | os.PathLike) -> None:
     Raises:
         ConfigError: there are none.
     """
-    own = peft.get_peft_model_state_dict(model) if isinstance(model, peft.PeftModel) else model.state_dict()
     folder = Path(checkpoint)
     files = sorted(folder.glob("adapter_model*.safetensors")) or sorted(folder.glob("model*.safetensors"))
     if not files:
         raise ConfigError(f"{checkpoint}: expected adapter_model.safetensors or model.safetensors")
-    for path in files:
-        for name, tensor in load_file(path).items():
-            part = own[name]
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(path, framework="pt")) for path in files]
+        holder = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        for name, part in own_state(model).items():
+            if is_stacked(name):
+                parts = split_name(name, len(part))
+                tensor = torch.stack([holder[one].get_tensor(one) for one in parts])
+            else:
+                tensor = holder[name].get_tensor(name)
             if isinstance(part, DTensor):
                 tensor = distribute_tensor(
                     tensor.to(part.device), part.device_mesh, part.placements, src_data_rank=None

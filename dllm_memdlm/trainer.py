@@ -6,13 +6,13 @@ from typing import Any
 
 import datasets
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, Sampler
 from transformers.trainer_utils import TrainOutput, has_length
 
 from . import engines, noise
 from .backbones import adapted_layers, adopt, staged_backbone
-from .backbones.moe import RoutedExperts, held_still
 from .collator import AnchorTrajectoryCollator
 from .config import ConfigError, MemoryConfig
 from .dllm_api import MDLMTrainer
@@ -102,7 +102,6 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
             self.memory = ParametricMemory(
                 self.model, memory, self.mask_token_id, right_shift_logits=self.right_shift_logits
             )
-        self._experts = [part for part in staged_backbone(self.model).modules() if isinstance(part, RoutedExperts)]
         self._train_log = Averages()
         self._clock = EpochClock(self.data_collator, self._train_log)
         self.add_callback(self._clock)
@@ -150,13 +149,6 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
         outer loss continues from the attached one. The stages are called on the unwrapped model and only the last on
         `model`, so that DDP and its kin see one forward for one backward.
         """
-        # Not under checkpointing, where what is stacked shall not outlive its layer.
-        with held_still(() if self.args.gradient_checkpointing else self._experts):
-            return self._compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-    def _compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Tensor | None
-    ) -> Any:
         trajectory = Trajectory.from_batch(inputs)
         attention_mask = inputs.get("attention_mask")
         positions = trajectory.loss_positions(-1)
@@ -273,12 +265,15 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
         if "train_loss" in logs:
             self._of_this_session(logs)
         if "loss" in logs:
+            self._clock.note_seconds()
             logs = {**logs, **self._train_log.pop(self.accelerator)}
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As transformers' method. `training_loss`, too, is that of the steps that were taken."""
-        output = super().train(*args, **kwargs)
+        # Autocast rounds what goes into a LoRA. PEFT would widen it first, to the dtype of the weights.
+        with disable_input_dtype_casting(self.model, active=self.accelerator.mixed_precision != "no"):
+            output = super().train(*args, **kwargs)
         return output._replace(training_loss=output.metrics.get("train_loss", 0.0))
 
     def _of_this_session(self, logs: dict[str, float]) -> None:

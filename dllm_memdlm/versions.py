@@ -44,6 +44,7 @@ PRIVATE = {
     "transformers.PreTrainedModel._tied_weights_keys": "which weights are one",
     "transformers.PretrainedConfig._attn_implementation": "which attention function was chosen",
     "transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref": "a model drawn whole under ZeRO-3",
+    "peft.LoraConfig._register_custom_module": "a LoRA on layers that PEFT does not know: those of all experts",
     "accelerate.PartialState._shared_state": "FSDP on CPUs, which accelerate overlooks",
     "torch.nn.Module._compiled_call_impl": "a layer that takes fast weights is compiled no longer",
     "torch.nn.Module._apply": "the planner's models without memory",
@@ -200,10 +201,10 @@ def cache_argument(layer: type[nn.Module]) -> str:
     return "cache" if "cache" in inspect.signature(layer.forward).parameters else "past_key_values"
 
 
-def checkpoint_activations(model: transformers.PreTrainedModel, enable: bool = True) -> None:
-    """Keep each layer's input alone for the backward pass, or all that it computes again."""
+def checkpoint_activations(model: transformers.PreTrainedModel, enable: bool = True, **settings: Any) -> None:
+    """Keep each layer's input alone for the backward pass, or all that it computes again. `settings` are torch's."""
     name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
     if enable:
-        getattr(model, f"{name}_enable")({"use_reentrant": False})
+        getattr(model, f"{name}_enable")({"use_reentrant": False, **settings})
     else:
         getattr(model, f"{name}_disable")()

@@ -16,7 +16,7 @@ from inputs import BATCH, LENGTH, mask_of, tokens
 from torch import Tensor
 
 from dllm_memdlm.backbones import staged_backbone, with_lora
-from dllm_memdlm.backbones.layers import take
+from dllm_memdlm.backbones.layers import BlockCausal, take
 from dllm_memdlm.config import LoraConfig, MemoryConfig
 from dllm_memdlm.fast_weights import FastWeights
 from dllm_memdlm.memory import ParametricMemory
@@ -159,3 +159,26 @@ def test_lora_config_reaches_peft():
     model = with_lora(tiny("llama"), LoraConfig(r=3, alpha=6, dropout=0.25, target_modules=("q_proj",)))
     config = model.peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout, config.target_modules) == (3, 6, 0.25, {"q_proj"})
+
+
+@pytest.mark.parametrize("at_once", [4, 6, 8, 100])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_causal_blocks_need_no_whole_mask(kind, attention, at_once, monkeypatch):
+    """Some queries at a time, in order or chosen ones, with gradients: as with a mask of all pairs."""
+    monkeypatch.setattr(BlockCausal, "QUERIES", at_once)
+    model, results = tiny(kind, torch.float64, lora=True, attention=attention), []
+    chosen = torch.tensor([[11, 0, 5, 5, 7, 2, 9], [1, 2, 3, 4, 8, 9, 10], [0, 0, 11, 3, 6, 6, 1]])
+    for mask in (mask_of("4-D bool", torch.float64), 4):
+        logits = model(input_ids=tokens(), attention_mask=mask).logits
+        some = model(input_ids=tokens(), attention_mask=mask, positions=chosen).logits
+        (logits.square().sum() + some.square().sum()).backward()
+        results.append([logits, some, *take_gradients(model).values()])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-8)
+
+
+def test_a_mask_of_causal_blocks_is_narrow():
+    """At 32,768 tokens in bfloat16 64 MiB, for 2 GiB."""
+    mask = BlockCausal(32, torch.empty(1, 32768, 8, dtype=torch.bfloat16, device="meta"))
+    assert mask.mask.nbytes == 2**26

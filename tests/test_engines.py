@@ -129,22 +129,6 @@ def test_without_deepspeed_it_says_what_to_install(tmp_path, monkeypatch):
     assert refusal(tmp_path, engine="zero1").startswith("training.engine='zero1': expected deepspeed (pip install")
 
 
-def test_experts_keep_no_copy_of_weights_that_are_shared_out(monkeypatch):
-    """They would hold on to every layer that the engine has gathered and let go."""
-    model, tokens = tiny("llada_moe").requires_grad_(False), torch.randint(3, 40, (2, 8))
-    experts = [module for module in model.modules() if isinstance(module, RoutedExperts)]
-    expected = model(input_ids=tokens).logits
-    assert all(len(module._packed) == 3 for module in experts), "frozen weights are stacked once"
-    for module in experts:
-        module._packed.clear()
-    engines.fit(model, SimpleNamespace(deepspeed_plugin=None))
-    assert all(module.packs for module in experts)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    engines.fit(model, SimpleNamespace(deepspeed_plugin=None))
-    assert torch.equal(model(input_ids=tokens).logits, expected)
-    assert not any(module._packed for module in experts)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

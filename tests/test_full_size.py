@@ -122,7 +122,10 @@ def test_steps_are_those_of_training(moe, products, monkeypatch):
 def test_steps_without_autocast_are_refused(moe, monkeypatch):
     monkeypatch.setattr(full_size.MemDLMTrainer, "compute_loss_context_manager", contextlib.nullcontext)
     monkeypatch.setattr(Accelerator, "prepare_model", lambda accelerator, model, *_, **__: model)
+    without_lora = dataclasses.replace(moe, lora=dataclasses.replace(moe.lora, enabled=False))
     with pytest.raises(RuntimeError, match="without autocast"):
+        full_size.trained(random_model(without_lora), without_lora, moe.memory)
+    with pytest.raises(RuntimeError, match="same dtype"):  # whose weights are in float32
         full_size.trained(random_model(moe), moe, moe.memory)
 
 

@@ -40,7 +40,7 @@ def results(nll: Tensor, layer: nn.Module, rows: Tensor) -> list[Tensor | None]:
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_is_the_loss_of_the_logits(dtype, frozen, chunk, monkeypatch):
-    monkeypatch.setattr(output, "CHUNK", chunk)
+    monkeypatch.setitem(output.CHUNK, "cpu", chunk)
     layer, rows, wanted = layer_and_rows(dtype, frozen)
     expected = results(token_nll(layer(rows), wanted), layer, rows)
     found = results(layer(rows, wanted), layer, rows)
@@ -86,7 +86,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_all_the_logits_are_never_there(monkeypatch):
-    monkeypatch.setattr(output, "CHUNK", 3 * V)
+    monkeypatch.setitem(output.CHUNK, "cpu", 3 * V)
     layer, rows, wanted = layer_and_rows(torch.float32, frozen=True)
     with Largest() as largest:
         layer(rows, wanted).sum().backward()

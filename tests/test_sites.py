@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from conftest import KINDS, tiny
 from torch import nn
 
 from dllm_memdlm.backbones import LLaDAMoEConfig, LLaDAMoEModelLM, adapted_layers, find_sites, staged_backbone
+from dllm_memdlm.backbones.experts import ExpertLinear
 from dllm_memdlm.backbones.moe import RoutedExperts
 from dllm_memdlm.config import ConfigError, MemoryConfig
 from dllm_memdlm.memory import ParametricMemory
@@ -81,9 +84,9 @@ def test_fast_parameters_are_counted(kind, form):
     expected = 0
     for layer in model.layers[1:]:
         for name, module in layer.named_modules():
-            if isinstance(module, nn.Linear) and name.endswith(("up_proj", "down_proj")):
-                rows, columns = module.weight.shape
-                expected += rows * columns if form == "full" else 4 * (rows + columns)
+            if isinstance(module, (nn.Linear, ExpertLinear)) and name.endswith(("up_proj", "down_proj")):
+                *experts, rows, columns = module.weight.shape
+                expected += math.prod(experts) * (rows * columns if form == "full" else 4 * (rows + columns))
     memory = ParametricMemory(model, config, mask_token_id=2)
     assert memory.fast_parameters == expected
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..config import ConfigError, LoraConfig
 from .decoder import DECODERS
+from .experts import ExpertLinear, ExpertLora, is_stacked, split_name, split_names, stack_names
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -37,13 +41,69 @@ class StockLoraConfig(peft.LoraConfig):
     transformers' or dllm's class of the same name and weights, since a user of the adapter need not have ours.
     """
 
+    def on(self, backbone: nn.Module) -> StockLoraConfig:
+        """Put the LoRA of routed experts into tensors, wherever the targets mean them.
+
+        Raises:
+            ValueError: the targets mean some experts of a layer and not others.
+        """
+        self._register_custom_module({ExpertLinear: ExpertLora})
+        self._as_saved = {name: getattr(self, name) for name in ("target_modules", "exclude_modules")}
+        for name, targets in self._as_saved.items():
+            setattr(self, name, _on_stacked(backbone, targets))
+        return self
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's."""
         mapping = kwargs.get("auto_mapping_dict")
         if mapping is not None and mapping["base_model_class"] in STOCK_MODULES:
             module = STOCK_MODULES[mapping["base_model_class"]]
             kwargs["auto_mapping_dict"] = {**mapping, "parent_library": module}
-        super().save_pretrained(save_directory, **kwargs)
+        saved = copy.copy(self)
+        vars(saved).update(getattr(self, "_as_saved", {}))
+        super(StockLoraConfig, saved).save_pretrained(save_directory, **kwargs)
+
+
+class StockPeftModel(peft.PeftModel):
+    """PEFT's wrapper. In files it has two matrices an expert, as a stock adapter; PEFT itself knows of none of them."""
+
+    def save_pretrained(
+        self, save_directory: str, *, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        """As PEFT's method."""
+        state = self.state_dict() if state_dict is None else state_dict
+        experts = {name: value for name, value in state.items() if "lora_" in name and is_stacked(name)}
+        rest = {name: value for name, value in state.items() if name not in experts}
+        super().save_pretrained(save_directory, state_dict=rest, **kwargs)
+        if not kwargs.get("is_main_process", True):
+            return
+        for adapter in kwargs.get("selected_adapters") or self.peft_config:
+            own = {n.replace(f".{adapter}.", "."): v for n, v in experts.items() if f".{adapter}." in n}
+            if own:
+                path = Path(save_directory, "" if adapter == "default" else adapter, WEIGHTS)
+                save_file(load_file(path) | split_names(own), path, {"format": "pt"})
+
+    def load_adapter(self, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """As PEFT's method."""
+        with warnings.catch_warnings():  # PEFT's, of missing keys: those of the experts
+            warnings.simplefilter("ignore", UserWarning)
+            result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        where = {name: kwargs[name] for name in ("subfolder", "revision", "cache_dir", "token") if name in kwargs}
+        saved = peft.load_peft_weights(model_id, device="cpu", **where)
+        experts = {n: v for n, v in stack_names(saved).items() if n not in saved}
+        own = {re.sub(r"\.(lora_[AB])\.", rf".\1.{adapter_name}.", name): value for name, value in experts.items()}
+        self.load_state_dict(own, strict=False)
+        for keys in (result.missing_keys, result.unexpected_keys):
+            keys[:] = [name for name in keys if name not in own and name not in experts]
+        return result
+
+
+def own_state(model: nn.Module) -> dict[str, Tensor]:
+    """What is to be saved of a model: all of it, or its adapter, whose name is left out."""
+    state = model.state_dict()
+    if isinstance(model, peft.PeftModel):
+        return peft.get_peft_model_state_dict(model, state, save_embedding_layers=False)
+    return state
 
 
 def with_lora(backbone: PreTrainedModel, lora: LoraConfig) -> nn.Module:
@@ -63,9 +123,11 @@ def with_lora(backbone: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias=lora.bias, target_modules=targets
     )
     try:
-        return peft.get_peft_model(backbone, config)
+        model = peft.get_peft_model(backbone, config.on(backbone))
     except ValueError as error:
         raise ConfigError(f"lora.target_modules={lora.target_modules!r}: {_one_line(error)}") from error
+    model.__class__ = StockPeftModel
+    return model
 
 
 def load_adapter(backbone: PreTrainedModel, name: str) -> peft.PeftModel:
@@ -81,6 +143,14 @@ def load_adapter(backbone: PreTrainedModel, name: str) -> peft.PeftModel:
     where = f"adapter={name!r}"
     folder = adapter_folder(name)
     return _loaded(backbone, folder, _read_config(folder, where), where)
+
+
+def narrow(model: peft.PeftModel) -> None:
+    """Round the experts' LoRA, which PEFT loads in float32, to what it computes in without autocast."""
+    for module in model.modules():
+        if isinstance(module, ExpertLora):
+            module.lora_A.to(model.dtype)
+            module.lora_B.to(model.dtype)
 
 
 def merge(model: peft.PeftModel) -> nn.Module:
@@ -126,7 +196,6 @@ def _go_on_from(backbone: PreTrainedModel, lora: LoraConfig) -> peft.PeftModel:
         if own != made:
             raise ConfigError(f"lora.{name}={own!r}: the adapter of lora.path was made with {made!r}; set it to that")
     wanted = _own_names(backbone, lora.target_modules)
-    config.__class__ = StockLoraConfig
     config.lora_dropout = lora.dropout
     config.base_model_name_or_path, config.revision = backbone.name_or_path, None  # not the path of who made it
     model = _loaded(backbone, folder, config, where, trainable=True)
@@ -153,6 +222,8 @@ def _read_config(folder: str, where: str) -> peft.PeftConfig:
         raise ConfigError(f"{where}: no {WEIGHTS}")
     # With a task PEFT would put a forward of its own, with arguments of its own, around that of the model.
     config.task_type = None
+    if type(config) is peft.LoraConfig:
+        config.__class__ = StockLoraConfig
     return config
 
 
@@ -161,14 +232,16 @@ def _loaded(
 ) -> peft.PeftModel:
     """The adapter on the model, every tensor of it in its place, or a ConfigError."""
     try:
+        if isinstance(config, StockLoraConfig):
+            config.on(backbone)
         with warnings.catch_warnings():  # PEFT's, of missing keys, which are an error here
             warnings.simplefilter("ignore", UserWarning)
-            model = peft.PeftModel.from_pretrained(backbone, folder, config=config, is_trainable=trainable)
+            model = StockPeftModel.from_pretrained(backbone, folder, config=config, is_trainable=trainable)
         with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
             saved = set(file.keys())
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise ConfigError(f"{where}: no adapter for this model ({_one_line(error)})") from error
-    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    own = split_names(own_state(model))
     odd = {name for name in own.keys() ^ saved if "lora_" in name}
     odd |= saved - own.keys() - model.state_dict().keys()  # embeddings may come along whole
     if odd:
@@ -183,9 +256,31 @@ def _own_names(backbone: PreTrainedModel, target_modules: str | tuple[str, ...])
     if target_modules == "all-linear":
         return set(_all_linear(backbone))
     if isinstance(target_modules, str):  # a pattern of whole paths, for PEFT
-        paths = (path for path, _ in backbone.named_modules() if re.fullmatch(target_modules, path))
-        return {path.rpartition(".")[2] for path in paths}
+        return {path.rpartition(".")[2] for path in _on_stacked(backbone, target_modules)}
     return {name.rpartition(".")[2] for name in target_modules}
+
+
+def _on_stacked(backbone: nn.Module, targets: str | Iterable[str] | None) -> str | Iterable[str] | None:
+    """PEFT's targets, which name a module an expert, on a model with tensors of all: the paths of what they mean.
+
+    Names without dots mean the same on both, and are left as they are.
+    """
+    if targets is None or targets == "all-linear":
+        return targets
+    if isinstance(targets, str):
+        means = re.compile(targets).fullmatch
+    elif any("." in name for name in targets):
+        means = re.compile(rf"(?:.*\.)?(?:{'|'.join(map(re.escape, targets))})").fullmatch
+    else:
+        return targets
+    paths = []
+    for path, module in backbone.named_modules():
+        stock = split_name(path, module.experts) if isinstance(module, ExpertLinear) else [path]
+        meant = {bool(means(name)) for name in stock if hasattr(module, "weight")}
+        if len(meant) > 1:
+            raise ValueError(f"{targets} means some experts of {path} and not others; expected all or none")
+        paths += [path] if True in meant else []
+    return paths
 
 
 def _all_linear(backbone: PreTrainedModel) -> list[str]:
@@ -195,7 +290,9 @@ def _all_linear(backbone: PreTrainedModel) -> list[str]:
     """
     output = backbone.get_output_embeddings()
     paths = [
-        path for path, module in backbone.named_modules() if isinstance(module, nn.Linear) and module is not output
+        path
+        for path, module in backbone.named_modules()
+        if isinstance(module, (nn.Linear, ExpertLinear)) and module is not output
     ]
     return sorted({path.rpartition(".")[2] for path in paths})
 

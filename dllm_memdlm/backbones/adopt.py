@@ -12,7 +12,7 @@ from collections.abc import Callable
 import peft
 from torch import nn
 
-from .adapters import StockLoraConfig
+from .adapters import StockLoraConfig, StockPeftModel
 from .decoder import DECODERS, bidirectional
 from .llada2_moe import (
     LLaDA2MoeAttention,
@@ -42,6 +42,7 @@ def adopt(model: nn.Module) -> None:
         for config in model.peft_config.values():
             if type(config) is peft.LoraConfig:
                 config.__class__ = StockLoraConfig  # PEFT would note our class as that of the base
+        model.__class__ = StockPeftModel
 
 
 def _llada_moe(model: nn.Module) -> None:
@@ -52,7 +53,7 @@ def _llada_moe(model: nn.Module) -> None:
         if type(layer.mlp).__name__ == "LLaDAMoESparseMoeBlock":
             layer.mlp.__class__ = LLaDAMoESparseMoeBlock
             layer.mlp.config = model.config
-            RoutedExperts.adopt(layer.mlp.experts)
+            layer.mlp.experts = RoutedExperts.of(layer.mlp.experts)
     model.__class__ = LLaDAMoEModelLM
 
 
@@ -64,7 +65,7 @@ def _llada2_moe(model: nn.Module) -> None:
             layer.mlp.__class__ = LLaDA2MoeSparseMoeBlock
             layer.mlp.gate.__class__ = LLaDA2MoeGate
             layer.mlp.shared_experts = getattr(layer.mlp, "shared_experts", None)
-            RoutedExperts.adopt(layer.mlp.experts)
+            layer.mlp.experts = RoutedExperts.of(layer.mlp.experts)
     model.__class__ = LLaDA2MoeModelLM
 
 

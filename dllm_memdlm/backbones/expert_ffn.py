@@ -35,7 +35,7 @@ class Experts(NamedTuple):
 
 
 def expert_ffn(x: Tensor, weights: Tensor, routes: Routes, experts: Experts, dtype: torch.dtype) -> Tensor:
-    """Weights of the rows [T, 1], x [N, D] → [N, D] in `dtype`, which is also that of what lies between."""
+    """x [N, D], weights of each token's experts [N, k] → [N, D] in `dtype`, which is also that of what lies between."""
     # Tensors go in one by one: autograd and its hooks see them nowhere else, and would not free them in time.
     tensors: list[Tensor] = []
 
@@ -75,7 +75,7 @@ class _Pass:
         experts: with the places of their matrices among `rest` after the routes.
         dtype: of what lies between.
         x: [N, D].
-        weights: of the rows [T, 1].
+        weights: [N, k].
         rest: the routes, and the matrices.
     """
 
@@ -93,25 +93,23 @@ class _Pass:
         gates, of_gate = self.gate.forward(rows, self.routes)
         ups, of_up = self.up.forward(rows, self.routes)
         del rows
-        # Weighted here rather than after `down`, where there is more to multiply.
-        gated = (self.act(gates) * ups).mul_(self.weights)
-        output, of_down = self.down.forward(gated, self.routes)
-        return self._summed(output), [gates, ups, *of_gate, *of_up, *of_down]
+        output, of_down = self.down.forward(self.act(gates) * ups, self.routes)
+        return self._summed(output, self.weights), [gates, ups, *of_gate, *of_up, *of_down]
 
     def backward(self, d_output: Tensor, kept: Sequence[Tensor | None], wanted: bool) -> tuple[Tensor | None, ...]:
-        """The gradients of the input [N, D] if wanted, of the weights [T, 1], and of all that came as `rest`."""
+        """The gradients of the input [N, D] if wanted, of the weights [N, k], and of all that came as `rest`."""
         gates, ups, *kept = kept
         first, second = 2 * len(self.gate.deltas), 2 * (len(self.gate.deltas) + len(self.up.deltas))
+        weights = self.routes.weights(self.weights).to(self.dtype)
         activated = self.act(gates)
         gated = activated * ups
-        went_down = (gated * self.weights).to(self.dtype) if self.down.trains else None
         d_rows = d_output.to(self.dtype).index_select(0, self.routes.tokens)
-        d_gated = self.down.backward(d_rows, went_down, self.routes, kept[second:])
-        d_weights = (d_gated * gated).sum(-1, keepdim=True).to(self.weights.dtype)
-        d_gated.mul_(self.weights)
+        d_gated = self.down.backward(d_rows, gated, self.routes, kept[second:], weights=weights)
+        d_weights = (d_gated * gated).sum(-1)[self.routes.back].to(self.weights.dtype)
+        d_gated.mul_(weights)
         d_ups = d_gated * activated
         d_gates = _through(self.act, gates, d_gated.mul_(ups))
-        del d_rows, gated, went_down, d_gated, activated
+        del d_rows, gated, d_gated, activated
         rows = self.x.index_select(0, self.routes.tokens) if self.gate.trains or self.up.trains else None
         d_x = self.gate.backward(d_gates, rows, self.routes, kept[:first], wanted)
         of_up = self.up.backward(d_ups, rows, self.routes, kept[first:second], wanted)
@@ -120,9 +118,10 @@ class _Pass:
             part.give_gradients(gradients)
         return self._summed(d_x.add_(of_up)) if wanted else None, d_weights, *[None] * len(self.routes), *gradients
 
-    def _summed(self, rows: Tensor) -> Tensor:
-        """Over the rows of each token [T, D] → [N, D]."""
-        return F.embedding_bag(self.routes.back, rows, mode="sum")
+    def _summed(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Over the rows of each token, by its weights if given [T, D] → [N, D]."""
+        weights = None if weights is None else weights.to(rows.dtype)
+        return F.embedding_bag(self.routes.back, rows, mode="sum", per_sample_weights=weights)
 
 
 def _through(act: Callable[[Tensor], Tensor], x: Tensor, d_output: Tensor) -> Tensor:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
-from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 
 def parts(config: Any, whole: str, number: str) -> int:
@@ -39,6 +41,44 @@ def additive_mask(attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor |
     return attention_mask.to(dtype)
 
 
+class BlockCausal:
+    """Who sees whom where blocks of positions are causal and tokens within one are not, without a mask of all pairs.
+
+    Some queries at a time attend to the keys that the last of them sees. What they see beyond their own first block is
+    alike for all such parts, so that one narrow mask serves every part and every layer.
+    """
+
+    QUERIES = 1024  #: at a time, about
+
+    def __init__(self, block_size: int, x: Tensor) -> None:
+        """For hidden states of the length, dtype and device of x [B, L, D]."""
+        self.block_size, self.length = block_size, x.shape[1]
+        self.queries = max(1, self.QUERIES // block_size) * block_size
+        self.width = -(-self.length // self.queries) * self.queries
+        keys = torch.arange(self.queries - self.width, self.queries, device=x.device)  # from the part's first query
+        rows = torch.arange(self.queries, device=x.device)
+        self.mask = self._additive(rows[:, None][None, None], keys, x.dtype)  # [1, 1, queries, width]
+
+    def attend(self, attention: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, at: Any) -> Tensor:
+        """`attention(query, key, value, mask)` in parts. Queries are at positions `at` [B, M], or in order if none."""
+        parts = []
+        for start in range(0, query.shape[2], self.queries):
+            rows = slice(start, min(start + self.queries, query.shape[2]))
+            if at is None:
+                first = self.width - start - self.queries
+                mask = self.mask[:, :, : rows.stop - start, first : first + rows.stop]
+                parts.append(attention(query[:, :, rows], key[:, :, : rows.stop], value[:, :, : rows.stop], mask))
+            else:
+                keys = torch.arange(self.length, device=key.device)
+                mask = self._additive(at[:, None, rows, None], keys, self.mask.dtype)
+                parts.append(attention(query[:, :, rows], key, value, mask))
+        return torch.cat(parts, dim=1)
+
+    def _additive(self, queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
+        blocks = (part.div(self.block_size, rounding_mode="floor") for part in (keys, queries))
+        return additive_mask(torch.le(*blocks), dtype)
+
+
 def rotary_embedding(config: Any) -> nn.Module:
     """Cosine and sine of every position, for the first `partial_rotary_factor` of each head's features.
 
@@ -51,11 +91,48 @@ def rotary_embedding(config: Any) -> nn.Module:
     return GlmRotaryEmbedding(LlamaConfig(head_dim=head_dim, **heads, **settings))
 
 
+class RMSNorm(nn.RMSNorm):
+    """Root mean square norm, computed in float32 and rounded to the dtype of its input. One kernel on a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):  # which would give it a float32 copy
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding on the first cos.shape[-1] features. x [B, H, L, d], cos and sin [1 or B, L, d']."""
-    cos, sin = cos[:, None], sin[:, None]
-    turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    return torch.cat([turned * cos + rotate_half(turned) * sin, kept], dim=-1)
+    """Rotary position embedding on the first cos.shape[-1] features. x [B, H, L, d], cos and sin [1 or B, L, d'].
+
+    Feature i turns with feature i + d'/2, by the same angle.
+    """
+    half = cos.shape[-1] // 2
+    return _Rotation.apply(x, cos[:, None, :, :half], sin[:, None, :, :half])
+
+
+class _Rotation(torch.autograd.Function):
+    """Each half of the result in two passes, in place. As a sum of products with turned copies it takes five."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = x.dtype
+        return _turned(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(gradient, cos, sin, -1).to(ctx.dtype), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    half = cos.shape[-1]
+    first, second, kept = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    output = torch.empty_like(x, dtype=torch.promote_types(x.dtype, cos.dtype))
+    parts = output.split((half, half, kept.shape[-1]), dim=-1)
+    torch.mul(first, cos, out=parts[0]).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=parts[1]).addcmul_(first, sin, value=sign)
+    if kept.shape[-1]:
+        parts[2].copy_(kept)
+    return output
 
 
 def attend(
@@ -64,7 +141,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | BlockCausal | None,
     queries: Tensor | None,
     cache: Any = None,
 ) -> Tensor:
@@ -80,23 +157,20 @@ def attend(
     if queries is not None:
         batch = len(queries)
         cos, sin = (take(part.expand(batch, -1, -1), queries) for part in (cos, sin))
-        if attention_mask is not None and attention_mask.shape[-2] > 1:
+        if isinstance(attention_mask, Tensor) and attention_mask.shape[-2] > 1:
             rows = queries[:, None, :, None].expand(-1, attention_mask.shape[1], -1, attention_mask.shape[-1])
             attention_mask = attention_mask.expand(batch, -1, -1, -1).gather(2, rows)
     query = rotate(query, cos, sin)
     implementation = module.config._attn_implementation
     attention = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
-    output, _ = attention(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout=module.config.attention_dropout if module.training else 0.0,
-        scaling=module.head_dim**-0.5,
-        is_causal=False,
-    )
-    return output.flatten(2)
+    dropout = module.config.attention_dropout if module.training else 0.0
+
+    def attended(*given: Tensor | None) -> Tensor:
+        return attention(module, *given, dropout=dropout, scaling=module.head_dim**-0.5, is_causal=False)[0]
+
+    if isinstance(attention_mask, BlockCausal):
+        return attention_mask.attend(attended, query, key, value, queries).flatten(2)
+    return attended(query, key, value, attention_mask).flatten(2)
 
 
 class GatedMLP(nn.Module):

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ..versions import tied_weights
-from .layers import GatedMLP, attend, parts, rotary_embedding, take
-from .moe import RoutedExperts, check_experts
+from .layers import GatedMLP, RMSNorm, attend, parts, rotary_embedding, take
+from .moe import SparseModel, routed_experts
 from .output import OutputLinear
 from .staged import StagedForward
 
@@ -99,8 +98,8 @@ class LLaDA2MoeAttention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, heads * self.head_dim, bias=config.use_qkv_bias)
         self.dense = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=config.use_bias)
         if config.use_qk_norm:
-            self.query_layernorm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-            self.key_layernorm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.query_layernorm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.key_layernorm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -128,7 +127,6 @@ class LLaDA2MoeGate(nn.Module):
     def __init__(self, config: LLaDA2MoeConfig) -> None:
         super().__init__()
         self.config = config
-        check_experts(config)
         parts(config, "num_experts", "n_group")
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.register_buffer("expert_bias", torch.zeros(config.num_experts))
@@ -158,10 +156,7 @@ class LLaDA2MoeSparseMoeBlock(nn.Module):
     def __init__(self, config: LLaDA2MoeConfig) -> None:
         super().__init__()
         self.gate = LLaDA2MoeGate(config)
-        self.experts = RoutedExperts(
-            GatedMLP(config.hidden_size, config.moe_intermediate_size, config.hidden_act)
-            for _ in range(config.num_experts)
-        )
+        self.experts = routed_experts(config, config.moe_intermediate_size)
         self.shared_experts = None
         if config.num_shared_experts:
             width = config.moe_intermediate_size * config.num_shared_experts
@@ -180,8 +175,8 @@ class LLaDA2MoeDecoderLayer(GradientCheckpointingLayer):
             self.mlp = LLaDA2MoeSparseMoeBlock(config)
         else:
             self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -198,13 +193,9 @@ class LLaDA2MoeDecoderLayer(GradientCheckpointingLayer):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
-class LLaDA2MoePreTrainedModel(PreTrainedModel):
+class LLaDA2MoePreTrainedModel(SparseModel):
     config_class = LLaDA2MoeConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["LLaDA2MoeDecoderLayer"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -217,7 +208,7 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
         super().__init__(config)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LLaDA2MoeDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = rotary_embedding(config)
         self.post_init()
 

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ..versions import tied_weights
-from .layers import GatedMLP, attend, parts, rotary_embedding, take
-from .moe import RoutedExperts, check_experts
+from .layers import GatedMLP, RMSNorm, attend, parts, rotary_embedding, take
+from .moe import SparseModel, routed_experts
 from .output import OutputLinear
 from .staged import StagedForward
 
@@ -91,8 +90,8 @@ class LLaDAMoEAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
         if config.qk_layernorm:
-            self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -121,12 +120,8 @@ class LLaDAMoESparseMoeBlock(nn.Module):
     def __init__(self, config: LLaDAMoEConfig) -> None:
         super().__init__()
         self.config = config
-        check_experts(config)
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        self.experts = RoutedExperts(
-            GatedMLP(config.hidden_size, config.expert_intermediate_size, config.hidden_act)
-            for _ in range(config.num_experts)
-        )
+        self.experts = routed_experts(config, config.expert_intermediate_size)
         if config.moe_router_enable_expert_bias:
             self.register_buffer("expert_bias", torch.zeros(config.num_experts))
 
@@ -150,8 +145,8 @@ class LLaDAMoEDecoderLayer(GradientCheckpointingLayer):
         self.shared_expert = None
         if sparse and config.shared_expert_intermediate_size is not None:
             self.shared_expert = GatedMLP(config.hidden_size, config.shared_expert_intermediate_size, config.hidden_act)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -172,13 +167,9 @@ class LLaDAMoEDecoderLayer(GradientCheckpointingLayer):
         return hidden + output
 
 
-class LLaDAMoEPreTrainedModel(PreTrainedModel):
+class LLaDAMoEPreTrainedModel(SparseModel):
     config_class = LLaDAMoEConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["LLaDAMoEDecoderLayer"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
 
 
 class LLaDAMoEModel(LLaDAMoEPreTrainedModel):
@@ -186,7 +177,7 @@ class LLaDAMoEModel(LLaDAMoEPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LLaDAMoEDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = rotary_embedding(config)
         self.post_init()
 

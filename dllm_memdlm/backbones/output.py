@@ -12,14 +12,15 @@ from torch.autograd.function import once_differentiable
 
 from ..losses import token_nll, widened
 
-#: Logits that are there at a time: 128 MiB in float32.
-CHUNK = 2**25
+#: Logits that are there at a time, by device: 128 MiB in float32. A GPU reads the matrix anew for each part.
+CHUNK = {"cpu": 2**25, "cuda": 2**27}
 
 
 class OutputLinear(nn.Linear):
     """A projection to the vocabulary. Where tokens are given, it returns their negative log-likelihood instead."""
 
     trains = True  #: as in RoutedExperts
+    chunk: int | None = None  #: logits at a time, if not those of the device
 
     @classmethod
     def adopt(cls, model: nn.Module) -> None:
@@ -36,7 +37,8 @@ class OutputLinear(nn.Linear):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         weight = self.weight if self.trains else self.weight.detach()
-        return _LinearNLL.apply(x.flatten(0, -2), weight, tokens.flatten(), dtype).view_as(tokens)
+        chunk = self.chunk or CHUNK.get(device, CHUNK["cuda"])
+        return _LinearNLL.apply(x.flatten(0, -2), weight, tokens.flatten(), dtype, chunk).view_as(tokens)
 
 
 class _LinearNLL(torch.autograd.Function):
@@ -47,18 +49,18 @@ class _LinearNLL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, tokens: Tensor, dtype: torch.dtype, chunk: int) -> Tensor:
         of_rows, of_weight = ctx.needs_input_grad[:2]
         nll, slopes = [], []
         with torch.autocast(rows.device.type, enabled=False):
             matrix = weight.to(dtype)
-            for part, wanted in _chunks(rows, tokens, len(weight)):
+            for part, wanted in _chunks(chunk // len(weight), rows, tokens):
                 logits = widened(F.linear(part.to(dtype), matrix))
                 total = logits.logsumexp(-1, keepdim=True)
                 nll.append((total - logits.gather(1, wanted[:, None]))[:, 0])
                 if of_rows and not of_weight:
                     slopes.append(_slope(logits, total, wanted).to(dtype) @ matrix)
-        ctx.dtype = dtype
+        ctx.dtype, ctx.chunk = dtype, chunk
         ctx.save_for_backward(*((rows, weight, tokens) if of_weight else (torch.cat(slopes),) if slopes else ()))
         return torch.cat(nll)
 
@@ -67,21 +69,21 @@ class _LinearNLL(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.needs_input_grad[1]:
             (slopes,) = ctx.saved_tensors
-            return (slopes * gradient[:, None]).to(slopes.dtype), None, None, None
+            return (slopes * gradient[:, None]).to(slopes.dtype), None, None, None, None
         rows, weight, tokens = ctx.saved_tensors
         of_rows, of_weight = [], torch.zeros_like(weight)
         with torch.autocast(rows.device.type, enabled=False):
             matrix = weight.to(ctx.dtype)
-            for part, wanted, factor in _chunks(rows, tokens, len(weight), gradient[:, None]):
+            for part, wanted, factor in _chunks(ctx.chunk // len(weight), rows, tokens, gradient[:, None]):
                 logits = widened(F.linear(part.to(ctx.dtype), matrix))
                 slope = _slope(logits, logits.logsumexp(-1, keepdim=True), wanted).mul_(factor).to(ctx.dtype)
                 of_rows.append(slope @ matrix)
                 of_weight += slope.T @ part.to(ctx.dtype)
-        return torch.cat(of_rows).to(rows.dtype), of_weight, None, None
+        return torch.cat(of_rows).to(rows.dtype), of_weight, None, None, None
 
 
-def _chunks(rows: Tensor, tokens: Tensor, vocabulary: int, *more: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(x.split(max(1, CHUNK // vocabulary)) for x in (rows, tokens, *more)), strict=True)
+def _chunks(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(x.split(max(1, size)) for x in tensors), strict=True)
 
 
 def _slope(logits: Tensor, total: Tensor, tokens: Tensor) -> Tensor:

@@ -76,15 +76,25 @@ class ProjectionPass:
         return output, kept
 
     def backward(
-        self, d_output: Tensor, x: Tensor | None, routes: Routes, kept: Sequence[Tensor | None], wanted: bool = True
+        self,
+        d_output: Tensor,
+        x: Tensor | None,
+        routes: Routes,
+        kept: Sequence[Tensor | None],
+        wanted: bool = True,
+        weights: Tensor | None = None,
     ) -> Tensor | None:
-        """The gradient of x [T, in] if wanted; those of matrices are kept."""
+        """The gradient of x [T, in] if wanted; those of matrices are kept.
+
+        `weights` [T, 1] are what the outputs are multiplied by afterwards, if they are: d_output and the gradient of x
+        are without them.
+        """
         own = d_output.to(self.computes_in)
         d_x = grouped_linear(own, self.weight.values.mT, routes.offsets).to(self.dtype) if wanted else None
         if self.weight.trains:
-            self.weight.gradient = grouped_outer(own, x.to(own.dtype), routes.offsets)
+            self.weight.gradient = _outer(own, x.to(own.dtype), routes.offsets, weights, len(self.weight.values))
         for number, delta in enumerate(self.deltas):
-            delta.backward(d_output, x, routes, kept[2 * number], kept[2 * number + 1], d_x)
+            delta.backward(d_output, x, routes, kept[2 * number], kept[2 * number + 1], d_x, weights)
         return d_x
 
     def give_gradients(self, gradients: list[Tensor | None]) -> None:
@@ -121,18 +131,20 @@ class _Delta:
         low: Tensor | None,
         survivors: Tensor | None,
         d_x: Tensor | None,
+        weights: Tensor | None,
     ) -> None:
         """The gradients of the matrices are kept; what comes to that of x is added to it in place."""
         offsets = self._offsets(routes)
         d_output = d_output.to(self.dtype)
-        x = None if x is None else self._dropped(x.to(self.dtype), survivors)
         first, d_first = self.up.values, d_output
         if low is not None:
             first, d_first = self.down.values, grouped_linear(d_output, first.mT, offsets).mul_(self.scaling)
-            if self.down.trains:
-                self.down.gradient = grouped_outer(d_first, x, offsets)
+        if self.down.trains:
+            dropped = self._dropped(x.to(self.dtype), survivors)
+            self.down.gradient = _outer(d_first, dropped, offsets, weights, len(first))
         if self.up.trains:
-            self.up.gradient = grouped_outer(d_output, x if low is None else low, offsets)
+            given = self._dropped(x.to(self.dtype), survivors) if low is None else low
+            self.up.gradient = _outer(d_output, given, offsets, weights, len(first))
         if d_x is not None:
             d_x += self._dropped(grouped_linear(d_first, first.mT, offsets), survivors)
 
@@ -140,7 +152,9 @@ class _Delta:
         return routes.fast_offsets if self.per_sample else routes.offsets
 
     def _dropped(self, x: Tensor, survivors: Tensor | None) -> Tensor:
-        return x if survivors is None else x * survivors / (1 - self.dropout)
+        if survivors is None:
+            return x
+        return torch.ops.aten.native_dropout_backward(x, survivors, 1 / (1 - self.dropout))
 
 
 class _Placed:
@@ -155,3 +169,12 @@ class _Placed:
     @property
     def values(self) -> Tensor | None:
         return self.place() if callable(self.place) else self.given
+
+
+def _outer(d_output: Tensor, x: Tensor, offsets: Tensor | None, weights: Tensor | None, groups: int) -> Tensor:
+    """`grouped_outer`, each row by its weight [T, 1] if given."""
+    if weights is not None and d_output.shape[1] < x.shape[1]:  # there is less to multiply
+        d_output = d_output * weights.to(d_output.dtype)
+    elif weights is not None:
+        x = x * weights.to(x.dtype)
+    return grouped_outer(d_output, x, offsets, groups)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..config import ConfigError, MemoryConfig
 from ..fast_weights import SiteShape
+from .experts import PROJECTIONS, without_adapters
 from .moe import RoutedExperts
 from .staged import StagedForward
 
@@ -45,12 +45,12 @@ def find_sites(model: StagedForward, config: MemoryConfig) -> list[Site]:
                 continue
             if isinstance(module, RoutedExperts):
                 done.append(path)
-                for name, linear in module[0].named_children():
-                    if _is_linear(linear):
-                        names.add(name)
-                        if name in config.target_modules:
-                            shape = SiteShape(f"{full}.{name}", linear.in_features, linear.out_features, len(module))
-                            sites.append(Site(shape, module, name))
+                for name in PROJECTIONS:
+                    names.add(name)
+                    if name in config.target_modules:
+                        linear = getattr(module, name)
+                        shape = SiteShape(f"{full}.{name}", linear.in_features, linear.out_features, len(module))
+                        sites.append(Site(shape, module, name))
             elif _is_linear(module):
                 done.append(path)  # a PEFT layer holds linear layers of its own
                 name = path.rpartition(".")[2]
@@ -67,4 +67,4 @@ def find_sites(model: StagedForward, config: MemoryConfig) -> list[Site]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, nn.Linear)
+    return isinstance(without_adapters(module), nn.Linear)

@@ -22,8 +22,8 @@ from transformers.utils import ModelOutput
 
 from ..losses import token_nll
 from ..versions import cache_argument
-from .cache import CanvasCache
-from .layers import additive_mask, take
+from .cache import CanvasCache, block_causal
+from .layers import BlockCausal, additive_mask, take
 from .output import OutputLinear
 
 
@@ -79,7 +79,7 @@ class StagedForward:
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | int | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         *,
@@ -97,7 +97,8 @@ class StagedForward:
         Args:
             input_ids: tokens [B, L] (full, trunk); `inputs_embeds` [B, L, D] may stand in.
             attention_mask: none (all positions see each other), [B, L] with 0 on hidden keys, or 4-D, boolean or
-                additive, broadcastable to [B, heads, L, L] (with a cache [B, heads, L, visible]).
+                additive, broadcastable to [B, heads, L, L] (with a cache [B, heads, L, visible]); or a number: blocks
+                of so many positions are causal, and tokens within one see each other.
             position_ids: [1 or B, L]; counted from 0 by default.
             stage: which part to run. `full` returns logits [B, L, V] as any masked language model does.
             boundary: index of the first layer that belongs to the head.
@@ -112,7 +113,7 @@ class StagedForward:
         if position_ids is None:
             position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
         context = {
-            "attention_mask": additive_mask(attention_mask, hidden.dtype),
+            "attention_mask": self._mask(attention_mask, hidden),
             "position_ids": position_ids,
             "position_embeddings": self.model.rotary_emb(hidden, position_ids),
         }
@@ -136,6 +137,14 @@ class StagedForward:
             return StageOutput(hidden=hidden, nll=self._nll(hidden, tokens))
         logits = self.lm_head(hidden) if project else None
         return MaskedLMOutput(logits=logits) if stage == "full" else StageOutput(hidden=hidden, logits=logits)
+
+    def _mask(self, attention_mask: Tensor | int | None, hidden: Tensor) -> Tensor | BlockCausal | None:
+        if isinstance(attention_mask, int):
+            if self.layers_take_queries:  # which are ours, and attend in parts
+                return BlockCausal(attention_mask, hidden)
+            length = hidden.shape[1]
+            attention_mask = block_causal(torch.arange(length, device=hidden.device)[None], length, attention_mask)
+        return additive_mask(attention_mask, hidden.dtype)
 
     def _nll(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         if isinstance(self.lm_head, OutputLinear):

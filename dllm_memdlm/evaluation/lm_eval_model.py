@@ -225,7 +225,7 @@ class MemDLMEvalLM(LM):
 def _random_state_kept() -> Iterator[None]:
     """Python's, numpy's and torch's global generators go on as if nothing had been drawn."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # no task draws on a GPU
         yield
     random.setstate(python)
     np.random.set_state(numpy)

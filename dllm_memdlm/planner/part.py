@@ -24,7 +24,6 @@ class Sizes:
     device: str = "cuda"  #: whose way of computing is followed, cuda or cpu
     checkpointing: bool = False  #: whether the trunk is recomputed in the backward pass
     accumulates: bool = False  #: whether gradients of an earlier micro-batch are there already
-    packs: bool = True  #: whether frozen experts are stacked once, and not in every pass
 
 
 @dataclass

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -97,13 +98,13 @@ def make_plans(
         device=device,
         checkpointing=args.gradient_checkpointing,
         accumulates=args.gradient_accumulation_steps > 1,
-        packs=engine not in SHARES_WEIGHTS,
     )
     held = share(model, staged_backbone(model).layers, engine, gpus, cast)
     counts = (parameter_count(model), active_count(model), parameter_count(model, trainable=True))
     memory = ParametricMemory(model, dataclasses.replace(recipe.memory, enabled=True), mask_token_id=0)
     parts = Parts(model, sizes)
-    steps = {on: step(parts, memory if on else None, held.stays) for on in (False, True)}
+    with disable_input_dtype_casting(model, active=low is not None):  # as in training
+        steps = {on: step(parts, memory if on else None, held.stays) for on in (False, True)}
     micro_batches = args.gradient_accumulation_steps * gpus
     return {
         on: Plan(

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ..backbones import load_model, staged_backbone, with_lora
+from ..backbones.experts import ExpertLinear
 from ..backbones.moe import RoutedExperts
 from ..recipe import Recipe
 
@@ -36,17 +36,18 @@ def shape_model(recipe: Recipe, config: PretrainedConfig) -> nn.Module:
 def quantise(model: nn.Module, compute_dtype: torch.dtype) -> None:
     """What loading in 4 bit does: linear layers but the output are packed, PEFT makes all else float32."""
     for parent, name, linear in packable(model):
-        setattr(parent, name, PackedLinear(linear, compute_dtype))
+        packed = PackedExperts if isinstance(linear, ExpertLinear) else PackedLinear
+        setattr(parent, name, packed(linear, compute_dtype))
     for parameter in model.parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
 
 
-def packable(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
+def packable(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear | ExpertLinear]]:
     """The linear layers that loading in 4 bit packs, all but the output: parent, name, layer."""
     output = staged_backbone(model).get_output_embeddings()
     children = [(parent, *child) for parent in model.modules() for child in parent.named_children()]
-    return [found for found in children if type(found[2]) is nn.Linear and found[2] is not output]
+    return [found for found in children if type(found[2]) in (nn.Linear, ExpertLinear) and found[2] is not output]
 
 
 class PackedLinear(nn.Linear):
@@ -58,12 +59,7 @@ class PackedLinear(nn.Linear):
     def __init__(self, linear: nn.Linear, compute_dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.compute_dtype = linear.in_features, linear.out_features, compute_dtype
-        numel = linear.weight.numel()
-        blocks = math.ceil(numel / BLOCK)
-        packed = torch.empty(math.ceil(numel / 2), 1, dtype=torch.uint8)
-        self.weight = nn.Parameter(packed, requires_grad=False)
-        constants = blocks + 4 * math.ceil(blocks / SCALES) + TABLES
-        self.register_buffer("constants", torch.empty(constants, dtype=torch.uint8), persistent=False)
+        self.weight, self.constants = _packed(linear.weight)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,35 +78,28 @@ class _PackedProduct(torch.autograd.Function):
         return gradient @ gradient.new_empty(ctx.shape), None, None
 
 
-class ShapeExperts(RoutedExperts):
-    """Routed experts whose tensors have no addresses: their stacked weights are found by name."""
+class PackedExperts(ExpertLinear):
+    """Stands in for the experts' layers in 4 bit, as PackedLinear for others."""
 
-    def _pack(self, name: str, weights: list[Tensor]) -> Tensor | None:
-        return self._packed.get(name)
+    def __init__(self, linear: ExpertLinear, compute_dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.experts, self.in_features, self.out_features = linear.experts, linear.in_features, linear.out_features
+        self.compute_dtype = compute_dtype
+        self.weight, self.constants = _packed(linear.weight[0], self.experts)
 
-    @staticmethod
-    def _is_packed(linear: nn.Module) -> bool:
-        return isinstance(linear, PackedLinear)
-
-    @staticmethod
-    def _unpack(linears: list[PackedLinear]) -> Tensor:
-        first = linears[0]
-        return torch.empty(len(linears), first.out_features, first.in_features, dtype=first.compute_dtype)
-
-    @classmethod
-    def put_into(cls, module: nn.Module, packs: bool) -> None:
-        """In place of all routed experts. `packs`: frozen weights are stacked already."""
-        for experts in [part for part in module.modules() if isinstance(part, RoutedExperts)]:
-            experts.__class__ = cls
-            for name, child in experts[0].named_children() if packs else ():
-                linear = _base(child)
-                if type(linear) is nn.Linear and not linear.weight.requires_grad:
-                    experts._packed[name] = linear.weight.new_empty(len(experts), *linear.weight.shape)
+    @property
+    def matrices(self) -> Any:
+        shape = (self.experts, self.out_features, self.in_features)
+        return lambda: self.weight.new_empty(shape, dtype=self.compute_dtype)
 
 
-def _base(linear: nn.Module) -> nn.Module:
-    """The layer inside PEFT's wrapper, or the layer itself."""
-    return linear.get_base_layer() if isinstance(linear, BaseTunerLayer) else linear
+def _packed(matrix: Tensor, count: int = 1) -> tuple[nn.Parameter, nn.Parameter]:
+    """The bytes of so many packed matrices of a size, and those of what belongs to them."""
+    numel = matrix.numel()
+    blocks = math.ceil(numel / BLOCK)
+    constants = count * (blocks + 4 * math.ceil(blocks / SCALES) + TABLES)
+    packed = (torch.empty(size, dtype=torch.uint8) for size in (count * math.ceil(numel / 2), constants))
+    return tuple(nn.Parameter(part, requires_grad=False) for part in packed)
 
 
 class FusedDropout(nn.Module):
@@ -153,9 +142,12 @@ def held_bytes(module: nn.Module, trainable: bool = False, cast: torch.dtype | N
 
 def parameter_count(module: nn.Module, trainable: bool = False) -> int:
     """Parameters, or those that train; a packed weight counts as what it stands for."""
-    packed = [part for part in module.modules() if isinstance(part, PackedLinear)]
-    hidden = 0 if trainable else sum(p.in_features * p.out_features - p.weight.numel() for p in packed)
-    return hidden + sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
+    count = sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
+    for part in [] if trainable else module.modules():
+        if isinstance(part, (PackedLinear, PackedExperts)):
+            stands_for = getattr(part, "experts", 1) * part.in_features * part.out_features
+            count += stands_for - part.weight.numel() - part.constants.numel()
+    return count
 
 
 def active_count(model: nn.Module) -> int:

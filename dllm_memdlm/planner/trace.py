@@ -20,13 +20,13 @@ from torch.utils.checkpoint import checkpoint
 from ..backbones import staged_backbone
 from ..backbones.layers import take
 from ..backbones.moe import RoutedExperts, inner_pass
-from ..backbones.output import OutputLinear
+from ..backbones.output import CHUNK, OutputLinear
 from ..fast_weights import FastWeights, sgd_step
 from ..losses import masked_diffusion_loss
 from ..memory import ParametricMemory
 from .live import LiveBytes, Span
 from .part import Life, Sink, Sizes, Source
-from .shapes import FusedDropout, ShapeExperts, held_bytes, materialise
+from .shapes import FusedDropout, held_bytes, materialise
 
 
 class Tracer:
@@ -107,6 +107,7 @@ class Tracer:
         """Final norm, logits at the loss positions and the losses."""
         sizes, masked = self.sizes, self.sizes.masked
         norm, head = self._real(self.backbone.model.norm), self._real(self.backbone.get_output_embeddings())
+        head.chunk = CHUNK[sizes.device]
         with self._modes():
             tokens, valid = torch.empty(sizes.batch, masked).long(), torch.ones(sizes.batch, masked).bool()
             ones = torch.ones(sizes.batch)
@@ -260,7 +261,6 @@ class Tracer:
         if module not in self._materialised:
             with self._modes():
                 materialise(module, self.sizes.cast)
-                ShapeExperts.put_into(module, self.sizes.packs)
             if self.sizes.device == "cuda":
                 FusedDropout.put_into(module)
             self._materialised.add(module)

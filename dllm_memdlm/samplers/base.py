@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..backbones import adopt, staged_backbone
-from ..backbones.moe import RoutedExperts, held_still
 from ..config import ConfigError, require
 from ..dllm_api import BaseSampler, BaseSamplerConfig, BaseSamplerOutput
 from ..losses import Positions
@@ -69,8 +68,7 @@ class CanvasSampler(BaseSampler):
         **kwargs: Any,
     ) -> BaseSamplerOutput | Tensor:
         """The finished canvas [B, T], or with `return_dict` that and the canvas after every step. As `steps`."""
-        with held_still(part for part in self.model.modules() if isinstance(part, RoutedExperts)):
-            return self._finished(self.steps(inputs, config, seeds, **kwargs), config, kwargs)
+        return self._finished(self.steps(inputs, config, seeds, **kwargs), config, kwargs)
 
     def _finished(self, steps: Iterator[Tensor], config: Any, kwargs: dict[str, Any]) -> BaseSamplerOutput | Tensor:
         keep = settings_of(

@@ -157,7 +157,7 @@ class LLaDA21Sampler(CanvasSampler):
         while not all(row.done for row in rows):
             first = torch.tensor([row.block * size for row in rows], device=canvas.device)[:, None]
             window = first + torch.arange(size, device=canvas.device)
-            logits = self._logits(canvas, window, cache, size * (1 + max(row.block for row in rows)), size)
+            logits = self._logits(canvas, window, cache, size, rows)
             if all(row.idle for row in rows):  # this pass was for the cache
                 taken = [None] * len(rows)
             else:
@@ -198,14 +198,16 @@ class LLaDA21Sampler(CanvasSampler):
                 project=False,
             )
 
-    def _logits(self, canvas: Tensor, window: Tensor, cache: CanvasCache | None, end: int, size: int) -> Tensor:
-        """Logits of each row's block. window [B, size]; no row has got beyond `end` → [B, size, V]."""
+    def _logits(self, canvas: Tensor, window: Tensor, cache: CanvasCache | None, size: int, rows: list[Row]) -> Tensor:
+        """Logits of each row's block. window [B, size] → [B, size, V]."""
+        last = max(row.block for row in rows)
+        end = size * (1 + last)
         if cache is None:
-            everywhere = torch.arange(end, device=canvas.device)[None]
-            mask = block_causal(everywhere, end, size)
-            return self.model(input_ids=canvas[:, :end], attention_mask=mask, positions=window).logits
+            return self.model(input_ids=canvas[:, :end], attention_mask=size, positions=window).logits
         cache.visible = end
         mask = block_causal(window[:, :1], end, size)  # all of a block sees the same
+        if all(row.done or row.block == last for row in rows):  # everything: attention has its fastest kernel
+            mask = None
         return self.model(
             input_ids=canvas.gather(1, window), attention_mask=mask, position_ids=window, cache=cache
         ).logits

@@ -1,0 +1,268 @@
+"""Tensors of all experts in memory, a matrix an expert in files: checkpoints, adapters and PEFT's settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from conftest import assert_close_relative, make_trainer, tiny, tiny_config
+from inputs import tokens
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.trainer_utils import load_sharded_checkpoint
+
+from benchmarks.naive import LoopOverExperts
+from dllm_memdlm.backbones import config_of, load_model, model_class, with_lora
+from dllm_memdlm.backbones.adapters import load_adapter
+from dllm_memdlm.backbones.experts import ExpertLora, experts_apart, split_names, stack_names
+from dllm_memdlm.backbones.layers import GatedMLP
+from dllm_memdlm.backbones.moe import RoutedExperts, stack_experts
+from dllm_memdlm.config import ConfigError, LoraConfig, ModelConfig
+from dllm_memdlm.planner.shapes import shape_model
+from dllm_memdlm.recipe import load_recipe
+
+KINDS = ("llada_moe", "llada2")
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def apart(kind: str, like: nn.Module) -> nn.Module:
+    """The same model with a module an expert, as other libraries have it. It cannot be run."""
+    with experts_apart():
+        model = model_class(type(like).__name__)(tiny_config(kind))
+    model.load_state_dict(split_names(like.state_dict()))
+    return model.train(like.training)
+
+
+def trained(name: str, model: nn.Module) -> list[str]:
+    return [key for key, p in model.named_parameters() if name in key and p.requires_grad]
+
+
+# === how many there are ===
+
+
+@pytest.mark.parametrize(
+    ("recipe", "bits", "tensors", "modules"),
+    [("llada2_mini", 16, 600, 3000), ("llada_moe", 16, 600, 3000), ("llada2_mini", 4, 600, 3000)],
+)
+def test_a_published_model_has_few_modules(recipe, bits, tensors, modules):
+    """LLaDA2.1-mini has 14,592 matrices of experts, LLaDA-MoE 3,072. A step walks all modules, some of them twice."""
+    loaded = load_recipe(f"recipes/{recipe}.yaml", [f"model.load_in_4bit={str(bits == 4).lower()}"])
+    cls = model_class({"llada2_mini": "LLaDA2MoeModelLM", "llada_moe": "LLaDAMoEModelLM"}[recipe])
+    named = dataclasses.replace(loaded, model=dataclasses.replace(loaded.model, architecture=cls.__name__))
+    model = shape_model(named, cls.config_class())
+    assert len(trained("", model)) < tensors and sum(1 for _ in model.modules()) < modules
+    sparse = sum(isinstance(module, RoutedExperts) for module in model.modules())
+    assert sparse == {"llada2_mini": 19, "llada_moe": 16}[recipe]
+    assert len(trained("experts.", model)) - len(trained("shared_experts.", model)) == 6 * sparse
+
+
+# === checkpoints ===
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sharded_checkpoint_of_published_names_is_trained_and_read_back(kind, tokenizer, tmp_path):
+    apart(kind, tiny(kind)).save_pretrained(tmp_path / "published", max_shard_size="20KB")
+    published = read(tmp_path / "published")
+    assert any(".experts.3.down_proj.weight" in name for name in published)
+    assert len(list((tmp_path / "published").glob("model-*.safetensors"))) > 3
+    settings = ModelConfig(path=str(tmp_path / "published"), dtype="float32")
+    model = load_model(settings, config_of(settings))
+    assert all(torch.equal(value, published[name]) for name, value in split_names(model.state_dict()).items())
+    assert not any(".experts.3." in name for name in model.state_dict())
+
+    trainer = make_trainer(model, tokenizer, tmp_path / "run", max_steps=2, learning_rate=1e-2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "trained"))
+    saved = read(tmp_path / "trained")
+    assert {name: value.shape for name, value in saved.items()} == {n: v.shape for n, v in published.items()}
+    experts = [name for name in saved if ".experts." in name]
+    assert sum(not torch.equal(saved[name], published[name]) for name in experts) > len(experts) / 2
+    again = load_model(ModelConfig(path=str(tmp_path / "trained"), dtype="float32"), config_of(settings))
+    state = model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    return {name: value for path in folder.glob("model*.safetensors") for name, value in load_file(path).items()}
+
+
+def test_a_state_dict_may_have_either_names():
+    model, other = tiny("llada_moe"), tiny("llada_moe", seed=1)
+    state = split_names(other.state_dict())
+    assert stack_names(state).keys() == other.state_dict().keys()
+    model.load_state_dict(state)
+    assert torch.equal(model(input_ids=tokens()).logits, other(input_ids=tokens()).logits)
+    model.load_state_dict(tiny("llada_moe").state_dict())
+    del state["model.layers.1.mlp.experts.3.up_proj.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*experts\.up_proj\.weight"):
+        model.load_state_dict(state)
+    state["model.layers.1.mlp.experts.3.up_proj.weight"] = torch.zeros(2, 2)
+    with pytest.raises(RuntimeError, match=r"experts\.3\.up_proj\.weight|size"):
+        model.load_state_dict(state)
+
+
+def test_a_sharded_checkpoint_is_resumed_from_file_by_file(tmp_path):
+    """As transformers does it: the experts of a layer are in more than one of the files."""
+    model, other = tiny("llada2"), tiny("llada2", seed=1)
+    other.save_pretrained(tmp_path, max_shard_size="10KB")
+    of_layer = re.compile(r"model\.layers\.1\.mlp\.experts\.(\d)\.up_proj\.weight")
+    loaded = [load_file(path) for path in tmp_path.glob("*.safetensors")]
+    files = [{found[1] for name in one if (found := of_layer.fullmatch(name))} for one in loaded]
+    assert sum(map(bool, files)) > 1 and set().union(*files) == set("012345")
+    load_sharded_checkpoint(model, str(tmp_path), strict=False)
+    state = other.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+# === from a module an expert ===
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_modules_become_tensors(lora):
+    """Under PEFT's own LoRA, too, of which one is merged."""
+    whole = tiny("llada2")
+    model = apart("llada2", whole)
+    if lora:
+        config = peft.LoraConfig(
+            r=3, lora_alpha=5, lora_dropout=0.25, use_rslora=True, target_modules=list(PROJECTIONS)
+        )
+        model = peft.get_peft_model(model, config)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+    before = model.state_dict()
+    experts = {
+        name: m for name, m in model.named_modules() if name.endswith("experts") and isinstance(m, nn.ModuleList)
+    }
+    x, chosen = torch.randn(2, 5, 32), torch.rand(2, 5, 6).topk(2).indices
+    weights = torch.rand(2, 5, 2)
+    expected = {name: naive(module.eval(), x, chosen, weights) for name, module in experts.items()}
+    stack_experts(model)
+    assert split_names(model.state_dict()).keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in split_names(model.state_dict()).items())
+    for name, output in expected.items():
+        routed = model.get_submodule(name)
+        assert_close_relative(routed(x, chosen, weights), output, 1e-5)
+        assert_close_relative(LoopOverExperts(routed)(x, chosen, weights), output, 1e-5)
+        if lora:
+            assert routed.up_proj.scaling == {"default": 5 / 3**0.5} and not routed.up_proj.training
+            assert routed.up_proj.lora_dropout["default"].p == 0.25
+    assert all(("lora_" in name) == p.requires_grad for name, p in model.named_parameters()) == lora
+
+
+def naive(experts: nn.ModuleList, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    output = torch.zeros_like(x)
+    for b, t, k in torch.cartesian_prod(torch.arange(2), torch.arange(5), torch.arange(2)).tolist():
+        output[b, t] += weights[b, t, k] * experts[chosen[b, t, k]](x[b, t])
+    return output.detach()
+
+
+def refused(change: Any) -> str:
+    experts = nn.ModuleList(GatedMLP(8, 4, "silu") for _ in range(3))
+    change(experts)
+    with pytest.raises(ValueError) as error:
+        RoutedExperts.of(experts)
+    return str(error.value)
+
+
+def adapted(experts: nn.ModuleList, **settings: Any) -> None:
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["up_proj"], **settings), experts)
+
+
+def test_modules_that_differ_are_refused():
+    plain = "experts of Linear: expected linear layers without bias, all trained or none"
+    assert refused(lambda experts: experts[0].up_proj.requires_grad_(False)) == plain
+    assert refused(lambda experts: setattr(experts[1], "up_proj", nn.Linear(8, 4))) == plain
+    odd = "experts under adapters that differ or are no plain LoRA; expected one LoRA for all"
+    assert refused(lambda experts: adapted(experts, use_dora=True)) == odd
+    assert refused(lambda experts: adapted(experts, rank_pattern={"1.up_proj": 2})) == odd
+    one = {"target_modules": ["1.up_proj"]}
+    assert refused(lambda experts: peft.inject_adapter_in_model(peft.LoraConfig(**one), experts)) == plain
+
+
+# === adapters ===
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_is_stock_in_files(kind, tmp_path):
+    """Ours on a model with a module an expert, in PEFT's own classes; and one of theirs here, to train or to decode."""
+    model = tiny(kind, lora=True)
+    model.save_pretrained(tmp_path / "ours")
+    base = tiny(kind)
+    stock = peft.PeftModel.from_pretrained(apart(kind, base), tmp_path / "ours", is_trainable=True)
+    state = split_names(model.state_dict())
+    assert stock.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in stock.state_dict().items() if "lora_" in name)
+
+    for name, parameter in stock.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter)
+    stock.save_pretrained(tmp_path / "theirs")
+    theirs = stock.state_dict()
+    to_train = LoraConfig(r=4, alpha=8, dropout=0.0, path=str(tmp_path / "theirs"))
+    for loaded in (with_lora(tiny(kind), to_train), load_adapter(tiny(kind), str(tmp_path / "theirs"))):
+        assert all(torch.equal(v, theirs[n]) for n, v in split_names(loaded.state_dict()).items() if "lora_" in n)
+        experts = [module for module in loaded.modules() if isinstance(module, ExpertLora)]
+        assert len(experts) == 6 and {p.requires_grad for m in experts for p in m.lora_A.parameters()} == {
+            loaded.peft_config["default"].inference_mode is False
+        }
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        r".*\.experts\.\d+\.(up|down)_proj",
+        r".*\.layers\.1\..*(up|down)_proj|.*layers\.2\.mlp\.experts\.\d\.(up|down)_proj",
+        [f"experts.{number}.{name}" for number in range(5) for name in ("up_proj", "down_proj")],
+        ["up_proj", "down_proj"],
+    ],
+)
+def test_targets_are_those_of_a_module_an_expert(targets, tmp_path):
+    """The same layers as in stock PEFT, and the same words in the adapter's config."""
+    stock = peft.get_peft_model(apart("llada_moe", tiny("llada_moe")), peft.LoraConfig(r=2, target_modules=targets))
+    stock.save_pretrained(tmp_path / "theirs")
+    theirs = load_adapter(tiny("llada_moe"), str(tmp_path / "theirs"))
+    ours = with_lora(tiny("llada_moe"), LoraConfig(r=2, alpha=8, target_modules=targets))
+    for model, name in ((theirs, "again"), (ours, "ours")):
+        assert split_names(model.state_dict()).keys() == stock.state_dict().keys()
+        model.save_pretrained(tmp_path / name)
+        words = json.loads((tmp_path / name / "adapter_config.json").read_text())["target_modules"]
+        assert words == targets if isinstance(targets, str) else sorted(words) == sorted(targets)
+
+
+@pytest.mark.parametrize("targets", [r".*\.experts\.[0-3]\.up_proj", ("experts.4.up_proj",)])
+def test_targets_among_the_experts_of_a_layer_are_refused(targets):
+    with pytest.raises(ConfigError) as error:
+        with_lora(tiny("llada_moe"), LoraConfig(r=2, alpha=4, target_modules=targets))
+    assert str(error.value).startswith(f"lora.target_modules={targets!r}: ")
+    assert "means some experts of model.layers.1.mlp.experts.up_proj and not others" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"use_dora": True}, "use_dora=True: expected false for routed experts"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora': expected true, false or 'gaussian'"),
+    ],
+)
+def test_an_adapter_that_is_no_plain_lora_is_refused(settings, words, tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["up_proj"], **settings)
+    peft.get_peft_model(apart("llada_moe", tiny("llada_moe")), config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"^adapter=.*: no adapter for this model \(" + words):
+        load_adapter(tiny("llada_moe"), str(tmp_path))
+
+
+def test_a_new_lora_is_drawn_as_pefts():
+    """A uniform within 1/√in, for each expert its own; B zero."""
+    model = with_lora(tiny("llada2", hidden_size=64), LoraConfig(r=8, alpha=8))
+    up = next(m for m in model.modules() if isinstance(m, ExpertLora))
+    down, zeros = up.lora_A["default"].weight, up.lora_B["default"].weight
+    assert down.shape == (6, 8, 64) and not zeros.any()
+    assert 0.95 / 8 < down.abs().max() <= 1 / 8 and down.std().item() == pytest.approx(1 / 8 / 3**0.5, rel=0.05)
+    assert not any(torch.equal(down[0], down[number]) for number in range(1, 6))
