@@ -15,7 +15,7 @@ from conftest import assert_close_relative, make_trainer, tiny, tiny_config
 from inputs import tokens
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers.trainer_utils import load_sharded_checkpoint
+from transformers import trainer as transformers_trainer
 
 from benchmarks.naive import LoopOverExperts
 from dllm_memdlm.backbones import config_of, load_model, model_class, with_lora
@@ -115,7 +115,7 @@ def test_a_sharded_checkpoint_is_resumed_from_file_by_file(tmp_path):
     loaded = [load_file(path) for path in tmp_path.glob("*.safetensors")]
     files = [{found[1] for name in one if (found := of_layer.fullmatch(name))} for one in loaded]
     assert sum(map(bool, files)) > 1 and set().union(*files) == set("012345")
-    load_sharded_checkpoint(model, str(tmp_path), strict=False)
+    transformers_trainer.load_sharded_checkpoint(model, str(tmp_path), strict=False)
     state = other.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 

@@ -1,5 +1,6 @@
 """What the memory must know of a model: its two stages, its layers, and the places for fast weights."""
 
+from .adapters import load_adapter
 from .adopt import adopt
 from .decoder import DECODERS, bidirectional
 from .llada2_moe import LLaDA2MoeConfig, LLaDA2MoeModelLM
@@ -23,6 +24,7 @@ __all__ = [
     "bidirectional",
     "config_of",
     "find_sites",
+    "load_adapter",
     "load_model",
     "model_class",
     "read_config",

@@ -143,8 +143,9 @@ class ExpertLora(nn.Module, LoraLayer):
         base, rank_scaled = self.get_base_layer(), bool(asked.get("use_rslora"))
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         self.scaling[adapter_name] = lora_alpha / (r**0.5 if rank_scaled else r)
-        self.use_rslora[adapter_name], self.use_dora[adapter_name] = rank_scaled, False
-        self.lora_bias[adapter_name] = False
+        settings = {"use_rslora": rank_scaled, "use_dora": False, "lora_bias": False}
+        for name in settings.keys() & set(self.other_param_names):  # those that this release notes
+            getattr(self, name)[adapter_name] = settings[name]
         dropout = asked.get("lora_dropout", 0.0)
         self.lora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         like = base.weight if base.weight.is_floating_point() else torch.empty(0, device=base.weight.device)
@@ -168,10 +169,9 @@ class ExpertLora(nn.Module, LoraLayer):
             raise ValueError("experts under adapters that differ or are no plain LoRA; expected one LoRA for all")
         self = cls.__new__(cls)
         self._set_up(stacked([linear.base_layer for linear in linears]))
-        for name in ("r", "lora_alpha", "scaling", "use_rslora", "use_dora", "lora_bias", "merged_adapters"):
+        for name in ("merged_adapters", *self.other_param_names):
             setattr(self, name, getattr(first, name))
         self._active_adapter, self._disable_adapters = first.active_adapters, first.disable_adapters
-        self.lora_dropout = first.lora_dropout
         for name in first.lora_A:
             self.lora_A[name] = stacked([linear.lora_A[name] for linear in linears])
             self.lora_B[name] = stacked([linear.lora_B[name] for linear in linears])

@@ -99,6 +99,15 @@ class RMSNorm(nn.RMSNorm):
             return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+def lowered(x: Tensor) -> Tensor:
+    """In the dtype that autocast computes in, once for all layers that x goes into; as it is without autocast.
+
+    On a base in 4 bit the norms are float32, and each layer would cast for itself and widen what it puts out.
+    """
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding on the first cos.shape[-1] features. x [B, H, L, d], cos and sin [1 or B, L, d'].
 
@@ -184,4 +193,5 @@ class GatedMLP(nn.Module):
         self.act_fn = ACT2FN[activation]
 
     def forward(self, x: Tensor) -> Tensor:
+        x = lowered(x)
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..versions import tied_weights
-from .layers import GatedMLP, RMSNorm, attend, parts, rotary_embedding, take
+from .layers import GatedMLP, RMSNorm, attend, lowered, parts, rotary_embedding, take
 from .moe import SparseModel, routed_experts
 from .output import OutputLinear
 from .staged import StagedForward
@@ -163,7 +163,8 @@ class LLaDA2MoeSparseMoeBlock(nn.Module):
             self.shared_experts = GatedMLP(config.hidden_size, width, config.hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:
-        output = self.experts(x, *self.gate(x))
+        routes, x = self.gate(x), lowered(x)  # the router computes in float32
+        output = self.experts(x, *routes)
         return output if self.shared_experts is None else output + self.shared_experts(x)
 
 
@@ -187,7 +188,7 @@ class LLaDA2MoeDecoderLayer(GradientCheckpointingLayer):
         cache: Any = None,
         queries: Tensor | None = None,
     ) -> Tensor:
-        normed = self.input_layernorm(hidden)
+        normed = lowered(self.input_layernorm(hidden))
         attended = self.attention(normed, position_embeddings, attention_mask, queries, cache)
         hidden = attended + (hidden if queries is None else take(hidden, queries))
         return hidden + self.mlp(self.post_attention_layernorm(hidden))

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..versions import tied_weights
-from .layers import GatedMLP, RMSNorm, attend, parts, rotary_embedding, take
+from .layers import GatedMLP, RMSNorm, attend, lowered, parts, rotary_embedding, take
 from .moe import SparseModel, routed_experts
 from .output import OutputLinear
 from .staged import StagedForward
@@ -157,10 +157,10 @@ class LLaDAMoEDecoderLayer(GradientCheckpointingLayer):
         cache: Any = None,
         queries: Tensor | None = None,
     ) -> Tensor:
-        normed = self.input_layernorm(hidden)
+        normed = lowered(self.input_layernorm(hidden))
         attended = self.self_attn(normed, position_embeddings, attention_mask, queries, cache)
         hidden = attended + (hidden if queries is None else take(hidden, queries))
-        normed = self.post_attention_layernorm(hidden)
+        normed = lowered(self.post_attention_layernorm(hidden))
         output = self.mlp(normed)
         if self.shared_expert is not None:
             output = output + self.shared_expert(normed)
