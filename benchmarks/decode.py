@@ -127,7 +127,7 @@ def single_prompts(llada21: LLaDA21) -> Section:
         ways = {"cached": llada21.cached, "uncached": llada21.uncached}
         if llada21.dllms is not None:
             ways["dllm"] = llada21.with_dllm
-        llada21.cached(prompts, 1)  # the first pass of a model also stacks its experts
+        llada21.cached(prompts, 1)
         timed = side_by_side({name: partial(way, prompts, steps) for name, way in ways.items()}, repeats)
         seconds, dllm = {name: t.seconds for name, t in timed.items()}, timed.get("dllm")
         section.rows.append(

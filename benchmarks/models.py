@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dllm_memdlm.backbones import LLaDA2MoeConfig, LLaDAMoEConfig, model_class
-from dllm_memdlm.backbones.experts import split_names
+from dllm_memdlm.backbones.expert_names import split_names
 
 #: Where a tokenizer is asked for, only these are.
 TOKENIZER = SimpleNamespace(eos_token_id=0, bos_token_id=1, mask_token_id=2, padding_side="right")

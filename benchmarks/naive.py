@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dllm_memdlm.backbones.experts import PROJECTIONS, without_adapters
+from dllm_memdlm.backbones.expert_names import PROJECTIONS
+from dllm_memdlm.backbones.experts import without_adapters
 from dllm_memdlm.backbones.moe import RoutedExperts
 
 #: φ of one sample, or of one batch: for every single linear layer its A and B, or its delta.

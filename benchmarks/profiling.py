@@ -62,7 +62,7 @@ def profiling(size: Size) -> Section:
 
 def _rows(shape: str, cases: dict[str, Step], repeats: int, full_rate: float) -> list[list[Cell]]:
     for case in cases.values():
-        case()  # the first step of a model also packs its experts
+        case()
     seconds = {name: timed.median("cpu") for name, timed in side_by_side(cases, repeats).items()}
     rows: list[list[Cell]] = []
     best, flops = {}, {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dllm_memdlm import noise
 from dllm_memdlm.backbones import with_lora
-from dllm_memdlm.backbones.experts import split_names
+from dllm_memdlm.backbones.expert_names import split_names
 from dllm_memdlm.config import LoraConfig, MemoryConfig
 from dllm_memdlm.fast_weights import FastWeights
 from dllm_memdlm.trainer import MemDLMConfig, MemDLMTrainer

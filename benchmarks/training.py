@@ -139,7 +139,7 @@ def compared(size: Size, threads: int) -> Section:
     for shape in size.shapes:
         cases = Bench(size, shape).all()
         for case in cases.values():
-            case()  # the first step of a model also packs its experts
+            case()
         timed = side_by_side(cases, size.repeats)
 
         def ratio(one: str, other: str, timed: dict[str, Timed] = timed) -> Range | None:

@@ -27,7 +27,7 @@ NEEDED = STEPS + 3
 
 @dataclass
 class Watched:
-    """What training steps took. Nothing is measured of the first, which packs the experts and makes the optimizer."""
+    """What training steps took. Nothing is measured of the first, which makes the optimizer."""
 
     first: float = 0.0  #: seconds of the first step
     seconds: float = 0.0  #: of a step, data and optimizer included, with the host free to run ahead

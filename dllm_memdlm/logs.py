@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from typing import Any
 
 import torch
@@ -51,7 +52,8 @@ class EpochClock(transformers.TrainerCallback):
         self.next_epoch = math.floor(state.epoch or 0)
         self.first_step = state.global_step  #: of this session: what a run goes on from
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=args.device)  #: of all its batches here
-        self.steps: list[tuple[Any, Any]] = []  #: when those since the last log began and ended
+        #: When the steps since the last log began and ended; the last of them, where nothing is logged.
+        self.steps: deque[tuple[Any, Any]] = deque(maxlen=1000)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Counted, as state.epoch is no epoch where the length of the data is not known.
@@ -67,6 +69,8 @@ class EpochClock(transformers.TrainerCallback):
     def note_seconds(self) -> None:
         """Put the seconds of the steps since the last log into it. Waits for the device."""
         for start, end in self.steps:
+            if end is None:  # it is under way
+                continue
             if isinstance(end, float):
                 seconds = end - start
             else:

@@ -22,8 +22,8 @@ from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import engines
-from .backbones.adapters import own_state
-from .backbones.experts import is_stacked, split_name
+from .backbones.expert_names import is_stacked, split_name
+from .backbones.stock_peft import own_state
 from .config import ConfigError
 from .run_folder import CONTENTS, RUN, check_release, contents_of, last_checkpoint, later_than, newest_run
 from .versions import readable_by_both, rotate_checkpoints
@@ -214,11 +214,11 @@ def load_shared_out(model: nn.Module, checkpoint: str | os.PathLike) -> None:
         opened = [stack.enter_context(safe_open(path, framework="pt")) for path in files]
         holder = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (not a mapping)
         for name, part in own_state(model).items():
-            if is_stacked(name):
-                parts = split_name(name, len(part))
-                tensor = torch.stack([holder[one].get_tensor(one) for one in parts])
-            else:
-                tensor = holder[name].get_tensor(name)
+            names = split_name(name, len(part)) if is_stacked(name) else [name]
+            if not holder.keys() & set(names):  # tied to another weight, which is there
+                continue
+            tensors = [holder[one].get_tensor(one) for one in names]
+            tensor = torch.stack(tensors) if is_stacked(name) else tensors[0]
             if isinstance(part, DTensor):
                 tensor = distribute_tensor(
                     tensor.to(part.device), part.device_mesh, part.placements, src_data_rank=None

@@ -59,6 +59,14 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
         if memory.enabled and args.fp16:
             raise ConfigError("training.fp16=True: expected bf16 with memory.enabled; inner gradients would underflow")
         adopt(model)
+        optimizer = (kwargs.get("optimizers") or (None, None))[0]
+        if optimizer is not None:
+            own = set(model.parameters())
+            if any(parameter not in own for group in optimizer.param_groups for parameter in group["params"]):
+                raise ConfigError(
+                    "optimizers: an optimizer of other parameters than the model's; of a model of dllm's with experts "
+                    "make it after `backbones.adopt(model)`"
+                )
         staged_backbone(model)  # a model that cannot be trained is refused before anything is built
         super().__init__(
             model=model,

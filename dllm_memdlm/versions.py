@@ -45,6 +45,7 @@ PRIVATE = {
     "transformers.PretrainedConfig._attn_implementation": "which attention function was chosen",
     "transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref": "a model drawn whole under ZeRO-3",
     "peft.LoraConfig._register_custom_module": "a LoRA on layers that PEFT does not know: those of all experts",
+    "peft.tuners.tuners_utils.BaseTunerLayer._move_adapter_to_device_of_base_layer": "that LoRA where its layer is",
     "accelerate.PartialState._shared_state": "FSDP on CPUs, which accelerate overlooks",
     "torch.nn.Module._compiled_call_impl": "a layer that takes fast weights is compiled no longer",
     "torch.nn.Module._apply": "the planner's models without memory",

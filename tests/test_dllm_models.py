@@ -17,7 +17,7 @@ from inputs import mask_of, tokens
 from torch import nn
 
 from dllm_memdlm.backbones import adopt, model_class, with_lora
-from dllm_memdlm.backbones.experts import split_names
+from dllm_memdlm.backbones.expert_names import split_names
 from dllm_memdlm.config import LoraConfig, MemoryConfig
 from dllm_memdlm.memory import ParametricMemory
 
@@ -108,19 +108,20 @@ def test_a_model_of_dllms_gets_our_forward(kind, lora):
         model = with_lora(model, LoraConfig(r=4, dropout=0.0))
         scale_up(model)
     model.train()
-    names = [name for name, _ in model.named_parameters()]
-    before = {name: parameter for name, parameter in model.named_parameters()}
+    names = list(model.state_dict())
+    before = dict(model.named_parameters())
 
     def logits_and_gradients():
         model.zero_grad()
         logits = model(input_ids=tokens()).logits
         logits.square().mean().backward()
-        return logits.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None and p.grad.any()]
+        gradients = split_names({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        return logits.detach(), {name: gradient.clone() for name, gradient in gradients.items() if gradient.any()}
 
     logits, gradients = logits_and_gradients()
     adopt(model)
-    assert [name for name, _ in model.named_parameters()] == names
-    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    assert sorted(split_names(model.state_dict())) == sorted(names)
+    assert all(p is before[name] for name, p in model.named_parameters() if ".experts." not in name)
     again, gradients_again = logits_and_gradients()
     torch.testing.assert_close(again, logits, rtol=1e-4, atol=1e-4)
     assert logits.std() > 0.1

@@ -18,14 +18,16 @@ from torch import Tensor, nn
 from transformers import trainer as transformers_trainer
 
 from benchmarks.naive import LoopOverExperts
-from dllm_memdlm.backbones import config_of, load_model, model_class, with_lora
+from dllm_memdlm.backbones import config_of, load_model, model_class, moe, with_lora
 from dllm_memdlm.backbones.adapters import load_adapter
-from dllm_memdlm.backbones.experts import ExpertLora, experts_apart, split_names, stack_names
+from dllm_memdlm.backbones.expert_names import split_names, stack_names
+from dllm_memdlm.backbones.experts import ExpertLora, experts_apart
 from dllm_memdlm.backbones.layers import GatedMLP
 from dllm_memdlm.backbones.moe import RoutedExperts, stack_experts
 from dllm_memdlm.config import ConfigError, LoraConfig, ModelConfig
 from dllm_memdlm.planner.shapes import shape_model
 from dllm_memdlm.recipe import load_recipe
+from dllm_memdlm.trainer import MemDLMTrainer
 
 KINDS = ("llada_moe", "llada2")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -123,9 +125,9 @@ def test_a_sharded_checkpoint_is_resumed_from_file_by_file(tmp_path):
 # === from a module an expert ===
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_modules_become_tensors(lora):
-    """Under PEFT's own LoRA, too, of which one is merged."""
+@pytest.mark.parametrize(("lora", "merged"), [(False, False), (True, False), (True, True)])
+def test_modules_become_tensors(lora, merged):
+    """Under PEFT's own LoRA, too, merged or not."""
     whole = tiny("llada2")
     model = apart("llada2", whole)
     if lora:
@@ -136,6 +138,8 @@ def test_modules_become_tensors(lora):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.1)
+    if merged:
+        model.merge_adapter()
     before = model.state_dict()
     experts = {
         name: m for name, m in model.named_modules() if name.endswith("experts") and isinstance(m, nn.ModuleList)
@@ -152,8 +156,14 @@ def test_modules_become_tensors(lora):
         assert_close_relative(LoopOverExperts(routed)(x, chosen, weights), output, 1e-5)
         if lora:
             assert routed.up_proj.scaling == {"default": 5 / 3**0.5} and not routed.up_proj.training
-            assert routed.up_proj.lora_dropout["default"].p == 0.25
-    assert all(("lora_" in name) == p.requires_grad for name, p in model.named_parameters()) == lora
+            assert routed.up_proj.lora_dropout["default"].p == 0.25 and routed.up_proj.merged == merged
+    assert all(("lora_" in name or not lora) == p.requires_grad for name, p in model.named_parameters())
+    if merged:
+        own = dict(whole.named_modules())
+        with model.disable_adapter():
+            for name in expected:
+                bare = own[name.removeprefix("base_model.model.")].eval()(x, chosen, weights)
+                assert_close_relative(model.get_submodule(name)(x, chosen, weights), bare.detach(), 1e-5)
 
 
 def naive(experts: nn.ModuleList, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -166,8 +176,10 @@ def naive(experts: nn.ModuleList, x: Tensor, chosen: Tensor, weights: Tensor) ->
 def refused(change: Any) -> str:
     experts = nn.ModuleList(GatedMLP(8, 4, "silu") for _ in range(3))
     change(experts)
+    before = dict(experts.named_parameters())
     with pytest.raises(ValueError) as error:
         RoutedExperts.of(experts)
+    assert all(p is before[name] for name, p in experts.named_parameters()), "nothing is lost"
     return str(error.value)
 
 
@@ -176,14 +188,16 @@ def adapted(experts: nn.ModuleList, **settings: Any) -> None:
 
 
 def test_modules_that_differ_are_refused():
-    plain = "experts of Linear: expected linear layers without bias, all trained or none"
-    assert refused(lambda experts: experts[0].up_proj.requires_grad_(False)) == plain
+    plain = "experts of Linear: expected linear layers without bias, in 16, 32 or 4 bit"
+    some = "experts of which some train: expected all or none"
+    assert refused(lambda experts: experts[0].up_proj.requires_grad_(False)) == some
     assert refused(lambda experts: setattr(experts[1], "up_proj", nn.Linear(8, 4))) == plain
     odd = "experts under adapters that differ or are no plain LoRA; expected one LoRA for all"
     assert refused(lambda experts: adapted(experts, use_dora=True)) == odd
     assert refused(lambda experts: adapted(experts, rank_pattern={"1.up_proj": 2})) == odd
-    one = {"target_modules": ["1.up_proj"]}
-    assert refused(lambda experts: peft.inject_adapter_in_model(peft.LoraConfig(**one), experts)) == plain
+    for one in ("0.up_proj", "1.up_proj"):
+        config = peft.LoraConfig(target_modules=[one])
+        assert refused(lambda experts, config=config: peft.inject_adapter_in_model(config, experts)) == odd
 
 
 # === adapters ===
@@ -266,3 +280,92 @@ def test_a_new_lora_is_drawn_as_pefts():
     assert down.shape == (6, 8, 64) and not zeros.any()
     assert 0.95 / 8 < down.abs().max() <= 1 / 8 and down.std().item() == pytest.approx(1 / 8 / 3**0.5, rel=0.05)
     assert not any(torch.equal(down[0], down[number]) for number in range(1, 6))
+
+
+@pytest.mark.parametrize("pattern", [r"experts\.\d+\.up_proj", "up_proj", "mlp.experts.{}.up_proj"])
+def test_ranks_and_alphas_of_their_own(pattern, tmp_path):
+    """By patterns of a module an expert: the scaling is PEFT's."""
+    keys = [pattern.format(number) for number in range(5)] if "{}" in pattern else [pattern]
+    patterns = {"rank_pattern": dict.fromkeys(keys, 3), "alpha_pattern": dict.fromkeys(keys, 30)}
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["up_proj", "down_proj"], **patterns)
+    stock = peft.get_peft_model(apart("llada_moe", tiny("llada_moe")), config)
+    stock.save_pretrained(tmp_path)
+    ours = load_adapter(tiny("llada_moe"), str(tmp_path))
+    theirs = stock.get_submodule("base_model.model.model.layers.1.mlp.experts.3")
+    found = ours.get_submodule("base_model.model.model.layers.1.mlp.experts")
+    for name, scaling in (("up_proj", 10.0), ("down_proj", 2.0)):
+        assert getattr(found, name).scaling == getattr(theirs, name).scaling == {"default": scaling}
+    ours.save_pretrained(tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert {name: saved[name] for name in patterns} == patterns
+
+
+def test_alphas_that_differ_between_experts_are_refused(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["up_proj"], alpha_pattern={"experts.3.up_proj": 30})
+    peft.get_peft_model(apart("llada_moe", tiny("llada_moe")), config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"differs between experts of model\.layers\.1\.mlp\.experts\.up_proj"):
+        load_adapter(tiny("llada_moe"), str(tmp_path))
+
+
+def test_a_second_adapter(tmp_path):
+    """Its targets are a pattern of a module an expert. Both are saved, each by itself."""
+    config = peft.LoraConfig(r=3, target_modules=r".*\.experts\.\d+\.up_proj", init_lora_weights=False)
+    stock = peft.get_peft_model(apart("llada_moe", tiny("llada_moe")), config)
+    stock.save_pretrained(tmp_path / "theirs")
+    model = tiny("llada_moe", lora=True)
+    found = model.load_adapter(str(tmp_path / "theirs"), "second")
+    assert not found.unexpected_keys and not found.missing_keys
+    model.save_pretrained(tmp_path / "both")
+    for folder in ("theirs", "both/second"):
+        saved = load_file(tmp_path / folder / "adapter_model.safetensors")
+        assert len(saved) == 2 * 5 * 2
+        assert all(torch.equal(saved[name], value) for name, value in adapter_of(stock).items())
+    first = load_file(tmp_path / "both" / "adapter_model.safetensors")
+    assert first.keys() == adapter_of(tiny("llada_moe", lora=True)).keys()
+    with pytest.raises(ValueError, match="safe_serialization"):
+        model.save_pretrained(tmp_path / "bin", safe_serialization=False)
+
+
+def adapter_of(model: peft.PeftModel) -> dict[str, Tensor]:
+    return split_names(peft.get_peft_model_state_dict(model, model.state_dict(), save_embedding_layers=False))
+
+
+def test_pefts_own_way_of_loading_says_which_to_take(tmp_path):
+    """It finds no layer where targets are patterns of a module an expert."""
+    config = peft.LoraConfig(r=3, target_modules=r".*\.experts\.\d+\.up_proj|.*q_proj")
+    peft.get_peft_model(apart("llada_moe", tiny("llada_moe")), config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"use backbones\.load_adapter"):
+        peft.PeftModel.from_pretrained(tiny("llada_moe"), tmp_path)
+
+
+def test_a_base_in_4_bit_is_not_saved(tmp_path):
+    tiny("llada2", hidden_size=64, moe_intermediate_size=64).save_pretrained(tmp_path)
+    settings = ModelConfig(path=str(tmp_path), load_in_4bit=True)
+    with pytest.raises(ValueError, match="experts in 4 bit are not saved"):
+        load_model(settings, config_of(settings)).save_pretrained(tmp_path / "packed")
+
+
+def test_a_state_dict_in_memory_is_loaded():
+    model = tiny("llada_moe")
+    loaded = type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_an_optimizer_of_other_parameters_is_refused(tokenizer, tmp_path):
+    optimizer = torch.optim.SGD(tiny("llada_moe").parameters(), lr=0.1)
+    trainer = make_trainer(tiny("llada_moe"), tokenizer, tmp_path)
+    settings = {"args": trainer.args, "train_dataset": trainer.train_dataset, "processing_class": tokenizer}
+    with pytest.raises(ConfigError, match="an optimizer of other parameters than the model's"):
+        MemDLMTrainer(tiny("llada_moe"), optimizers=(optimizer, None), **settings)
+
+
+def test_padded_rows_change_no_step(tokenizer, tmp_path, monkeypatch):
+    """What a CPU does with few rows; all other tests go without."""
+    losses = []
+    for few in (0, 32):
+        monkeypatch.setattr(moe, "FEW_ROWS", few)
+        settings = {"max_steps": 2, "learning_rate": 1e-2}
+        trainer = make_trainer(tiny("llada2", lora=True), tokenizer, tmp_path / str(few), **settings)
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -235,7 +235,7 @@ def test_a_step_in_bfloat16_never_waits(kind, memory, device, tokenizer, tmp_pat
         loss.backward()
         return loss
 
-    step()  # the first also packs the experts
+    step()  # the first also makes what later ones find
     with waits(device) as waited:
         loss = step()
     assert not waited, dict(waited)

@@ -14,7 +14,7 @@ from steps import Step, initial, memory_for
 from torch import Tensor, nn
 
 from dllm_memdlm.backbones import staged_backbone
-from dllm_memdlm.backbones.experts import split_names
+from dllm_memdlm.backbones.expert_names import split_names
 from dllm_memdlm.backbones.moe import RoutedExperts
 
 # === invariant 4: no trace ===

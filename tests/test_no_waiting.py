@@ -30,16 +30,18 @@ def step(trainer: MemDLMTrainer) -> list[Tensor]:
     batch = train_batch(trainer)
     trainer.state.logging_steps, trainer.state.global_step = 100, 5  # of a step that is not logged
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
-    trainer.compute_loss(trainer.model.train(), dict(batch))  # the first step of a model also packs its experts
+    trainer.compute_loss(trainer.model.train(), dict(batch))
     with without_values() as mode:
         batch = tree_map_only(Tensor, mode.from_tensor, batch)
         loss = trainer.compute_loss(trainer.model.train(), batch)
         return [loss, *torch.autograd.grad(loss, trained, allow_unused=True)]
 
 
-#: All but a rank of 3, which is no width that the grouped kernel takes; with experts those that change what these do.
-CASES = [("llama", name) for name in VARIANTS if name != "odd_rank"] + [
-    (kind, name) for kind in ("llada_moe", "llada2") for name in ("paper", "full_scope_batch", "kl", "first_layers")
+#: With experts those that change what these do.
+CASES = [("llama", name) for name in VARIANTS] + [
+    (kind, name)
+    for kind in ("llada_moe", "llada2")
+    for name in ("paper", "full_scope_batch", "kl", "first_layers", "odd_rank")
 ]
 
 

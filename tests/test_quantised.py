@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from dllm_memdlm import run
 from dllm_memdlm.backbones import load_model, read_config, staged_backbone
-from dllm_memdlm.backbones.experts import ExpertLinear, ExpertLora, PackedExpertLinear, split_names
+from dllm_memdlm.backbones.expert_names import split_names
+from dllm_memdlm.backbones.experts import ExpertLinear, ExpertLora, PackedExpertLinear
 from dllm_memdlm.backbones.output import OutputLinear
 from dllm_memdlm.config import ConfigError, LoraConfig, ModelConfig
 

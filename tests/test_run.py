@@ -20,7 +20,7 @@ import dllm_memdlm
 from dllm_memdlm import run
 from dllm_memdlm.backbones import config_of, load_model
 from dllm_memdlm.backbones.adapters import load_adapter
-from dllm_memdlm.backbones.experts import split_names
+from dllm_memdlm.backbones.expert_names import split_names
 from dllm_memdlm.collator import AnchorTrajectoryCollator
 from dllm_memdlm.recipe import load_recipe
 

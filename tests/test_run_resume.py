@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from small_run import logs_of, recipe_for, without_times
 
 from dllm_memdlm import resume, run, run_folder
-from dllm_memdlm.backbones.experts import split_names
+from dllm_memdlm.backbones.expert_names import split_names
 from dllm_memdlm.config import ConfigError
 from dllm_memdlm.trainer import MemDLMTrainer
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import re
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import peft
@@ -16,94 +12,13 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import ConfigError, LoraConfig
-from .decoder import DECODERS
-from .experts import ExpertLinear, ExpertLora, is_stacked, split_name, split_names, stack_names
-
-WEIGHTS = "adapter_model.safetensors"
-
-#: Where others find the models that ours stand in for, by the name of the class.
-STOCK_MODULES = {
-    **dict.fromkeys(DECODERS.values(), "transformers"),
-    "LLaDAMoEModelLM": "dllm.pipelines.llada.models.modeling_lladamoe",
-    "LLaDA2MoeModelLM": "dllm.pipelines.llada21.models.modeling_llada21_moe",
-}
-
-
-class StockLoraConfig(peft.LoraConfig):
-    """A LoRA config that is saved without a trace of this package.
-
-    PEFT notes the class of the base model beside the adapter, for `AutoPeftModel` to import. That is noted as
-    transformers' or dllm's class of the same name and weights, since a user of the adapter need not have ours.
-    """
-
-    def on(self, backbone: nn.Module) -> StockLoraConfig:
-        """Put the LoRA of routed experts into tensors, wherever the targets mean them.
-
-        Raises:
-            ValueError: the targets mean some experts of a layer and not others.
-        """
-        self._register_custom_module({ExpertLinear: ExpertLora})
-        self._as_saved = {name: getattr(self, name) for name in ("target_modules", "exclude_modules")}
-        for name, targets in self._as_saved.items():
-            setattr(self, name, _on_stacked(backbone, targets))
-        return self
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's."""
-        mapping = kwargs.get("auto_mapping_dict")
-        if mapping is not None and mapping["base_model_class"] in STOCK_MODULES:
-            module = STOCK_MODULES[mapping["base_model_class"]]
-            kwargs["auto_mapping_dict"] = {**mapping, "parent_library": module}
-        saved = copy.copy(self)
-        vars(saved).update(getattr(self, "_as_saved", {}))
-        super(StockLoraConfig, saved).save_pretrained(save_directory, **kwargs)
-
-
-class StockPeftModel(peft.PeftModel):
-    """PEFT's wrapper. In files it has two matrices an expert, as a stock adapter; PEFT itself knows of none of them."""
-
-    def save_pretrained(
-        self, save_directory: str, *, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
-    ) -> None:
-        """As PEFT's method."""
-        state = self.state_dict() if state_dict is None else state_dict
-        experts = {name: value for name, value in state.items() if "lora_" in name and is_stacked(name)}
-        rest = {name: value for name, value in state.items() if name not in experts}
-        super().save_pretrained(save_directory, state_dict=rest, **kwargs)
-        if not kwargs.get("is_main_process", True):
-            return
-        for adapter in kwargs.get("selected_adapters") or self.peft_config:
-            own = {n.replace(f".{adapter}.", "."): v for n, v in experts.items() if f".{adapter}." in n}
-            if own:
-                path = Path(save_directory, "" if adapter == "default" else adapter, WEIGHTS)
-                save_file(load_file(path) | split_names(own), path, {"format": "pt"})
-
-    def load_adapter(self, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """As PEFT's method."""
-        with warnings.catch_warnings():  # PEFT's, of missing keys: those of the experts
-            warnings.simplefilter("ignore", UserWarning)
-            result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
-        where = {name: kwargs[name] for name in ("subfolder", "revision", "cache_dir", "token") if name in kwargs}
-        saved = peft.load_peft_weights(model_id, device="cpu", **where)
-        experts = {n: v for n, v in stack_names(saved).items() if n not in saved}
-        own = {re.sub(r"\.(lora_[AB])\.", rf".\1.{adapter_name}.", name): value for name, value in experts.items()}
-        self.load_state_dict(own, strict=False)
-        for keys in (result.missing_keys, result.unexpected_keys):
-            keys[:] = [name for name in keys if name not in own and name not in experts]
-        return result
-
-
-def own_state(model: nn.Module) -> dict[str, Tensor]:
-    """What is to be saved of a model: all of it, or its adapter, whose name is left out."""
-    state = model.state_dict()
-    if isinstance(model, peft.PeftModel):
-        return peft.get_peft_model_state_dict(model, state, save_embedding_layers=False)
-    return state
+from .expert_names import split_names
+from .experts import ExpertLinear, ExpertLora
+from .stock_peft import WEIGHTS, StockLoraConfig, StockPeftModel, on_stacked, own_state
 
 
 def with_lora(backbone: PreTrainedModel, lora: LoraConfig) -> nn.Module:
@@ -256,38 +171,12 @@ def _own_names(backbone: PreTrainedModel, target_modules: str | tuple[str, ...])
     if target_modules == "all-linear":
         return set(_all_linear(backbone))
     if isinstance(target_modules, str):  # a pattern of whole paths, for PEFT
-        return {path.rpartition(".")[2] for path in _on_stacked(backbone, target_modules)}
+        return {path.rpartition(".")[2] for path in on_stacked(backbone, target_modules)}
     return {name.rpartition(".")[2] for name in target_modules}
 
 
-def _on_stacked(backbone: nn.Module, targets: str | Iterable[str] | None) -> str | Iterable[str] | None:
-    """PEFT's targets, which name a module an expert, on a model with tensors of all: the paths of what they mean.
-
-    Names without dots mean the same on both, and are left as they are.
-    """
-    if targets is None or targets == "all-linear":
-        return targets
-    if isinstance(targets, str):
-        means = re.compile(targets).fullmatch
-    elif any("." in name for name in targets):
-        means = re.compile(rf"(?:.*\.)?(?:{'|'.join(map(re.escape, targets))})").fullmatch
-    else:
-        return targets
-    paths = []
-    for path, module in backbone.named_modules():
-        stock = split_name(path, module.experts) if isinstance(module, ExpertLinear) else [path]
-        meant = {bool(means(name)) for name in stock if hasattr(module, "weight")}
-        if len(meant) > 1:
-            raise ValueError(f"{targets} means some experts of {path} and not others; expected all or none")
-        paths += [path] if True in meant else []
-    return paths
-
-
 def _all_linear(backbone: PreTrainedModel) -> list[str]:
-    """What PEFT means by all-linear, every linear layer but the output one, by own names.
-
-    PEFT would compare the paths of thousands of expert layers pairwise to find the same names (minutes).
-    """
+    """What PEFT means by all-linear, every linear layer but the output one, by own names; those of experts, too."""
     output = backbone.get_output_embeddings()
     paths = [
         path

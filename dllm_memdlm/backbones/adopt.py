@@ -1,8 +1,8 @@
-"""Models that dllm built, given our forward: the same modules, the same parameters, another class.
+"""Models that dllm built, given our forward: the same modules, but for experts, and another class.
 
 dllm's classes for LLaDA-MoE, LLaDA2.1 and the converted decoders hold their weights in modules of the same names as
-ours. Changing the class of a few of them gives the model its stages and sorted experts; nothing is copied or renamed,
-so adapters, checkpoints and optimizers do not notice.
+ours. Changing the class of a few of them gives the model its stages. Only experts become new tensors, a layer after the
+other; what is saved has the names that it had.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import peft
 from torch import nn
 
-from .adapters import StockLoraConfig, StockPeftModel
+from ..config import ConfigError
 from .decoder import DECODERS, bidirectional
 from .llada2_moe import (
     LLaDA2MoeAttention,
@@ -25,17 +25,30 @@ from .llada_moe import LLaDAMoEAttention, LLaDAMoEDecoderLayer, LLaDAMoEModelLM,
 from .moe import RoutedExperts
 from .output import OutputLinear
 from .staged import StagedForward, unwrapped
+from .stock_peft import StockLoraConfig, StockPeftModel
 
 
 def adopt(model: nn.Module) -> None:
     """Give a model of dllm's our forward, in place; any other model is left alone.
 
-    The model may be wrapped by PEFT already. Its logits are the same up to rounding.
+    The model may be wrapped by PEFT already. Its logits are the same up to rounding. An optimizer made before does not
+    know the experts' new tensors.
+
+    Raises:
+        ConfigError: experts that differ in kind, in whether they train or in their adapters, or under other adapters
+            than a plain LoRA.
     """
     inner = unwrapped(model)
     name = type(inner).__name__
     if isinstance(inner, StagedForward) or not type(inner).__module__.startswith("dllm.") or name not in _ADOPTERS:
         return
+    for layer in inner.model.layers:
+        experts = getattr(layer.mlp, "experts", None)
+        if experts is not None:  # before anything is changed
+            try:
+                RoutedExperts.check(experts)
+            except ValueError as error:
+                raise ConfigError(f"model of dllm's: {error}") from error
     _ADOPTERS[name](inner)
     OutputLinear.adopt(inner)
     if isinstance(model, peft.PeftModel):

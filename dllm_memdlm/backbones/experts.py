@@ -7,10 +7,9 @@ adapter (two matrices an expert) ─► `stack_names`, on loading ─► ExpertL
 
 from __future__ import annotations
 
-import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -24,11 +23,6 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import deepspeed_config
 
 from .projection import Adapter, Projection
-
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-_PROJECTION = rf"(?:{'|'.join(PROJECTIONS)})(?:\..+)?"
-_STACKED = re.compile(rf"((?:.+\.)?experts\.)({_PROJECTION})")
-_APART = re.compile(rf"((?:.+\.)?experts\.)(\d+)\.({_PROJECTION})")
 
 _apart: ContextVar[bool] = ContextVar("experts_apart", default=False)
 
@@ -148,25 +142,20 @@ class ExpertLora(nn.Module, LoraLayer):
             getattr(self, name)[adapter_name] = settings[name]
         dropout = asked.get("lora_dropout", 0.0)
         self.lora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-        like = base.weight if base.weight.is_floating_point() else torch.empty(0, device=base.weight.device)
-        down = ExpertLinear(base.experts, base.in_features, r).to(like)
-        up = ExpertLinear(base.experts, r, base.out_features).to(like)
+        down = ExpertLinear(base.experts, base.in_features, r)
+        up = ExpertLinear(base.experts, r, base.out_features)
         if start == "gaussian":
             nn.init.normal_(down.weight, std=1 / r)
         if start is not False:
             nn.init.zeros_(up.weight)
         self.lora_A[adapter_name], self.lora_B[adapter_name] = down, up
+        self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
     @classmethod
     def of(cls, linears: Sequence[LoraLayer]) -> ExpertLora:
-        """From PEFT's layers of every expert, which lose their weights. Raises ValueError if not under the same plain
-        LoRA."""
+        """From PEFT's layers of every expert, which lose their weights."""
         first = linears[0]
-        state = _state_of(first)
-        odd = [linear for linear in linears if _state_of(linear) != state]
-        if odd or first.lora_variant or any(first.lora_bias.values()) or first.lora_magnitude_vector:
-            raise ValueError("experts under adapters that differ or are no plain LoRA; expected one LoRA for all")
         self = cls.__new__(cls)
         self._set_up(stacked([linear.base_layer for linear in linears]))
         for name in ("merged_adapters", *self.other_param_names):
@@ -180,6 +169,8 @@ class ExpertLora(nn.Module, LoraLayer):
     def adapters(self, dtype: torch.dtype) -> list[Adapter]:
         """What is added to the layer's output: in autocast's dtype; without it in its own, or in `dtype`, the input's,
         if that is narrower, as PEFT loads every adapter in float32, in which a GPU has no grouped product."""
+        if self.disable_adapters and self.merged:  # as PEFT's layers do
+            self.unmerge()
         if self.disable_adapters or self.merged:
             return []
         adapters = []
@@ -244,31 +235,53 @@ def are_apart() -> bool:
     return _apart.get()
 
 
-def stacked(linears: Sequence[nn.Module]) -> ExpertLinear | ExpertLora:
-    """The same linear layer of every expert, as one. The layers lose their weights.
+def check_alike(linears: Sequence[nn.Module]) -> None:
+    """Raise ValueError for layers of experts that have biases, or differ in kind, in whether they train or in the LoRA
+    that they are under, and for adapters that are no plain LoRA."""
+    first = linears[0]
+    if any(isinstance(linear, BaseTunerLayer) for linear in linears):
+        same = all(type(linear) is type(first) and _is_plain(linear) for linear in linears)
+        if not same or any(_state_of(linear) != _state_of(first) for linear in linears):
+            raise ValueError("experts under adapters that differ or are no plain LoRA; expected one LoRA for all")
+        check_alike([linear.base_layer for linear in linears])
+    elif any(type(linear) is not type(first) or linear.bias is not None for linear in linears) or not (
+        type(first) is nn.Linear or _is_packed(first)
+    ):
+        raise ValueError(f"experts of {type(first).__name__}: expected linear layers without bias, in 16, 32 or 4 bit")
+    elif len({linear.weight.requires_grad for linear in linears}) > 1:
+        raise ValueError("experts of which some train: expected all or none")
 
-    Raises:
-        ValueError: they have biases, differ in kind or in whether they train, or are under adapters that do.
-    """
+
+def _is_plain(linear: nn.Module) -> bool:
+    if not isinstance(linear, LoraLayer):
+        return False
+    return not (linear.lora_variant or any(linear.lora_bias.values()) or linear.lora_magnitude_vector)
+
+
+def _is_packed(linear: nn.Module) -> bool:
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    return bitsandbytes is not None and isinstance(linear, bitsandbytes.nn.Linear4bit)
+
+
+def stacked(linears: Sequence[nn.Module]) -> ExpertLinear | ExpertLora:
+    """The same linear layer of every expert, as one. The layers, which must be alike, lose their weights."""
     first = linears[0]
     if isinstance(first, LoraLayer):
         return ExpertLora.of(linears)
-    bitsandbytes = sys.modules.get("bitsandbytes")
-    if bitsandbytes is not None and isinstance(first, bitsandbytes.nn.Linear4bit):
+    if _is_packed(first):
         packed = [(linear.weight.data, linear.weight.quant_state) for linear in linears]
         packed = PackedExpertLinear(packed, first.compute_dtype)
         for linear in linears:
             linear.weight = None
         return packed
-    trains = {linear.weight.requires_grad for linear in linears}
-    if any(type(linear) is not nn.Linear or linear.bias is not None for linear in linears) or len(trains) > 1:
-        raise ValueError(f"experts of {type(first).__name__}: expected linear layers without bias, all trained or none")
     weights = [linear.weight for linear in linears]
     with gather_params_ctx(weights, modifier_rank=None):  # ZeRO-3 has loaded them in parts
         weight = torch.stack([part.detach() for part in weights])
     for linear in linears:
         linear.weight = None
-    whole = ExpertLinear(len(weight), first.in_features, first.out_features, weight).requires_grad_(trains.pop())
+    whole = ExpertLinear(len(weight), first.in_features, first.out_features, weight).requires_grad_(
+        weights[0].requires_grad
+    )
     if hasattr(weights[0], "ds_id"):
         import deepspeed
 
@@ -276,66 +289,10 @@ def stacked(linears: Sequence[nn.Module]) -> ExpertLinear | ExpertLora:
     return whole
 
 
-# === names ===
-
-
-def is_stacked(name: str) -> bool:
-    """Whether a parameter of this name is of all experts of a layer."""
-    return _STACKED.fullmatch(name) is not None
-
-
-def split_name(name: str, experts: int) -> list[str]:
-    """What files call a layer, or a tensor, of all experts: `experts.up_proj` is `experts.0.up_proj` and so on."""
-    found = _STACKED.fullmatch(name)
-    return [f"{found[1]}{number}.{found[2]}" for number in range(experts)]
-
-
-def split_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with a tensor an expert, as in files. Those of one layer are views of one tensor."""
-    names: dict[str, Tensor] = {}
-    for name, value in state.items():
-        names |= zip(split_name(name, len(value)), value, strict=True) if is_stacked(name) else [(name, value)]
-    return names
-
-
-def stack_names(state: Mapping[str, Tensor], experts: int | None = None) -> dict[str, Tensor]:
-    """The other way round. Where not all of so many experts are there, they are left as they are."""
-    names: dict[str, Tensor] = {}
-    parts: dict[str, dict[int, Tensor]] = {}
-    for name, value in state.items():
-        found = _APART.fullmatch(name)
-        if found is None:
-            names[name] = value
-        else:
-            parts.setdefault(found[1] + found[3], {})[int(found[2])] = value
-    for name, of in parts.items():
-        if len(of) == max(of) + 1 == (experts or len(of)):
-            names[name] = torch.stack([of[number] for number in range(len(of))])
-        else:
-            names |= {split_name(name, max(of) + 1)[number]: value for number, value in of.items()}
-    return names
-
-
-@torch.no_grad()
-def stack_on_loading(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """A hook for `load_state_dict` of RoutedExperts, which takes a tensor an expert, too.
-
-    A file of a sharded checkpoint may have some experts of a layer only. Those are put in place at once.
-    """
-    own = stack_names({name: state.pop(name) for name in list(state) if name.startswith(prefix)}, len(module))
-    there = module.state_dict(prefix=prefix)
-    for name in list(own):
-        found = _APART.fullmatch(name)
-        whole = None if found is None else there.get(found[1] + found[3])
-        if whole is not None and whole.shape[1:] == own[name].shape and int(found[2]) < len(whole):
-            whole[int(found[2])].copy_(own.pop(name))
-    state.update(own)
-
-
 def _state_of(linear: LoraLayer) -> tuple:
     dropout = {name: getattr(part, "p", 0.0) for name, part in linear.lora_dropout.items()}
     adapters = linear.active_adapters, linear.disable_adapters, linear.merged_adapters, set(linear.lora_A)
-    return type(linear), *adapters, linear.r, linear.scaling, dropout
+    return *adapters, linear.r, linear.scaling, dropout
 
 
 def _joined(parts: Sequence[Tensor], block: int) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -44,8 +45,8 @@ def additive_mask(attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor |
 class BlockCausal:
     """Who sees whom where blocks of positions are causal and tokens within one are not, without a mask of all pairs.
 
-    Some queries at a time attend to the keys that the last of them sees. What they see beyond their own first block is
-    alike for all such parts, so that one narrow mask serves every part and every layer.
+    Some queries at a time attend to the keys that the last of them sees. Parts begin where a block does, so that who
+    sees whom, counted from a part's first query, is the same in every part: one narrow mask serves all, in every layer.
     """
 
     QUERIES = 1024  #: at a time, about
@@ -127,6 +128,7 @@ class _Rotation(torch.autograd.Function):
         return _turned(x, cos, sin, 1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _turned(gradient, cos, sin, -1).to(ctx.dtype), None, None

@@ -15,14 +15,14 @@ from transformers.activations import ACT2FN
 from ..fast_weights import SiteWeights
 from ..grouped import MAX_GROUPS
 from .expert_ffn import Experts, expert_ffn
+from .expert_names import PROJECTIONS, split_names, stack_on_loading
 from .experts import (
-    PROJECTIONS,
     ExpertLinear,
+    PackedExpertLinear,
     are_apart,
+    check_alike,
     experts_apart,
     projection,
-    split_names,
-    stack_on_loading,
     stacked,
     without_adapters,
 )
@@ -75,13 +75,20 @@ class RoutedExperts(nn.Module):
         """From a module an expert, which lose their weights one projection after the other.
 
         Raises:
-            ValueError: as `experts.stacked`.
+            ValueError: as `check`.
         """
+        cls.check(experts)
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         linears = (stacked([getattr(expert, name) for expert in experts]) for name in PROJECTIONS)
         self._set_up(experts[0].act_fn, *linears)
         return self.train(experts.training)
+
+    @staticmethod
+    def check(experts: nn.ModuleList) -> None:
+        """Raise ValueError for modules that no tensors can stand for, as `experts.check_alike`."""
+        for name in PROJECTIONS:
+            check_alike([getattr(expert, name) for expert in experts])
 
     def __len__(self) -> int:
         return without_adapters(self.gate_proj).experts
@@ -128,6 +135,8 @@ class SparseModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As transformers' method. Beside the model there is room for one projection of a layer's experts."""
+        if kwargs.get("state_dict") is not None:
+            kwargs["state_dict"] = split_names(kwargs["state_dict"])
         with experts_apart():
             loaded = super().from_pretrained(*args, **kwargs)
         stack_experts(loaded[0] if isinstance(loaded, tuple) else loaded)
@@ -136,11 +145,12 @@ class SparseModel(PreTrainedModel):
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, state_dict: dict | None = None, **kwargs: Any
     ) -> None:
-        """As transformers' method."""
-        if is_main_process:
-            whole = self.state_dict() if state_dict is None else state_dict
-            parts = split_names(whole)  # not as views, which transformers would copy where they are
-            state_dict = {n: value if n in whole else value.to("cpu", copy=True) for n, value in parts.items()}
+        """As transformers' method. Raises ValueError for weights in 4 bit."""
+        if any(isinstance(module, PackedExpertLinear) for module in self.modules()):
+            raise ValueError("experts in 4 bit are not saved; load the model without load_in_4bit")
+        whole = self.state_dict() if state_dict is None else state_dict
+        parts = split_names(whole)  # copied to the host here: of views transformers would make copies on the device
+        state_dict = {n: value if n in whole else value.to("cpu", copy=True) for n, value in parts.items()}
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:

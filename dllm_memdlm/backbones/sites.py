@@ -8,7 +8,8 @@ from torch import nn
 
 from ..config import ConfigError, MemoryConfig
 from ..fast_weights import SiteShape
-from .experts import PROJECTIONS, without_adapters
+from .expert_names import PROJECTIONS
+from .experts import without_adapters
 from .moe import RoutedExperts
 from .staged import StagedForward
 

@@ -113,7 +113,7 @@ class StagedForward:
         if position_ids is None:
             position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
         context = {
-            "attention_mask": self._mask(attention_mask, hidden),
+            "attention_mask": self._mask(attention_mask, hidden, cache is not None),
             "position_ids": position_ids,
             "position_embeddings": self.model.rotary_emb(hidden, position_ids),
         }
@@ -138,8 +138,10 @@ class StagedForward:
         logits = self.lm_head(hidden) if project else None
         return MaskedLMOutput(logits=logits) if stage == "full" else StageOutput(hidden=hidden, logits=logits)
 
-    def _mask(self, attention_mask: Tensor | int | None, hidden: Tensor) -> Tensor | BlockCausal | None:
+    def _mask(self, attention_mask: Tensor | int | None, hidden: Tensor, cached: bool) -> Tensor | BlockCausal | None:
         if isinstance(attention_mask, int):
+            if cached or attention_mask < 1:
+                raise ValueError(f"attention_mask={attention_mask}: expected at least 1, and no cache; or a tensor")
             if self.layers_take_queries:  # which are ours, and attend in parts
                 return BlockCausal(attention_mask, hidden)
             length = hidden.shape[1]
