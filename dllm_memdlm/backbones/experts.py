@@ -30,7 +30,7 @@ _apart: ContextVar[bool] = ContextVar("experts_apart", default=False)
 class ExpertLinear(nn.Module):
     """A linear layer without bias for every expert. It is computed by `RoutedExperts`, for all of them at once."""
 
-    compute_dtype: torch.dtype | None = None  #: of the product, if not that of its input or autocast's
+    computes_in: torch.dtype | None = None  #: the product, if not in the dtype of its input or autocast's
 
     def __init__(self, experts: int, in_features: int, out_features: int, weight: Tensor | None = None) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class PackedExpertLinear(ExpertLinear):
         weights, states = zip(*packed, strict=True)
         first = self._like = states[0]
         self.experts, (self.out_features, self.in_features) = len(packed), first.shape
-        self.compute_dtype, self._blocks = compute_dtype, first.absmax.numel()
+        self.computes_in, self._blocks = compute_dtype, first.absmax.numel()
         # Where a matrix ends within a block, the next one begins with a block of its own all the same.
         self.weight = _frozen(_joined(weights, first.blocksize // 2))
         tables = [torch.cat([state.absmax for state in states])]
@@ -209,7 +209,7 @@ def projection(linear: ExpertLinear | ExpertLora, dtype: torch.dtype) -> Project
     base, adapters = linear, []
     if isinstance(linear, ExpertLora):
         base, adapters = linear.base_layer, linear.adapters(dtype)
-    return Projection(base.matrices, base.compute_dtype or dtype, adapters)
+    return Projection(base.matrices, base.computes_in or dtype, adapters)
 
 
 def without_adapters(linear: nn.Module) -> nn.Module:

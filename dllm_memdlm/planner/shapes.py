@@ -84,13 +84,13 @@ class PackedExperts(ExpertLinear):
     def __init__(self, linear: ExpertLinear, compute_dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.experts, self.in_features, self.out_features = linear.experts, linear.in_features, linear.out_features
-        self.compute_dtype = compute_dtype
+        self.computes_in = compute_dtype
         self.weight, self.constants = _packed(linear.weight[0], self.experts)
 
     @property
     def matrices(self) -> Any:
         shape = (self.experts, self.out_features, self.in_features)
-        return lambda: self.weight.new_empty(shape, dtype=self.compute_dtype)
+        return lambda: self.weight.new_empty(shape, dtype=self.computes_in)
 
 
 def _packed(matrix: Tensor, count: int = 1) -> tuple[nn.Parameter, nn.Parameter]:
