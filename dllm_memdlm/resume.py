@@ -25,7 +25,7 @@ from . import engines
 from .backbones.expert_names import is_stacked, split_name
 from .backbones.stock_peft import own_state
 from .config import ConfigError
-from .run_folder import CONTENTS, RUN, check_release, contents_of, last_checkpoint, later_than, newest_run
+from .run_folder import CONTENTS, RUN, check_layout, check_release, contents_of, last_checkpoint, later_than, newest_run
 from .versions import readable_by_both, rotate_checkpoints
 
 #: In the output folder: a checkpoint that is being written. What a killed run leaves there, the next save removes.
@@ -55,15 +55,19 @@ class WholeCheckpoints(transformers.Trainer):
         resumed = resume_from_checkpoint or None
         if resumed:
             check_release(resumed, contents_of(resumed))
+            check_layout(resumed, contents_of(resumed), self._trained())
         (self._run,) = broadcast_object_list([contents_of(resumed).get("run") if resumed else uuid.uuid4().hex])
         self._began.run, self._began.resumed = self._run, resumed
         return super().train(resume_from_checkpoint=resumed, **kwargs)
+
+    def _trained(self) -> list[str]:
+        return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         about = {"made_by": engines.describe(self.accelerator), "made_of": self.made_of, "run": self._run}
-        about["transformers"] = transformers.__version__
+        about |= {"transformers": transformers.__version__, "trained": len(self._trained())}
         try:
             with written_aside(run_dir, self.accelerator, self.args.should_save, about) as self._aside:
                 super()._save_checkpoint(model, trial)

@@ -11,6 +11,7 @@ from typing import Any
 import transformers
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .backbones.expert_names import is_stacked
 from .config import ConfigError
 
 #: In a finished checkpoint: the size of every file, what it was made by, in which run and when.
@@ -106,6 +107,21 @@ def check_release(checkpoint: str | os.PathLike, contents: dict[str, Any]) -> No
         raise ConfigError(
             f"{checkpoint}: made with transformers {made}, this is {here}; resume with that release, or start from the "
             "weights (model.path, lora.path)"
+        )
+
+
+def check_layout(checkpoint: str | os.PathLike, contents: dict[str, Any], trained: list[str]) -> None:
+    """Refuse a checkpoint whose optimizer has other tensors than those of these names, as before experts were tensors.
+
+    What an earlier version made does not say how many; without experts they are the same.
+    """
+    same = not contents or not any(map(is_stacked, trained))
+    made = contents.get("trained", len(trained) if same else None)
+    if made != len(trained):
+        count = "a matrix an expert" if made is None else f"{made} tensors"
+        raise ConfigError(
+            f"{checkpoint}: its optimizer has {count}, this model trains {len(trained)} tensors; resume with the "
+            "version that made it, or start from the weights (model.path, lora.path)"
         )
 
 

@@ -369,3 +369,19 @@ def test_padded_rows_change_no_step(tokenizer, tmp_path, monkeypatch):
         trainer.train()
         losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
     assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_checkpoint_of_before_is_refused(tokenizer, tmp_path):
+    """Its optimizer has a state for each expert. That of a model without experts is gone on from."""
+    for kind in ("llada_moe", "llama"):
+        settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+        make_trainer(tiny(kind), tokenizer, tmp_path / kind, **settings).train()
+        file = tmp_path / kind / "checkpoint-1" / "contents.json"
+        contents = json.loads(file.read_text())
+        assert contents.pop("trained") == len(list(tiny(kind).parameters()))
+        file.write_text(json.dumps(contents))
+    again = {"resume_from_checkpoint": str(tmp_path / "llama" / "checkpoint-1")}
+    make_trainer(tiny("llama"), tokenizer, tmp_path / "llama", **settings).train(**again)
+    with pytest.raises(ConfigError, match=r"checkpoint-1: its optimizer has a matrix an expert, this model trains"):
+        again = {"resume_from_checkpoint": str(tmp_path / "llada_moe" / "checkpoint-1")}
+        make_trainer(tiny("llada_moe"), tokenizer, tmp_path / "llada_moe", **settings).train(**again)
