@@ -21,7 +21,8 @@ from dllm_memdlm.samplers import LLaDA21Sampler, MDLMSampler
 from dllm_memdlm.trajectory import prompt_trajectory
 
 from . import models
-from .naive import Phi, one_by_one, plain_experts, write_naively
+from .naive import Phi, one_by_one, write_naively
+from .naive_experts import plain_experts
 from .report import Section
 from .timing import side_by_side
 

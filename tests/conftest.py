@@ -19,7 +19,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from devices import device, products, pytest_addoption, pytest_configure  # noqa: F401 (fixtures and hooks)
+from devices import device, products, pytest_addoption, pytest_configure, sorted_rows  # noqa: F401 (fixtures and hooks)
 from drawings import figures  # noqa: F401 (a fixture)
 from measured_tables import pytest_terminal_summary  # noqa: F401 (a hook)
 from patched_dllm import tree, unpatched  # noqa: F401 (fixtures)
@@ -35,7 +35,7 @@ with warnings.catch_warnings():
 import recipe_files
 
 from dllm_memdlm import run
-from dllm_memdlm.backbones import LLaDA2MoeConfig, LLaDAMoEConfig, model_class, moe, with_lora
+from dllm_memdlm.backbones import LLaDA2MoeConfig, LLaDAMoEConfig, model_class, with_lora
 from dllm_memdlm.config import LoraConfig, MemoryConfig
 from dllm_memdlm.trainer import MemDLMConfig, MemDLMTrainer
 
@@ -88,12 +88,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "dllm" in item.keywords:
                 item.add_marker(skip)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def sorted_rows() -> None:
-    """No rows are padded, which a GPU does not do either: small models go the way of large ones."""
-    moe.FEW_ROWS = 0
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,8 @@ import torch
 from conftest import AMPLIFIED, MASK, take_gradients
 from torch import Tensor, nn
 
-from benchmarks.naive import mdlm_loss, one_by_one, plain_experts
+from benchmarks.naive import mdlm_loss, one_by_one
+from benchmarks.naive_experts import plain_experts
 from dllm_memdlm.config import MemoryConfig
 from dllm_memdlm.fast_weights import FastWeights
 from dllm_memdlm.memory import Written

@@ -16,7 +16,8 @@ from steps import memory_for
 from test_memory_samples import poisoned
 from torch import Tensor, nn
 
-from benchmarks.naive import adapted, one_by_one, plain_experts
+from benchmarks.naive import adapted, one_by_one
+from benchmarks.naive_experts import plain_experts
 from dllm_memdlm.config import ConfigError
 from dllm_memdlm.decoding import Decoder
 from dllm_memdlm.evaluation.exposure_bias import DenoisingStep, Example, _rows, exposure_bias

@@ -11,7 +11,8 @@ from conftest import KINDS, MASK, assert_close_relative, examples, make_trainer,
 from conftest import train_batch as batch_of
 from steps import OFF, SMALL, VARIANTS, Step, flat, initial, memory_for
 
-from benchmarks.naive import mdlm_loss, naive_step, one_by_one, plain_experts, state_counts
+from benchmarks.naive import mdlm_loss, naive_step, one_by_one, state_counts
+from benchmarks.naive_experts import plain_experts
 from dllm_memdlm.config import MemoryConfig
 from dllm_memdlm.trainer import MemDLMTrainer
 

@@ -16,7 +16,7 @@ from inputs import tokens
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.naive import LoopOverExperts, plain_experts
+from benchmarks.naive_experts import LoopOverExperts, plain_experts
 from dllm_memdlm.backbones.experts import ExpertLinear, ExpertLora
 from dllm_memdlm.backbones.moe import RoutedExperts
 from dllm_memdlm.fast_weights import SiteWeights

@@ -12,7 +12,8 @@ from saved_models import prompt_memory, random_prompts, state_of
 from steps import flat, memory_for
 from test_memory_samples import poisoned
 
-from benchmarks.naive import Phi, one_by_one, plain_experts, write_naively
+from benchmarks.naive import Phi, one_by_one, write_naively
+from benchmarks.naive_experts import plain_experts
 from dllm_memdlm.backbones.moe import RoutedExperts
 from dllm_memdlm.config import MemoryConfig
 from dllm_memdlm.fast_weights import FastWeights

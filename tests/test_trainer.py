@@ -23,7 +23,7 @@ from conftest import (
 from steps import OFF, memory_for, plain_loss, train_logs
 from torch import Tensor, nn
 
-from benchmarks.naive import plain_experts
+from benchmarks.naive_experts import plain_experts
 from dllm_memdlm import bundled, dllm_api
 from dllm_memdlm.collator import AnchorTrajectoryCollator
 from dllm_memdlm.config import ConfigError

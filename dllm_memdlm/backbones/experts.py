@@ -24,7 +24,8 @@ from transformers.integrations.deepspeed import deepspeed_config
 
 from .projection import Adapter, Projection
 
-_apart: ContextVar[bool] = ContextVar("experts_apart", default=False)
+#: Whether experts are to be built as modules.
+are_apart: ContextVar[bool] = ContextVar("experts_apart", default=False)
 
 
 class ExpertLinear(nn.Module):
@@ -223,16 +224,11 @@ def without_adapters(linear: nn.Module) -> nn.Module:
 @contextmanager
 def experts_apart() -> Iterator[None]:
     """Models that are built here get a module an expert, as their files have them, for `stack_experts`."""
-    token = _apart.set(True)
+    token = are_apart.set(True)
     try:
         yield
     finally:
-        _apart.reset(token)
-
-
-def are_apart() -> bool:
-    """Whether experts are to be built as modules."""
-    return _apart.get()
+        are_apart.reset(token)
 
 
 def check_alike(linears: Sequence[nn.Module]) -> None:
@@ -253,9 +249,9 @@ def check_alike(linears: Sequence[nn.Module]) -> None:
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    if not isinstance(linear, LoraLayer):
-        return False
-    return not (linear.lora_variant or any(linear.lora_bias.values()) or linear.lora_magnitude_vector)
+    return isinstance(linear, LoraLayer) and not (
+        linear.lora_variant or any(linear.lora_bias.values()) or linear.lora_magnitude_vector
+    )
 
 
 def _is_packed(linear: nn.Module) -> bool:
@@ -270,18 +266,16 @@ def stacked(linears: Sequence[nn.Module]) -> ExpertLinear | ExpertLora:
         return ExpertLora.of(linears)
     if _is_packed(first):
         packed = [(linear.weight.data, linear.weight.quant_state) for linear in linears]
-        packed = PackedExpertLinear(packed, first.compute_dtype)
+        whole = PackedExpertLinear(packed, first.compute_dtype)
         for linear in linears:
             linear.weight = None
-        return packed
-    weights = [linear.weight for linear in linears]
+        return whole
+    weights, trains = [linear.weight for linear in linears], first.weight.requires_grad
     with gather_params_ctx(weights, modifier_rank=None):  # ZeRO-3 has loaded them in parts
         weight = torch.stack([part.detach() for part in weights])
     for linear in linears:
         linear.weight = None
-    whole = ExpertLinear(len(weight), first.in_features, first.out_features, weight).requires_grad_(
-        weights[0].requires_grad
-    )
+    whole = ExpertLinear(len(weight), first.in_features, first.out_features, weight).requires_grad_(trains)
     if hasattr(weights[0], "ds_id"):
         import deepspeed
 

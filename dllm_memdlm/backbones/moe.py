@@ -43,7 +43,7 @@ def routed_experts(config: Any, width: int) -> nn.Module:
     """
     if not 1 <= config.num_experts_per_tok <= config.num_experts:
         raise ValueError(f"num_experts_per_tok {config.num_experts_per_tok} of num_experts {config.num_experts}")
-    if are_apart():
+    if are_apart.get():
         experts = (GatedMLP(config.hidden_size, width, config.hidden_act) for _ in range(config.num_experts))
         return nn.ModuleList(experts)
     return RoutedExperts(config.num_experts, config.hidden_size, width, config.hidden_act)
@@ -93,7 +93,7 @@ class RoutedExperts(nn.Module):
     def __len__(self) -> int:
         return without_adapters(self.gate_proj).experts
 
-    @torch.compiler.disable(reason="a grouped product takes what autograd's function for all experts gives it")
+    @torch.compiler.disable(reason="all of it is one function of autograd's")
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Σ over the chosen experts of weight · expert(x). x [B, M, D]; chosen, weights [B, M, k] → [B, M, D]."""
         samples = max((site.samples for site in self.fast.values()), default=1)
