@@ -24,11 +24,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from dllm_memdlm.backbones import layers, model_class
+from dllm_memdlm.backbones import layers, model_class, moe
 from dllm_memdlm.config import ModelConfig
 from dllm_memdlm.data import tokenizer_for
 from dllm_memdlm.planner.live import grouped_output
-from dllm_memdlm.planner.shapes import FusedDropout, materialise, shape_model
+from dllm_memdlm.planner.shapes import materialise, shape_model
 from dllm_memdlm.recipe import Recipe, load_recipe
 from dllm_memdlm.versions import checkpoint_activations
 
@@ -40,7 +40,10 @@ from .report import Section
 
 ATTENTION = tuple(f"aten::_scaled_dot_product_flash_attention_for_cpu{suffix}" for suffix in ("", "_backward"))
 #: They compute nothing. Views do not either.
-NOTHING = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "_unsafe_view")
+NOTHING = (
+    *("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "_unsafe_view"),
+    *("result_type", "promote_types"),
+)
 VOCABULARY = 263  #: a token for each byte, and a few more
 NARROW = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": VOCABULARY, "pad_token_id": 0}
 DENSE = "dense, 20 layers"
@@ -138,7 +141,7 @@ def traffic(quick: bool) -> Section:
     section = Section(
         "Host: operators of a step at full size, and what those that are no products read and write",
         ["recipe", "bits", "plain operators", "MemDLM operators", "plain GB", "MemDLM GB"],
-        "Forward and backward, without views; norms and dropout as the one kernel that they are on a GPU. Of a base in "
+        "Forward and backward, without views; norms as the one kernel that they are on a GPU. Of a base in "
         "4 bit unpacking is not counted.",
     )
     for name in ("LLaDA2.1", "LLaDA-MoE"):
@@ -161,7 +164,6 @@ def step_traffic(name: str, bits: int, memory: bool, dimensions: dict[str, Any])
     mode, model = FakeTensorMode(allow_non_fake_inputs=True), shape_model(recipe, config)
     with mode:
         materialise(model)
-    FusedDropout.put_into(model)
     _FusedNorm.put_into(model)
     return _count(recipe, model, memory, mode)
 
@@ -176,6 +178,7 @@ def _count(recipe: Recipe, model: nn.Module, memory: bool, mode: FakeTensorMode)
         trainer = steps.trainer_of(model, settings, args)
     if args.gradient_checkpointing:
         checkpoint_activations(model.train(), True, preserve_rng_state=False)  # fake random numbers have no state
+    moe.FEW_ROWS = 0  # as on a GPU
     with mode:
         given = {key: mode.from_tensor(value) if isinstance(value, Tensor) else value for key, value in batch.items()}
         trainer.accelerator.prepare_model(model)
@@ -200,7 +203,7 @@ class Traffic(TorchDispatchMode):
             out = func(*args, **kwargs)
         schema, name = func._schema, func._schema.name
         is_view = any(value.alias_info is not None and not value.alias_info.is_write for value in schema.returns)
-        if is_view or name.startswith(("prim", "aten::result_type")) or name.removeprefix("aten::") in NOTHING:
+        if is_view or name.startswith("prim") or name.removeprefix("aten::") in NOTHING:
             return out
         self.calls[name] += 1
         if name not in (*PRODUCTS, *ATTENTION):

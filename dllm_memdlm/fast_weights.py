@@ -98,13 +98,14 @@ class FastWeights:
 
         keys [S] int64: A of set i is a function of keys[i] alone, on every device.
         """
-        keys, tensors = keys.to(device), {}
+        sites, tensors = list(sites), {}
+        keys = noise.stream_keys(keys.to(device)[:, None], noise.INITIAL + torch.arange(len(sites), device=device))
         for number, site in enumerate(sites):
             experts = () if site.experts is None else (site.experts,)
             for name, (rows, columns) in site.tensors(config).items():
                 if name == "A":
-                    draws = noise.uniform(keys, noise.INITIAL + number, math.prod(experts) * rows * columns)
-                    draws = draws.view(len(keys), *experts, rows, columns).mul_(2).sub_(1).mul_(columns**-0.5)
+                    draws = noise.uniform_of(keys[:, number], math.prod(experts) * rows * columns)
+                    draws = draws.view(len(keys), *experts, rows, columns).sub_(0.5).mul_(2 * columns**-0.5)
                     value = draws.movedim(0, -3).contiguous()
                 else:
                     value = torch.zeros(*experts, len(keys), rows, columns, device=device)
@@ -194,17 +195,17 @@ def sgd_step(
         config: `clip` says what is clipped: `local` every matrix by its own norm, `global` each sample's matrices by
             their common norm, `none`; `grad_clip` the largest norm that is left, 0 for none.
     """
-    norms = {k: torch.linalg.vector_norm(g, dim=(-2, -1)) for k, g in gradients.items()}  # [(E,) S] each
-    squares = [n.square() if n.dim() == 1 else n.square().sum(0) for n in norms.values()]
-    total = torch.stack(squares).sum(0).sqrt()
+    norms = [torch.linalg.vector_norm(g, dim=(-2, -1)) for g in gradients.values()]  # [(E,) S] each
+    rows = torch.cat([norm.view(-1, fast.samples) for norm in norms])  # one of each matrix
+    total = torch.linalg.vector_norm(rows, dim=0)
     finite = torch.isfinite(loss) & torch.isfinite(total)
-    tensors = {}
-    for name, gradient in gradients.items():
-        rate = torch.full_like(norms[name], config.inner_lr)
-        if config.clip != "none" and config.grad_clip > 0:
-            norm = norms[name] if config.clip == "local" else total
-            rate = rate * (config.grad_clip / (norm + 1e-12)).clamp(max=1.0)
+    rates = torch.full_like(rows, config.inner_lr)
+    if config.clip != "none" and config.grad_clip > 0:
+        rates = rates * (config.grad_clip / ((rows if config.clip == "local" else total) + 1e-12)).clamp(max=1.0)
+    tensors, kept = {}, finite[:, None, None]
+    parts = rates.split([norm.numel() // fast.samples for norm in norms])
+    for (name, gradient), norm, rate in zip(gradients.items(), norms, parts, strict=True):
         before = fast.tensors[name].detach()
-        after = torch.addcmul(before, gradient, rate[..., None, None], value=-1)
-        tensors[name] = torch.where(finite[:, None, None], after, before)
+        after = torch.addcmul(before, gradient, rate.view_as(norm)[..., None, None], value=-1)
+        tensors[name] = torch.where(kept, after, before)
     return FastWeights(tensors, fast.scaling), InnerStep(loss.detach(), total, finite)

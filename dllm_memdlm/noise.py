@@ -54,7 +54,16 @@ def uniform(keys: Tensor, stream: int, length: int) -> Tensor:
 
     A prefix does not depend on `length`: an example keeps its noise when a batch is padded further.
     """
-    base = _mix((keys ^ stream) + _GAMMA)
+    return uniform_of(stream_keys(keys, stream), length)
+
+
+def stream_keys(keys: Tensor, streams: int | Tensor) -> Tensor:
+    """A key for each example and stream. keys [B], or [B, 1] with streams [n]."""
+    return _mix((keys ^ streams) + _GAMMA)
+
+
+def uniform_of(keys: Tensor, length: int) -> Tensor:
+    """The numbers of streams, by their keys [B] → [B, length]."""
     position = torch.arange(1, length + 1, device=keys.device)
-    bits = _mix(base[:, None] + position * _GAMMA)
+    bits = _mix(keys[:, None] + position * _GAMMA)
     return _shift(bits, 40).to(torch.float32).mul_(2.0**-24)

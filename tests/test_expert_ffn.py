@@ -170,6 +170,7 @@ def sorted_and_padded(experts: RoutedExperts, inputs: tuple[Tensor, ...], monkey
     results, padded = [], spy_on(monkeypatch)
     for few in (0, 32):
         monkeypatch.setattr(moe, "FEW_ROWS", few)
+        torch.manual_seed(3)
         x, chosen, weights = (value.detach().clone() for value in inputs)
         fast = [m for site in experts.fast.values() for m in (site.down, site.up) if m is not None]
         leaves = [leaf.requires_grad_() for leaf in (x, weights, *fast)]
@@ -190,6 +191,14 @@ def test_padded_is_as_sorted(dtype, lora, samples, monkeypatch):
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-6}.get(dtype, 4e-2)
     for expected, found in sorted_and_padded(experts, routing(dtype, [0, 2, 3, 5]), monkeypatch):
         assert_close_relative(found, expected, tolerance)
+
+
+def test_fillers_draw_no_dropout(monkeypatch):
+    experts = experts_of(torch.float64, lora=True)
+    for linear in (experts.gate_proj, experts.up_proj, experts.down_proj):
+        linear.lora_dropout["default"] = nn.Dropout(0.4)
+    for expected, found in sorted_and_padded(experts, routing(torch.float64, [0, 2, 3, 5]), monkeypatch):
+        assert_close_relative(found, expected, 1e-12)
 
 
 def test_full_size_fast_weights_are_padded_too(monkeypatch):

@@ -8,7 +8,7 @@ from benchmarks.host import step_traffic
 
 
 @pytest.mark.parametrize(
-    ("name", "bits", "operators", "gigabytes"), [("LLaDA-MoE", 16, 8200, 800), ("LLaDA2.1", 4, 11800, 540)]
+    ("name", "bits", "operators", "gigabytes"), [("LLaDA-MoE", 16, 6900, 900), ("LLaDA2.1", 4, 9900, 580)]
 )
 def test_operators_and_bytes_of_a_step(name, bits, operators, gigabytes):
     counted = step_traffic(name, bits, True, {})

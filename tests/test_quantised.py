@@ -109,7 +109,7 @@ def test_every_linear_layer_but_the_output_is_packed_and_adapted(kind, folders):
         assert type(module) is ExpertLora and type(module.base_layer) is PackedExpertLinear
         assert module.base_layer.weight.numel() * 2 == module.base_layer.unpack().numel()
     packed = [module for module in backbone.modules() if isinstance(module, Linear4bit)]
-    adapted = [module for module in backbone.modules() if type(module) is LoraLinear4bit]
+    adapted = [module for module in backbone.modules() if isinstance(module, LoraLinear4bit)]
     assert len(packed) == len(adapted) > 10
     for module in packed:
         state = module.weight.quant_state

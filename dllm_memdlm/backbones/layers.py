@@ -100,49 +100,55 @@ class RMSNorm(nn.RMSNorm):
             return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast computes in on the device of x; none without it."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def lowered(x: Tensor) -> Tensor:
     """In the dtype that autocast computes in, once for all layers that x goes into; as it is without autocast.
 
     On a base in 4 bit the norms are float32, and each layer would cast for itself and widen what it puts out.
     """
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    return x.to(autocast_dtype(x) or x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding on the first cos.shape[-1] features. x [B, H, L, d], cos and sin [1 or B, L, d'].
 
-    Feature i turns with feature i + d'/2, by the same angle.
+    Feature i turns with feature i + d'/2, by the same angle. Under autocast the result is in its dtype, rounded once:
+    attention would round it.
     """
     half = cos.shape[-1] // 2
-    return _Rotation.apply(x, cos[:, None, :, :half], sin[:, None, :, :half])
+    dtype = autocast_dtype(x) or torch.promote_types(x.dtype, cos.dtype)
+    return _Rotation.apply(x, cos[:, None], sin[:, None, :, :half], dtype)
 
 
 class _Rotation(torch.autograd.Function):
-    """Each half of the result in two passes, in place. As a sum of products with turned copies it takes five."""
+    """The result in two passes. As a sum of products with turned copies it takes five."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.dtype = x.dtype
-        return _turned(x, cos, sin, 1)
+        return _turned(x, cos, sin, 1, dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turned(gradient, cos, sin, -1).to(ctx.dtype), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return _turned(gradient, *ctx.saved_tensors, -1, ctx.dtype), None, None, None
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    half = cos.shape[-1]
-    first, second, kept = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
-    output = torch.empty_like(x, dtype=torch.promote_types(x.dtype, cos.dtype))
-    parts = output.split((half, half, kept.shape[-1]), dim=-1)
-    torch.mul(first, cos, out=parts[0]).addcmul_(second, sin, value=-sign)
-    torch.mul(second, cos, out=parts[1]).addcmul_(first, sin, value=sign)
-    if kept.shape[-1]:
-        parts[2].copy_(kept)
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int, dtype: torch.dtype) -> Tensor:
+    width = cos.shape[-1]
+    output = torch.empty_like(x, dtype=dtype)
+    turned, (first, second) = (x[..., :width] * cos).chunk(2, dim=-1), x[..., :width].chunk(2, dim=-1)
+    half, other = output[..., :width].chunk(2, dim=-1)
+    torch.addcmul(turned[0], second, sin, value=-sign, out=half)
+    torch.addcmul(turned[1], first, sin, value=sign, out=other)
+    if x.shape[-1] > width:
+        output[..., width:].copy_(x[..., width:])
     return output
 
 

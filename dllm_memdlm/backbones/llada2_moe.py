@@ -143,8 +143,8 @@ class LLaDA2MoeGate(nn.Module):
             scores = F.linear(x.float(), self.weight.float()).sigmoid()
         biased = (scores + self.expert_bias).unflatten(-1, (config.n_group, -1))
         best_groups = biased.topk(2, dim=-1).values.sum(-1).topk(config.topk_group, dim=-1).indices
-        allowed = torch.zeros_like(biased[..., 0], dtype=torch.bool).scatter_(-1, best_groups, True)
-        chosen = biased.masked_fill(~allowed[..., None], -torch.inf).flatten(-2)
+        barred = torch.ones_like(biased[..., 0], dtype=torch.bool).scatter_(-1, best_groups, False)
+        chosen = biased.masked_fill(barred[..., None], -torch.inf).flatten(-2)
         chosen = chosen.topk(config.num_experts_per_tok, dim=-1).indices
         weights = scores.gather(-1, chosen)
         if config.num_experts_per_tok > 1:

@@ -26,7 +26,7 @@ from .experts import (
     stacked,
     without_adapters,
 )
-from .layers import GatedMLP
+from .layers import GatedMLP, autocast_dtype
 from .output import OutputLinear
 from .projection import Adapter
 from .routes import Routes
@@ -110,15 +110,14 @@ class RoutedExperts(nn.Module):
         return torch.cat(parts)
 
     def _of(self, x: Tensor, chosen: Tensor, weights: Tensor, fast: dict[str, SiteWeights], samples: int) -> Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = autocast_dtype(x) or x.dtype
         parts = []
         for name in PROJECTIONS:
             part = projection(getattr(self, name), dtype)
             part = part if self.trains else part.detached()
             parts.append(part.under(_fast(fast[name], dtype)) if name in fast else part)
         routes = Routes.of(chosen, len(self), samples)
-        if device == "cpu" and chosen.numel() <= FEW_ROWS * len(self):  # whose threads share a batched product
+        if x.device.type == "cpu" and chosen.numel() <= FEW_ROWS * len(self):  # whose threads share a batched product
             routes = routes.padded(self.gate_proj.in_features * self.gate_proj.out_features)
         output = expert_ffn(x.flatten(0, 1), weights.flatten(0, 1), routes, Experts(*parts, self.act_fn), dtype)
         return output.to(x.dtype).view_as(x)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..losses import token_nll, widened
+from .layers import autocast_dtype
 
 #: Logits that are there at a time, by device: 128 MiB in float32. A GPU reads the matrix anew for each part.
 CHUNK = {"cpu": 2**25, "cuda": 2**27}
@@ -34,10 +35,9 @@ class OutputLinear(nn.Linear):
             return super().forward(x)
         if self.bias is not None:
             return token_nll(super().forward(x), tokens)
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = autocast_dtype(x) or x.dtype
         weight = self.weight if self.trains else self.weight.detach()
-        chunk = self.chunk or CHUNK.get(device, CHUNK["cuda"])
+        chunk = self.chunk or CHUNK.get(x.device.type, CHUNK["cuda"])
         return _LinearNLL.apply(x.flatten(0, -2), weight, tokens.flatten(), dtype, chunk).view_as(tokens)
 
 

@@ -15,7 +15,10 @@ from .routes import Routes
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is added to a projection's output: scaling · up(down(dropout(x))), or up(x). G is E, or E·S per sample."""
+    """What is added to a projection's output: scaling · up(down(dropout(x))), or up(x) with a scaling of 1.
+
+    G is E, or E·S per sample.
+    """
 
     down: Tensor | None  #: [G, r, in]
     up: Tensor  #: [G, out, r], or [G, out, in]
@@ -113,14 +116,14 @@ class _Delta:
         self.down, self.up = _Placed(adapter.down, tensors), _Placed(adapter.up, tensors)
 
     def add(self, x: Tensor, routes: Routes, output: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Add to the projection's output, in place. Returns scaling · down(x) [T, r], and what survived dropout."""
+        """Add to the projection's output, in place. Returns down(x) [T, r], and what survived dropout."""
         offsets = self._offsets(routes)
         x, low, survivors = x.to(self.dtype), None, None
         if self.dropout > 0:
-            x, survivors = torch.native_dropout(x, self.dropout, True)
+            x, survivors = self._drop(x, routes)
         if self.down.values is not None:
-            x = low = grouped_linear(x, self.down.values, offsets).mul_(self.scaling)
-        output += grouped_linear(x, self.up.values, offsets)
+            x = low = grouped_linear(x, self.down.values, offsets)
+        output.add_(grouped_linear(x, self.up.values, offsets), alpha=self.scaling)
         return low, survivors
 
     def backward(
@@ -143,13 +146,25 @@ class _Delta:
             dropped = self._dropped(x.to(self.dtype), survivors)
             self.down.gradient = _outer(d_first, dropped, offsets, weights, len(first))
         if self.up.trains:
-            given = self._dropped(x.to(self.dtype), survivors) if low is None else low
+            given = self._dropped(x.to(self.dtype), survivors) if low is None else low * self.scaling
             self.up.gradient = _outer(d_output, given, offsets, weights, len(first))
         if d_x is not None:
-            d_x += self._dropped(grouped_linear(d_first, first.mT, offsets), survivors)
+            through = grouped_linear(d_first, first.mT, offsets)
+            if survivors is None:
+                d_x += through
+            else:  # dropout's backward pass and the sum in one
+                d_x.addcmul_(through, survivors, value=1 / (1 - self.dropout))
 
     def _offsets(self, routes: Routes) -> Tensor | None:
         return routes.fast_offsets if self.per_sample else routes.offsets
+
+    def _drop(self, x: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
+        """Dropout, and what survived. Fillers draw nothing: the numbers are those of rows without them."""
+        if routes.places is None:
+            return torch.native_dropout(x, self.dropout, True)
+        drawn = torch.empty_like(x[: len(routes.places)], dtype=torch.bool).bernoulli_(1 - self.dropout)
+        survivors = torch.zeros_like(x, dtype=torch.bool).index_copy_(0, routes.places, drawn)
+        return self._dropped(x, survivors), survivors
 
     def _dropped(self, x: Tensor, survivors: Tensor | None) -> Tensor:
         if survivors is None:

@@ -33,14 +33,13 @@ class Routes(NamedTuple):
     @classmethod
     def of(cls, chosen: Tensor, experts: int, samples: int) -> Routes:
         """Of the experts chosen for each token [B, M, k], 0 to `experts` - 1; `samples` is 1, or B of them."""
-        group = chosen * samples
+        group = chosen
         if samples > 1:
-            group = group + torch.arange(samples, device=chosen.device)[:, None, None]
-        group = group.flatten()
-        counts = torch.zeros(experts * samples, dtype=torch.int64, device=group.device)
-        fast_offsets = counts.scatter_add_(0, group, torch.ones_like(group)).cumsum(0).to(torch.int32)
-        order, top_k = group.argsort(stable=True), chosen.shape[-1]
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+            group = group * samples + torch.arange(samples, device=chosen.device)[:, None, None]
+        groups, order = group.flatten().sort(stable=True)
+        numbers, top_k = torch.arange(max(len(order), experts * samples), device=order.device), chosen.shape[-1]
+        fast_offsets = torch.searchsorted(groups, numbers[: experts * samples], right=True, out_int32=True)
+        back = torch.empty_like(order).scatter_(0, order, numbers[: len(order)])
         tokens = order.div(top_k, rounding_mode="floor")
         offsets = fast_offsets[samples - 1 :: samples].contiguous()  # CUDA's kernel takes no notice of strides
         return cls(order, None, tokens, back.view(-1, top_k), offsets, fast_offsets)

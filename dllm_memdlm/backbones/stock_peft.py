@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .decoder import DECODERS
+from .dense_lora import lora_layers
 from .expert_names import is_stacked, split_name, split_names, stack_names
 from .experts import ExpertLinear, ExpertLora, without_adapters
 
@@ -36,12 +37,12 @@ class StockLoraConfig(peft.LoraConfig):
     """
 
     def on(self, backbone: nn.Module) -> StockLoraConfig:
-        """Put the LoRA of routed experts into tensors, wherever the targets mean them.
+        """Have our own layers: the LoRA of routed experts is tensors, wherever the targets mean them.
 
         Raises:
             ValueError: the targets, or the patterns of ranks, mean some experts of a layer and not others.
         """
-        self._register_custom_module({ExpertLinear: ExpertLora})
+        self._register_custom_module({ExpertLinear: ExpertLora, **lora_layers()})
         ways = dict.fromkeys(("target_modules", "exclude_modules"), on_stacked)
         ways |= dict.fromkeys(("rank_pattern", "alpha_pattern"), _patterns_on_stacked)
         self._as_saved = {name: getattr(self, name) for name in ways}

@@ -102,25 +102,6 @@ def _packed(matrix: Tensor, count: int = 1) -> tuple[nn.Parameter, nn.Parameter]
     return tuple(nn.Parameter(part, requires_grad=False) for part in packed)
 
 
-class FusedDropout(nn.Module):
-    """Dropout as a GPU does it: the mask takes a byte an element. On a CPU it is of the input's dtype."""
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.native_dropout(x, self.p, True)[0] if self.training and self.p > 0 else x
-
-    @classmethod
-    def put_into(cls, module: nn.Module) -> None:
-        """In place of every dropout layer."""
-        for parent in list(module.modules()):
-            for name, child in list(parent.named_children()):
-                if type(child) is nn.Dropout:
-                    setattr(parent, name, cls(child.p).train(child.training))
-
-
 def materialise(module: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Turn a module's tensors from meta into fake ones, in place; to be called under FakeTensorMode.
 

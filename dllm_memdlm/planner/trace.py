@@ -26,7 +26,7 @@ from ..losses import masked_diffusion_loss
 from ..memory import ParametricMemory
 from .live import LiveBytes, Span
 from .part import Life, Sink, Sizes, Source
-from .shapes import FusedDropout, held_bytes, materialise
+from .shapes import held_bytes, materialise
 
 
 class Tracer:
@@ -261,8 +261,6 @@ class Tracer:
         if module not in self._materialised:
             with self._modes():
                 materialise(module, self.sizes.cast)
-            if self.sizes.device == "cuda":
-                FusedDropout.put_into(module)
             self._materialised.add(module)
         return module
 
