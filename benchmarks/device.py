@@ -135,9 +135,9 @@ def memory(device: torch.device) -> Iterator[Memory]:
         finish(device)
         found.peak = torch.cuda.max_memory_allocated(device) - held
         return
-    with _NewBytes() as live, live.span() as span:
+    with _NewBytes() as live:
         yield found
-    found.peak = span.peak
+    found.peak = live.highest.total()
 
 
 def peak_memory(case: Callable[[], Any], device: torch.device = CPU) -> int:
@@ -155,5 +155,5 @@ class _NewBytes(LiveBytes):
     ) -> Any:
         for tensor in tree_iter((args, kwargs)):
             if isinstance(tensor, Tensor):
-                self._known.setdefault(tensor.untyped_storage(), 0)
+                self.leave_out(tensor)
         return super().__torch_dispatch__(func, types, args, kwargs)

@@ -13,6 +13,7 @@ from transformers.trainer_utils import TrainOutput, has_length
 
 from . import engines, noise
 from .backbones import adapted_layers, adopt, staged_backbone
+from .bilevel import BilevelStep
 from .collator import AnchorTrajectoryCollator
 from .config import ConfigError, MemoryConfig
 from .dllm_api import MDLMTrainer
@@ -20,7 +21,6 @@ from .epoch_order import EpochSampler, LongestFirst
 from .evaluating import Evaluation, check_best_metric
 from .example_ids import lengths_of, with_example_ids
 from .logs import Averages, EpochClock
-from .losses import masked_diffusion_loss
 from .memory import ParametricMemory, Written
 from .resume import WholeCheckpoints
 from .training_args import MemDLMConfig
@@ -151,73 +151,47 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """One MemDLM step up to the loss (section 3.1); plain MDLM's with memory off.
-
-        The anchor passes the trunk once, with gradient: the inner loop ends on a detached copy of its output, and the
-        outer loss continues from the attached one. The stages are called on the unwrapped model and only the last on
-        `model`, so that DDP and its kin see one forward for one backward.
-        """
+        """The loss of one batch (section 3.1, `BilevelStep`); plain MDLM's with memory off."""
+        # 1. The anchor passes the trunk, with gradient.
         trajectory = Trajectory.from_batch(inputs)
-        attention_mask = inputs.get("attention_mask")
-        positions = trajectory.loss_positions(-1)
-        trunk, head = self._stages(model, trajectory, attention_mask, positions)
-
-        written = None
+        step = BilevelStep(
+            self.accelerator.unwrap_model(model),
+            self.memory,
+            trajectory,
+            self.mask_token_id,
+            inputs.get("attention_mask"),
+            self.loss_weight_type,
+            self.loss_norm_type,
+            self.right_shift_logits,
+        )
+        # 2. The inner loop writes fast weights.
+        fast = written = None
         if self.memory is not None:
-            written = self.memory.write(trajectory, anchor_trunk=trunk, attention_mask=attention_mask)
-            self._note(written, trajectory, head, positions)
+            written = step.write()
             fast = written.fast_weights
-            if model.training and self.memory_config.dropout > 0:
-                fast = fast.keep(self._kept(trajectory))
-            with self.memory.holding(fast):
-                nll = head(model)
-        else:
-            nll = head(model)
-        # The maskable tokens of a whole optimizer step in all processes, whose gradients will be averaged.
+            if model.training:
+                self._note(step, written)
+                if self.memory_config.dropout > 0:
+                    fast = fast.keep(self._kept(trajectory))
+        # 3. The outer loss, with them in place. It is divided by the maskable tokens of a whole optimizer step in all
+        # processes, whose gradients will be averaged.
         count = num_items_in_batch
         if count is not None and self.args.average_tokens_across_devices:
             count = count / self.accelerator.num_processes
-        loss, total = self._outer_loss(nll, trajectory, positions, count)
+        loss, total = step.loss(model, fast, count)
+        # 4. For the logs: the mean of tokens, and in an evaluation of each sample, with memory and without.
         maskable = trajectory.maskable.sum(-1).to(total.dtype)
         if model.training:
             tokens = maskable.sum()
             self.meter.update(split="train", value=total.sum() / tokens.clamp_min(1), weight=tokens)
         if not return_outputs:
             return loss
-        off = total if written is None else self._memory_off(trajectory, head, positions)[1]
+        off = total if written is None else self._memory_off(step)[1]
         return loss, {"total": total, "total_memory_off": off, "maskable": maskable}
 
-    def _stages(self, model: nn.Module, trajectory: Trajectory, attention_mask: Tensor | None, positions: Any):
-        """The anchor's trunk output, and the head on it: a function of the module to call, giving the NLL [B, M]."""
-        root = self.accelerator.unwrap_model(model)
-        # Without memory the head is the last layer, which then computes its output at the loss positions only.
-        boundary = len(staged_backbone(root).layers) - 1 if self.memory is None else self.memory.boundary
-        tokens = trajectory.state(trajectory.anchor_mask, self.mask_token_id)
-        trunk = root(stage="trunk", input_ids=tokens, attention_mask=attention_mask, boundary=boundary).hidden
-        index, wanted = positions.logit_index(self.right_shift_logits), positions.gather(trajectory.input_ids)
-        given = {"hidden": trunk, "boundary": boundary, "attention_mask": attention_mask}
-
-        def head(module: nn.Module) -> Tensor:
-            return module(stage="head", positions=index, tokens=wanted, **given).nll
-
-        return trunk, head
-
-    def _outer_loss(
-        self, nll: Tensor, trajectory: Trajectory, positions: Any, count: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        weight = trajectory.noise_weight
-        return masked_diffusion_loss(
-            nll,
-            positions.valid,
-            weight if self.loss_weight_type == "scheduler" else torch.ones_like(weight),
-            trajectory.maskable.sum(-1),
-            self.loss_norm_type,
-            count,
-        )
-
-    def _memory_off(self, trajectory: Trajectory, head: Any, positions: Any) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            return self._outer_loss(head(self.memory.model), trajectory, positions)
+    @torch.no_grad()
+    def _memory_off(self, step: BilevelStep) -> tuple[Tensor, Tensor]:
+        return step.loss(step.model)
 
     def _kept(self, trajectory: Trajectory) -> Tensor:
         """Memory dropout: which sets of fast weights stay in place. → [S] bool."""
@@ -255,19 +229,17 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
 
     # === logs ===
 
-    def _note(self, written: Written, trajectory: Trajectory, head: Any, positions: Any) -> None:
-        if not self.model.training:
-            return
-        for number, step in enumerate(written.steps, start=1):
-            self._train_log.add(f"inner_loss_{number}", step.loss, step.finite)
-            self._train_log.add(f"inner_grad_norm_{number}", step.grad_norm, step.finite)
+    def _note(self, step: BilevelStep, written: Written) -> None:
+        for number, inner in enumerate(written.steps, start=1):
+            self._train_log.add(f"inner_loss_{number}", inner.loss, inner.finite)
+            self._train_log.add(f"inner_grad_norm_{number}", inner.grad_norm, inner.finite)
         self._train_log.count("nonfinite_samples", (~written.finite).sum())
         last = self.state.global_step + 1
         if self.accelerator.sync_gradients and (last % self.state.logging_steps == 0 or last == 1):
             # One sample for each log. Its dropout draws must not move those of training.
             device = self.args.device
             with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-                self._train_log.add("loss_memory_off", self._memory_off(trajectory, head, positions)[0])
+                self._train_log.add("loss_memory_off", self._memory_off(step)[0])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_loss" in logs:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,33 +20,45 @@ aten = torch.ops.aten
 
 
 @dataclass
-class Span:
-    """What a block of code did to memory, in bytes, and its matrix products, in FLOPs (2 a multiplication)."""
-
-    peak: int = 0  #: most over what was alive when it began
-    kept: int = 0  #: alive at its end, less what was alive when it began; negative where it frees more
-    flops: int = 0
-    cached: int = 0  #: freed at its end with autocast's cache, though not before the end of a stage
+class _Storage:
+    kind: str
+    size: int
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that ops make while it is on, until they are freed. Views cost nothing."""
+    """Counts the bytes of all storages that ops make while it is on, until they are freed. Views cost nothing.
 
-    def __init__(self) -> None:
+    Args:
+        kind_of: what a tensor is for; all are of one kind by default.
+    """
+
+    def __init__(self, kind_of: Callable[[Tensor], str] = lambda tensor: "") -> None:
         super().__init__()
-        self.now = 0
+        self.now: Counter[str] = Counter()  #: by kind
+        self.highest: Counter[str] = Counter()  #: what was alive when all together was most
+        self.largest: Counter[str] = Counter()  #: of each kind by itself, at any time
         self.flops = 0
-        self._highest = 0
-        self._known = WeakIdKeyDictionary()
+        self.moment = ""  #: to be set: what is going on
+        self.highest_moment = ""  #: what was going on at the highest
+        self._kind_of, self._known = kind_of, WeakIdKeyDictionary()
 
-    @contextmanager
-    def span(self) -> Iterator[Span]:
-        """Measure a block; the result is filled in at its end. Spans follow each other, or lie within one another."""
-        span, start, flops, outer = Span(), self.now, self.flops, self._highest
-        self._highest = self.now
-        yield span
-        span.peak, span.kept, span.flops = self._highest - start, self.now - start, self.flops - flops
-        self._highest = max(outer, self._highest)
+    def leave_out(self, tensor: Tensor) -> None:
+        """Not count a tensor that was there before."""
+        self._known.setdefault(tensor.untyped_storage(), _Storage("", 0))
+
+    def hold(self, kind: str, size: int) -> None:
+        """Count so many bytes more, or fewer, from now on."""
+        self.now[kind] += size
+        self.largest[kind] = max(self.largest[kind], self.now[kind])
+        if self.now.total() > self.highest.total():
+            self.highest, self.highest_moment = self.now.copy(), self.moment
+
+    def turn_into(self, tensor: Tensor, kind: str, share: float = 1.0) -> None:
+        """Count a part of a tensor, as another kind, from now on."""
+        known = self._known[tensor.untyped_storage()]
+        self.now[known.kind] -= known.size
+        known.kind, known.size = kind, int(share * known.size)
+        self.hold(kind, known.size)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -58,23 +70,22 @@ class LiveBytes(TorchDispatchMode):
             out = func(*args, **kwargs)
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
-                self._see(tensor.untyped_storage())
+                self._see(tensor)
         formula = FLOPS.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=out)
         return out
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
         if storage in self._known:
             return
-        size = storage.nbytes()
-        self._known[storage] = size
-        self.now += size
-        self._highest = max(self._highest, self.now)
-        weakref.finalize(storage, self._forget, size).atexit = False
+        known = self._known[storage] = _Storage(self._kind_of(tensor), storage.nbytes())
+        self.hold(known.kind, known.size)
+        weakref.finalize(storage, self._forget, known).atexit = False
 
-    def _forget(self, size: int) -> None:
-        self.now -= size
+    def _forget(self, known: _Storage) -> None:
+        self.now[known.kind] -= known.size
 
 
 def grouped_output(a: Tensor, b: Tensor, offs: Tensor, bias: Any = None, out_dtype: Any = None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +17,9 @@ from ..backbones import staged_backbone
 from ..config import ConfigError
 from ..memory import ParametricMemory
 from ..recipe import Recipe
-from .part import Sizes
 from .shapes import active_count, parameter_count, shape_model
 from .shares import SHARES_WEIGHTS, ZERO, Share, share
-from .timeline import ACTIVATIONS, FAST, GRADIENTS, LOGITS, Parts, step
+from .step import ACTIVATIONS, FAST, GRADIENTS, LOGITS, Sizes, fake_model, step
 
 #: Of an example's tokens, if nothing is said.
 RESPONSE_SHARE = 0.25
@@ -102,9 +102,9 @@ def make_plans(
     held = share(model, staged_backbone(model).layers, engine, gpus, cast)
     counts = (parameter_count(model), active_count(model), parameter_count(model, trainable=True))
     memory = ParametricMemory(model, dataclasses.replace(recipe.memory, enabled=True), mask_token_id=0)
-    parts = Parts(model, sizes)
+    mode = fake_model(model, sizes)
     with disable_input_dtype_casting(model, active=low is not None):  # as in training
-        steps = {on: step(parts, memory if on else None, held.stays) for on in (False, True)}
+        steps = {on: step(model, mode, memory if on else None, sizes, held.stays) for on in (False, True)}
     micro_batches = args.gradient_accumulation_steps * gpus
     return {
         on: Plan(
@@ -118,26 +118,24 @@ def make_plans(
             sizes.masked,
             steps[False].flops * micro_batches,
             steps[True].flops * micro_batches,
-            _with_share(timeline.highest, held),
-            _with_share(timeline.largest, held),
-            timeline.moment,
+            _with_share(live.highest, held),
+            _with_share(live.largest, held),
+            live.highest_moment,
         )
-        for on, timeline in steps.items()
+        for on, live in steps.items()
     }
 
 
-def _with_share(step: dict[str, int], held: Share) -> dict[str, int]:
+def _with_share(step: Counter[str], held: Share) -> dict[str, int]:
     """A step's own bytes, and those that are there all the time."""
-    # The loss frees the last layer's output, which was counted with the layer.
-    logits = max(0, step[LOGITS])
     return {
         "weights": held.weights,
         "gathered weights": held.gathered,
         "optimizer": held.optimizer,
         GRADIENTS: step[GRADIENTS] + held.buffers,
-        ACTIVATIONS: step[ACTIVATIONS] + step[LOGITS] - logits,
+        ACTIVATIONS: step[ACTIVATIONS],
         FAST: step[FAST],
-        LOGITS: logits,
+        LOGITS: step[LOGITS],
     }
 
 
