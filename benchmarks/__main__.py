@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from dllm_memdlm import dllm_api
-from dllm_memdlm.info import package_versions
+from dllm_memdlm.compat import dllm_api
+from dllm_memdlm.machine import package_versions
 
 from . import decode, host, models, padding, profiling, switches, training
 from .report import Section, write

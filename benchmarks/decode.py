@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_memdlm import dllm_api
+from dllm_memdlm.compat import dllm_api
 from dllm_memdlm.config import MemoryConfig
-from dllm_memdlm.fast_weights import FastWeights
-from dllm_memdlm.memory import ParametricMemory
-from dllm_memdlm.samplers import LLaDA21Sampler, MDLMSampler
-from dllm_memdlm.trajectory import prompt_trajectory
+from dllm_memdlm.inference.samplers import LLaDA21Sampler, MDLMSampler
+from dllm_memdlm.method.fast_weights import FastWeights
+from dllm_memdlm.method.inner_loop import ParametricMemory
+from dllm_memdlm.method.trajectory import prompt_trajectory
 
 from . import models
 from .naive import Phi, one_by_one, write_naively

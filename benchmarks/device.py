@@ -19,7 +19,7 @@ from torch.autograd.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from dllm_memdlm.planner.live import FLOPS, LiveBytes
+from dllm_memdlm.training.planner.live import FLOPS, LiveBytes
 
 CPU = torch.device("cpu")
 #: Of C++ names.

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from dllm_memdlm.backbones import staged_backbone
 from dllm_memdlm.backbones.sites import adapted_layers
 from dllm_memdlm.config import ConfigError, MemoryConfig
-from dllm_memdlm.dry_run import verdict
-from dllm_memdlm.info import devices, package_versions
-from dllm_memdlm.planner import Plan
-from dllm_memdlm.recipe import Recipe
-from dllm_memdlm.trainer import MemDLMTrainer
+from dllm_memdlm.machine import devices, package_versions
+from dllm_memdlm.training.dry_run import verdict
+from dllm_memdlm.training.planner import Plan
+from dllm_memdlm.training.recipe import Recipe
+from dllm_memdlm.training.trainer import MemDLMTrainer
 
 from . import inference, models
 from .device import finish

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dllm_memdlm.planner import Plan
+from dllm_memdlm.training.planner import Plan
 
 from . import inference
 from .random_models import RATIO

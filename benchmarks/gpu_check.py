@@ -32,8 +32,8 @@ SECONDS = 540  #: of everything
 TOGETHER = 150  #: of each part that runs beside others
 SLOWER = 4  #: times a CPU may take as long
 UNIT_TESTS = (
-    *("canvas_cache", "expert_ffn", "fast_weights", "inner_sgd", "losses", "memory_step", "moe", "noise", "objectives"),
-    *("samplers_llada21", "samplers_mdlm", "trajectory"),
+    *("canvas_cache", "dense_lora", "expert_ffn", "fast_weights", "inner_sgd", "losses", "memory_step", "moe", "noise"),
+    *("objectives", "samplers_llada21", "samplers_mdlm", "trajectory"),
 )
 #: Recipes, bits of a weight of the base, and the seconds that each may take.
 TIMED = (("llada_moe", 16, 100), ("llada_moe", 4, 100), ("llada2_mini", 16, 150), ("llada2_mini", 4, 180))
@@ -163,7 +163,7 @@ def parts(folder: Path, cpu: bool) -> tuple[Part, list[Part], list[Part]]:
         fixed = ("-W", "default", "-p", "no:cacheprovider", "--tb=short", "--tables", str(folder / name))
         return module("pytest", "-q", *fixed, *arguments)
 
-    files = [f"tests/test_{name}.py" for name in (FEW_UNIT_TESTS if cpu else UNIT_TESTS)]
+    files = [str(*ROOT.glob(f"tests/*/test_{name}.py")) for name in (FEW_UNIT_TESTS if cpu else UNIT_TESTS)]
     several = not cpu and importlib.util.find_spec("xdist") is not None
     workers = ["-n", "8", "--dist", "loadfile"] if several else []
     together = [

@@ -27,9 +27,9 @@ from torch.utils._pytree import tree_iter
 from dllm_memdlm.backbones import layers, model_class, moe
 from dllm_memdlm.config import ModelConfig
 from dllm_memdlm.data import tokenizer_for
-from dllm_memdlm.planner.live import grouped_output
-from dllm_memdlm.planner.shapes import materialise, shape_model
-from dllm_memdlm.recipe import Recipe, load_recipe
+from dllm_memdlm.training.planner.live import grouped_output
+from dllm_memdlm.training.planner.shapes import materialise, shape_model
+from dllm_memdlm.training.recipe import Recipe, load_recipe
 from dllm_memdlm.versions import checkpoint_activations
 
 from . import steps
@@ -178,12 +178,13 @@ def _count(recipe: Recipe, model: nn.Module, memory: bool, mode: FakeTensorMode)
         trainer = steps.trainer_of(model, settings, args)
     if args.gradient_checkpointing:
         checkpoint_activations(model.train(), True, preserve_rng_state=False)  # fake random numbers have no state
-    moe.FEW_ROWS = 0  # as on a GPU
+    few, moe.FEW_ROWS = moe.FEW_ROWS, 0  # as on a GPU
     with mode:
         given = {key: mode.from_tensor(value) if isinstance(value, Tensor) else value for key, value in batch.items()}
         trainer.accelerator.prepare_model(model)
         with disable_input_dtype_casting(model), Traffic() as counted:  # as in `train`
             trainer.compute_loss(trainer.model, given).backward()
+    moe.FEW_ROWS = few
     return counted
 
 

@@ -12,10 +12,10 @@ from torch import nn
 
 from dllm_memdlm.backbones import staged_backbone
 from dllm_memdlm.backbones.llada2_moe import LLaDA2MoeModelLM
-from dllm_memdlm.memory import ParametricMemory
-from dllm_memdlm.prompt_memory import PromptMemory, at_inference
-from dllm_memdlm.recipe import Recipe
-from dllm_memdlm.samplers import LLaDA21Sampler, MDLMSampler
+from dllm_memdlm.inference.samplers import LLaDA21Sampler, MDLMSampler
+from dllm_memdlm.method.inner_loop import ParametricMemory
+from dllm_memdlm.method.prompt_memory import PromptMemory, at_inference
+from dllm_memdlm.training.recipe import Recipe
 
 from . import models
 from .device import finish, memory, waits

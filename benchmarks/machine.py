@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import dllm_memdlm
-from dllm_memdlm.info import devices, package_versions
+from dllm_memdlm.machine import devices, package_versions
 
 from .report import Section, write
 

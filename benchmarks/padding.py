@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dllm_memdlm import noise
 from dllm_memdlm.config import MemoryConfig
-from dllm_memdlm.epoch_order import EpochSampler
-from dllm_memdlm.trajectory import build_trajectory
+from dllm_memdlm.method import noise
+from dllm_memdlm.method.trajectory import build_trajectory
+from dllm_memdlm.training.epoch_order import EpochSampler
 
 from . import models, steps
 from .report import Section

@@ -12,9 +12,9 @@ from torch import nn
 from dllm_memdlm.backbones import config_of, load_model, with_lora
 from dllm_memdlm.backbones.experts import ExpertLinear, PackedExpertLinear
 from dllm_memdlm.backbones.loading import keep_4bit_weights_as_packed
-from dllm_memdlm.planner import Plan, make_plans
-from dllm_memdlm.planner.shapes import packable
-from dllm_memdlm.recipe import Recipe, load_recipe
+from dllm_memdlm.training.planner import Plan, make_plans
+from dllm_memdlm.training.planner.shapes import packable
+from dllm_memdlm.training.recipe import Recipe, load_recipe
 
 #: A step, and nothing around it; every response token masked, as the planner assumes.
 ALONE = (

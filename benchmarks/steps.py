@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dllm_memdlm import noise
 from dllm_memdlm.backbones import with_lora
 from dllm_memdlm.backbones.expert_names import split_names
 from dllm_memdlm.config import LoraConfig, MemoryConfig
-from dllm_memdlm.fast_weights import FastWeights
-from dllm_memdlm.trainer import MemDLMConfig, MemDLMTrainer
-from dllm_memdlm.trajectory import Trajectory, build_trajectory
+from dllm_memdlm.method import noise
+from dllm_memdlm.method.fast_weights import FastWeights
+from dllm_memdlm.method.trajectory import Trajectory, build_trajectory
+from dllm_memdlm.training.trainer import MemDLMConfig, MemDLMTrainer
 
 from . import models
 from .naive import naive_step, one_by_one

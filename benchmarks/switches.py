@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dllm_memdlm import grouped
-from dllm_memdlm.backbones import staged_backbone
+from dllm_memdlm.backbones import grouped, staged_backbone
 from dllm_memdlm.config import MemoryConfig
-from dllm_memdlm.trainer import MemDLMTrainer
+from dllm_memdlm.training.trainer import MemDLMTrainer
 
 from . import steps
 from .device import peak_memory

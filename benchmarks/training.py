@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dllm_memdlm import dllm_api
+from dllm_memdlm.compat import dllm_api
 from dllm_memdlm.config import MemoryConfig
 from dllm_memdlm.versions import checkpoint_activations
 

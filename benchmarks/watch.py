@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from dllm_memdlm.backbones import staged_backbone
-from dllm_memdlm.trainer import MemDLMTrainer
+from dllm_memdlm.training.trainer import MemDLMTrainer
 
 from .device import Kernel, Memory, finish, kernels, memory, waits
 

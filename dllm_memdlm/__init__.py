@@ -19,22 +19,22 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
 __version__ = "0.1.0"
 
 _HOME = {
-    "AnchorTrajectoryCollator": "collator",
+    "AnchorTrajectoryCollator": "training.collator",
     "ConfigError": "config",
     "DataConfig": "config",
     "LoraConfig": "config",
     "MemoryConfig": "config",
     "ModelConfig": "config",
-    "FastWeights": "fast_weights",
-    "ParametricMemory": "memory",
-    "Recipe": "recipe",
-    "load_recipe": "recipe",
-    "register": "registry",
-    "MemDLMConfig": "trainer",
-    "MemDLMTrainer": "trainer",
-    "Trajectory": "trajectory",
-    "build_trajectory": "trajectory",
-    "prompt_trajectory": "trajectory",
+    "FastWeights": "method.fast_weights",
+    "ParametricMemory": "method.inner_loop",
+    "Recipe": "training.recipe",
+    "load_recipe": "training.recipe",
+    "register": "training.registry",
+    "MemDLMConfig": "training.arguments",
+    "MemDLMTrainer": "training.trainer",
+    "Trajectory": "method.trajectory",
+    "build_trajectory": "method.trajectory",
+    "prompt_trajectory": "method.trajectory",
 }
 
 __all__ = ["__version__", *_HOME]

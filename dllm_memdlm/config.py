@@ -1,6 +1,6 @@
 """Every setting, declared once: the memory (the method), and the model, LoRA and data sections of a recipe.
 
-Recipe files, command-line overrides, `memdlm-info --keys` and lm-eval arguments are all derived from these fields.
+Recipe files, command-line overrides, `memdlm info --keys` and lm-eval arguments are all derived from these fields.
 """
 
 from __future__ import annotations

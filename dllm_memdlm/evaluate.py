@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 
 from .config import ConfigError
 from .evaluation import plugin
 from .launch import prepare_to_load
 
 
-def main() -> int:
-    """Entry point of `memdlm-evaluate`; lm-eval reads `sys.argv`. Returns 2 after one line about what to correct."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `memdlm evaluate`. Returns 2 after one line about what the user can correct."""
+    if argv is not None:
+        sys.argv[1:] = argv  # where lm-eval looks
     if importlib.util.find_spec("lm_eval") is None:
         print("error: lm_eval is not installed: pip install 'lm_eval[ruler]==0.4.13'", file=sys.stderr)
         return 2

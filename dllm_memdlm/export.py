@@ -15,8 +15,8 @@ DESCRIPTION = "Write a plain checkpoint, with the adapter added to the weights; 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `memdlm-export`. Returns 2 after one line about what the user can correct."""
-    parser = argparse.ArgumentParser(prog="memdlm-export", description=DESCRIPTION)
+    """Entry point of `memdlm export`. Returns 2 after one line about what the user can correct."""
+    parser = argparse.ArgumentParser(prog="memdlm export", description=DESCRIPTION)
     parser.add_argument("--model", required=True, metavar="DIR", help="a run's folder, a hub name, or an adapter")
     parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter for the model")
     parser.add_argument("--out", required=True, metavar="DIR", help="where to write; not there yet, or empty")
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     """Write the checkpoint. Raises ConfigError for what the user can correct."""
     prepare_to_load()
     # Here, not above: transformers looks at the offline switch when it is imported.
-    from .plain_checkpoint import export
+    from .inference.plain_checkpoint import export
 
     print(f"saved to {export(args.model, args.out, args.adapter, args.dtype)}")
 

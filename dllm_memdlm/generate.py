@@ -12,13 +12,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from .config import ConfigError
-from .launch import check_writable, exit_code, prepare_to_load
+from .launch import check_writable, exit_code, model_arguments, prepare_to_load
 
 #: Ends a chat, beside the end of the input.
 GOODBYE = ("/exit", "/quit")
@@ -26,7 +25,7 @@ GOODBYE = ("/exit", "/quit")
 
 def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Exits with 2 where it makes no sense."""
-    parser = argparse.ArgumentParser(prog="memdlm-generate", description="Ask a model about a document.")
+    parser = argparse.ArgumentParser(prog="memdlm generate", description="Ask a model about a document.")
     parser.add_argument("--model", required=True, metavar="DIR", help="a run's folder, a hub name, or an adapter")
     parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter for the model")
     parser.add_argument("--prompt-file", metavar="FILE", help="the document; - reads it from the standard input")
@@ -58,22 +57,6 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.memory and args.load_memory:
         parser.error("--memory adapts, --load-memory uses what was kept: give one of them")
     return args
-
-
-def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """The command line as arguments of the lm-eval model, which share their names and checks."""
-    values: dict[str, Any] = {"pretrained": args.model, "adapter": args.adapter, "fast_weights": args.load_memory}
-    for setting in args.settings:
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise ConfigError(f"{setting!r}: expected name=value, such as temperature=0.7")
-        try:
-            values[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ConfigError(f"{setting!r}: not a value; expected a number, a word or a list such as [5, 7]") from None
-    if args.memory or args.save_memory:
-        values["memory"] = True
-    return values
 
 
 def read_document(path: str | None) -> str:
@@ -139,9 +122,9 @@ def run(args: argparse.Namespace) -> None:
     """Load, adapt if asked to, and answer. Raises ConfigError for what the user can correct."""
     prepare_to_load()
     # Here, not above: transformers looks at the offline switch when it is imported.
-    from .conversation import Conversation
-    from .evaluation.arguments import parse
-    from .prompt_memory import save_snapshot
+    from .inference.arguments import parse
+    from .inference.conversation import Conversation
+    from .method.prompt_memory import save_snapshot
 
     document = read_document(args.prompt_file)
     check_question(args.question, document)
@@ -167,7 +150,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `memdlm-generate`. Returns 2 after one line about what the user can correct."""
+    """Entry point of `memdlm generate`. Returns 2 after one line about what the user can correct."""
     args = arguments_of(argv)
     return exit_code(lambda: run(args), args.debug)
 

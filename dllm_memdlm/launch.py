@@ -1,4 +1,4 @@
-"""What a launch needs before the heavy imports: all of its processes, and to know whether there is a network."""
+"""What commands share, before the heavy imports: how they end, and whether there is a network."""
 
 from __future__ import annotations
 
@@ -10,58 +10,30 @@ import os
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-import psutil
+import yaml
 from huggingface_hub import constants
 
 from .config import ConfigError
 
 
-def missing_processes() -> int | None:
-    """The number of processes that accelerate was asked for, where it started this one only; else none.
-
-    accelerate starts several processes for GPUs alone. Asked for more without one, it sets the address of a main
-    process, starts a single process, and leaves it without a rank.
+def check_processes() -> None:
+    """Refuse to be one process of several: without a GPU accelerate starts one, whatever it was asked for.
 
     Raises:
-        ConfigError: more than one was asked for by a configuration file, which does not say how many to us.
+        ConfigError: it has set the address of a main process, and left this one without a rank.
     """
     import torch
 
     left_alone = {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys() and "RANK" not in os.environ
-    if not left_alone or torch.cuda.is_available():
-        return None
-    accelerate = psutil.Process(os.getppid())
-    around = accelerate.environ()
-    if all(around.get(name) == os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")):
-        return None  # a cluster's own
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--num_processes", "--num-processes", type=int)
-    launcher, _ = parser.parse_known_args(accelerate.cmdline())
-    if launcher.num_processes is None:
+    if left_alone and not torch.cuda.is_available():
         raise ConfigError(
-            "accelerate started one process of several, as there is no GPU; add --multi_gpu for all of them"
+            "accelerate has started one process of several, as there is no GPU; expected `torchrun --nproc_per_node N "
+            "-m dllm_memdlm.train …`, or --num_processes 1 (and no MASTER_ADDR in the environment)"
         )
-    return launcher.num_processes if launcher.num_processes > 1 else None
-
-
-def run_in_processes(count: int, module: str, arguments: Sequence[str]) -> int:
-    """Run `python -m module arguments` in `count` processes (gloo); the exit code of the first that fails, or 0."""
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    os.environ.pop("MASTER_ADDR")
-    os.environ.pop("MASTER_PORT", None)
-    threads = max(1, (psutil.cpu_count(logical=False) or 1) // count)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    try:
-        run.main(["--standalone", "--nproc_per_node", str(count), "-m", module, *arguments])
-    except ChildFailedError as error:
-        return error.get_first_failure()[1].exitcode  # the process itself has said why
-    return 0
 
 
 def exit_code(command: Callable[[], None], debug: bool) -> int:
@@ -156,3 +128,19 @@ def prepare_to_load(timeout: float = 5.0) -> None:
     except (OSError, http.client.HTTPException):
         os.environ["HF_HUB_OFFLINE"] = "1"
         constants.HF_HUB_OFFLINE = True
+
+
+def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The command line as arguments of the lm-eval model, which share their names and checks."""
+    values: dict[str, Any] = {"pretrained": args.model, "adapter": args.adapter, "fast_weights": args.load_memory}
+    for setting in args.settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"{setting!r}: expected name=value, such as temperature=0.7")
+        try:
+            values[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"{setting!r}: not a value; expected a number, a word or a list such as [5, 7]") from None
+    if args.memory or args.save_memory:
+        values["memory"] = True
+    return values

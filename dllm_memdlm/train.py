@@ -12,12 +12,12 @@ import sys
 from collections.abc import Sequence
 
 from .config import ConfigError
-from .launch import close_process_group, end, missing_processes, prepare_to_load, run_in_processes
+from .launch import check_processes, close_process_group, end, prepare_to_load
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `memdlm-train`. Returns 2 where the user can correct something, after one line that says what."""
-    parser = argparse.ArgumentParser(prog="memdlm-train", description="Train a recipe.")
+    """Entry point of `memdlm train`. Returns 2 where the user can correct something, after one line that says what."""
+    parser = argparse.ArgumentParser(prog="memdlm train", description="Train a recipe.")
     parser.add_argument("recipe", help="recipe file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
@@ -30,21 +30,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         prepare_to_load()
         # Here, not above: transformers and datasets look at the offline switch when they are imported.
-        from .recipe import load_recipe
-        from .run import train
+        from .training.recipe import load_recipe
+        from .training.run import train
 
         planned = (args.gpus, args.memory, args.response_share)
         if not args.dry_run and planned != (None, None, None):
             raise ConfigError("--gpus, --memory and --response-share: expected with --dry-run, to plan for")
         recipe = load_recipe(args.recipe, args.overrides)
         if args.dry_run:
-            from .dry_run import Machine, dry_run
+            from .training.dry_run import Machine, dry_run
 
             dry_run(recipe, Machine.from_arguments(*planned))
-        elif count := missing_processes():
-            print(f"accelerate starts one process where there is no GPU: starting all {count}", flush=True)
-            return run_in_processes(count, "dllm_memdlm.train", sys.argv[1:] if argv is None else argv)
         else:
+            check_processes()
             train(recipe, args.resume)
             close_process_group()  # not where something has failed: it would wait for processes that may be gone
     except ConfigError as error:
@@ -57,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command() -> None:
-    """What `memdlm-train` runs."""
+    """What `memdlm train` runs."""
     end(main())
 
 

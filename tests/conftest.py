@@ -31,13 +31,13 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 with warnings.catch_warnings():
     for category in (DeprecationWarning, SyntaxWarning):  # of dllm's sources, when Python compiles them
         warnings.simplefilter("ignore", category)
-    from dllm_memdlm import dllm_api
+    from dllm_memdlm.compat import dllm_api
 import recipe_files
 
-from dllm_memdlm import run
 from dllm_memdlm.backbones import LLaDA2MoeConfig, LLaDAMoEConfig, model_class, with_lora
 from dllm_memdlm.config import LoraConfig, MemoryConfig
-from dllm_memdlm.trainer import MemDLMConfig, MemDLMTrainer
+from dllm_memdlm.training import run
+from dllm_memdlm.training.trainer import MemDLMConfig, MemDLMTrainer
 
 VOCABULARY = 48
 EOS, BOS, MASK = 0, 1, 2

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import packed_models
 import pytest
-import test_quantised
 import torch
 import torch.nn.functional as F
 from conftest import KINDS, examples, make_trainer, tiny, train_batch
@@ -21,13 +21,15 @@ from torch import Tensor, nn
 
 from benchmarks.device import waits
 from benchmarks.watch import NEEDED, watch
-from dllm_memdlm import grouped, noise
+from dllm_memdlm.backbones import grouped
 from dllm_memdlm.backbones.moe import RoutedExperts
+from dllm_memdlm.backbones.site_weights import SiteShape
 from dllm_memdlm.config import MemoryConfig
-from dllm_memdlm.decoding import memory_for as memory_for_prompts
-from dllm_memdlm.fast_weights import FastWeights, SiteShape
-from dllm_memdlm.prompt_memory import save_snapshot
-from dllm_memdlm.trainer import MemDLMTrainer
+from dllm_memdlm.inference.decoding import memory_for as memory_for_prompts
+from dllm_memdlm.method import noise
+from dllm_memdlm.method.fast_weights import FastWeights
+from dllm_memdlm.method.prompt_memory import save_snapshot
+from dllm_memdlm.training.trainer import MemDLMTrainer
 from dllm_memdlm.versions import checkpoint_activations
 
 pytestmark = pytest.mark.gpu
@@ -209,10 +211,10 @@ def test_a_step_in_float32(kind, checkpointing, device, tokenizer, tmp_path, com
 @pytest.mark.parametrize("kind", MOE)
 def test_a_step_on_a_base_in_4_bit(kind, device, tokenizer, tmp_path, compare):
     """Against the same weights written out, on the CPU."""
-    tiny(kind, **test_quantised.DIMENSIONS[kind]).save_pretrained(tmp_path / "base")
-    packed = test_quantised.load(tmp_path / "base")  # on the GPU, if there is one
+    tiny(kind, **packed_models.DIMENSIONS[kind]).save_pretrained(tmp_path / "base")
+    packed = packed_models.load(tmp_path / "base")  # on the GPU, if there is one
     steps = []
-    for where, model in ((torch.device("cpu"), test_quantised.written_out(packed)), (device, packed)):
+    for where, model in ((torch.device("cpu"), packed_models.written_out(packed)), (device, packed)):
         trainer = trainer_on(where, model.to(where), tokenizer, tmp_path, memory_for(kind))
         steps.append(Step(trainer, moved(train_batch(trainer), where)))
     cpu, gpu = steps

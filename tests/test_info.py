@@ -1,4 +1,4 @@
-"""`memdlm-info`: the recipe keys match the dataclasses, and the versions, the seam and the devices are shown."""
+"""`memdlm info`: the recipe keys match the dataclasses, and the versions, the seam and the devices are shown."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from importlib import metadata
 import pytest
 import torch
 
-from dllm_memdlm import info
+from dllm_memdlm import info, machine
+from dllm_memdlm.compat.dllm_api import describe
 from dllm_memdlm.config import ConfigError, DataConfig, LoraConfig, MemoryConfig, ModelConfig
-from dllm_memdlm.dllm_api import describe
-from dllm_memdlm.evaluation.arguments import parse
+from dllm_memdlm.inference.arguments import parse
 
 
 def test_every_setting_is_a_key():
@@ -46,14 +46,14 @@ def test_keys_are_printed_uncut_on_a_narrow_terminal(capsys, monkeypatch):
 
 
 def test_versions_leave_out_what_is_not_installed(monkeypatch):
-    monkeypatch.setattr(info, "PACKAGES", ("torch", "no-such-package"))
-    versions = info.package_versions()
+    monkeypatch.setattr(machine, "PACKAGES", ("torch", "no-such-package"))
+    versions = machine.package_versions()
     assert versions.keys() == {"python", "torch"}
     assert versions["torch"] == metadata.version("torch")
 
 
 def test_devices_end_with_the_cpu():
-    lines = info.devices()
+    lines = machine.devices()
     assert len(lines) == torch.cuda.device_count() + torch.backends.mps.is_available() + 1
     assert lines[-1].startswith("cpu: ")
 
@@ -63,7 +63,7 @@ def test_info_tells_versions_seam_and_devices(capsys):
     out = capsys.readouterr().out
     assert metadata.version("transformers") in out
     assert describe() in out
-    assert info.devices()[-1] in out
+    assert machine.devices()[-1] in out
 
 
 def test_arguments_are_those_the_evaluation_takes(capsys, monkeypatch):

@@ -18,7 +18,7 @@ import yaml
 from small_run import write_base, write_recipe
 
 from dllm_memdlm import train
-from dllm_memdlm.pretrained import load_pretrained
+from dllm_memdlm.inference.pretrained import load_pretrained
 
 ROOT = Path(__file__).parents[1]
 #: In both stacks with these commands: all weights from scratch, and adapters on the same base.
@@ -97,7 +97,7 @@ def test_what_the_other_has_saved_is_read_as_our_own(kind, runs):
 
 LOGITS = """
 import sys, torch
-from dllm_memdlm.pretrained import load_pretrained
+from dllm_memdlm.inference.pretrained import load_pretrained
 torch.set_num_threads(1)
 model = load_pretrained(sys.argv[1], device="cpu").model
 torch.save(model(torch.load(sys.argv[2])).logits.detach(), sys.argv[3])

@@ -20,7 +20,7 @@ from dllm_memdlm import versions
 from dllm_memdlm.backbones import read_config
 from dllm_memdlm.backbones.loading import model_class
 from dllm_memdlm.config import ConfigError
-from dllm_memdlm.recipe import build_recipe
+from dllm_memdlm.training.recipe import build_recipe
 
 SOURCES = sorted(Path(dllm_memdlm.__file__).parent.rglob("*.py"))
 #: Classes that ours are made of, or that ours are given.

@@ -37,12 +37,11 @@ def with_lora(backbone: PreTrainedModel, lora: LoraConfig) -> nn.Module:
     config = StockLoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias=lora.bias, target_modules=targets
     )
+    config.base_model_name_or_path = backbone.name_or_path or None
     try:
-        model = peft.get_peft_model(backbone, config.on(backbone))
+        return StockPeftModel(backbone, config.on(backbone))
     except ValueError as error:
         raise ConfigError(f"lora.target_modules={lora.target_modules!r}: {_one_line(error)}") from error
-    model.__class__ = StockPeftModel
-    return model
 
 
 def load_adapter(backbone: PreTrainedModel, name: str) -> peft.PeftModel:
@@ -137,9 +136,7 @@ def _read_config(folder: str, where: str) -> peft.PeftConfig:
         raise ConfigError(f"{where}: no {WEIGHTS}")
     # With a task PEFT would put a forward of its own, with arguments of its own, around that of the model.
     config.task_type = None
-    if type(config) is peft.LoraConfig:
-        config.__class__ = StockLoraConfig
-    return config
+    return StockLoraConfig.of(config) if type(config) is peft.LoraConfig else config
 
 
 def _loaded(

@@ -36,7 +36,7 @@ def bidirectional(architecture: str) -> type[PreTrainedModel]:
         base.__init__(self, config)
         for layer in self.model.layers:
             layer.self_attn.is_causal = False
-        OutputLinear.adopt(self)
+        OutputLinear.put_into(self)
 
     namespace: dict[str, Any] = {
         "__init__": __init__,

@@ -14,55 +14,72 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .experts import without_adapters
 from .layers import autocast_dtype
 
 
-class _Fused:
-    """PEFT's forward pass, where it is a plain LoRA in one dtype; PEFT's own where it is not."""
+class FusedLora:
+    """PEFT's forward pass, where it is a plain LoRA in one dtype on a plain layer; PEFT's own where it is not."""
+
+    trains = True  #: whether a backward pass goes on to the LoRA's weights
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's method."""
-        if not self._is_plain(x, kwargs):
+        dtype = None if x.is_meta else autocast_dtype(x)
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if kwargs or not self._is_plain(x, dtype, names):
             return super().forward(x, *args, **kwargs)
-        output = self.base_layer(x, *args, **kwargs)
-        for name in self.active_adapters:
-            if name in self.lora_A:
-                dropout = self.lora_dropout[name]
-                probability = dropout.p if dropout.training and not isinstance(dropout, nn.Identity) else 0.0
-                down, up = self.lora_A[name].weight.to(x.dtype), self.lora_B[name].weight.to(x.dtype)
-                output = _Addition.apply(output, x, down, up, self.scaling[name], probability)
+        x = x.to(dtype or x.dtype)
+        output = self.base_layer(x)
+        for name in names:
+            down, up = self.lora_A[name].weight, self.lora_B[name].weight
+            if not self.trains:
+                down, up = down.detach(), up.detach()
+            dropout = self.lora_dropout[name]
+            probability = 0.0 if isinstance(dropout, nn.Identity) or not dropout.training else dropout.p
+            output = _Addition.apply(output, x, down.to(x.dtype), up.to(x.dtype), self.scaling[name], probability)
         return output
 
-    def _is_plain(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
-        if self.disable_adapters or self.merged or self.lora_variant or kwargs:
+    def _is_plain(self, x: Tensor, dtype: torch.dtype | None, names: list[str]) -> bool:
+        base = self.base_layer
+        # With a bias the output may be a view, to which nothing can be added in place.
+        if x.is_meta or self.disable_adapters or self.merged or self.lora_variant or base.bias is not None:
             return False
-        cast = autocast_dtype(x)
-        return all(
-            x.dtype == (cast or layer.weight.dtype)
-            and layer.bias is None
-            and not hasattr(layer.weight, "ds_id")  # ZeRO-3 brings a weight when its own module is called
-            for name in self.active_adapters
-            if name in self.lora_A
-            for layer in (self.lora_A[name], self.lora_B[name])
+        parts = [part for name in names for part in (self.lora_A[name], self.lora_B[name])]
+        return all(map(_untouched, (base, *parts))) and all(
+            part.bias is None and (dtype or part.weight.dtype) == (dtype or x.dtype) for part in parts
         )
 
 
-class DenseLora(_Fused, lora.Linear):
+class DenseLora(FusedLora, lora.Linear):
     """PEFT's layer."""
 
 
-def lora_layers() -> dict[type[nn.Module], type[nn.Module]]:
-    """The kinds of linear layers, and the LoRA of each."""
-    packed = {sys.modules["bitsandbytes"].nn.Linear4bit: _packed()} if "bitsandbytes" in sys.modules else {}
-    return {**packed, nn.Linear: DenseLora}  # PEFT takes the first that fits, and a packed layer is a linear one
+def dense_lora(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module | None:
+    """The LoRA of a linear layer, for PEFT; none where PEFT has one of its own, such as for 8 bit."""
+    base = without_adapters(target)
+    if kwargs.get("parameter_name") or getattr(kwargs.get("config"), "fan_in_fan_out", kwargs.get("fan_in_fan_out")):
+        return None
+    if type(base) is nn.Linear or type(base).__module__.partition(".")[0] == __name__.partition(".")[0]:
+        return DenseLora(target, adapter_name, **kwargs)
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    if bitsandbytes is not None and type(base) is bitsandbytes.nn.Linear4bit:
+        return _packed()(target, adapter_name, **kwargs)
+    return None
 
 
 @functools.cache
 def _packed() -> type[nn.Module]:
-    class PackedDenseLora(_Fused, lora.Linear4bit):
+    class PackedDenseLora(FusedLora, lora.Linear4bit):
         """PEFT's layer on one in 4 bit."""
 
     return PackedDenseLora
+
+
+def _untouched(module: nn.Module) -> bool:
+    """Whether nobody wants to know when it is called, as ZeRO-3 and accelerate do, which bring the weights then."""
+    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    return not any(hooks) and "forward" not in vars(module)
 
 
 class _Addition(torch.autograd.Function):
@@ -80,23 +97,26 @@ class _Addition(torch.autograd.Function):
                 rows, survivors = torch.native_dropout(rows, dropout, True)
             low = rows @ down.T
             output.view(-1, output.shape[-1]).addmm_(low, up.T, alpha=scaling)
-        ctx.save_for_backward(rows, survivors, low, down, up)
+        _, _, of_down, of_up, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(rows if of_down else None, survivors, low if of_up else None, down, up)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
         rows, survivors, low, down, up = ctx.saved_tensors
-        _, of_x, of_down, of_up, *_ = ctx.needs_input_grad
-        given = d_output.reshape(-1, d_output.shape[-1])
+        given, d_x = d_output.reshape(-1, d_output.shape[-1]), None
         with torch.autocast(given.device.type, enabled=False):
             d_low = _scaled_product(given, up, ctx.scaling)
-            d_up = _scaled_product(given.T, low, ctx.scaling) if of_up else None
-            d_down = d_low.T @ rows if of_down else None
-            d_x = d_low @ down if of_x else None
-            if d_x is not None and survivors is not None:
-                d_x = torch.ops.aten.native_dropout_backward(d_x, survivors, 1 / (1 - ctx.dropout))
-        return d_output, None if d_x is None else d_x.view(*d_output.shape[:-1], -1), d_down, d_up, None, None
+            d_up = None if low is None else _scaled_product(given.T, low, ctx.scaling)
+            d_down = None if rows is None else d_low.T @ rows
+            if ctx.needs_input_grad[1]:
+                d_x = d_low @ down
+                if survivors is not None:
+                    scale = 1 / (1 - ctx.dropout) if ctx.dropout < 1 else 0.0
+                    d_x = torch.ops.aten.native_dropout_backward(d_x, survivors, scale)
+                d_x = d_x.view(*d_output.shape[:-1], down.shape[1])
+        return d_output, d_x, d_down, d_up, None, None
 
 
 def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:

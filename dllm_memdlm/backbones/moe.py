@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from ..fast_weights import SiteWeights
-from ..grouped import MAX_GROUPS
 from .expert_ffn import Experts, expert_ffn
 from .expert_names import PROJECTIONS, split_names, stack_on_loading
 from .experts import (
@@ -26,10 +24,11 @@ from .experts import (
     stacked,
     without_adapters,
 )
+from .grouped import MAX_GROUPS
 from .layers import GatedMLP, autocast_dtype
-from .output import OutputLinear
 from .projection import Adapter
 from .routes import Routes
+from .site_weights import SiteWeights
 
 #: An expert has few rows if it has no more on average. On a CPU they are padded.
 FEW_ROWS = 32
@@ -167,11 +166,12 @@ def stack_experts(model: nn.Module) -> None:
 
 
 @contextmanager
-def inner_pass(parts: Iterable[RoutedExperts | OutputLinear]) -> Iterator[None]:
+def inner_pass(parts: Iterable[nn.Module]) -> Iterator[None]:
     """Forward passes whose backward pass ends at the fast weights.
 
-    Weights are constants in them, and the experts' backward hooks are left out: ZeRO-3 takes the first backward pass
-    through such a module for the one that brings its parameters' gradients. This one brings none.
+    Weights are constants in them, to `parts` (those that say whether they train), and the experts' backward hooks are
+    left out: ZeRO-3 takes the first backward pass through such a module for the one that brings its parameters'
+    gradients. This one brings none.
     """
     held = [(part, part._backward_hooks) for part in parts]
     for part, _ in held:

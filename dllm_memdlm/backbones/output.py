@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..losses import token_nll, widened
 from .layers import autocast_dtype
 
 #: Logits that are there at a time, by device: 128 MiB in float32. A GPU reads the matrix anew for each part.
@@ -24,13 +23,15 @@ class OutputLinear(nn.Linear):
     chunk: int | None = None  #: logits at a time, if not those of the device
 
     @classmethod
-    def adopt(cls, model: nn.Module) -> None:
-        """Make a model's plain `lm_head` one of these, in place."""
+    def put_into(cls, model: nn.Module) -> None:
+        """In place of a model's plain `lm_head`, with its weight."""
         if type(model.lm_head) is nn.Linear:
-            model.lm_head.__class__ = cls
+            head = cls.__new__(cls)
+            vars(head).update(vars(model.lm_head))
+            model.lm_head = head
 
     def forward(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """x [..., D] → logits [..., V]; with tokens [...] their NLL [...], as `losses.token_nll`."""
+        """x [..., D] → logits [..., V]; with tokens [...] their NLL [...], as `token_nll`."""
         if tokens is None:
             return super().forward(x)
         if self.bias is not None:
@@ -89,3 +90,14 @@ def _chunks(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def _slope(logits: Tensor, total: Tensor, tokens: Tensor) -> Tensor:
     """How the logits move the NLL: softmax, less one at the token. In place."""
     return logits.sub_(total).exp_().scatter_add_(1, tokens[:, None], torch.full_like(total, -1))
+
+
+def token_nll(logits: Tensor, tokens: Tensor) -> Tensor:
+    """-log p(token), in nats, float32 (float64 stays). logits [B, M, V], tokens [B, M] → [B, M]."""
+    flat = F.cross_entropy(widened(logits).flatten(0, 1), tokens.flatten(), reduction="none")
+    return flat.view_as(tokens)
+
+
+def widened(x: Tensor) -> Tensor:
+    """float16 and bfloat16 to float32, in which losses are computed; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..grouped import grouped_linear, grouped_outer
+from .grouped import grouped_linear, grouped_outer
 from .routes import Routes
 
 

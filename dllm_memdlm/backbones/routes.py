@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..grouped import ends
+from .grouped import ends
 
 #: Multiplications that take a CPU no longer than to begin with the product of another group.
 START = 2**18

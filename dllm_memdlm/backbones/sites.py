@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..config import ConfigError, MemoryConfig
-from ..fast_weights import SiteShape
 from .expert_names import PROJECTIONS
 from .experts import without_adapters
 from .moe import RoutedExperts
+from .site_weights import SiteShape
 from .staged import StagedForward
 
 

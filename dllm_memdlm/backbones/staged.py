@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils import ModelOutput
 
-from ..losses import token_nll
 from ..versions import cache_argument
 from .cache import CanvasCache, block_causal
 from .layers import BlockCausal, additive_mask, take
-from .output import OutputLinear
+from .output import OutputLinear, token_nll
 
 
 @dataclass

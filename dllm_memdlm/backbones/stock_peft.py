@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .decoder import DECODERS
-from .dense_lora import lora_layers
+from .dense_lora import dense_lora
 from .expert_names import is_stacked, split_name, split_names, stack_names
 from .experts import ExpertLinear, ExpertLora, without_adapters
 
@@ -36,13 +36,20 @@ class StockLoraConfig(peft.LoraConfig):
     transformers' or dllm's class of the same name and weights, since a user of the adapter need not have ours.
     """
 
+    @classmethod
+    def of(cls, config: peft.LoraConfig) -> StockLoraConfig:
+        """One with the settings of PEFT's own."""
+        own = cls()
+        vars(own).update(vars(config))
+        return own
+
     def on(self, backbone: nn.Module) -> StockLoraConfig:
         """Have our own layers: the LoRA of routed experts is tensors, wherever the targets mean them.
 
         Raises:
             ValueError: the targets, or the patterns of ranks, mean some experts of a layer and not others.
         """
-        self._register_custom_module({ExpertLinear: ExpertLora, **lora_layers()})
+        self._register_custom_module({ExpertLinear: ExpertLora, nn.Linear: dense_lora})
         ways = dict.fromkeys(("target_modules", "exclude_modules"), on_stacked)
         ways |= dict.fromkeys(("rank_pattern", "alpha_pattern"), _patterns_on_stacked)
         self._as_saved = {name: getattr(self, name) for name in ways}
@@ -67,8 +74,7 @@ class StockPeftModel(peft.PeftModel):
     def add_adapter(self, adapter_name: str, peft_config: peft.PeftConfig, *args: Any, **kwargs: Any) -> None:
         """As PEFT's method."""
         if type(peft_config) is peft.LoraConfig:
-            peft_config.__class__ = StockLoraConfig
-            peft_config.on(self.get_base_model())
+            peft_config = StockLoraConfig.of(peft_config).on(self.get_base_model())
         super().add_adapter(adapter_name, peft_config, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str, safe_serialization: bool = True, **kwargs: Any) -> None:

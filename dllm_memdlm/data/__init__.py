@@ -1,11 +1,11 @@
 """From a dataset's name to token ids: rows (sources), chats (formats), tokens (encoding), examples, their tokenizer."""
 
-from dllm_memdlm.data.encoding import encode_chat, encode_text
-from dllm_memdlm.data.examples import Counts, Examples, load_examples, training_texts
-from dllm_memdlm.data.formats import FORMATS, Format, choose_format
-from dllm_memdlm.data.needle import Needles, needle_examples
-from dllm_memdlm.data.sources import load_rows
-from dllm_memdlm.data.tokenizer import load_tokenizer, tokenizer_for, train_tokenizer
+from .encoding import encode_chat, encode_text
+from .examples import Counts, Examples, load_examples, training_texts
+from .formats import FORMATS, Format, choose_format
+from .needle import Needles, needle_examples
+from .sources import load_rows
+from .tokenizer import load_tokenizer, tokenizer_for, train_tokenizer
 
 __all__ = [
     "FORMATS",

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from dllm_memdlm.config import ConfigError
+from ..config import ConfigError
 
 #: Unicode keeps this code point for a program's own use: no text has it.
 MARK = "\ufdd0"

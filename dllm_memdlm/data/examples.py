@@ -12,12 +12,12 @@ import datasets
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from dllm_memdlm.config import ConfigError, DataConfig
-from dllm_memdlm.data import encoding, formats, needle
-from dllm_memdlm.data.encoding import Encoder, Tokens, unmarked
-from dllm_memdlm.data.formats import HELD, Messages, choose_format
-from dllm_memdlm.data.json_rows import one_line
-from dllm_memdlm.data.sources import Rows, load_numbered_rows
+from ..config import ConfigError, DataConfig
+from . import encoding, formats, needle
+from .encoding import Encoder, Tokens, unmarked
+from .formats import HELD, Messages, choose_format
+from .json_rows import one_line
+from .sources import Rows, load_numbered_rows
 
 IGNORED = -100
 

@@ -7,8 +7,8 @@ import random
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from dllm_memdlm.config import ConfigError, DataConfig
-from dllm_memdlm.data.needle import Row, check_needles, plant, sentences_of
+from ..config import ConfigError, DataConfig
+from .needle import Row, check_needles, plant, sentences_of
 
 Messages = list[dict[str, Any]]  #: of {role, content}, both text; a message may say more in fields of `HELD`
 Tools = list[dict[str, Any]] | None  #: functions that a chat may call

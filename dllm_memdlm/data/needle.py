@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from dllm_memdlm.config import ConfigError
+from ..config import ConfigError
 
 Row = Mapping[str, Any]
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import datasets
 
-from dllm_memdlm.config import ConfigError, DataConfig
-from dllm_memdlm.data.formats import Row, pairs_to_columns
-from dllm_memdlm.data.json_rows import EMPTY, Named, fault_in, is_document, reason_of, rows_of
-from dllm_memdlm.versions import may_be_mixed
+from ..config import ConfigError, DataConfig
+from ..versions import may_be_mixed
+from .formats import Row, pairs_to_columns
+from .json_rows import EMPTY, Named, fault_in, is_document, reason_of, rows_of
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 SPLIT_SEED = 42  # dllm's, so that both hold the same rows out

@@ -12,9 +12,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dllm_memdlm.config import ConfigError, ModelConfig
-from dllm_memdlm.data.json_rows import reason_of
-from dllm_memdlm.versions import load_any_tokenizer
+from ..config import ConfigError, ModelConfig
+from ..versions import load_any_tokenizer
+from .json_rows import reason_of
 
 # Mask tokens that LLaDA's vocabularies hold without declaring them: the MoE models' and the dense models'.
 MASKS = ("<|mask|>", "<|mdm_mask|>")

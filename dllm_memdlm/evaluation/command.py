@@ -12,13 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config import ConfigError, DataConfig
-from ..generate import model_arguments
-from ..info import package_versions
-from ..launch import check_writable
+from ..launch import check_writable, model_arguments
+from ..machine import package_versions
 
 if TYPE_CHECKING:
-    from ..decoding import Decoder
-    from .arguments import Parsed
+    from ..inference.arguments import Parsed
+    from ..inference.decoding import Decoder
 
 
 def of_a_run(prog: str, description: str) -> argparse.ArgumentParser:
@@ -27,7 +26,7 @@ def of_a_run(prog: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, metavar="DIR", help="a run's folder")
     parser.add_argument("--memory", action="store_true", help="adapt to each prompt")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the JSON file to write")
-    parser.add_argument("settings", nargs="*", metavar="name=value", help="as memdlm-generate takes them")
+    parser.add_argument("settings", nargs="*", metavar="name=value", help="as memdlm generate takes them")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(adapter=None, save_memory=None, load_memory=None)  # for `model_arguments`
     return parser
@@ -40,8 +39,8 @@ def read(args: argparse.Namespace, **defaults: Any) -> tuple[Parsed, DataConfig]
         ConfigError: an argument that does not exist or fit; no recipe beside the model; `--output` cannot be written.
     """
     # Here, not above: transformers looks at the offline switch when it is imported.
-    from ..recipe import FILE_NAME, load_recipe
-    from .arguments import parse
+    from ..inference.arguments import parse
+    from ..training.recipe import FILE_NAME, load_recipe
 
     check_writable("--output", args.output, make_folder=True)
     parsed = parse({**defaults, **model_arguments(args)})

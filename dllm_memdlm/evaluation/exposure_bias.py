@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # what needs torch is imported where it is used: --help shoul
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from ..decoding import Decoder
+    from ..inference.decoding import Decoder
 
 
 class Example(NamedTuple):
@@ -110,7 +110,7 @@ def _denoise(decoder: Decoder, batch: Sequence[Example], steps: int, seed: int) 
     """Both trajectories: for each example its static and sequential NLL and its masked tokens, by step [3, S]."""
     import torch
 
-    from ..trajectory import smallest
+    from ..method.trajectory import smallest
 
     rows = _rows(decoder, batch, steps, seed)
     canvas, (masked, *later) = rows.clean, rows.masks.unbind(1)
@@ -130,8 +130,8 @@ def _rows(decoder: Decoder, batch: Sequence[Example], steps: int, seed: int) -> 
     """A batch on the model's device. Steps that reveal nothing in any row share a state."""
     import torch
 
-    from .. import noise
-    from ..trajectory import smallest
+    from ..method import noise
+    from ..method.trajectory import smallest
 
     lengths, prompts = torch.tensor([[example.length, len(example.prompt)] for example in batch]).T[..., None]
     clean = torch.full((len(batch), int(lengths.max())), decoder.pretrained.tokenizer.mask_token_id)
@@ -156,7 +156,8 @@ def _noise_id(example: Example) -> int:
 
 def _predict(decoder: Decoder, rows: Rows, canvas: Tensor, masked: Tensor) -> Prediction:
     """What the model says of a canvas [B, L] under a mask [B, L]: all see all, as in training, but for padding."""
-    from ..losses import positions_of, token_nll, widened
+    from ..backbones.output import token_nll, widened
+    from ..method.losses import positions_of
 
     pretrained, positions = decoder.pretrained, positions_of(masked)
     logits = pretrained.model(

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import ConfigError
-from ..decoding import sampler_settings
-from ..prompt_memory import shared_prefixes
-from .arguments import NONE_IS_A_CHOICE, as_meant
+from ..inference.arguments import NONE_IS_A_CHOICE, as_meant
+from ..inference.decoding import sampler_settings
+from ..method.prompt_memory import shared_prefixes
 
 _logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import noise
-from ..losses import positions_of
-from ..trajectory import smallest
+from ..method import noise
+from ..method.losses import positions_of
+from ..method.trajectory import smallest
 
 
 class Masked(NamedTuple):

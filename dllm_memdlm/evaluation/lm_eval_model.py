@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data.encoding import decode_text
-from .arguments import parse
+from ..inference.arguments import parse
 from .batching import Batches
 from .generation import Prompt, cut, in_order, last, read_prompts, share_prefixes
 from .likelihood import Masked, log_likelihoods, states

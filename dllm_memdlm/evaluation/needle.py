@@ -21,7 +21,7 @@ from .command import finish, of_a_run, read
 
 if TYPE_CHECKING:
     from ..data.needle import Needles
-    from ..decoding import Decoder
+    from ..inference.decoding import Decoder
 
 
 def held_out(data: DataConfig, words: int, questions: int) -> list[Needles]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import ConfigError
 from ..data.encoding import Encoder, Tokens, unmarked
-from ..prompt_memory import shared_length
+from ..method.prompt_memory import shared_length
 
 Pair = tuple[list[int], list[int]]  #: the tokens of a context and of its continuation
 

@@ -1,0 +1,1 @@
+"""dllm itself, or the subset of it that this package needs."""

@@ -1,0 +1,1 @@
+"""Loading, decoding, chats and samplers."""

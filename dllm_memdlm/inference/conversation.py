@@ -1,0 +1,113 @@
+"""Questions about one document: the prompt of each, and the part of it that the memory is written on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jinja2
+
+from ..config import ConfigError
+from ..data import encode_chat
+from ..data.encoding import Encoder, decode_text
+from ..method.prompt_memory import shared_length
+from .decoding import Decoder
+
+#: Between a document and the first question about it.
+GAP = "\n\n"
+
+
+class Progress(NamedTuple):
+    """An answer under way."""
+
+    tokens: list[int]  #: masks where nothing has been decided yet
+    steps: int
+
+
+@dataclass
+class Conversation:
+    """A chat about a document, which the first question follows; without a chat template, one question alone.
+
+    The memory is written on the document, so it is the same for every question; without a document on the whole
+    prompt, as in the paper.
+
+    Args:
+        decoder: answers.
+        document: may be empty.
+        new_tokens: of an answer.
+        seed: of sampling.
+    """
+
+    decoder: Decoder
+    document: str
+    new_tokens: int
+    seed: int = 0
+    turns: list[tuple[str, str]] = field(default_factory=list)  #: questions and answers so far
+
+    def ask(self, question: str) -> Iterator[Progress]:
+        """The answer as it is decoded; once it has ended, it is the last of `turns`.
+
+        Raises:
+            ConfigError: the prompt is too long, or a chat goes on without a chat template.
+        """
+        prompt = self._encode(question)
+        length = len(prompt) + self.new_tokens
+        if length > self.decoder.max_length:
+            raise ConfigError(
+                f"prompt of {len(prompt)} tokens and answer of {self.new_tokens}: expected at most "
+                f"{self.decoder.max_length} together; max_length={length} tries it all the same"
+            )
+        tokens: list[int] = []
+        with self.decoder.recalled([self.memory_text(question)]):
+            canvases = self.decoder.stream([prompt], self.new_tokens, seeds=[self.seed + len(self.turns)])
+            for steps, canvas in enumerate(canvases):
+                tokens = canvas[0, len(prompt) : len(prompt) + self.new_tokens].tolist()
+                yield Progress(tokens, steps)
+        self.turns.append((question, self.text_of(tokens).strip()))
+
+    def memory_text(self, question: str) -> list[int]:
+        """The tokens of the document as the prompts begin with it; of the whole prompt if there is no document."""
+        if not self.document:
+            return self._encode(question)
+        # Tokens may straddle the border, so it is where the prompts of two different questions part.
+        one, other = (self._render(first, []) for first in ("A", "1"))
+        return one[: shared_length(one, other)]
+
+    def text_of(self, tokens: list[int], mask: str = "") -> str:
+        """An answer as text, up to its end, with something in place of what is still masked."""
+        tokenizer = self.decoder.pretrained.tokenizer
+        ends = (tokenizer.eos_token_id, tokenizer.eot_token_id)
+        tokens = tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
+        parts, run = [], []
+        for token in [*tokens, tokenizer.mask_token_id]:
+            if token != tokenizer.mask_token_id:
+                run.append(token)
+                continue
+            parts += [decode_text(tokenizer, run), mask]
+            run = []
+        return "".join(parts[:-1])
+
+    def _encode(self, question: str) -> list[int]:
+        return self._render(question, self.turns)
+
+    def _render(self, question: str, turns: list[tuple[str, str]]) -> list[int]:
+        tokenizer = self.decoder.pretrained.tokenizer
+        questions = [asked for asked, _ in turns] + [question]
+        questions[0] = GAP.join(part for part in (self.document, questions[0]) if part)
+        if tokenizer.chat_template is None:
+            if turns:
+                raise ConfigError("a chat needs a tokenizer with a chat template; this model takes one question alone")
+            return Encoder(tokenizer).prompt(questions[0] + "\n").ids
+        messages = []
+        for asked, answer in zip(questions, [answer for _, answer in turns] + [None], strict=True):
+            messages.append({"role": "user", "content": asked})
+            if answer is not None:
+                messages.append({"role": "assistant", "content": answer})
+        try:
+            return encode_chat(tokenizer, messages, add_generation_prompt=True)
+        except jinja2.TemplateError as error:
+            raise ConfigError(
+                f"tokenizer={tokenizer.name_or_path!r}: its chat template refuses a chat of a user "
+                f"({' '.join(str(error).split())}); expected one of a chat model"
+            ) from error

@@ -1,0 +1,174 @@
+"""Answers to prompts: a trained model, the sampler that suits it, and, if wanted, a memory of each prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ..backbones import LLaDA2MoeModelLM, staged_backbone
+from ..config import ConfigError, require
+from ..method.inner_loop import ParametricMemory
+from ..method.prompt_memory import PromptMemory, Text, at_inference, load_snapshot
+from .pretrained import Pretrained
+from .samplers import LLaDA21Sampler, LLaDA21SamplerConfig, MDLMSampler, MDLMSamplerConfig, completions
+
+#: The samplers and their settings, by the name that `sampler=` takes.
+SAMPLERS = {"mdlm": (MDLMSampler, MDLMSamplerConfig), "llada21": (LLaDA21Sampler, LLaDA21SamplerConfig)}
+
+#: What the number of new tokens decides for each prompt; the rest of a sampler's settings are the user's.
+PER_PROMPT = {"max_new_tokens", "max_length", "return_dict", "right_shift_logits"}
+
+#: Settings of the MDLM sampler that are the number of new tokens unless they are given: the paper's decoding.
+ONE_BLOCK = ("block_size", "steps")
+
+#: Settings that name tokens.
+TOKEN_LISTS = {"suppress_tokens", "begin_suppress_tokens", "cfg_keep_tokens"}
+
+
+def sampler_name(model: Any) -> str:
+    """The sampler that a model was made for: block diffusion for LLaDA2.1, low-confidence remasking for the others."""
+    return "llada21" if isinstance(staged_backbone(model), LLaDA2MoeModelLM) else "mdlm"
+
+
+def sampler_settings(sampler: str) -> set[str]:
+    """The settings of a sampler that a user may choose."""
+    return {f.name for f in fields(SAMPLERS[sampler][1])} - PER_PROMPT
+
+
+@dataclass
+class Decoder:
+    """Answers prompts.
+
+    Args:
+        pretrained: model and tokenizer.
+        sampler: which one; auto is `sampler_name`.
+        settings: of the sampler. `block_size` and `steps` of the MDLM sampler default to the paper's decoding: one
+            block, and as many steps as tokens.
+        memory: writes or holds the fast weights; none decodes with the model as it is.
+        max_length: tokens of a prompt and its answer; what the model declares if none.
+    """
+
+    pretrained: Pretrained
+    sampler: Literal["auto", "mdlm", "llada21"] = "auto"
+    settings: dict[str, Any] = field(default_factory=dict)
+    memory: PromptMemory | None = None
+    max_length: int | None = None
+    answered: int = field(default=0, init=False)  #: answers so far
+    left_masked: int = field(default=0, init=False)  #: those among them in which a mask is left
+
+    def __post_init__(self) -> None:
+        if self.sampler == "auto":
+            self.sampler = sampler_name(self.pretrained.model)
+        build, self._config = SAMPLERS[self.sampler]
+        self._sampler = build(self.pretrained.model, self.pretrained.tokenizer)
+        self.max_length = self.max_length or self.pretrained.model.config.max_position_embeddings
+        if not isinstance(self.max_length, int) or self.max_length < 2:
+            raise ConfigError(
+                f"pretrained={self.pretrained.name!r}: config.json has max_position_embeddings={self.max_length!r}; "
+                "expected a whole number of at least 2, or max_length=N"
+            )
+        self.config_for(1)  # a wrong setting is refused before anything is decoded
+
+    def config_for(self, new_tokens: int, **changes: Any) -> MDLMSamplerConfig | LLaDA21SamplerConfig:
+        """The sampler's settings for answers of `new_tokens`. Raises ConfigError for a setting it does not have."""
+        chosen = {"max_new_tokens": new_tokens, **self.settings, **changes}
+        if self.sampler == "mdlm":
+            shift = self.pretrained.right_shift_logits
+            chosen = {**dict.fromkeys(ONE_BLOCK, new_tokens), "right_shift_logits": shift, **chosen}
+        unknown = chosen.keys() - {f.name for f in fields(self._config)}
+        if unknown:
+            known = ", ".join(sorted(sampler_settings(self.sampler)))
+            raise ConfigError(f"{sorted(unknown)[0]}: not a setting of the {self.sampler} sampler; known: {known}")
+        config = self._config(**chosen)
+        vocabulary = self.pretrained.model.config.vocab_size
+        for name in TOKEN_LISTS & chosen.keys():
+            for token in getattr(config, name) or ():
+                accepted = f"tokens below the vocabulary's size, {vocabulary}"
+                require("sampler", config, name, 0 <= token < vocabulary, accepted)
+        return config
+
+    def recalled(
+        self, texts: Sequence[Text | None], counted: Sequence[bool] | None = None
+    ) -> AbstractContextManager[None]:
+        """The model with the memory of these texts in place, if there is a memory. See `PromptMemory.recall`."""
+        return nullcontext() if self.memory is None else self.memory.recalled(texts, counted)
+
+    def stream(
+        self, prompts: Sequence[Text], new_tokens: int, seeds: Sequence[int] | None = None, **changes: Any
+    ) -> Iterator[Tensor]:
+        """The canvas [B, T] before the first step and after each one. See `CanvasSampler.steps`."""
+        for canvas in self._sampler.steps(prompts, self.config_for(new_tokens, **changes), seeds):
+            yield canvas
+        self._count(completions(canvas, [len(prompt) for prompt in prompts], new_tokens, self._ends))
+
+    def answers(
+        self,
+        prompts: Sequence[Text],
+        new_tokens: int,
+        seeds: Sequence[int] | None = None,
+        *,
+        whole: bool = False,
+        **changes: Any,
+    ) -> list[list[int]]:
+        """The tokens that follow each prompt: all of them, or up to the end of the text or of the turn."""
+        tokenizer = self.pretrained.tokenizer
+        if self.pretrained.right_shift_logits:  # the first token is predicted from what stands before it
+            prompts = [prompt if len(prompt) else [tokenizer.bos_token_id] for prompt in prompts]
+        canvas = self._sampler.sample(prompts, self.config_for(new_tokens, **changes), seeds)
+        answers = completions(canvas, [len(prompt) for prompt in prompts], new_tokens, () if whole else self._ends)
+        if not whole:
+            self._count(answers)
+        return answers
+
+    def unfinished(self) -> str:
+        """How many answers have masks left in them, and what to do about it; empty if none has."""
+        if not self.left_masked:
+            return ""
+        return (
+            f"{self.left_masked} of {self.answered} answers have masks left, which the model chose as tokens and the "
+            f"text leaves out; suppress_tokens=[{self.pretrained.tokenizer.mask_token_id}] keeps it from that"
+        )
+
+    @property
+    def _ends(self) -> tuple[int, int]:
+        """The tokens that end a text or a turn."""
+        return self.pretrained.tokenizer.eos_token_id, self.pretrained.tokenizer.eot_token_id
+
+    def _count(self, answers: list[list[int]]) -> None:
+        self.answered += len(answers)
+        self.left_masked += sum(self.pretrained.tokenizer.mask_token_id in answer for answer in answers)
+
+
+def memory_for(
+    pretrained: Pretrained, changes: dict[str, Any], snapshot: str | None = None, **settings: Any
+) -> PromptMemory:
+    """A memory of prompts with the settings the model was trained with, but for `changes`; or a saved one.
+
+    Args:
+        pretrained: the model.
+        changes: `MemoryConfig` fields that differ.
+        snapshot: a file that holds the fast weights for all prompts; its own settings stand.
+        settings: of `PromptMemory`.
+
+    Raises:
+        ConfigError: the settings, or the snapshot, do not fit the model.
+    """
+    fast_weights, config = None, at_inference(pretrained.memory, **changes)
+    if snapshot is not None:
+        if changes:
+            raise ConfigError(f"{snapshot} brings its memory settings along; give no others ({', '.join(changes)})")
+        device = next(pretrained.model.parameters()).device
+        fast_weights, config = load_snapshot(snapshot, pretrained.name, device)
+    memory = ParametricMemory(
+        pretrained.model,
+        config,
+        pretrained.tokenizer.mask_token_id,
+        right_shift_logits=pretrained.right_shift_logits,
+    )
+    if fast_weights is not None:
+        memory.check(fast_weights)
+    return PromptMemory(memory, fixed=fast_weights, **settings)

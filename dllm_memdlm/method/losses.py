@@ -1,0 +1,82 @@
+"""The masked diffusion loss, at masked positions only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Positions(NamedTuple):
+    """Where a batch has a loss: its masked positions, gathered to the left and padded to the longest sample."""
+
+    index: Tensor  #: [B, M] int64
+    valid: Tensor  #: [B, M] bool, false on padding
+
+    def logit_index(self, right_shift: bool) -> Tensor:
+        """Positions whose logits predict these tokens: themselves, or the ones before where logits are shifted."""
+        return (self.index - 1).clamp_min(0) if right_shift else self.index
+
+    def gather(self, x: Tensor) -> Tensor:
+        """x [B, L] → [B, M]."""
+        return x.gather(1, self.index)
+
+
+def positions_of(mask: Tensor) -> Positions:
+    """The true positions of each row, in order. mask [B, L] bool → M at least 1, so that a graph always exists.
+
+    Waits for the device, to learn M.
+    """
+    counts = mask.sum(-1)
+    longest = max(1, int(counts.max()))
+    index = mask.int().argsort(dim=-1, descending=True, stable=True)[:, :longest]
+    return Positions(index, torch.arange(longest, device=mask.device) < counts[:, None])
+
+
+def _per_token(total: Tensor, maskable: Tensor) -> Tensor:
+    return total.sum() / maskable.sum().clamp_min(1)
+
+
+def _per_sequence(total: Tensor, maskable: Tensor) -> Tensor:
+    return (total / maskable.clamp_min(1)).mean()
+
+
+def _per_batch(total: Tensor, maskable: Tensor) -> Tensor:
+    return total.mean()
+
+
+#: How the outer loss is normalised: (weighted NLL of each sample [B], its maskable tokens [B]) → scalar.
+NORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "token": _per_token,
+    "sequence": _per_sequence,
+    "batch": _per_batch,
+}
+
+
+def masked_diffusion_loss(
+    nll: Tensor,
+    valid: Tensor,
+    weights: Tensor,
+    maskable: Tensor,
+    norm: str,
+    count: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Σ_{i in M_t} w(t) · (-log p(x0_i | x_t)), normalised (section 2, and equation of the outer loss in 3.1).
+
+    Args:
+        nll: -log p of the clean tokens at the masked positions [B, M].
+        valid: false on padding [B, M].
+        weights: w(t) of each sample [B].
+        maskable: maskable tokens of each sample [B].
+        norm: a key of `NORMS`.
+        count: what `token` divides by, where this batch is a part of a larger one; its own maskable tokens by default.
+
+    Returns:
+        The loss, and each sample's weighted sum [B], without normalisation and gradient.
+    """
+    total = (nll * valid).sum(-1) * weights
+    if norm == "token" and count is not None:
+        return total.sum() / count.clamp_min(1), total.detach()
+    return NORMS[norm](total, maskable), total.detach()

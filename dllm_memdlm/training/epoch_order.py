@@ -1,0 +1,55 @@
+"""The order of the examples: a pure function of (seed, epoch), as their noise is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from ..method import noise
+
+
+class EpochSampler(Sampler[int]):
+    """A shuffle of each epoch's own.
+
+    transformers' samplers follow torch's global generator, or a count of their own that accelerate sets back when it
+    resumes within an epoch: the rest of that epoch then has another order than in a run that was never stopped.
+
+    Args:
+        size: number of examples.
+        seed: seed of the shuffle.
+        epoch: gives the epoch that begins.
+        lengths: length of every example, to put similar ones into a batch (`group_by_length`); none shuffles freely.
+        batch_size: examples in one optimizer step of one process, among which lengths shall be similar.
+    """
+
+    def __init__(
+        self, size: int, seed: int, epoch: Callable[[], int], lengths: Sequence[int] | None = None, batch_size: int = 1
+    ) -> None:
+        self.size, self.seed, self.epoch = size, seed, epoch
+        self.lengths, self.batch_size = lengths, batch_size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        key = noise.example_keys(self.seed, self.epoch(), torch.zeros(1, dtype=torch.int64))
+        generator = torch.Generator().manual_seed(int(key))
+        if self.lengths is None:
+            return iter(torch.randperm(self.size, generator=generator).tolist())
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class LongestFirst(Sampler[int]):
+    """By length, longest first: the same batches in every evaluation, with hardly any padding."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order)

@@ -1,0 +1,167 @@
+"""What a recipe's training takes on each GPU, worked out before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from peft.helpers import disable_input_dtype_casting
+from torch import nn
+from transformers import PretrainedConfig
+
+from ...backbones import staged_backbone
+from ...config import ConfigError
+from ...method.inner_loop import ParametricMemory
+from ..recipe import Recipe
+from .shapes import active_count, parameter_count, shape_model
+from .shares import SHARES_WEIGHTS, ZERO, Share, share
+from .step import ACTIVATIONS, FAST, GRADIENTS, LOGITS, Sizes, fake_model, step
+
+#: Of an example's tokens, if nothing is said.
+RESPONSE_SHARE = 0.25
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predictions for one recipe on some GPUs. Bytes are those of one GPU; FLOPs and tokens those of all together."""
+
+    engine: str  #: in force; `none` on one GPU
+    gpus: int
+    parameters: int
+    active: int  #: of them, those that one token passes through
+    trainable: int
+    fast: int  #: fast weights of one sample
+    batch: int  #: samples of one micro-batch on one GPU
+    accumulation: int
+    length: int  #: tokens of a sample
+    response: int  #: tokens of it that are masked
+    flops_mdlm: int  #: of one optimizer step
+    flops_memdlm: int
+    at_peak: dict[str, int]  #: bytes by what they are for when all together are most
+    largest: dict[str, int]  #: bytes by what they are for, each at its own highest
+    moment: str  #: of the peak, in words
+
+    @property
+    def peak(self) -> int:
+        """Most bytes at a time."""
+        return sum(self.at_peak.values())
+
+    @property
+    def samples(self) -> int:
+        """Samples of one optimizer step."""
+        return self.batch * self.accumulation * self.gpus
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.samples * self.length
+
+
+def make_plans(
+    recipe: Recipe,
+    config: PretrainedConfig,
+    gpus: int = 1,
+    response_share: float = RESPONSE_SHARE,
+    device: str = "cuda",
+    model: nn.Module | None = None,
+) -> dict[bool, Plan]:
+    """The plans of a recipe without memory and with it, by whether it has one.
+
+    Args:
+        recipe: what is to be trained.
+        config: of its model.
+        gpus: processes, each with a GPU.
+        response_share: masked tokens of an example over all of them; 1 where the prompt is masked too. All examples
+            are taken to be of `data.max_length` tokens, and every response to be masked whole, as it is at worst.
+        device: whose way of computing is followed, cuda or cpu (which differ in what autocast and dropout keep).
+        model: `shape_model(recipe, config)`, if it is there already; its tensors are used up.
+    """
+    args, model = recipe.training, shape_model(recipe, config) if model is None else model
+    engine = "none" if gpus == 1 else "ddp" if args.engine == "auto" else args.engine
+    low = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    cast = low if engine in (*ZERO, "fsdp2") else None  # then there is no autocast, or nothing left for it
+    length = recipe.data.max_length
+    sizes = Sizes(
+        batch=args.per_device_train_batch_size,
+        length=length,
+        masked=max(1, math.ceil(length * (response_share if recipe.data.mask_prompt else 1))),
+        norm=args.loss_norm_type,
+        amp=low if cast is None else None,
+        cast=cast,
+        device=device,
+        checkpointing=args.gradient_checkpointing,
+        accumulates=args.gradient_accumulation_steps > 1,
+    )
+    held = share(model, staged_backbone(model).layers, engine, gpus, cast)
+    counts = (parameter_count(model), active_count(model), parameter_count(model, trainable=True))
+    memory = ParametricMemory(model, dataclasses.replace(recipe.memory, enabled=True), mask_token_id=0)
+    mode = fake_model(model, sizes)
+    with disable_input_dtype_casting(model, active=low is not None):  # as in training
+        steps = {on: step(model, mode, memory if on else None, sizes, held.stays) for on in (False, True)}
+    micro_batches = args.gradient_accumulation_steps * gpus
+    return {
+        on: Plan(
+            engine,
+            gpus,
+            *counts,
+            memory.fast_parameters if on else 0,
+            sizes.batch,
+            args.gradient_accumulation_steps,
+            length,
+            sizes.masked,
+            steps[False].flops * micro_batches,
+            steps[True].flops * micro_batches,
+            _with_share(live.highest, held),
+            _with_share(live.largest, held),
+            live.highest_moment,
+        )
+        for on, live in steps.items()
+    }
+
+
+def _with_share(step: Counter[str], held: Share) -> dict[str, int]:
+    """A step's own bytes, and those that are there all the time."""
+    return {
+        "weights": held.weights,
+        "gathered weights": held.gathered,
+        "optimizer": held.optimizer,
+        GRADIENTS: step[GRADIENTS] + held.buffers,
+        ACTIVATIONS: step[ACTIVATIONS],
+        FAST: step[FAST],
+        LOGITS: step[LOGITS],
+    }
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of `80GiB`, `141 GB`, … Raises ConfigError for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)\s*", text, re.IGNORECASE)
+    unit = found and UNITS.get(found[2].upper())
+    if not unit or float(found[1]) <= 0:
+        raise ConfigError(f"--memory {text!r}: expected a size such as 80GiB, 141GB or 40000MiB")
+    return int(float(found[1]) * unit)
+
+
+def advice(plan: Plan, recipe: Recipe) -> str:
+    """The first thing to change where a plan does not fit."""
+    of_step = plan.at_peak[ACTIVATIONS] + plan.at_peak[LOGITS] + plan.at_peak[FAST]
+    if of_step > plan.peak / 2:
+        if not recipe.training.gradient_checkpointing:
+            return "training.gradient_checkpointing=true"
+        if plan.batch > 1:
+            smaller, more = plan.batch // 2, plan.accumulation * 2
+            return f"training.per_device_train_batch_size={smaller}, with training.gradient_accumulation_steps={more}"
+        return f"data.max_length={plan.length // 2}"
+    if plan.gpus > 1 and plan.engine not in SHARES_WEIGHTS and not recipe.model.load_in_4bit:
+        return "training.engine=fsdp2"
+    if recipe.model.path is not None and not recipe.model.load_in_4bit and recipe.lora.enabled:
+        return "model.load_in_4bit=true"
+    if not recipe.lora.enabled:
+        return "lora.enabled=true"
+    return "more GPUs, with training.engine=fsdp2"

@@ -1,0 +1,129 @@
+"""The trainer's own step on fake tensors: the bytes alive in it, by what they are for, and its FLOPs."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils.operations import convert_outputs_to_fp32
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ...backbones import staged_backbone
+from ...backbones.output import CHUNK
+from ...config import MemoryConfig
+from ...method import noise
+from ...method.bilevel import BilevelStep
+from ...method.inner_loop import ParametricMemory
+from ...method.trajectory import Trajectory, build_trajectory
+from ...versions import checkpoint_activations
+from .live import LiveBytes
+from .shapes import held_bytes, materialise
+
+#: What a step's own bytes are for.
+ACTIVATIONS, LOGITS, FAST, GRADIENTS = "activations", "logits", "fast weights", "gradients"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the tensors of a step depend on, besides the model."""
+
+    batch: int  #: samples of one micro-batch
+    length: int  #: tokens of a sample
+    masked: int  #: tokens of a sample with a loss
+    norm: str = "token"  #: how the outer loss is normalised, a key of `losses.NORMS`
+    amp: torch.dtype | None = None  #: autocast's dtype; none where it is off
+    cast: torch.dtype | None = None  #: what an engine turns all weights into, if it does
+    device: str = "cuda"  #: whose way of computing is followed, cuda or cpu
+    checkpointing: bool = False  #: whether the trunk is recomputed in the backward pass
+    accumulates: bool = False  #: whether gradients of an earlier micro-batch are there already
+
+
+def fake_model(model: nn.Module, sizes: Sizes) -> FakeTensorMode:
+    """Prepare a model on the meta device for steps, as transformers and accelerate do; it loses its tensors."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        materialise(model.train(), sizes.cast)
+    staged_backbone(model).get_output_embeddings().chunk = CHUNK[sizes.device]
+    if sizes.checkpointing:
+        checkpoint_activations(model, preserve_rng_state=False)  # fake random numbers have no state
+    if sizes.amp is not None:
+        forward = torch.autocast("cpu", sizes.amp)(type(model).forward)
+        model.forward = types.MethodType(convert_outputs_to_fp32(forward), model)
+    return mode
+
+
+def step(
+    model: nn.Module, mode: FakeTensorMode, memory: ParametricMemory | None, sizes: Sizes, stays: float = 1.0
+) -> LiveBytes:
+    """Take the forward and the backward pass of one micro-batch.
+
+    Args:
+        model: what `fake_model` has prepared.
+        mode: what it returned.
+        memory: of the model; none for plain MDLM.
+        sizes: as given to it.
+        stays: which part of a weight's gradient is still there when the backward pass is over; the rest is with the
+            other GPUs.
+    """
+    live = LiveBytes(_kinds(model, memory, sizes))
+    for tensor in (*model.parameters(), *model.buffers()):
+        live.leave_out(tensor)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if sizes.accumulates:
+        live.hold(GRADIENTS, int(stays * held_bytes(model, trainable=True)))
+    made = 0.0 if sizes.accumulates else stays  # of a gradient, beside what is there
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda p: live.turn_into(p.grad, GRADIENTS, made))
+        for parameter in trained
+    ]
+    # On a CPU transformers has all of the step under autocast, on a GPU accelerate has each stage by itself.
+    whole = sizes.amp is not None and sizes.device == "cpu"
+    batch = {name: mode.from_tensor(value) for name, value in _batch(sizes, memory).items()}
+    with mode, live:
+        with torch.autocast("cpu", sizes.amp) if whole else contextlib.nullcontext():
+            live.moment = "outer forward"
+            outer = BilevelStep(model, memory, Trajectory.from_batch(batch), 0, loss_norm=sizes.norm)
+            fast = None
+            if memory is not None:
+                live.moment = "inner loop"
+                fast = outer.write().fast_weights
+            live.moment = "outer forward"
+            loss, _ = outer.loss(model, fast)
+        del outer, fast
+        live.moment = "outer backward"
+        loss.backward()
+    for hook in hooks:
+        hook.remove()
+    model.zero_grad()
+    return live
+
+
+def _batch(sizes: Sizes, memory: ParametricMemory | None) -> dict[str, Tensor]:
+    """Examples whose last tokens are all masked, in every inner state too that may have so many."""
+    tokens = torch.ones(sizes.batch, sizes.length, dtype=torch.int64)
+    maskable = torch.zeros_like(tokens, dtype=torch.bool)
+    maskable[:, sizes.length - sizes.masked :] = True
+    keys, level = noise.example_keys(0, 0, torch.arange(sizes.batch)), torch.ones(sizes.batch)
+    config = MemoryConfig(enabled=False) if memory is None else memory.config
+    return build_trajectory(tokens, maskable, level, level, keys, config).to_batch()
+
+
+def _kinds(model: nn.Module, memory: ParametricMemory | None, sizes: Sizes) -> Any:
+    """What a tensor is for, told by its shape."""
+    vocabulary, fast = staged_backbone(model).config.vocab_size, set()
+    for shape in () if memory is None else memory.shapes:
+        samples = sizes.batch if memory.config.scope == "sample" else 1
+        for size in shape.tensors(memory.config).values():
+            groups = (samples,) if shape.experts is None else (shape.experts, samples)
+            fast |= {(*groups, *size), (samples * (shape.experts or 1), *size)}
+
+    def kind_of(tensor: Tensor) -> str:
+        if tuple(tensor.shape) in fast:
+            return FAST
+        return LOGITS if tensor.dim() > 1 and tensor.shape[-1] == vocabulary else ACTIVATIONS
+
+    return kind_of

@@ -1,0 +1,243 @@
+"""One training run: from a recipe to a trainer, and from a trainer to a folder with everything in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import huggingface_hub
+import transformers
+import yaml
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import IntervalStrategy
+
+from ..backbones import config_of, load_model
+from ..backbones.loading import weights_digest
+from ..compat.dllm_api import NoAttentionMaskWrapper, describe
+from ..config import ConfigError
+from ..data import load_examples, tokenizer_for, training_texts
+from ..versions import hub_errors
+from . import engines
+from .arguments import MemDLMConfig
+from .example_ids import digest_of
+from .model_card import write_run_card
+from .recipe import FILE_NAME, Recipe
+from .run_folder import check_engine, check_whole, has_checkpoints, last_checkpoint
+from .trainer import MemDLMTrainer
+
+#: Tokenizers that were trained for runs, so that runs on the same texts share one.
+TOKENIZER_CACHE = Path(huggingface_hub.constants.HF_HOME) / "dllm-memdlm" / "tokenizers"
+
+
+#: What to do about a checkpoint that another recipe has made.
+ELSE = "change it back, or train to another training.output_dir"
+
+#: Training arguments on which the noise and the order of the examples depend, with their defaults.
+ORDER = {
+    f.name: f.default
+    for f in dataclasses.fields(MemDLMConfig)
+    if f.name in ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "group_by_length")
+}
+
+
+def build_trainer(recipe: Recipe) -> MemDLMTrainer:
+    """Tokenizer, examples, model and trainer of a recipe. Raises ConfigError for what the user can correct."""
+    if recipe.model.load_in_4bit and engines.shares_weights(recipe.training):
+        raise ConfigError(
+            f"training.engine={recipe.training.engine!r} with model.load_in_4bit: packed weights are not shared out; "
+            "expected ddp, zero1 or zero2"
+        )
+    if recipe.model.path is None and recipe.lora.enabled:
+        raise ConfigError(
+            "lora.enabled=True without a model.path: an adapter would be saved, and its base, random weights, nowhere; "
+            "expected a model.path, or lora.enabled=false to train all weights from scratch"
+        )
+    state = accelerate.PartialState()
+    transformers.set_seed(recipe.training.seed)
+    with state.local_main_process_first():
+        tokenizer = tokenizer_for(recipe.model, lambda: training_texts(recipe.data), TOKENIZER_CACHE)
+        examples = load_examples(recipe.data, tokenizer)
+    if state.is_main_process:
+        print(f"{describe()}\n{examples.summary()}", flush=True)
+        if recipe.model.dtype != "float32" and not recipe.lora.enabled:
+            print(f"model.dtype={recipe.model.dtype}: most updates of weights are lost in rounding; float32 keeps them")
+    if examples.eval is None:
+        if recipe.training.load_best_model_at_end:
+            raise ConfigError(
+                "training.load_best_model_at_end=True: expected examples to evaluate on (data.eval_fraction or "
+                "data.eval_split)"
+            )
+        recipe.training.eval_strategy, recipe.training.do_eval = IntervalStrategy.NO, False
+    config = config_of(recipe.model, vocab_size=len(tokenizer))
+    if config.vocab_size < len(tokenizer):
+        where = "model.dimensions" if recipe.model.path is None else f"model.path={recipe.model.path!r}"
+        raise ConfigError(
+            f"{where}: vocab_size {config.vocab_size}, expected at least the tokenizer's {len(tokenizer)}"
+        )
+    if recipe.model.path is None:
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(tokenizer, name))
+    model = load_model(recipe.model, config, recipe.lora, seed=recipe.training.seed)
+    collator = transformers.DataCollatorForSeq2Seq(
+        tokenizer, padding=True, label_pad_token_id=tokenizer.pad_token_id, return_tensors="pt"
+    )
+    try:
+        trainer = MemDLMTrainer(
+            model=model,
+            args=recipe.training,
+            memory=recipe.memory,
+            # Padding is end-of-sequence: it is a label, and it is visible.
+            data_collator=NoAttentionMaskWrapper(collator),
+            train_dataset=examples.train,
+            eval_dataset=examples.eval,
+            processing_class=tokenizer,
+        )
+    except hub_errors() as error:
+        raise ConfigError(
+            f"training.push_to_hub=True: the hub cannot be written to ({' '.join(str(error).split())[:200]}); log in "
+            "with network, or set it to false"
+        ) from error
+    if state.is_main_process:
+        print(f"engine: {engines.describe(trainer.accelerator)}", flush=True)
+    trainer.data_collator.padding_loss = recipe.data.padding_loss
+    trainer.made_of |= {
+        "data": {"examples": digest_of(examples.train), "padding_loss": recipe.data.padding_loss},
+        "weights": _weights_of(recipe),
+    }
+    trainer.beside_checkpoints += [recipe.save, write_run_card]
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(_Progress())
+    return trainer
+
+
+def train(recipe: Recipe, resume: bool = False) -> MemDLMTrainer:
+    """Train, evaluate at the end, and save the model, the tokenizer, the recipe and the trainer's state.
+
+    With `resume` it goes on from the last checkpoint in the output folder, if there is one.
+    """
+    checkpoint = recipe.training.resume_from_checkpoint
+    output_dir = recipe.training.output_dir
+    if checkpoint is None and resume:
+        checkpoint = last_checkpoint(output_dir)
+    elif checkpoint is None and has_checkpoints(output_dir) and accelerate.PartialState().is_main_process:
+        print(f"{output_dir} has checkpoints of an earlier run; from now on --resume goes on with this one")
+    if checkpoint is not None:
+        made = check_whole(checkpoint)
+        check_recipe(checkpoint, recipe, made.get("made_of", {}).get("weights", {}))
+        recipe.training.eval_on_start = False  # it was evaluated at this step before
+        if accelerate.PartialState().is_main_process:
+            print(f"going on from {checkpoint}", flush=True)
+    trainer = build_trainer(recipe)
+    if checkpoint is not None:
+        check_engine(checkpoint, made["made_by"], engines.describe(trainer.accelerator))
+        check_examples(checkpoint, recipe, made.get("made_of", {}).get("data"), trainer.made_of["data"])
+    trainer.train(resume_from_checkpoint=checkpoint)
+    steps = trainer.state.global_step
+    if checkpoint is not None and Path(checkpoint).name == f"checkpoint-{steps}" and trainer.is_world_process_zero():
+        print(f"all {steps} steps were done: nothing was left to train", flush=True)
+    broken = [row["step"] for row in trainer.state.log_history if not math.isfinite(row.get("loss", 0.0))]
+    if broken and trainer.is_world_process_zero():
+        print(
+            f"the loss is not finite at step {broken[0]}, the first of {len(broken)} such logs: what is saved may not "
+            "work; try a smaller training.learning_rate",
+            flush=True,
+        )
+    evaluated = {row["step"] for row in trainer.state.log_history if "eval_loss" in row}
+    if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated:
+        trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        recipe.save(output_dir)
+        write_run_card(output_dir)
+        print(f"saved to {output_dir}", flush=True)
+    return trainer
+
+
+def check_recipe(checkpoint: str, recipe: Recipe, weights: dict[str, str]) -> None:
+    """Refuse a checkpoint that another recipe has made.
+
+    Of its training section only `ORDER` counts, of its data the examples that they come to (`check_examples`), and of
+    weights in a folder their own digests, wherever it lies (`weights`: by `model.path` and `lora.path`).
+    """
+    here = _weights_of(recipe)
+    same = [name for name in here if here[name] == weights.get(name)]
+    changes = _changes(checkpoint, recipe, ("model", "lora", "memory", "training"))
+    change = next((c for c in changes if c.partition("=")[0] not in same), None)
+    if change is None and (name := next((n for n in weights if n in here and n not in same), None)) is not None:
+        section, key = name.split(".")
+        change = (
+            f"another content of {name}={getattr(getattr(recipe, section), key)!r}, which has been written to since"
+        )
+    if change is not None:
+        raise ConfigError(f"{checkpoint}: made with {change}; {ELSE}")
+
+
+def _weights_of(recipe: Recipe) -> dict[str, str]:
+    """Digests of the weights that a run starts from, of those that lie in a folder, by their setting's name."""
+    paths = {"model.path": recipe.model.path, "lora.path": recipe.lora.path}
+    return {name: digest for name, path in paths.items() if path and (digest := weights_digest(path)) is not None}
+
+
+def check_examples(checkpoint: str, recipe: Recipe, made_of: dict[str, Any] | None, here: dict[str, Any]) -> None:
+    """Refuse a checkpoint of a run on other training examples, wherever they lie."""
+    if made_of == here:
+        return
+    changes = _changes(checkpoint, recipe, ("data",))
+    change = next((c for c in changes if not c.startswith(("data.num_proc=", "data.eval_s"))), None)
+    if change is None and made_of is None:  # made without a recipe, or by an earlier version
+        return
+    if change is None:
+        change = f"another content of data.dataset={recipe.data.dataset!r}, which has been written to since"
+    raise ConfigError(f"{checkpoint}: made with {change}; {ELSE}")
+
+
+def _changes(checkpoint: str, recipe: Recipe, sections: tuple[str, ...]) -> Iterator[str]:
+    """What a recipe says of these sections where the checkpoint's own says something else, both in words."""
+    try:
+        before = yaml.safe_load((Path(checkpoint) / FILE_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return  # made by the trainer without a recipe
+    now = yaml.safe_load(recipe.to_yaml())
+    for values in (before, now):  # a recipe holds what it sets of this section, and no more
+        values["training"] = {key: values["training"].get(key, default) for key, default in ORDER.items()}
+    for section in sections:
+        for key, value in now[section].items():
+            made = before.get(section, {}).get(key)
+            if _place(made) != _place(value):
+                yield f"{section}.{key}={made!r}, the recipe now says {value!r}"
+
+
+def _place(value: Any) -> Any:
+    """A path that leads to something as where it leads to; anything else as it is."""
+    if isinstance(value, str) and (path := Path(value).expanduser()).exists():
+        return str(path.resolve())
+    return value
+
+
+class _Progress(ProgressCallback):
+    """transformers' progress bar, with its time left, and logs a person can read along."""
+
+    SHOWN = (
+        "loss",
+        "loss_memory_off",
+        "eval_loss",
+        "eval_loss_memory_off",
+        "nll",
+        "eval_nll",
+        "grad_norm",
+        "train_loss",
+    )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or self.training_bar is None:
+            return
+        shown = [f"{name} {logs[name]:.4f}" for name in self.SHOWN if isinstance(logs.get(name), float)]
+        if logs.get("nonfinite_samples"):
+            shown.append(f"{logs['nonfinite_samples']} samples without memory (not finite)")
+        if shown:
+            self.training_bar.write(f"step {state.global_step:>5}  " + "  ".join(shown))

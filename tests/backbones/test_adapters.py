@@ -1,0 +1,243 @@
+"""Adapters between libraries: ours in stock PEFT, and those of others in ours."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import peft
+import pytest
+import torch
+import transformers
+from conftest import make_tokenizer, tiny
+from fresh_python import printed
+from fresh_python import run as run_python
+from safetensors.torch import load_file, save_file
+from saved_models import BYTES, byte_tokenizer, save_adapter, save_model, train_adapter
+from stock_models import (
+    bidirectional_logits,
+    config_of,
+    dllms_model,
+    edit,
+    logits,
+    save_peft,
+    save_stock,
+    stock_decoder,
+    stock_llama,
+)
+
+from dllm_memdlm.config import ConfigError
+from dllm_memdlm.inference.pretrained import load_pretrained
+
+pytestmark = pytest.mark.usefixtures("as_from_a_shell")
+STOCK_DECODERS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+MODULES = {
+    "LLaDAMoEModelLM": "dllm.pipelines.llada.models.modeling_lladamoe",
+    "LLaDA2MoeModelLM": "dllm.pipelines.llada21.models.modeling_llada21_moe",
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> str:
+    return save_stock(tmp_path_factory.mktemp("llama"), stock_decoder("LlamaForCausalLM"))
+
+
+# === ours, in stock PEFT ===
+
+
+@pytest.mark.parametrize("name", STOCK_DECODERS)
+def test_a_runs_adapter_on_a_stock_decoder(name, tmp_path):
+    base = save_stock(tmp_path / "base", stock_decoder(name, BYTES), byte_tokenizer())
+    folder = train_adapter(tmp_path, base)
+    ours = logits(load_pretrained(folder).model)
+    stock = peft.PeftModel.from_pretrained(getattr(transformers, name).from_pretrained(base), folder)
+    torch.testing.assert_close(bidirectional_logits(stock), ours, atol=1e-5, rtol=1e-5)
+    assert (ours - logits(load_pretrained(base).model)).abs().max() > 0.01, "it has been trained"
+    config = config_of(folder)
+    assert config["auto_mapping"] == {"base_model_class": name, "parent_library": "transformers"}
+    assert (config["task_type"], config["base_model_name_or_path"], config["peft_type"]) == (None, base, "LORA")
+    assert "lm_head" not in config["target_modules"] and "down_proj" in config["target_modules"]
+    assert (config["r"], config["lora_alpha"], config["modules_to_save"]) == (4, 8, None)
+
+
+def test_a_runs_adapter_where_this_package_is_not_installed(tmp_path):
+    base = save_stock(tmp_path / "base", stock_decoder("LlamaForCausalLM", BYTES), byte_tokenizer())
+    folder = train_adapter(tmp_path, base)
+    program = f"""
+import sys, json
+sys.modules["dllm_memdlm"] = None
+import torch, peft
+logits = []
+for loader in (peft.AutoPeftModel, peft.AutoPeftModelForCausalLM):
+    model = loader.from_pretrained({folder!r}).eval()
+    with torch.no_grad():
+        logits += model(input_ids=torch.tensor([[5, 6, 7]]), attention_mask=torch.zeros(1, 1, 3, 3)).logits.tolist()
+print(json.dumps(logits))
+"""
+    both = printed(run_python("-c", program, TORCH_DEVICE_BACKEND_AUTOLOAD="0"))
+    with torch.no_grad():
+        expected = load_pretrained(folder).model(input_ids=torch.tensor([[5, 6, 7]])).logits
+    torch.testing.assert_close(torch.tensor(both), expected.expand(2, -1, -1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.dllm
+@pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
+def test_a_runs_adapter_on_dllms_model(kind, tmp_path):
+    base = save_stock(tmp_path / "base", dllms_model(kind, vocab_size=BYTES), byte_tokenizer())
+    folder = train_adapter(tmp_path, base)
+    theirs = type(dllms_model(kind))
+    stock = peft.PeftModel.from_pretrained(theirs.from_pretrained(base), folder)
+    torch.testing.assert_close(logits(stock), logits(load_pretrained(folder).model), atol=1e-4, rtol=1e-4)
+    mapping = config_of(folder)["auto_mapping"]
+    assert mapping == {"base_model_class": theirs.__name__, "parent_library": theirs.__module__}
+    assert torch.equal(logits(peft.AutoPeftModel.from_pretrained(folder)), logits(stock))
+
+
+@pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
+def test_no_config_of_an_adapter_names_this_package(kind, tmp_path):
+    base = save_model(tmp_path / "base", kind)
+    folder = save_adapter(tmp_path / "adapter", base, tiny(kind))
+    name = tiny(kind).__class__.__name__
+    assert config_of(folder)["auto_mapping"] == {"base_model_class": name, "parent_library": MODULES[name]}
+    assert "dllm_memdlm" not in (Path(folder) / "adapter_config.json").read_text()
+
+
+# === those of others, in ours ===
+
+
+@pytest.mark.dllm
+@pytest.mark.parametrize("saved_whole", [None, ["lm_head"], ["embed_tokens", "lm_head"]], ids=str)
+@pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
+def test_an_adapter_as_the_papers_code_saves_it(kind, saved_whole, tmp_path):
+    """`load_peft` of dllm: all-linear, on every expert, and on LLaDA-MoE's router, which is a linear layer."""
+    if kind == "llada2" and saved_whole is not None:
+        saved_whole = [{"embed_tokens": "word_embeddings"}.get(name, name) for name in saved_whole]
+    base = save_stock(tmp_path / "base", dllms_model(kind))
+    model = type(dllms_model(kind)).from_pretrained(base)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, lora_dropout=0.05, target_modules="all-linear", modules_to_save=saved_whole
+    )
+    adapted = save_peft(tmp_path / "adapter", model, config)
+    expected = logits(adapted)
+    edit(tmp_path / "adapter", base_model_name_or_path="/home/authors/checkpoints/base")
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+    assert any(".mlp.gate.lora_A" in name for name in names) == (kind == "llada_moe")
+    assert sum("lora_" not in name for name in names) == len(saved_whole or [])
+    ours = load_pretrained(base, str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(ours.model), expected, atol=1e-4, rtol=1e-4)
+    merged = load_pretrained(base, str(tmp_path / "adapter"), merge_adapter=True)
+    torch.testing.assert_close(logits(merged.model), expected, atol=1e-4, rtol=1e-4)
+    assert (expected - logits(load_pretrained(base).model)).abs().max() > 0.1
+
+
+ADAPTERS = {
+    "for a task": peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"]),
+    "DoRA": peft.LoraConfig(use_dora=True, target_modules="all-linear"),
+    "rank-stabilised": peft.LoraConfig(r=3, use_rslora=True, target_modules="all-linear"),
+    "a rank for each layer": peft.LoraConfig(target_modules=["q_proj", "o_proj"], rank_pattern={"q_proj": 2}),
+    "on the embeddings": peft.LoraConfig(target_modules=["q_proj", "embed_tokens", "lm_head"]),
+    "IA3": peft.IA3Config(
+        task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("what", ADAPTERS)
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:.*tie_word_embeddings.*:UserWarning")
+def test_an_adapter_of_another_kind(what, tied, tmp_path):
+    """Merged, too: where input and output embeddings share a weight, the sum is only for the one it was made for."""
+    base = save_stock(tmp_path / "base", stock_decoder("LlamaForCausalLM", tie_word_embeddings=tied))
+    expected = bidirectional_logits(save_peft(tmp_path / "adapter", stock_llama(base), ADAPTERS[what]))
+    for merge in (False, True):
+        ours = load_pretrained(base, str(tmp_path / "adapter"), merge_adapter=merge)
+        torch.testing.assert_close(logits(ours.model), expected, atol=1e-4, rtol=1e-4)
+    assert (expected - logits(load_pretrained(base).model)).abs().max() > 0.05
+
+
+def test_settings_of_a_later_peft_are_passed_over(llama, tmp_path):
+    config = peft.LoraConfig(target_modules=["q_proj"])
+    expected = bidirectional_logits(save_peft(tmp_path, stock_llama(llama), config))
+    edit(tmp_path, alora_invocation_tokens=None, peft_version="0.99.0")
+    torch.testing.assert_close(logits(load_pretrained(llama, str(tmp_path)).model), expected, atol=1e-5, rtol=1e-5)
+
+
+def refusal(*args: Any, **arguments: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_pretrained(*args, **arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_an_adapter_of_prompts_is_refused(llama, tmp_path):
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    save_peft(tmp_path, stock_llama(llama), config)
+    expected = f"adapter='{tmp_path}': an adapter of type PROMPT_TUNING, expected one of weights, such as LORA"
+    assert refusal(llama, str(tmp_path)) == expected
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert refusal(llama, str(tmp_path)) == expected.replace("PROMPT_TUNING", "None")
+
+
+def test_weights_that_have_no_place_are_refused(llama, tmp_path):
+    """PEFT would leave them out without a word."""
+    save_peft(tmp_path, stock_llama(llama), peft.LoraConfig(target_modules=["q_proj"]))
+    path = tmp_path / "adapter_model.safetensors"
+    left = "base_model.model.model.layers.2.mlp.up_proj.base_layer.mem_inner_A"
+    save_file({**load_file(path), left: torch.zeros(2, 2)}, path, {"format": "pt"})
+    assert refusal(llama, str(tmp_path)) == (
+        f"adapter='{tmp_path}': made for another model; {left} is in the adapter only"
+    )
+
+
+def test_pickled_adapters_are_not_read(llama, tmp_path):
+    save_peft(tmp_path, stock_llama(llama), peft.LoraConfig(target_modules=["q_proj"]))
+    path = tmp_path / "adapter_model.safetensors"
+    torch.save(load_file(path), tmp_path / "adapter_model.bin")
+    path.unlink()
+    assert refusal(llama, str(tmp_path)) == f"adapter='{tmp_path}': no adapter_model.safetensors"
+
+
+def test_a_base_on_somebody_elses_disk_is_said_so(llama, tmp_path):
+    folder = save_adapter(tmp_path, llama, tiny("llama"))
+    edit(folder, base_model_name_or_path="/cache/LLaDA")
+    assert refusal(folder) == (
+        f"pretrained='/cache/LLaDA': no such folder; '{folder}' names that base, for another give "
+        f"pretrained=BASE,adapter={folder}"
+    )
+    assert logits(load_pretrained(llama, folder).model).shape == (2, 9, 48)
+
+
+# === from the hub's cache ===
+
+
+COMMIT = "0" * 40
+
+
+def put_in_cache(cache: Path, name: str, folder: str) -> None:
+    """What downloading a repository leaves there."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, repository / "snapshots" / COMMIT, ignore=shutil.ignore_patterns("checkpoint-*"))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch) -> str:
+    """The name of an adapter that has been downloaded, with its own tokenizer and recipe, and the folder it is from."""
+    base = save_model(tmp_path / "base", "llada_moe", tokenizer=make_tokenizer())
+    recipe = {"memory": {"rank": 5}}
+    folder = save_adapter(tmp_path / "adapter", base, tiny("llada_moe"), recipe)
+    make_tokenizer(bos_token="w9", mask_token="<mask>").save_pretrained(folder)
+    put_in_cache(tmp_path / "hub", "somebody/adapter", folder)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return "somebody/adapter"
+
+
+def test_a_published_adapter_is_loaded_by_its_name(published, tmp_path):
+    expected = logits(load_pretrained(str(tmp_path / "adapter")).model)
+    for names in ((published,), (str(tmp_path / "base"), published)):
+        loaded = load_pretrained(*names)
+        assert torch.equal(logits(loaded.model), expected) and loaded.name == published
+        assert (loaded.memory.rank, loaded.tokenizer.bos_token) == (5, "w9")

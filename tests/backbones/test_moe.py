@@ -1,0 +1,203 @@
+"""Routed experts: sorted, packed and grouped against a loop over experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from conftest import (
+    assert_close_relative,
+    take_gradients,
+    tiny,
+)
+from inputs import tokens
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.naive_experts import LoopOverExperts, plain_experts
+from dllm_memdlm.backbones.experts import ExpertLinear, ExpertLora
+from dllm_memdlm.backbones.moe import RoutedExperts
+from dllm_memdlm.backbones.site_weights import SiteWeights
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 4e-2}
+
+
+# === routed experts ===
+
+
+def experts_of(dtype: torch.dtype, lora: bool, count: int = 6, hidden: int = 16, width: int = 8) -> RoutedExperts:
+    """Routed experts, of which LoRA leaves nothing but its own weights to be trained."""
+    torch.manual_seed(0)
+    experts = RoutedExperts(count, hidden, width, "silu").to(dtype)
+    if lora:
+        config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["gate_proj", "up_proj", "down_proj"])
+        config._register_custom_module({ExpertLinear: ExpertLora})
+        peft.inject_adapter_in_model(config, experts)
+        for name, parameter in experts.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+            if "lora_" in name:
+                parameter.data = parameter.data.to(dtype)
+    return experts
+
+
+def routing(dtype: torch.dtype, used: list[int], top_k: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 7, 16, generator=generator).to(dtype)
+    orders = torch.stack([torch.randperm(len(used), generator=generator)[:top_k] for _ in range(14)])
+    weights = torch.rand(2, 7, top_k, generator=generator).to(dtype)
+    return x, torch.tensor(used)[orders].view(2, 7, top_k), weights
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("used", [[0, 1, 2, 3, 4, 5], [1, 4]], ids=["all", "few"])
+def test_sorted_experts_are_a_loop_over_experts(dtype, lora, used):
+    experts = experts_of(dtype, lora)
+    results = []
+    for run in (experts, LoopOverExperts(experts)):
+        x, chosen, weights = routing(dtype, used)
+        x.requires_grad_()
+        weights.requires_grad_()
+        output = run(x, chosen, weights)
+        output.square().sum().backward()
+        gradients = {name: p.grad for name, p in experts.named_parameters() if p.requires_grad}
+        results.append((output, x.grad, weights.grad, gradients))
+        experts.zero_grad()
+    (ours, x, w, gradients), (plain, x_plain, w_plain, plain_gradients) = results
+    assert ours.dtype == dtype
+    assert_close_relative(ours, plain, TOLERANCE[dtype], "output")
+    assert_close_relative(x, x_plain, TOLERANCE[dtype], "gradient of the input")
+    assert_close_relative(w, w_plain, TOLERANCE[dtype], "gradient of the weights")
+    for name, gradient in gradients.items():
+        for number, (part, expected) in enumerate(zip(gradient, plain_gradients[name], strict=True)):
+            if number in used:
+                assert_close_relative(part, expected, 2 * TOLERANCE[dtype], name)
+            else:
+                assert not part.any() and not expected.any()
+
+
+def test_a_float32_lora_on_bfloat16_experts_computes_in_bfloat16(products):
+    """As PEFT loads adapters: in float32 a GPU has no grouped product. PEFT itself widens each expert's input."""
+    experts = experts_of(torch.bfloat16, lora=True)
+    for name, parameter in experts.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    results = []
+    for run in (experts, LoopOverExperts(experts)):
+        run(*routing(torch.bfloat16, [0, 1, 2, 3, 4, 5])).float().square().sum().backward()
+        results.append({name: p.grad for name, p in experts.named_parameters() if p.requires_grad})
+        experts.zero_grad()
+    assert products == {torch.bfloat16}
+    for name, gradient in results[0].items():
+        assert gradient.dtype == torch.float32
+        assert_close_relative(gradient, results[1][name], 2 * TOLERANCE[torch.bfloat16], name)
+
+
+@pytest.mark.parametrize("hidden", [16, 10])  # the kernel takes the first only
+def test_widths_that_the_kernel_does_not_take(hidden):
+    experts = experts_of(torch.float32, lora=False, hidden=hidden, width=8)
+    x, chosen, weights = routing(torch.float32, [0, 2, 5])
+    x = x[..., :hidden]
+    assert_close_relative(experts(x, chosen, weights), LoopOverExperts(experts)(x, chosen, weights), 1e-5)
+
+
+def test_disabled_and_merged_adapters_are_followed():
+    experts = experts_of(torch.float32, lora=True)
+    x, chosen, weights = routing(torch.float32, [0, 1, 2])
+    layers = [module for module in experts.modules() if hasattr(module, "enable_adapters")]
+    with_adapters = LoopOverExperts(experts)(x, chosen, weights).detach()
+    for layer in layers:
+        layer.enable_adapters(False)
+    plain = LoopOverExperts(experts)(x, chosen, weights).detach()
+    assert not torch.allclose(plain, with_adapters, atol=1e-2)
+    assert_close_relative(experts(x, chosen, weights), plain, 1e-5)
+    for layer in layers:
+        layer.enable_adapters(True)
+        layer.merge()
+    assert_close_relative(experts(x, chosen, weights), with_adapters, 1e-5)
+    for layer in layers:
+        layer.unmerge()
+    assert_close_relative(experts(x, chosen, weights), with_adapters, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
+def test_trainable_experts_are_read_anew_at_every_step(kind):
+    model = tiny(kind)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    for _ in range(2):
+        logits = model(input_ids=tokens()).logits
+        with plain_experts(model), torch.no_grad():
+            torch.testing.assert_close(model(input_ids=tokens()).logits, logits.detach(), rtol=1e-4, atol=1e-4)
+        logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_experts_that_no_token_chose_have_a_gradient(kind, lora):
+    count = 24 if kind == "llada2" else 20
+    model = tiny(kind, lora=lora, num_experts=count)
+    model(input_ids=tokens()[:1, :3]).logits.square().sum().backward()
+    gradients = take_gradients(model)  # none missing
+    experts = {name: g for name, g in gradients.items() if ".experts." in name}
+    assert len(experts) == sum(isinstance(m, RoutedExperts) for m in model.modules()) * (6 if lora else 3)
+    assert all(len(g) == count and 0 < g.flatten(1).any(1).sum() < count / 2 for g in experts.values())
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_fast_weights_of_experts_are_a_loop(samples, dtype):
+    """Each (expert, sample) through its own low-rank pair."""
+    experts = experts_of(dtype, lora=False)
+    x, chosen, weights = routing(dtype, [0, 2, 3])
+    shapes = {"gate_proj": (16, 8), "up_proj": (16, 8), "down_proj": (8, 16)}
+    fast = {
+        name: SiteWeights(torch.randn(6, samples, 8, i), torch.randn(6, samples, o, 8), 0.1)
+        for name, (i, o) in shapes.items()
+    }
+    experts.fast.update(fast)
+    ours = experts(x, chosen, weights)
+    experts.fast.clear()
+
+    def adding(down: Tensor, up: Tensor) -> Any:
+        return lambda module, inputs, output: output + 0.1 * inputs[0] @ down.T @ up.T
+
+    rows, plain = [], LoopOverExperts(experts)
+    for b in range(2):
+        s = b if samples > 1 else 0
+        handles = [
+            getattr(expert, name).register_forward_hook(adding(w.down[e, s].to(dtype), w.up[e, s].to(dtype)))
+            for name, w in fast.items()
+            for e, expert in enumerate(plain)
+        ]
+        rows.append(plain(x[b : b + 1], chosen[b : b + 1], weights[b : b + 1]))
+        for handle in handles:
+            handle.remove()
+    assert_close_relative(ours, torch.cat(rows), TOLERANCE[dtype])
+
+
+def test_under_autocast_a_lora_in_float32_is_cast_once_for_all_experts():
+    """On a GPU a cast for each of hundreds of matrices would be as many launches."""
+    experts = experts_of(torch.float32, lora=True)
+    x, chosen, weights = routing(torch.float32, [0, 1, 2])
+    casts = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default:
+                casts.append(tuple(args[0].shape))
+            return function(*args, **(kwargs or {}))
+
+    with torch.autocast(x.device.type, dtype=torch.bfloat16), Casts():
+        experts(x, chosen, weights)
+    # of rank 8: A of gate and up, B of gate and up, A and B of down; gate's, up's and down's own weights
+    # (14, 2) are the router's weights
+    assert sorted(casts).count((6, 8, 16)) == 2 + 2 and casts.count((6, 8, 8)) == 2 + 1
+    assert casts.count((6, 16, 8)) == 1 + 1 and not any(
+        len(shape) == 2 and shape[0] * shape[1] <= 128 and shape != (14, 2) for shape in casts
+    )

@@ -1,0 +1,251 @@
+"""The benchmark at full size, cut down: it takes the trainer's own steps, and loses nothing that it has measured."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.autograd import DeviceType, _KinetoEvent
+
+from benchmarks import device, full_size, inference, steps, training, watch
+from benchmarks.device import CPU
+from benchmarks.random_models import random_model, recipe_of
+from benchmarks.watch import NEEDED, Watched, autocast_seen
+from dllm_memdlm.backbones import load_model, read_config, staged_backbone
+from dllm_memdlm.backbones.sites import adapted_layers
+from dllm_memdlm.config import MemoryConfig
+from dllm_memdlm.training.recipe import Recipe
+from dllm_memdlm.versions import checkpoint_activations
+
+
+@pytest.fixture
+def moe() -> Recipe:
+    """LLaDA-MoE's recipe, cut down."""
+    return recipe_of("recipes/llada_moe.yaml", 16, small=True)
+
+
+def test_full_size(tmp_path):
+    recipes = ["recipes/llada_moe.yaml", "recipes/tiny_llada2.yaml"]
+    more = ["--cpu", "--bits", "16", "--output", str(tmp_path), "--set", "training.gradient_checkpointing=true"]
+    assert full_size.main([*recipes, *more]) == 0
+    written = json.loads((tmp_path / "bench-gpu.json").read_text())
+    sections = {section["title"]: section for section in written["sections"]}
+    assert all(len(row) == len(section["columns"]) for section in sections.values() for row in section["rows"])
+    rows = sections["A training step at full size"]["rows"]
+    assert [row[:2] for row in rows] == [
+        [f"{name}, 16 bit", kind] for name in ("llada_moe", "tiny_llada2") for kind in ("MemDLM", "plain MDLM")
+    ]
+    for row in rows:
+        _, _, seconds, speed, _, flops, flop_limit, read, byte_limit, over, peak, planned, busy, waits = row
+        assert speed == round(128 / seconds) and waits == 0 and 1 <= int(busy.rstrip("%")) <= 150
+        assert over == pytest.approx(seconds / max(flop_limit, byte_limit)) and over > 1
+        assert min(flops, read) > 0 and 0.5 < planned / peak < 2
+    for memory, plain in (rows[:2], rows[2:]):
+        assert plain[4] == 1 and memory[4] == pytest.approx(memory[2] / plain[2])
+        assert memory[5] > plain[5] and memory[7] > plain[7]
+    for row, host in zip(rows, sections["What the host does in a step, s"]["rows"], strict=True):
+        assert sum(host[2:6]) == pytest.approx(row[2], rel=0.2), "nothing of a step is left out"
+    whats = [row[1] for row in sections["Decoding at full size"]["rows"]]
+    assert len(whats) == 7 + 6 and "decoding 8 tokens with memory" in whats
+
+
+def rows_of(folder: Path) -> list[list[Any]]:
+    return json.loads((folder / "bench-gpu.json").read_text())["sections"][0]["rows"]
+
+
+def test_a_stop_loses_nothing_that_was_measured(tmp_path, monkeypatch):
+    """Not even what was timed of a step when the profiler has begun to look at another."""
+    plain_too = []
+
+    @contextlib.contextmanager
+    def stopped(where: torch.device) -> Iterator[list]:
+        if plain_too:
+            raise KeyboardInterrupt
+        plain_too.append(True)
+        yield []
+
+    monkeypatch.setattr(watch, "kernels", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        full_size.main(["--cpu", "--bits", "16", "--output", str(tmp_path), "recipes/llada_moe.yaml"])
+    rows = rows_of(tmp_path)
+    assert [row[:2] for row in rows] == [["llada_moe, 16 bit", "MemDLM"], ["llada_moe, 16 bit", "plain MDLM"]]
+    assert all(row[2] > 0 and row[10] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("tool", ["kernels", "waits", "memory"])
+def test_a_tool_that_fails_costs_no_timing(tool, tmp_path, monkeypatch, capsys):
+    @contextlib.contextmanager
+    def failing(where: torch.device) -> Iterator[None]:
+        raise RuntimeError("not permitted")
+        yield
+
+    monkeypatch.setattr(watch, tool, failing)
+    assert full_size.main(["--cpu", "--bits", "4", "--output", str(tmp_path), "recipes/llada_moe.yaml"]) == 1
+    errors = capsys.readouterr().err
+    assert "llada_moe, 4 bit, plain MDLM: " in errors and "RuntimeError: not permitted" in errors
+    for row in rows_of(tmp_path):
+        assert row[2] > 0 and row[12] is not None if tool != "kernels" else row[12] is None and row[10] > 0
+
+
+def test_steps_are_those_of_training(moe, products, monkeypatch):
+    """On a GPU the autocast that transformers uses on CPUs is off: all of it is accelerate's, around the model."""
+    monkeypatch.setattr(full_size.MemDLMTrainer, "compute_loss_context_manager", contextlib.nullcontext)
+    model, clipped, updated = random_model(moe), [], []
+    clip, update = full_size.MemDLMTrainer.create_accelerator_and_postprocess, torch.optim.AdamW.step
+
+    def watched_clip(trainer: Any) -> None:
+        clip(trainer)
+        norm = trainer.accelerator.clip_grad_norm_
+        trainer.accelerator.clip_grad_norm_ = lambda *arguments: clipped.append(0) or norm(*arguments)
+
+    monkeypatch.setattr(full_size.MemDLMTrainer, "create_accelerator_and_postprocess", watched_clip)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *arguments: updated.append(0) or update(*arguments))
+    found = full_size.trained(model, moe, moe.memory)
+    assert found.autocast == {True} and products == {torch.bfloat16}
+    assert len(clipped) == len(updated) == NEEDED
+    # afterwards, to decode with, the model is as it was
+    seen = Watched()
+    with autocast_seen(seen, staged_backbone(model).layers, CPU), torch.no_grad():
+        assert model(input_ids=torch.arange(3, 9)[None]).logits.dtype == torch.bfloat16
+    assert seen.autocast == {False}
+
+
+def test_steps_without_autocast_are_refused(moe, monkeypatch):
+    monkeypatch.setattr(full_size.MemDLMTrainer, "compute_loss_context_manager", contextlib.nullcontext)
+    monkeypatch.setattr(Accelerator, "prepare_model", lambda accelerator, model, *_, **__: model)
+    without_lora = dataclasses.replace(moe, lora=dataclasses.replace(moe.lora, enabled=False))
+    with pytest.raises(RuntimeError, match="without autocast"):
+        full_size.trained(random_model(without_lora), without_lora, moe.memory)
+    with pytest.raises(RuntimeError, match="same dtype"):  # whose weights are in float32
+        full_size.trained(random_model(moe), moe, moe.memory)
+
+
+def test_plans_are_kept(moe, tmp_path, monkeypatch):
+    assert full_size.plans_for("moe, 16 bit", moe, tmp_path, make=False) == {}
+    made = full_size.plans_for("moe, 16 bit", moe, tmp_path / "new", make=True)
+    monkeypatch.setattr(full_size, "plans_of", None)
+    assert full_size.plans_for("moe, 16 bit", moe, tmp_path / "new", make=False) == made
+    assert made[True].fast > 0 == made[False].fast and made[True].flops_mdlm == made[False].flops_mdlm
+
+
+@pytest.mark.parametrize("failing", [True, False])
+def test_a_prompt_that_cannot_be_adapted_to_costs_the_next_row_nothing(failing, moe, monkeypatch):
+    if failing:
+        monkeypatch.setattr(inference.PromptMemory, "recall", lambda *_: 1 / 0)
+    table = inference.section()
+    faults = inference.measure("moe", random_model(moe), moe, table, lambda what: None)
+    assert len(faults) == (4 if failing else 0) and len(table.rows) == 7 - len(faults)
+    assert table.rows[-1][1] == ("decoding 8 tokens" if failing else "the same, block by block")
+
+
+def test_kernels_of_a_gpu_are_added_up_by_name(monkeypatch):
+    """From the events as torch 2.11 and 2.13 give them; annotations and the host's own calls are no kernels."""
+
+    def event(name: str, nanoseconds: int, kind: DeviceType = DeviceType.CUDA, annotation: bool = False) -> Any:
+        values = {"name": name, "duration_ns": nanoseconds, "device_type": kind, "is_user_annotation": annotation}
+        assert all(hasattr(_KinetoEvent, attribute) for attribute in values)
+        return SimpleNamespace(**{attribute: lambda value=value: value for attribute, value in values.items()})
+
+    events = [event("mm", 2_000), event("add", 5_000), event("mm", 4_000)]
+    events += [event("AdamW", 9_000, annotation=True), event("cudaLaunchKernel", 9_000, DeviceType.CPU)]
+    results = SimpleNamespace(kineto_results=SimpleNamespace(events=lambda: events))
+    monkeypatch.setattr(device, "profile", lambda **_: contextlib.nullcontext(results))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    with device.kernels(torch.device("cuda")) as found:
+        pass
+    assert [(kernel.name, kernel.calls) for kernel in found] == [("mm", 2), ("add", 1)]
+    assert [kernel.seconds for kernel in found] == pytest.approx([6e-6, 5e-6])
+
+
+def test_names_of_kernels_are_told_apart_in_a_table():
+    begin = "void at::native::vectorized_elementwise_kernel<4, at::native::BinaryFunctor<c10::BFloat16, c10::BFloat16, "
+    names = [f"{begin}c10::BFloat16, at::native::binary_internal::{name}Functor<float> >" for name in ("Add", "Mul")]
+    shown = [device.Kernel(name, 1, 1.0).short for name in names]
+    assert shown[0] != shown[1] and all("Functor" in name and len(name) <= 162 for name in shown)
+    assert "|" not in device.Kernel("a|b", 1, 1.0).short
+
+
+def test_a_fault_of_the_planner_costs_no_timing(tmp_path, monkeypatch, capsys):
+    def fault(recipe: Recipe) -> None:
+        raise AssertionError("shapes are incompatible")
+
+    monkeypatch.setattr(full_size, "plans_of", fault)
+    arguments = ["--cpu", "--bits", "16", "--output", str(tmp_path), "recipes/llada_moe.yaml"]
+    assert full_size.main(arguments) == 1
+    assert "llada_moe, 16 bit: no plan, AssertionError: shapes are incompatible" in capsys.readouterr().err
+    for row in rows_of(tmp_path):
+        assert [row[i] for i in (5, 6, 11)] == [None] * 3 and row[9] == pytest.approx(row[2] / row[8])
+    assert full_size.main([*arguments, "--plan-only"]) == 1
+
+
+@pytest.mark.parametrize("name", ["llada_moe", "llada2_mini"])
+def test_weights_in_4_bit_are_those_of_from_pretrained(name, tmp_path):
+    recipe, bare = (recipe_of(f"recipes/{name}.yaml", bits, small=True) for bits in (4, 16))
+    recipe.lora = bare.lora = dataclasses.replace(recipe.lora, enabled=False)
+    ours = random_model(recipe)
+    random_model(bare).save_pretrained(tmp_path)
+    loaded = load_model(dataclasses.replace(recipe.model, path=str(tmp_path)), read_config(str(tmp_path)))
+    expected = loaded.state_dict()
+    assert ours.state_dict().keys() == expected.keys()
+    for name, value in ours.state_dict().items():
+        assert value.dtype == expected[name].dtype and torch.equal(value, expected[name]), name
+
+
+def test_waits_of_the_host_are_counted_by_line(monkeypatch):
+    """As torch tells of them; it also says, once, that this is a prototype."""
+    modes = ["default"]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with device.waits(torch.device("cuda")) as found:
+        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+        for _ in range(3):
+            warnings.warn(device.WAITED, stacklevel=1)
+    ((line, times),) = found.items()
+    assert line.startswith("benchmarks/test_full_size.py:") and times == 3
+    assert modes == ["default", "warn", "default"]
+
+
+def test_full_size_asks_for_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as exit:
+        full_size.main([])
+    assert exit.value.code == 2 and "expected a CUDA device" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("memory", [steps.PLAIN, MemoryConfig(), MemoryConfig(steps=3)], ids=["plain", "K2", "K3"])
+def test_weights_are_read_as_often_as_layers_are_passed(memory, checkpointing):
+    bench = training.Bench(training.QUICK, training.QUICK.base)
+    backbone = staged_backbone(bench.model)
+    if checkpointing:
+        checkpoint_activations(bench.model)
+    passes = dict.fromkeys(range(len(backbone.layers)), 0)
+
+    def count(number: int) -> Any:
+        def hook(*_: Any) -> None:
+            passes[number] += 1
+
+        return backbone.layers[number].input_layernorm.register_forward_pre_hook(hook)  # recomputation may end early
+
+    hooks = [count(number) for number in passes]
+    try:
+        bench.ours(memory)()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        checkpoint_activations(bench.model, False)
+    boundary = adapted_layers(len(passes), memory).start if memory.enabled else len(passes)
+    backward = {number: 1 if number < boundary else memory.steps + 1 for number in passes}
+    sizes = [sum(p.nbytes for p in layer.parameters()) for layer in backbone.layers]
+    expected = sum(sizes[number] * (passes[number] + backward[number]) for number in passes)
+    expected += backbone.lm_head.weight.nbytes * 2 * (memory.steps + 1 if memory.enabled else 1)
+    assert full_size.weights_read(bench.model, memory, checkpointing) == expected

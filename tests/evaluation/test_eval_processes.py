@@ -1,0 +1,98 @@
+"""Two processes answer the requests of an evaluation as one does, whoever gets which document."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from saved_models import byte_tokenizer, save_model
+
+import dllm_memdlm
+
+pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'dllm-memdlm[eval]'")
+
+import evaluate_in_processes
+from local_tasks import ROWS, data_in, write_tasks
+
+pytestmark = pytest.mark.slow  # both processes import lm-eval
+
+TESTS = Path(__file__).parents[1]
+MEMORY = {"rank": 4, "alpha": 8.0, "layer_fraction": 0.4, "inner_lr": 1.0}
+
+
+class Runs(NamedTuple):
+    one: dict[str, Any]
+    two: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    """The same evaluations in this process, and in two that torchrun starts (gloo)."""
+    folder = tmp_path_factory.mktemp("processes")
+    model = save_model(folder / "model", "llama", byte_tokenizer(), {"memory": MEMORY})
+    (folder / "tasks").mkdir()
+    tasks = write_tasks(folder / "tasks")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    paths = [str(Path(dllm_memdlm.__file__).parents[1]), str(TESTS), str(TESTS / "helpers")]
+    launched = subprocess.run(
+        [*launch, evaluate_in_processes.__file__, model, str(tasks), str(folder / "results.json")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    with data_in(folder / "datasets"):
+        one = evaluate_in_processes.evaluate_all(model, tasks)
+    return Runs(json.loads(json.dumps(one)), json.loads((folder / "results.json").read_text()))
+
+
+@pytest.mark.parametrize("run", ["off", "prompt"])
+def test_two_processes_answer_as_one(run, runs):
+    names = evaluate_in_processes.RUNS[run][1]
+    for name, one, two in zip(names, runs.one[run]["answers"], runs.two[run]["answers"], strict=True):
+        assert len(two) == len(ROWS), f"{name}: every document once, though they do not divide by two"
+        # the process with fewer documents answers its last one twice, so that both work on as many
+        answers = [[request[0] for request in document] for document in two]
+        expected = [[request[0] for request in document] for document in one]
+        assert answers == expected if name == "tiny_generate" else same_numbers(answers, expected)
+
+
+def same_numbers(found: list[Any], expected: list[Any]) -> bool:
+    """Likelihoods, of choices with whether they are greedy, or of texts."""
+    if isinstance(expected, list):
+        assert len(found) == len(expected)
+        return all(same_numbers(one, other) for one, other in zip(found, expected, strict=True))
+    return found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("run", ["off", "prompt"])
+def test_two_processes_score_as_one(run, runs):
+    for one, two in zip(runs.one[run]["scores"], runs.two[run]["scores"], strict=True):
+        assert two["sample_len"] == len(ROWS)
+        assert one.keys() == two.keys()
+        numbers = {name: value for name, value in one.items() if isinstance(value, float)}
+        assert numbers == pytest.approx({name: two[name] for name in numbers}, rel=1e-5)
+
+
+def test_memory_makes_a_difference_here(runs):
+    """Else the above would show nothing."""
+    off, prompt, prefix = (runs.one[run]["answers"][0] for run in ("off", "prompt", "prefix"))
+    assert off != prompt and prompt != prefix
+
+
+def test_prefixes_are_shared_within_a_process(runs):
+    assert len(runs.two["prefix"]["answers"][0]) == len(ROWS)
+    assert runs.two["prefix"]["tally"]["written"] < runs.two["prompt"]["tally"]["written"]
+
+
+def test_the_same_prompt_is_sampled_anew_in_every_process(runs):
+    (one,), (two,) = runs.one["sampled"]["answers"], runs.two["sampled"]["answers"]
+    first = [document[0][0] for document in one]
+    assert len(set(first)) == len(ROWS)
+    assert [document[0][0] for document in two] == first

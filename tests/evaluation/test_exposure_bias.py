@@ -1,0 +1,296 @@
+"""Exposure bias: both trajectories as in a plain reference, whatever the batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from conftest import KINDS, MASK, VOCABULARY, tiny
+from inputs import poisoned
+from saved_models import pretrained_of, prompt_memory, random_prompts
+from steps import memory_for
+from torch import Tensor, nn
+
+from benchmarks.naive import adapted, one_by_one
+from benchmarks.naive_experts import plain_experts
+from dllm_memdlm.config import ConfigError
+from dllm_memdlm.evaluation.exposure_bias import DenoisingStep, Example, _rows, exposure_bias
+from dllm_memdlm.inference.decoding import Decoder
+
+#: Responses longer and shorter than the steps, behind prompts of other lengths.
+EXAMPLES = [
+    Example(*pair) for pair in zip(random_prompts(9, 3, 14, 1), random_prompts(11, 2, 6, 9, seed=1), strict=True)
+]
+STEPS = 7
+
+
+def decoder_of(
+    kind: str, memory: bool = False, dtype: torch.dtype = torch.float32, shift: bool = False, **settings: Any
+) -> Decoder:
+    model = tiny(kind, dtype)
+    own = prompt_memory(model, memory_for(kind), shift) if memory else None
+    return Decoder(pretrained_of(model, shift=shift), memory=own, **settings)
+
+
+def numbers(steps: list[DenoisingStep]) -> Tensor:
+    """Both losses [2, S], float64."""
+    return torch.tensor([[step.static, step.sequential] for step in steps], dtype=torch.float64).T
+
+
+# === the plain reference ===
+
+
+def left_at(length: int, step: int, steps: int) -> int:
+    return math.ceil(length * (1 - Fraction(step, steps)))
+
+
+def log_probabilities(decoder: Decoder, canvas: list[int]) -> list[list[float]]:
+    """Of each token at each position, from logits everywhere."""
+    with torch.no_grad():
+        logits = decoder.pretrained.model(input_ids=torch.tensor([canvas])).logits[0].double()
+    if decoder.pretrained.right_shift_logits:
+        logits = torch.cat([logits[:1], logits[:-1]])
+    return logits.log_softmax(-1).tolist()
+
+
+@contextmanager
+def remembering(decoder: Decoder, prompt: list[int]) -> Iterator[None]:
+    """The fast weights of a prompt, added to the linear layers one by one."""
+    fast = None if decoder.memory is None else decoder.memory.recall([prompt])
+    with ExitStack() as stack:
+        stack.enter_context(plain_experts(decoder.pretrained.model))
+        if fast is not None:
+            stack.enter_context(adapted(decoder.pretrained.model, one_by_one(fast.tensors, 0), fast.scaling))
+        yield
+
+
+def plain_sums(decoder: Decoder, example: Example, steps: int) -> list[tuple[float, float]]:
+    """Static and sequential NLL sums of one example at each step. Only the random masks are given."""
+    clean, start = [*example.prompt, *example.response], len(example.prompt)
+    rows = _rows(decoder, [example], steps, seed=0)
+    canvas = clean[:start] + [MASK] * len(example.response)
+    sums = []
+    for step in range(steps):
+        left = left_at(len(example.response), step, steps)
+        while canvas.count(MASK) > left:
+            # the state before, from which all tokens of this step are committed at once
+            found, surest = log_probabilities(decoder, canvas), []
+            for i in range(start, len(clean)):
+                if canvas[i] == MASK:
+                    best = max((token for token in range(VOCABULARY) if token != MASK), key=lambda t, i=i: found[i][t])
+                    others = sum(math.exp(p) for token, p in enumerate(found[i]) if token != MASK)
+                    surest.append((-math.exp(found[i][best]) / others, i, best))
+            for _, i, best in sorted(surest)[: canvas.count(MASK) - left]:
+                canvas[i] = best
+        true = [i for i, hidden in enumerate(rows.masks[0, rows.state_of[step]].tolist()) if hidden]
+        own = [i for i in range(start, len(clean)) if canvas[i] == MASK]
+        assert len(true) == len(own) == left
+        seen = log_probabilities(decoder, [MASK if i in true else token for i, token in enumerate(clean)])
+        found = log_probabilities(decoder, canvas)
+        sums.append((-sum(seen[i][clean[i]] for i in true), -sum(found[i][clean[i]] for i in own)))
+    return sums
+
+
+def plain(decoder: Decoder, examples: list[Example], steps: int) -> list[DenoisingStep]:
+    totals = [[0.0, 0.0] for _ in range(steps)]
+    for example in examples:
+        with remembering(decoder, example.prompt):
+            for total, sums in zip(totals, plain_sums(decoder, example, steps), strict=True):
+                total[0], total[1] = total[0] + sums[0], total[1] + sums[1]
+    result = []
+    for step, (static, sequential) in enumerate(totals):
+        count = sum(left_at(len(example.response), step, steps) for example in examples)
+        result.append(DenoisingStep(step, 1 - step / steps, static / count, sequential / count, count))
+    return result
+
+
+@pytest.mark.parametrize(
+    ("kind", "memory", "shift"),
+    [*((kind, memory, False) for kind in ("llada_moe", "llada2") for memory in (False, True)), ("llama", True, True)],
+)
+def test_both_losses_are_those_of_the_plain_reference(kind, memory, shift):
+    decoder = decoder_of(kind, memory, shift=shift)
+    found, expected = (measure(decoder, EXAMPLES, STEPS) for measure in (exposure_bias, plain))
+    assert [step.step for step in found] == list(range(STEPS))
+    assert [step.tokens for step in found] == [step.tokens for step in expected]
+    assert [step.masked_ratio for step in found] == pytest.approx([step.masked_ratio for step in expected])
+    torch.testing.assert_close(numbers(found), numbers(expected), rtol=1e-4, atol=0)
+    assert [step.ratio for step in found] == pytest.approx([s.sequential / s.static for s in expected], rel=2e-4)
+    static, sequential = numbers(found)
+    assert (static - sequential).abs()[1:].mean() > 0.05, "the two trajectories should differ"
+    without = numbers(exposure_bias(Decoder(decoder.pretrained), EXAMPLES, STEPS))
+    assert ((numbers(found) - without).abs().mean(1) > 0.05).tolist() == [memory] * 2, "it should matter in both"
+
+
+# === batches ===
+
+
+@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_neither_batches_nor_the_order_matter(kind, memory):
+    decoder = decoder_of(kind, memory, torch.float64)
+    together = exposure_bias(decoder, EXAMPLES, STEPS, batch_size=4)
+    for examples, size in ((EXAMPLES, 1), (EXAMPLES, 3), (EXAMPLES[::-1], 2), (EXAMPLES, "auto")):
+        found = exposure_bias(decoder, examples, STEPS, size)
+        torch.testing.assert_close(numbers(found), numbers(together), rtol=1e-6, atol=0)
+        assert [step.tokens for step in found] == [step.tokens for step in together]
+    alone = [exposure_bias(decoder, [example], STEPS) for example in EXAMPLES]
+    sums = sum(numbers(steps) * torch.tensor([step.tokens for step in steps]) for steps in alone)
+    torch.testing.assert_close(numbers(together), sums / sum(torch.tensor([s.tokens for s in a]) for a in alone))
+
+
+def test_a_batch_is_one_forward_for_each_state_of_each_trajectory():
+    decoder = decoder_of("llama")
+    with recorded(decoder.pretrained.model) as seen:
+        exposure_bias(decoder, EXAMPLES, 2, batch_size=3)
+    assert [tuple(tokens.shape) for tokens in seen] == [(3, 20)] * 3 + [(1, 5)] * 3
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_an_empty_prompt_has_no_memory(shift):
+    """The static loss alone: where all is masked, the confidences are equal but for rounding."""
+    (response,) = random_prompts(9)
+    decoder = decoder_of("llama", memory=True, shift=shift)
+    found, without = (
+        numbers(exposure_bias(d, [Example([], response)], 3)) for d in (decoder, Decoder(decoder.pretrained))
+    )
+    torch.testing.assert_close(found[0], without[0])
+    assert decoder.memory.tally.without == 1 and found.isfinite().all()
+
+
+# === the states ===
+
+
+@contextmanager
+def recorded(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The tokens [B, L] that the model sees, forward by forward."""
+    seen: list[Tensor] = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].clone()), with_kwargs=True
+    )
+    yield seen
+    handle.remove()
+
+
+def states_of(decoder: Decoder, example: Example, steps: int, **settings: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The states [n] of a response on the two trajectories: the true ones, and the model's own."""
+    with recorded(decoder.pretrained.model) as seen:
+        exposure_bias(decoder, [example], steps, **settings)
+    first, *later = (tokens[0] for tokens in seen)
+    assert all(state[: len(example.prompt)].tolist() == example.prompt for state in (first, *later))
+    responses = [state[len(example.prompt) :] for state in (first, *later)]
+    return responses[:1] + responses[2::2], responses[:1] + responses[1::2]
+
+
+@pytest.mark.parametrize("length", [48, 101, 13, 1])
+def test_the_right_number_stays_masked_and_nothing_is_masked_again(length):
+    (prompt,), (response,) = random_prompts(5), random_prompts(length, seed=1)
+    decoder = decoder_of("llada2")
+    counts = [left_at(length, step, 48) for step in range(48)]
+    distinct = sorted(set(counts), reverse=True)
+    for states in states_of(decoder, Example(prompt, response), 48):
+        masked = [state == MASK for state in states]
+        assert [int(mask.sum()) for mask in masked] == distinct, "steps that reveal nothing cost nothing"
+        for before, after, mask in zip(states, states[1:], masked, strict=False):
+            assert torch.equal(before[~mask], after[~mask]), "what is decided stays"
+    found = exposure_bias(decoder, [Example(prompt, response)], 48)
+    assert [step.tokens for step in found] == counts and min(counts) >= 1
+    assert found[0].ratio == 1 and (found[0].masked_ratio, found[-1].masked_ratio) == (1, pytest.approx(1 / 48))
+
+
+def test_the_true_states_are_the_clean_tokens_under_masks_of_the_seed_and_the_example():
+    decoder, (prompt, other), (response,) = decoder_of("llama"), random_prompts(8, 8), random_prompts(30, seed=1)
+    example = Example(prompt, response)
+    true, _ = states_of(decoder, example, 10)
+    assert all(((state == MASK) | (state == torch.tensor(response))).all() for state in true)
+    again, _ = states_of(decoder, example, 10, seed=0)
+    assert all(map(torch.equal, true, again))
+    for changed, seed in ((example, 1), (Example(other, response), 0)):
+        assert not any(map(torch.equal, true[1:], states_of(decoder, changed, 10, seed=seed)[0][1:]))
+    with recorded(decoder.pretrained.model) as seen:  # in company
+        exposure_bias(decoder, [Example(other, response[:3]), Example(other, [*response, 5, 6]), example], 10)
+    inside = [tokens[1, len(prompt) : example.length] for tokens in (seen[0], *seen[2::2])]
+    assert all(map(torch.equal, true, inside))
+
+
+def test_every_token_is_as_likely_to_be_masked():
+    decoder, shares = decoder_of("llama"), torch.zeros(6)
+    for seed in range(300):
+        shares += _rows(decoder, [Example([5], [7] * 6)], 2, seed).masks[0, 1, 1:] / 300
+    assert shares.tolist() == pytest.approx([0.5] * 6, abs=0.08)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_models_own_states_are_those_that_its_sampler_passes_through(kind):
+    """A token a step in one block, as the paper decodes LLaDA-MoE; the same tokens in the same order."""
+    pretrained = pretrained_of(tiny(kind, torch.float64))
+    sampler = Decoder(pretrained, "mdlm", {"suppress_tokens": [MASK]})
+    (prompt,), (response,) = random_prompts(7), random_prompts(12, seed=1)
+    _, own = states_of(Decoder(pretrained), Example(prompt, response), 12)
+    passed = [canvas[0, 7:].clone() for canvas in sampler.stream([prompt], 12)]
+    assert len(passed) == 13 and all(map(torch.equal, own, passed))
+
+
+def test_a_model_is_better_at_its_own_answer_than_at_another():
+    """Where the clean response is what the model says by itself, its own states are true ones."""
+    decoder = decoder_of("llada_moe", dtype=torch.float64)
+    (prompt,), (response,) = random_prompts(7), random_prompts(12, seed=1)
+    sampler = Decoder(decoder.pretrained, "mdlm", {"suppress_tokens": [MASK]})
+    (answer,) = sampler.answers([prompt], 12, whole=True)
+    _, own = states_of(decoder, Example(prompt, answer), 12)
+    assert all(((state == MASK) | (state == torch.tensor(answer))).all() for state in own)
+    said, other = (numbers(exposure_bias(decoder, [Example(prompt, r)], 12)) for r in (answer, response))
+    assert (said[1] < other[1]).all() and said[1, 1:].mean() < said[0, 1:].mean()
+
+
+def test_a_mask_is_never_an_answer():
+    decoder = decoder_of("llada_moe")
+    (prompt,), (response,) = random_prompts(7), random_prompts(20, seed=1)
+    decoder.pretrained.model.lm_head.weight[MASK] *= 30
+    empty = torch.tensor([*prompt, *[MASK] * 20])
+    favourites = decoder.pretrained.model(input_ids=empty[None]).logits[0, 7:].argmax(-1)
+    assert (favourites == MASK).any(), "the model should want to"
+    _, own = states_of(decoder, Example(prompt, response), 10)
+    assert [int((state == MASK).sum()) for state in own] == list(range(20, 0, -2))
+
+
+def test_a_model_that_knows_nothing_has_the_uniform_loss_and_fills_in_from_the_left():
+    decoder = decoder_of("llama")
+    decoder.pretrained.model.lm_head.weight.zero_()
+    (prompt,), (response,) = random_prompts(7), random_prompts(20, seed=1)
+    for step in exposure_bias(decoder, EXAMPLES, STEPS):
+        assert (step.static, step.sequential) == pytest.approx((math.log(VOCABULARY),) * 2)
+    _, own = states_of(decoder, Example(prompt, response), 10)
+    assert [(state == MASK).tolist() for state in own] == [[False] * n + [True] * (20 - n) for n in range(0, 20, 2)]
+
+
+def test_certainty_has_no_ratio():
+    assert DenoisingStep(0, 1.0, 0.0, 0.5, 3).ratio is None
+    assert DenoisingStep(0, 1.0, 0.25, 0.5, 3).ratio == 2
+
+
+@pytest.mark.parametrize(
+    ("examples", "steps", "message"),
+    [
+        ([], 48, "48 steps of 0 examples, 0 of which"),
+        ([Example([5], [6])], 0, "0 steps of 1 examples"),
+        ([Example([5], [6]), Example([5], [])], 48, "48 steps of 2 examples, 1 of which have no response or more than"),
+        ([Example([5] * 8, [6] * 3)], 48, "1 of which have no response or more than max_length=10 tokens"),
+    ],
+)
+def test_what_cannot_be_denoised_is_refused(examples, steps, message):
+    with pytest.raises(ConfigError, match=message):
+        exposure_bias(decoder_of("llama", max_length=10), examples, steps)
+    assert len(exposure_bias(decoder_of("llama", max_length=10), [Example([5] * 8, [6] * 2)], 3)) == 3
+
+
+def test_a_loss_that_is_not_finite_is_an_error():
+    decoder = decoder_of("llama")
+    poisoned(decoder.pretrained.model, 47)
+    with pytest.raises(ConfigError, match="the NLL of some tokens is not finite"):
+        exposure_bias(decoder, [Example([47, 5], [6, 7])], 2)

@@ -1,0 +1,153 @@
+"""The command that measures exposure bias: its examples, what it writes, and the words of every refusal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import fresh_python
+import pytest
+from conftest import AMPLIFIED, ARCHITECTURES
+from rich.console import Console
+from saved_models import byte_tokenizer, save_model
+from steps import SMALL
+
+from dllm_memdlm.data import load_rows
+from dllm_memdlm.evaluation import exposure_bias as command
+from dllm_memdlm.evaluation.exposure_bias import DenoisingStep, exposure_bias, held_out
+from dllm_memdlm.inference.arguments import parse
+from dllm_memdlm.machine import package_versions
+from dllm_memdlm.training.recipe import load_recipe
+
+ROWS = [{"instruction": f"Say {i} twice, please.", "output": f"{i} and {i}" + "." * (i % 7)} for i in range(20)]
+
+
+@pytest.fixture
+def folder(tmp_path, as_from_a_shell) -> str:
+    """A model with its recipe, as a run leaves them, that holds 5 of 20 examples out."""
+    return saved(tmp_path)
+
+
+def saved(folder: Path, **data: Any) -> str:
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+    recipe = {
+        "model": {"architecture": ARCHITECTURES["llada_moe"], "dtype": "float32"},
+        "data": {"dataset": str(folder / "rows.jsonl"), "eval_fraction": 0.25, **data},
+        "memory": {**SMALL, **AMPLIFIED["llada_moe"]},
+        "training": {"max_steps": 2, "bf16": False},
+    }
+    return save_model(folder / "run", "llada_moe", byte_tokenizer(), recipe)
+
+
+def measured(folder: str, *arguments: str) -> dict[str, Any]:
+    output = Path(folder) / "new" / "eb.json"
+    assert command.main(["--model", folder, "--steps", "5", "--output", str(output), *arguments]) == 0
+    assert [path.name for path in output.parent.iterdir()] == ["eb.json"], "nothing half-written is left"
+    return json.loads(output.read_text())
+
+
+def test_held_out_examples_are_the_runs_own(folder):
+    tokenizer, data = byte_tokenizer(), load_recipe(f"{folder}/recipe.yaml").data
+    rows = load_rows(data)[1]
+    examples = held_out(data, tokenizer, 3)
+    assert held_out(data, tokenizer, 100)[:3] == examples and len(held_out(data, tokenizer, 100)) == 5 == len(rows)
+    for example, row in zip(examples, rows.select(range(3)), strict=True):
+        assert tokenizer.decode(example.prompt) == f"<|user|>{row['instruction']}<|role_end|><|assistant|>"
+        assert tokenizer.decode(example.response) == f"{row['output']}<|role_end|>"
+
+
+def test_the_command_writes_what_the_function_finds(folder, capsys):
+    without, with_memory = measured(folder), measured(folder, "--memory", "--batch-size", "2", "--seed", "3")
+    capsys.readouterr()
+    for report, memory, seed in ((without, False, 0), (with_memory, True, 3)):
+        decoder = parse({"pretrained": folder, "memory": memory, "seed": seed}).open()
+        examples = held_out(load_recipe(f"{folder}/recipe.yaml").data, decoder.pretrained.tokenizer, 64)
+        expected = exposure_bias(decoder, examples, 5, 1, seed)
+        tally = ["memory_tally"] * memory
+        assert list(report) == ["model", "memory", "examples", "dropped", "seed", "steps", *tally, "versions"]
+        assert (report["model"], report["memory"], report["seed"]) == (folder, memory, seed)
+        assert (report["examples"], report["dropped"], report["versions"]) == (5, 0, package_versions())
+        assert [step.pop("ratio") for step in report["steps"]] == pytest.approx([s.ratio for s in expected], rel=1e-4)
+        assert report["steps"] == [pytest.approx(step._asdict(), rel=1e-4) for step in expected]
+    assert without["steps"][0]["static"] != pytest.approx(with_memory["steps"][0]["static"], abs=0.01)
+    still = measured(folder, "memory_inner_lr=0.0", "seed=3")
+    plainly = measured(folder, "--seed", "3", "--examples", "5")
+    assert still["memory"] and still["steps"] == [pytest.approx(step) for step in plainly["steps"]]
+    shown = capsys.readouterr().out
+    assert "R_EB" in shown and f"{plainly['steps'][4]['sequential']:.4f}" in shown
+    assert "5 examples, 0 dropped as too long" in shown
+
+
+def test_too_long_examples_are_dropped_and_counted(folder, capsys):
+    lengths = sorted(
+        example.length for example in held_out(load_recipe(f"{folder}/recipe.yaml").data, byte_tokenizer(), 9)
+    )
+    assert lengths[0] < lengths[2] < lengths[-1]
+    report = measured(folder, f"max_length={lengths[2]}")
+    assert report["dropped"] == sum(length > lengths[2] for length in lengths) == 5 - report["examples"] > 0
+    assert f"{report['dropped']} dropped as too long" in capsys.readouterr().out
+    assert measured(folder, "--examples", "2")["examples"] == 2
+
+
+def error_of(capsys, folder: str, *arguments: str) -> str:
+    """The one line on stderr; the exit code is 2, and nothing is written."""
+    output = Path(folder).parent / "eb.json"
+    capsys.readouterr()
+    assert command.main(["--model", folder, "--steps", "2", "--output", str(output), *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("error: "), captured
+    assert not output.exists()
+    return captured.err.removeprefix("error: ").rstrip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["temprature=1"], "unknown model argument 'temprature'; did you mean temperature?"),
+        (["memory_rank=0"], "memory.rank=0: expected at least 1"),
+        (["steps=4"], "steps: a setting of the samplers, none of which is used here; steps are --steps N"),
+        (["--batch-size", "0"], "model_args.batch_size='0': expected a number of at least 1, or auto"),
+        (["max_length=12"], "2 steps of 5 examples, 5 of which have no response or more than max_length=12 tokens"),
+        (["--output", "FILE/eb.json"], "--output FILE/eb.json: "),
+    ],
+)
+def test_what_the_user_can_correct_is_one_line(folder, capsys, arguments, message):
+    file = f"{folder}/config.json"
+    found = error_of(capsys, folder, *(argument.replace("FILE", file) for argument in arguments))
+    assert found.startswith(message.replace("FILE", file))
+
+
+def test_a_run_without_held_out_examples_or_recipe_is_one_line(tmp_path, capsys, as_from_a_shell):
+    assert error_of(capsys, str(tmp_path / "none")).startswith(f"{tmp_path}/none/recipe.yaml: no such recipe file")
+    folder = saved(tmp_path, eval_fraction=0.0)
+    assert error_of(capsys, folder).startswith("data.eval_fraction=0.0: the run holds no example of ")
+    (tmp_path / "rows.jsonl").unlink()
+    assert "rows.jsonl': no such file or folder" in error_of(capsys, folder)
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--examples", "0"]])
+def test_what_makes_no_sense_is_refused_before_anything_is_loaded(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--model", "nowhere", "--output", "eb.json", *arguments])
+    assert stop.value.code == 2 and "usage: python -m dllm_memdlm.evaluation.exposure_bias" in capsys.readouterr().err
+
+
+def test_the_table_ends_with_the_last_step():
+    steps = [DenoisingStep(s, 1 - s / 48, 1.5, 3.0, 48 - s) for s in range(48)]
+    for count, first in ((48, "5"), (3, "0"), (1, "0")):
+        console = Console(width=100, record=True)
+        console.print(command.table(steps[:count]))
+        lines = [line.split() for line in console.export_text().splitlines() if "2.0000" in line]
+        assert (lines[0][1], lines[-1][1], len(lines)) == (first, str(count - 1), min(count, 8))
+
+
+def test_help_does_not_wait_for_torch():
+    heavy = '{"torch", "transformers", "datasets", "lm_eval", "numpy"} & sys.modules.keys()'
+    code = f"import json, sys; import dllm_memdlm.evaluation.exposure_bias; print(json.dumps(sorted({heavy})))"
+    assert fresh_python.printed(fresh_python.run("-c", code)) == []
+
+
+def test_a_folder_is_no_file_to_write_to(folder, capsys):
+    assert command.main(["--model", folder, "--output", folder]) == 2
+    assert capsys.readouterr().err == f"error: --output {folder}: a folder; expected a file\n"

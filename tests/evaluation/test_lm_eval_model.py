@@ -1,0 +1,295 @@
+"""The lm-eval model `memdlm`: whole evaluations of small local tasks, and what requests and arguments do one by one."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from saved_models import BYTES, byte_tokenizer, save_model
+
+pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'dllm-memdlm[eval]'")
+
+from lm_eval.api.model import CachingLM, hash_args
+from local_tasks import (
+    DOCUMENTS,
+    NEW,
+    ROWS,
+    asking,
+    data_in,
+    decoded,
+    evaluate,
+    generate,
+    responses,
+    save_uniform,
+    score,
+    scoring,
+    values,
+    write_tasks,
+)
+
+from dllm_memdlm.config import ConfigError
+from dllm_memdlm.evaluation import plugin
+from dllm_memdlm.evaluation.likelihood import log_likelihoods, states
+from dllm_memdlm.evaluation.lm_eval_model import MemDLMEvalLM
+from dllm_memdlm.inference import arguments
+from dllm_memdlm.inference.decoding import memory_for
+from dllm_memdlm.inference.pretrained import load_pretrained
+from dllm_memdlm.method.prompt_memory import Tally, save_snapshot
+
+MEMORY = {"rank": 4, "alpha": 8.0, "layer_fraction": 0.4, "inner_lr": 1.0}
+TEXTS = [row["question"] for row in ROWS]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    plugin.install()
+    with data_in(tmp_path_factory.mktemp("cache")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return save_model(tmp_path_factory.mktemp("model"), "llama", byte_tokenizer(), {"memory": MEMORY})
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture
+def model(folder):
+    """Builds the model with these arguments."""
+    return lambda **arguments: MemDLMEvalLM(**{"pretrained": folder, "device": "cpu", "mc_num": 4, **arguments})
+
+
+# === whole evaluations ===
+
+
+@pytest.mark.parametrize("memory", [{}, {"memory": True}, {"memory": True, "memory_scope": "prefix"}])
+def test_every_kind_of_task(memory, folder, tasks):
+    given = {"pretrained": folder, "mc_num": 4, **memory}
+    results = evaluate(tasks, ["tiny_generate", "tiny_choose", "tiny_roll"], given, batch_size=2)
+    prefixes = [DOCUMENTS[0] + "Wh"] * 3 + [DOCUMENTS[1]] * 2  # with which the questions begin
+    memories = None if not memory else prefixes if "memory_scope" in memory else TEXTS
+    expected = [answer.split("\n")[0] for answer in decoded(folder, TEXTS, memories)]
+    assert responses(results, "tiny_generate") == [[[answer]] for answer in expected]
+
+    pretrained = load_pretrained(folder)
+    prompts = memory_for(pretrained, {}) if memory else None
+    for row, found in zip(ROWS, responses(results, "tiny_choose"), strict=True):
+        context = pretrained.tokenizer.encode(row["question"])
+        for choice, ((value, greedy),) in zip(row["choices"], found, strict=True):
+            items = list(states(0, context, pretrained.tokenizer.encode(f" {choice}"), 4, 0))
+            with prompts.recalled([context]) if memory else contextlib.nullcontext():
+                expected = sum(log_likelihoods(pretrained.model, items, pretrained.tokenizer.mask_token_id))
+            assert value == pytest.approx(expected, rel=1e-5) and greedy is False
+    assert results["results"]["tiny_roll"]["bits_per_byte,none"] > 1
+    assert len(results["samples"]["tiny_roll"]) == len(ROWS)
+    tally = results["config"].get("memory_tally")
+    assert (tally is None) is (not memory)
+    if memory:
+        assert tally["written"] >= 2 and tally["without"] == tally["not_finite"] == 0 and 0 < tally["hit_rate"] < 1
+        assert results["config"]["memory"]["inner_lr"] == 1.0 and results["config"]["memory"]["weighting"] == "uniform"
+
+
+def test_chats_with_shots_and_a_begun_answer(folder, tasks):
+    settings = {"num_fewshot": 1, "apply_chat_template": True, "fewshot_as_multiturn": True}
+    results = evaluate(tasks, ["tiny_generate", "tiny_prefixed"], {"pretrained": folder}, **settings)
+    for task, begun in (("tiny_generate", ""), ("tiny_prefixed", "Well,")):
+        prompts = [sample["arguments"][0][0] for sample in results["samples"][task]]
+        assert all(prompt.count("<|user|>") == prompt.count("<|assistant|>") == 2 for prompt in prompts)
+        assert all(prompt.count("<|role_end|>") == 3 for prompt in prompts), "the answer's turn has not ended"
+        assert all(prompt.rpartition("<|assistant|>")[2].strip() == begun for prompt in prompts)
+        expected = [answer.split("\n")[0] for answer in decoded(folder, prompts, None)]
+        assert responses(results, task) == [[[answer]] for answer in expected]
+
+
+def test_a_second_run_is_answered_from_the_cache(folder, tasks, tmp_path):
+    """By a model that would say something else."""
+    names, cache = ["tiny_generate", "tiny_choose", "tiny_roll"], str(tmp_path / "cache")
+    given = {"pretrained": folder, "mc_num": 2}
+    first = evaluate(tasks, names, given, use_cache=cache)
+    other = {**given, "memory": True, "seed": 1}
+    again, fresh = evaluate(tasks, names, other, use_cache=cache), evaluate(tasks, names, other)
+    assert [responses(again, name) for name in names] == [responses(first, name) for name in names]
+    assert all(responses(fresh, name) != responses(first, name) for name in names)
+    assert again["config"]["memory_tally"]["written"] == 0
+
+
+def test_what_was_answered_before_a_failure_is_in_the_cache(model, tmp_path, monkeypatch):
+    lm, answers = model(), iter([[[10]], [[11]]])
+    caching = CachingLM(lm, str(tmp_path / "cache.db"))
+    monkeypatch.setattr(lm.decoder, "answers", lambda *args, **kw: next(answers))
+    with pytest.raises(RuntimeError):
+        caching.generate_until(asking(*TEXTS))
+    assert sum(hash_args("generate_until", request.args) in caching.dbdict for request in asking(*TEXTS)) == 2
+    caching.dbdict.close()
+
+
+def test_arguments_of_the_command_line_are_checked(folder, tasks, caplog, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"^unknown model argument 'memory_iner_lr'; did you mean memory_inner_lr\?$"):
+        evaluate(tasks, ["tiny_roll"], f"pretrained={folder},memory_iner_lr=0.1")
+    text = f"pretrained={folder},memory=true,memory_steps=3,suppress_tokens=[5;7],steps=3,memory_inner_lr=2"
+    lm = MemDLMEvalLM.create_from_arg_string(text, {"batch_size": "auto:2", "device": "cuda:0"})
+    assert lm.decoder.config_for(6).suppress_tokens == [5, 7] and lm.decoder.config_for(6).steps == 3
+    assert lm.device.type == "cpu" and "device=cuda:0: there is none; using the CPU" in caplog.messages
+    info = lm.get_model_info()
+    assert info["memory"]["steps"] == 3 and info["memory"]["inner_lr"] == 2.0
+    assert info["sampler"] == "mdlm" and info["sampler_settings"] == {"suppress_tokens": [5, 7], "steps": 3}
+
+
+# === one by one ===
+
+
+@pytest.mark.parametrize("memory", [{}, {"memory": True}, {"memory": True, "memory_scope": "prefix"}])
+def test_the_batch_size_changes_nothing(memory, model):
+    pairs = [(row["question"], choice) for row in ROWS for choice in row["choices"]]
+    one = model(batch_size=1, **memory)
+    answers, likelihoods = generate(one, *TEXTS, "short"), values(one, *pairs)
+    assert len(set(answers)) > 2
+    for size in (3, "auto", "auto:2", "64"):
+        lm = model(batch_size=size, **memory)
+        assert generate(lm, *TEXTS, "short") == answers, size
+        assert values(lm, *pairs) == pytest.approx(likelihoods, rel=1e-4), size
+
+
+def test_where_an_answer_ends(model):
+    lm = model()
+    (whole,) = generate(lm, TEXTS[0])
+    stop = whole[2]
+    for until in (stop, [stop], ["zzz", "", stop]):
+        assert generate(lm, TEXTS[0], until=until) == [whole[: whole.index(stop)]]
+    for until in ([], "", None, ["zzz"]):
+        assert generate(lm, TEXTS[0], until=until) == [whole]
+
+
+def test_how_long_an_answer_is(model):
+    lm = model(max_gen_toks=5, batch_size=4, suppress_tokens=[*range(7), *range(100, BYTES)])  # a letter a token
+    requests = asking(TEXTS[0], max_gen_toks=9) + asking(TEXTS[1], max_gen_toks=None)
+    assert [len(answer) for answer in lm.generate_until(requests, disable_tqdm=True)] == [9, 5]
+
+
+def test_sampling_is_seeded_by_prompt(model):
+    settings = {"temperature": 1.0, "do_sample": True}
+    first = generate(model(batch_size=3), *[TEXTS[0]] * 3, TEXTS[1], **settings)
+    assert len(set(first[:3])) == 3, "asked again, it answers anew"
+    assert generate(model(batch_size=1), *[TEXTS[0]] * 3, TEXTS[1], **settings) == first
+    assert generate(model(seed=1), TEXTS[0], **settings) != first[:1]
+    greedy = generate(model(), TEXTS[0])
+    assert generate(model(temperature=1.0), TEXTS[0], do_sample=False, temperature=1.0) == greedy
+    assert generate(model(), TEXTS[0], temperature=0) == greedy
+
+
+def test_an_over_long_prompt_is_decoded_without_memory(model, folder):
+    lm = model(memory=True, max_length=80)
+    long, short = TEXTS[0] + TEXTS[1], TEXTS[1][-30:]
+    found = generate(lm, long, short)
+    assert found == [*decoded(folder, [long[-(80 - NEW) :]], None), *decoded(folder, [short], [short])]
+    tally = lm.get_model_info()["memory_tally"]
+    assert (tally["written"], tally["without"], tally["reused"]) == (1, 1, 0)
+
+
+def test_a_saved_memory_is_in_place_for_every_prompt(model, folder, tmp_path):
+    path, pretrained = tmp_path / "memory.safetensors", load_pretrained(folder)
+    written, text = memory_for(pretrained, {}), pretrained.tokenizer.encode(DOCUMENTS[0])
+    save_snapshot(path, written.recall([text]), folder, written.memory.config, text)
+    found = generate(model(fast_weights=str(path)), *TEXTS)
+    assert found == decoded(folder, TEXTS, [DOCUMENTS[0]] * len(TEXTS)) != generate(model(), *TEXTS)
+
+
+def test_the_tally_counts_prompts(model):
+    """Not the masks from which their likelihood is estimated."""
+    lm = model(memory=True, mc_num=16, batch_size=4)
+    score(lm, (TEXTS[0], " first"), (TEXTS[0], " second"), (TEXTS[1], " third"))
+    assert (lm.memory.tally.written, lm.memory.tally.reused, lm.memory.tally.without) == (2, 1, 0)
+    lm = model(memory=True, mc_num=16, max_length=40)
+    score(lm, (TEXTS[0], " one"), ("", "two"))
+    assert (lm.memory.tally.written, lm.memory.tally.without) == (0, 2)
+
+
+def test_generators_of_the_program_go_on_as_if_nothing_had_been_drawn(model, monkeypatch):
+    """Whatever draws while a model is loaded; tasks draw their data after it."""
+
+    def numbers() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    def seeded() -> None:
+        random.seed(3)
+        np.random.seed(3)
+        torch.manual_seed(3)
+
+    seeded()
+    expected = numbers()
+    seeded()
+    monkeypatch.setattr(arguments, "load_pretrained", lambda *args, **kw: (numbers(), load_pretrained(*args, **kw))[1])
+    lm = model(memory=True)
+    assert numbers() == expected
+    seeded()
+    generate(lm, TEXTS[0], temperature=1.0)
+    score(lm, (TEXTS[0], " yes"))
+    assert numbers() == expected, "nor by answers"
+
+
+# === likelihoods ===
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_whether_a_continuation_is_the_models_own(memory, model):
+    lm = model(check_greedy=True, memory=memory, suppress_tokens=[*range(7), *range(100, BYTES)])
+    own = [(text, answer) for text, answer in zip(TEXTS, generate(lm, *TEXTS), strict=True)]
+    others = [(context, answer[:-1] + "~") for context, answer in own]
+    found = score(lm, *own, *others, (TEXTS[0], ""))
+    assert [greedy for _, greedy in found] == [True] * 5 + [False] * 5 + [True]
+    blind = model(memory=memory, suppress_tokens=[5])
+    assert [greedy for _, greedy in score(blind, *own)] == [False] * 5
+    assert values(blind, *own, *others, (TEXTS[0], "")) == [value for value, _ in found]
+
+
+def test_where_the_continuation_begins(model):
+    lm = model(mc_num=8)
+    assert values(lm, ("Ada lives ", "here")) == values(lm, ("Ada lives", " here"))
+    assert values(lm, ("Ada", "")) == [0.0]
+    assert len({*values(lm, ("", "here")), *values(lm, ("Ada", "here")), *values(lm, (" ", "here"))}) == 3
+
+
+def test_a_context_is_cut_from_the_left(model):
+    lm, long = model(max_length=30, mc_num=8), "x" * 50 + "Ada lives by the river and"
+    assert values(lm, (long, " so")) == values(lm, (long[-27:], " so"))
+    assert values(model(max_length=30, mc_num=8, memory=True), (long, " so")) == values(lm, (long, " so"))
+    assert values(lm, ("Ada", "y" * 10 + "z" * 30)) == values(lm, ("", "z" * 30))
+
+
+@pytest.fixture(scope="module")
+def uniform(tmp_path_factory):
+    return MemDLMEvalLM(pretrained=save_uniform(tmp_path_factory.mktemp("uniform")), mc_num=5, max_length=16)
+
+
+def test_a_whole_text_has_no_prompt_to_adapt_to(model):
+    lm, requests = model(memory=True, max_length=40), scoring((TEXTS[0],), ("Ada",))
+    found = lm.loglikelihood_rolling(requests, disable_tqdm=True)
+    assert found == model(max_length=40).loglikelihood_rolling(requests, disable_tqdm=True)
+    assert lm.memory.tally == Tally()
+
+
+def test_every_token_of_a_continuation_is_counted_once(uniform):
+    per_token = -math.log(BYTES)
+    assert values(uniform, ("Ada", " here"), ("x" * 40, "ab")) == pytest.approx([5 * per_token, 2 * per_token])
+
+
+def test_every_token_of_a_text_is_counted_once(uniform):
+    """The first token stands before the text, and is no part of it."""
+    per_token = -math.log(BYTES)
+    texts = ["here", "x" * 15, "x" * 16, "x" * 100]
+    requests = [request for text in texts for request in scoring((text,))]
+    found = uniform.loglikelihood_rolling(requests, disable_tqdm=True)
+    assert found == pytest.approx([len(text) * per_token for text in texts])
+
+
+def test_the_first_token_is_no_part_of_a_continuation(uniform):
+    assert values(uniform, ("", "here")) == pytest.approx([-4 * math.log(BYTES)])

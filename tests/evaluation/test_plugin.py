@@ -1,0 +1,233 @@
+"""lm-eval finds `memdlm`: the import hook on stand-ins of lm-eval and on itself, and its stock commands."""
+
+from __future__ import annotations
+
+import configparser
+import subprocess
+from pathlib import Path
+
+import pytest
+from fresh_python import MODELS, REGISTRY, ROOT, UNKNOWN, known_models, needs_lm_eval, printed, run, write_lm_eval
+
+from dllm_memdlm import cli
+from dllm_memdlm.evaluation import plugin
+
+#: The start and the end of what runs in an interpreter of its own.
+BEFORE = """
+import importlib, json, sys
+from dllm_memdlm.evaluation import plugin
+finders = list(sys.meta_path)
+"""
+AFTER = """
+from lm_eval.api.registry import model_registry
+loaders = {type(lm_eval.models.__loader__).__name__, type(lm_eval.models.__spec__.loader).__name__}
+print(json.dumps({"models": dict(model_registry), "clean": sys.meta_path == finders, "loaders": sorted(loaders)}))
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """Runs code with a stand-in of lm-eval. Warnings are errors there."""
+
+    def run_with(code: str, **modules: str) -> subprocess.CompletedProcess[str]:
+        write_lm_eval(tmp_path, **modules)
+        return run("-W", "error", "-c", BEFORE + code, paths=(tmp_path, ROOT))
+
+    return run_with
+
+
+# --- the import hook -----------------------------------------------------------------------------------------------
+
+
+def test_importing_it_imports_none_of_the_libraries():
+    code = (
+        'heavy = {"torch", "transformers", "lm_eval", "numpy"} & sys.modules.keys(); print(json.dumps(sorted(heavy)))'
+    )
+    assert printed(run("-c", BEFORE + "plugin.install()\n" + code, paths=(ROOT,))) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "plugin.install(); assert 'lm_eval' not in sys.modules; import lm_eval.models",
+        "import lm_eval.models; plugin.install()",
+        "import lm_eval.api.registry; plugin.install(); import lm_eval.models",
+        "plugin.install(); plugin.install(); import lm_eval.models; plugin.install()",
+        "plugin.install(); importlib.util.find_spec('lm_eval.models'); import lm_eval.models",
+        "plugin.install(); import lm_eval.models; importlib.reload(lm_eval.models)",
+    ],
+    ids=["before", "after", "between", "twice", "looked for first", "reloaded"],
+)
+def test_the_model_is_registered_after_the_built_in_ones(code, stand_in):
+    done = stand_in(code + AFTER)
+    found = printed(done)
+    assert list(found["models"].items()) == [
+        ("dummy", "lm_eval.models.dummy:DummyLM"),
+        ("memdlm", "dllm_memdlm.evaluation.lm_eval_model:MemDLMEvalLM"),
+    ]
+    assert found["clean"], "the hook has gone"
+    assert found["loaders"] == ["SourceFileLoader"], "the module is as it would be without it"
+    assert done.stderr == ""
+
+
+def test_it_works_beside_another_hook_of_its_kind(stand_in):
+    code = "plugin.install(); other = plugin._Finder(); sys.meta_path.append(other); sys.meta_path.insert(0, other)\n"
+    done = stand_in(code + "import lm_eval.models; sys.meta_path[:] = [f for f in sys.meta_path if f != other]" + AFTER)
+    assert list(printed(done)["models"]) == ["dummy", "memdlm"]
+
+
+@pytest.mark.parametrize("code", ["plugin.install(); import lm_eval.models", "import lm_eval.models; plugin.install()"])
+def test_a_release_that_takes_plugins_is_left_to_find_the_model(code, stand_in):
+    found = printed(stand_in(code + AFTER, registry=REGISTRY + "def import_plugins(module_names): ..."))
+    assert list(found["models"]) == ["dummy"] and found["clean"]
+
+
+def test_a_name_that_is_taken_stays_so(stand_in):
+    taken = MODELS + 'model_registry.register("memdlm", target="another:Model")'
+    done = stand_in("plugin.install(); import lm_eval.models" + AFTER, models=taken)
+    assert printed(done)["models"]["memdlm"] == "another:Model" and done.stderr == ""
+
+
+REFUSALS = {
+    "an old release": ("MODEL_REGISTRY = {}", "", "AttributeError"),
+    "without a registry": ("", "import sys; del sys.modules['lm_eval.api.registry']", "KeyError"),
+    "frozen": (REGISTRY.replace("self[name] = target", "raise TypeError('frozen')"), "", "TypeError('frozen')"),
+    "taken": (REGISTRY.replace("self[name] = target", "raise ValueError('taken')"), "", "ValueError('taken')"),
+}
+
+
+@pytest.mark.parametrize("code", ["plugin.install(); import lm_eval.models", "import lm_eval.models; plugin.install()"])
+@pytest.mark.parametrize(("registry", "models", "reason"), REFUSALS.values(), ids=REFUSALS)
+def test_a_refusal_is_one_line_and_breaks_no_import(registry, models, reason, code, stand_in):
+    models = "import lm_eval.api.registry\n" + models
+    done = stand_in(code + "\nprint(json.dumps(sys.meta_path == finders))", registry=registry, models=models)
+    assert printed(done) is True
+    assert done.stderr.count("\n") == 1 and reason in done.stderr, done.stderr
+    assert done.stderr.startswith("lm-eval cannot take the model memdlm, which was made for lm-eval 0.4.13: ")
+
+
+def test_what_breaks_in_lm_eval_breaks_as_without_it(stand_in):
+    """The error is lm-eval's own; where a second attempt succeeds, it ends with the model registered."""
+    models = "import os\nif os.environ.pop('BROKEN', ''): raise OSError('broken')" + MODELS
+    code = """
+import os
+os.environ["BROKEN"] = "1"
+plugin.install()
+try:
+    import lm_eval.models
+except OSError as error:
+    assert error.args == ("broken",) and "lm_eval.models" not in sys.modules
+else:
+    raise AssertionError
+import lm_eval.models
+"""
+    found = printed(stand_in(code + AFTER, models=models))
+    assert list(found["models"]) == ["dummy", "memdlm"] and found["clean"]
+
+
+def test_where_there_is_no_lm_eval_its_import_fails_as_ever():
+    code = """
+sys.path.clear()
+plugin.install()
+try:
+    import lm_eval.models
+except ModuleNotFoundError as error:
+    print(json.dumps(error.name))
+"""
+    assert printed(run("-W", "error", "-S", "-c", BEFORE + code, paths=(ROOT,))) == "lm_eval"
+
+
+def test_setup_cfg_names_what_is_here():
+    declared = configparser.ConfigParser()
+    assert declared.read(Path(__file__).parents[2] / "setup.cfg")
+    points = declared["options.entry_points"]
+    assert points["lm_eval.models"].split() == [plugin.NAME, "=", plugin.TARGET]
+    assert points["torch.backends"].split() == ["dllm_memdlm", "=", f"{plugin.__name__}:{plugin.install.__name__}"]
+    assert points["console_scripts"].split() == ["memdlm", "=", f"{cli.__name__}:{cli.command.__name__}"]
+
+
+# --- lm-eval itself ------------------------------------------------------------------------------------------------
+
+
+@needs_lm_eval
+@pytest.mark.parametrize("code", ["plugin.install(); import lm_eval.models", "import lm_eval.models; plugin.install()"])
+def test_lm_eval_has_the_model_and_all_of_its_own(code):
+    after = """
+from lm_eval.api.registry import get_model, model_registry
+more = sorted(model_registry.keys() - lm_eval.models.MODEL_MAPPING.keys())
+less = sorted(lm_eval.models.MODEL_MAPPING.keys() - model_registry.keys())
+print(json.dumps([more, less, get_model("dummy").__name__, "hf" in model_registry, sys.meta_path == finders]))
+"""
+    found = printed(run("-c", BEFORE + code + after, paths=(ROOT,)))
+    assert found == [["memdlm"], [], "DummyLM", True, True]
+
+
+@needs_lm_eval
+def test_a_frozen_registry_of_lm_eval_is_no_error():
+    code = "import lm_eval.models\nfrom lm_eval.api import registry\nregistry.freeze_all()"
+    done = run(
+        "-c", BEFORE + code + "\nplugin.install(); print(json.dumps(len(registry.model_registry)))", paths=(ROOT,)
+    )
+    assert printed(done) > 1
+    assert done.stderr.count("\n") == 1 and "TypeError" in done.stderr
+
+
+# --- its stock commands, with this package installed ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory) -> Path:
+    """A folder from which torch finds our entry point, as after an installation."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    code = """
+import json
+from importlib.metadata import entry_points
+print(json.dumps([point.value for point in entry_points(group="torch.backends", name="dllm_memdlm")]))
+"""
+    if printed(run("-c", code, paths=(folder,))) != [f"{plugin.__name__}:install"]:
+        pytest.skip("needs this package installed, as it is now: pip install -e .")
+    return folder
+
+
+#: A model that stands in for ours and says that it was asked for. Neither torch nor lm_eval.models is imported here.
+RESOLVES = """
+import sys, types
+from lm_eval.api.model import LM
+class MemDLMEvalLM(LM):
+    loglikelihood = loglikelihood_rolling = generate_until = None
+    def __init__(self, **settings):
+        sys.exit("built")
+sys.modules["dllm_memdlm.evaluation.lm_eval_model"] = types.SimpleNamespace(MemDLMEvalLM=MemDLMEvalLM)
+assert not {"torch", "lm_eval.models"} & sys.modules.keys()
+"""
+BY_NAME = "from lm_eval.api.registry import get_model; get_model('memdlm')()"
+BY_FUNCTION = "import lm_eval; lm_eval.simple_evaluate(model='memdlm', tasks=['arc_easy'])"
+
+
+@needs_lm_eval
+@pytest.mark.parametrize("code", ["import torch; " + BY_NAME, BY_FUNCTION], ids=["get_model", "simple_evaluate"])
+def test_python_resolves_the_model(code, installed):
+    done = run("-c", RESOLVES + code, paths=(installed,))
+    assert done.returncode == 1 and done.stderr.endswith("built\n"), done.stderr[-3000:]
+
+
+def test_torch_imports_without_a_word_and_the_hook_waits(installed):
+    code = (
+        "import sys, torch; assert [f for f in sys.meta_path if type(f).__module__ == 'dllm_memdlm.evaluation.plugin']"
+    )
+    done = run("-c", code, paths=(installed,))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+COMMANDS = {
+    "module": ("-m", "lm_eval"),
+    "console script": ("-c", "from lm_eval.__main__ import cli_evaluate; cli_evaluate()"),
+}
+
+
+@needs_lm_eval
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_the_stock_command_knows_the_model(command, installed):
+    known = known_models(run(*command, *UNKNOWN, paths=(installed,)))
+    assert {"dummy", "hf", "memdlm"} <= set(known)

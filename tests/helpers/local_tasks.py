@@ -1,0 +1,157 @@
+"""Tasks for lm-eval that need nothing but their own files, and how the tests run them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import yaml
+from lm_eval.api.instance import Instance
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
+from safetensors.torch import load_file, save_file
+from saved_models import byte_tokenizer, save_model
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from dllm_memdlm.evaluation.lm_eval_model import MemDLMEvalLM
+from dllm_memdlm.inference.decoding import Decoder, memory_for
+from dllm_memdlm.inference.pretrained import load_pretrained
+
+NEW = 6  #: tokens of an answer
+DOCUMENTS = [
+    "Ada lives in the red house by the river, and Bob lives in the mill. ",
+    "The train to Rome leaves at nine, the one to Oslo at ten past four. ",
+]
+QUESTIONS = ["Who lives by the river?", "Where is the mill?", "When does it leave?", "And to Oslo?", "Who?"]
+#: Five documents with questions, an odd number; the first three about one document.
+ROWS = [
+    {"question": DOCUMENTS[i // 3] + question, "answer": f"Answer {i}.", "choices": ["Ada", "the mill", f"at {i}"]}
+    for i, question in enumerate(QUESTIONS)
+]
+SHOTS = [{"question": f"Say {i}.", "answer": str(i), "choices": ["1", "2"]} for i in range(4)]
+
+GENERATE = {
+    "task": "tiny_generate",
+    "output_type": "generate_until",
+    "doc_to_text": "{{question}}",
+    "doc_to_target": "{{answer}}",
+    "generation_kwargs": {"until": ["\n"], "max_gen_toks": NEW, "do_sample": False},
+    "metric_list": [{"metric": "bypass"}],
+}
+PREFIXED = {**GENERATE, "task": "tiny_prefixed", "gen_prefix": "Well, "}
+#: The same prompt for every document.
+SAMPLE = {
+    **GENERATE,
+    "task": "tiny_sample",
+    "doc_to_text": "Say something.",
+    "generation_kwargs": {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0},
+}
+CHOOSE = {
+    "task": "tiny_choose",
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": 0,
+    "metric_list": [{"metric": "acc"}],
+}
+ROLL = {
+    "task": "tiny_roll",
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "{{question}}",
+    "metric_list": [{"metric": "bits_per_byte"}],
+}
+
+
+def write_tasks(folder: Path) -> Path:
+    """A folder for lm-eval's `include_path`."""
+    for name, rows in {"test": ROWS, "train": SHOTS}.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    files = {name: str(folder / f"{name}.jsonl") for name in ("test", "train")}
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
+    for task in (GENERATE, CHOOSE, ROLL, PREFIXED, SAMPLE):
+        written = {**data, "fewshot_split": "train", **task}
+        (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(written), encoding="utf-8")
+    return folder
+
+
+@contextlib.contextmanager
+def data_in(folder: Path) -> Iterator[None]:
+    """Datasets are built in a folder of the tests' own, and lm-eval does not ask pip what is installed (seconds)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+        datasets.disable_progress_bars()
+        yield
+        datasets.enable_progress_bars()
+
+
+def save_uniform(folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> str:
+    """A model that knows nothing, with a tokenizer that begins every text with its first token."""
+    tokenizer = tokenizer or byte_tokenizer()
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    saved = save_model(folder, "llama", tokenizer)
+    weights = load_file(f"{saved}/model.safetensors")
+    save_file(
+        {**weights, "lm_head.weight": 0 * weights["lm_head.weight"]}, f"{saved}/model.safetensors", {"format": "pt"}
+    )
+    return saved
+
+
+def evaluate(tasks: Path, names: list[str], model_args: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """lm-eval's results. The model goes by its name, as on the command line."""
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    settings = {"device": "cpu", "bootstrap_iters": 0, **settings}
+    return simple_evaluate("memdlm", model_args, names, task_manager=manager, **settings)
+
+
+def responses(results: dict[str, Any], task: str) -> list[Any]:
+    """What the model answered, document by document."""
+    samples = sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
+    return [sample["resps"] for sample in samples]
+
+
+def asking(*contexts: str, **settings: Any) -> list[Instance]:
+    """Requests to generate."""
+    return [
+        Instance("generate_until", {}, (context, {"max_gen_toks": NEW, **settings}), number)
+        for number, context in enumerate(contexts)
+    ]
+
+
+def scoring(*pairs: tuple[str, str]) -> list[Instance]:
+    """Requests for the likelihood of continuations."""
+    return [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+
+
+def generate(lm: MemDLMEvalLM, *texts: str, **settings) -> list[str]:
+    return lm.generate_until(asking(*texts, **settings), disable_tqdm=True)
+
+
+def score(lm: MemDLMEvalLM, *pairs: tuple[str, str]) -> list[tuple[float, bool]]:
+    return lm.loglikelihood(scoring(*pairs), disable_tqdm=True)
+
+
+def values(lm: MemDLMEvalLM, *pairs: tuple[str, str]) -> list[float]:
+    return [value for value, _ in score(lm, *pairs)]
+
+
+def decoded(folder: str, texts: list[str], memories: list[str] | None) -> list[str]:
+    """What the decoder gives for each text alone, with the memory of another text or none."""
+    pretrained = load_pretrained(folder)
+    encode = pretrained.tokenizer.encode
+    answers = []
+    for number, text in enumerate(texts):
+        memory = memory_for(pretrained, {}) if memories else None
+        decoder = Decoder(pretrained, memory=memory)
+        with decoder.recalled([encode(memories[number])]) if memories else contextlib.nullcontext():
+            (tokens,) = decoder.answers([encode(text)], NEW)
+        answers.append(pretrained.tokenizer.decode(tokens, skip_special_tokens=True))
+    return answers

@@ -1,0 +1,202 @@
+"""Plain checkpoints: the adapter is in the weights, in ours, in dllm's classes and in stock transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import KINDS, make_tokenizer
+from saved_models import BYTES, byte_tokenizer, save_model, save_pair, train_adapter, weights_of
+from stock_models import (
+    bidirectional_logits,
+    dllms_model,
+    logits,
+    save_peft,
+    save_stock,
+    stock_decoder,
+    stock_llama,
+)
+from torch import Tensor
+
+from dllm_memdlm.config import MemoryConfig
+from dllm_memdlm.inference.plain_checkpoint import export
+from dllm_memdlm.inference.pretrained import load_pretrained
+
+pytestmark = pytest.mark.usefixtures("as_from_a_shell")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> tuple[str, str]:
+    return save_pair(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def sums(base: str, adapter: str) -> dict[str, Tensor]:
+    """W + (alpha / r)·B·A of every adapted layer, and the other weights, in float32 by hand."""
+    expected = {name: tensor.float() for name, tensor in weights_of(base).items()}
+    lora = {name.removeprefix("base_model.model."): tensor for name, tensor in weights_of(adapter).items()}
+    for name in [name for name in lora if name.endswith("lora_A.weight")]:
+        layer = name.removesuffix(".lora_A.weight")
+        expected[f"{layer}.weight"] += 8 / 4 * lora[f"{layer}.lora_B.weight"].float() @ lora[name].float()
+    return expected
+
+
+# === what is written ===
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_adapter_is_in_the_weights(kind, tmp_path):
+    base, adapter = save_pair(tmp_path, kind)
+    out = export(adapter, tmp_path / "out")
+    merged, expected = weights_of(out), sums(base, adapter)
+    assert merged.keys() == weights_of(base).keys()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-6, msg=name)
+    loaded = load_pretrained(str(out))
+    assert not isinstance(loaded.model, peft.PeftModel)
+    torch.testing.assert_close(logits(loaded.model), logits(load_pretrained(adapter).model), atol=1e-4, rtol=1e-4)
+    assert (logits(loaded.model) - logits(load_pretrained(base).model)).abs().max() > 0.1
+    assert torch.equal(
+        logits(load_pretrained(str(export(base, tmp_path / "named", adapter))).model), logits(loaded.model)
+    )
+
+
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wanted", ["auto", "float32", "bfloat16", "float16"])
+def test_weights_are_summed_in_float32_and_rounded_once(own, wanted, tmp_path):
+    base, adapter = save_pair(tmp_path, "llama", own)
+    out = export(adapter, tmp_path / "out", dtype=wanted)
+    dtype = own if wanted == "auto" else getattr(torch, wanted)
+    expected = sums(base, adapter)
+    for name, tensor in weights_of(out).items():
+        assert tensor.dtype == dtype, name
+        torch.testing.assert_close(tensor, expected[name].to(dtype), atol=1e-6, rtol=torch.finfo(dtype).eps)
+        # Another order of the products may tip a rounding; sums in the lower precision would tip a good share.
+        assert dtype == torch.float32 or (tensor != expected[name].to(dtype)).float().mean() < 1e-3, name
+    assert json.loads((out / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("kind", ["llada2", "llama"])
+def test_the_folder_is_complete(kind, tmp_path):
+    """With settings of generation that transformers reads, and would refuse to write."""
+    base, adapter = save_pair(tmp_path, kind)
+    (Path(base) / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": false, "max_new_tokens": 7}')
+    tokenizer = make_tokenizer(bos_token="w9", mask_token="<mask>")
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(adapter)
+    (Path(adapter) / "checkpoint-2").mkdir()
+    (tmp_path / "out").mkdir()
+    out = export(adapter, tmp_path / "out")
+    names = {path.name for path in out.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "recipe.yaml", "README.md"} <= names
+    assert "chat_template.jinja" in names and not [name for name in names if "adapter" in name or "checkpoint" in name]
+    assert json.loads((out / "generation_config.json").read_text())["max_new_tokens"] == 7
+    loaded = load_pretrained(str(out))
+    assert (loaded.tokenizer.bos_token, loaded.tokenizer.mask_token) == ("w9", "<mask>")
+    assert loaded.memory == MemoryConfig(rank=5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"], "nothing else is left"
+
+
+def test_large_weights_are_in_several_files(llama, tmp_path):
+    out = export(llama[1], tmp_path / "out", shard_size="20KB")
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    expected = logits(load_pretrained(llama[1]).model)
+    torch.testing.assert_close(logits(load_pretrained(str(out)).model), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_without_an_adapter_is_converted(tmp_path):
+    base = save_model(tmp_path / "base", "llada_moe", recipe={"memory": {"rank": 6}})
+    out = export(base, tmp_path / "out", dtype="bfloat16")
+    assert all(torch.equal(tensor, weights_of(base)[name].bfloat16()) for name, tensor in weights_of(out).items())
+    assert load_pretrained(str(out)).memory.rank == 6
+
+
+def test_a_base_that_names_no_architecture_is_the_one_of_the_recipe(tmp_path):
+    """As it was trained, so it is loaded and exported; the folder that is written names it."""
+    base = save_model(tmp_path / "base", "llada_moe", byte_tokenizer())
+    config = json.loads((Path(base) / "config.json").read_text())
+    name = config.pop("architectures")
+    (Path(base) / "config.json").write_text(json.dumps(config))
+    adapter = train_adapter(tmp_path, base, f"model.architecture={name[0]}", "training.max_steps=1")
+    out = export(adapter, tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["architectures"] == name
+    torch.testing.assert_close(
+        logits(load_pretrained(str(out)).model), logits(load_pretrained(adapter).model), atol=1e-4, rtol=1e-4
+    )
+
+
+# === in other libraries ===
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
+def test_stock_transformers_loads_what_a_run_trained(name, tmp_path):
+    base = save_stock(tmp_path / "base", stock_decoder(name, BYTES), byte_tokenizer())
+    adapter = train_adapter(tmp_path, base)
+    out = export(adapter, tmp_path / "out")
+    stock = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert type(stock) is getattr(transformers, name)
+    ours = logits(load_pretrained(adapter).model)
+    torch.testing.assert_close(bidirectional_logits(stock), ours, atol=1e-4, rtol=1e-4)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer.mask_token == "<|mask|>" and tokenizer.chat_template
+
+
+@pytest.mark.dllm
+@pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
+def test_dllm_loads_it(kind, tmp_path):
+    """By its own loader, which goes by `model_type`, and by its class; nothing edited by hand."""
+    import dllm
+
+    base = save_stock(tmp_path / "base", dllms_model(kind, vocab_size=BYTES), byte_tokenizer())
+    adapter = train_adapter(tmp_path, base)
+    expected = logits(load_pretrained(adapter).model)
+    out = export(adapter, tmp_path / "out")
+    arguments = dllm.utils.ModelArguments(model_name_or_path=str(out), dtype="float32")
+    model = dllm.utils.get_model(arguments)
+    assert type(model) is type(dllms_model(kind))
+    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(type(model).from_pretrained(out)), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.dllm
+def test_a_decoder_that_dllm_converted_stays_one(tmp_path):
+    """Under transformers' name it would be loaded as a causal model."""
+    from dllm.pipelines.a2d import A2DQwen3Config, A2DQwen3LMHeadModel
+
+    config = stock_decoder("Qwen3ForCausalLM", BYTES).config.to_dict()
+    base = save_stock(tmp_path / "base", A2DQwen3LMHeadModel(A2DQwen3Config(**config)), byte_tokenizer())
+    adapter = train_adapter(tmp_path, base)
+    out = export(adapter, tmp_path / "out")
+    model = transformers.AutoModelForMaskedLM.from_pretrained(out)
+    assert type(model) is A2DQwen3LMHeadModel
+    expected = logits(load_pretrained(adapter).model)
+    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(load_pretrained(str(out)).model), expected, atol=1e-4, rtol=1e-4)
+
+
+# === embeddings that share a weight ===
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoraConfig(target_modules=["q_proj", "lm_head"]),
+        peft.LoraConfig(target_modules=["q_proj", "embed_tokens"]),
+        peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        peft.LoraConfig(target_modules=["q_proj"]),
+    ],
+    ids=["output", "input", "whole", "neither"],
+)
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:.*tie_word_embeddings.*:UserWarning")
+def test_an_adapter_on_one_of_two_tied_embeddings(config, tmp_path):
+    base = save_stock(tmp_path / "base", stock_decoder("LlamaForCausalLM", tie_word_embeddings=True))
+    expected = bidirectional_logits(save_peft(tmp_path / "adapter", stock_llama(base), config))
+    out = export(base, tmp_path / "out", str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(load_pretrained(str(out)).model), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(bidirectional_logits(stock_llama(str(out))), expected, atol=1e-4, rtol=1e-4)
+    apart = config.modules_to_save or {"lm_head", "embed_tokens"} & set(config.target_modules)
+    assert ("lm_head.weight" in weights_of(out)) == bool(apart)

@@ -1,0 +1,140 @@
+"""The same tokens as dllm's samplers, step for step, on our backbones and on dllm's own models."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from conftest import COMMON, DIMENSIONS, KINDS, MASK, scale_up, tiny_config
+from naive_samplers import decoder, prompts
+from stock_models import AS_PUBLISHED, DENSE_ATTRIBUTES, dllms
+from torch import nn
+
+from dllm_memdlm.inference.samplers import LLaDA21Sampler, MDLMSampler
+
+pytestmark = pytest.mark.dllm
+
+MDLM_VARIANTS: dict[str, dict[str, Any]] = {
+    "one_block": {},
+    "blocks": {"block_size": 5, "steps": 9},
+    "more_steps": {"steps": 40},
+    "guided": {"cfg_scale": 0.7, "block_size": 8},
+    "guided_keeping": {"cfg_scale": 1.0, "cfg_keep_tokens": list(range(3, 25)), "temperature": 0.3},
+    "suppressed": {"suppress_tokens": list(range(5, 30)), "begin_suppress_tokens": [31, 32, 33, MASK]},
+    "right_shift": {"right_shift_logits": True, "temperature": 0.5},
+    "warm": {"temperature": 0.8},
+    "random": {"remasking": "random", "block_size": 6},
+    "stochastic": {"stochastic_transfer": True, "steps": 9, "block_size": 8},
+}
+LLADA21_VARIANTS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "editing": {"threshold": 0.3, "editing_threshold": 0.2},
+    "one_post_step": {"threshold": 0.3, "editing_threshold": 0.05, "max_post_steps": 1},
+    "no_post_step": {"threshold": 0.2, "editing_threshold": 0.05, "max_post_steps": 0},
+    "several_a_step": {"num_to_transfer": 3},
+    "warm": {"temperature": 0.7, "top_k": 10, "top_p": 0.9, "threshold": 0.3, "editing_threshold": 0.3},
+    "early_stop": {"eos_early_stop": True, "threshold": 0.3, "editing_threshold": 0.6},
+    "max_length": {"max_new_tokens": None, "max_length": 28},
+}
+
+
+def decoders(name: str) -> tuple[nn.Module, nn.Module]:
+    """A model for dllm's sampler, and the same weights for ours: a backbone of ours, or of dllm's."""
+    kind, _, whose = name.partition(" of ")
+    if whose != "dllm":
+        model = decoder(kind, torch.float32)
+        return model, model
+    if kind == "llama":
+        from dllm.pipelines.a2d import A2DLlamaConfig, A2DLlamaLMHeadModel
+
+        model = A2DLlamaLMHeadModel(A2DLlamaConfig(**{**COMMON, **DIMENSIONS[kind]}))
+    else:
+        shared = {field: getattr(tiny_config(kind), field) for field in DENSE_ATTRIBUTES}
+        # Eager, since dllm's LLaDA21Sampler passes a mask in bfloat16, which sdpa takes with no other dtype.
+        shared["attn_implementation"] = "eager" if kind == "llada2" else "sdpa"
+        model = dllms(kind, {**COMMON, **DIMENSIONS[kind], **shared, **AS_PUBLISHED[kind]})
+    scale_up(model)
+    with torch.no_grad():
+        model.lm_head.weight[MASK] = 0  # never chosen
+        model.get_input_embeddings().weight[MASK] *= 0.1
+    model.eval()
+    return model, copy.deepcopy(model)  # which our sampler changes the class of
+
+
+#: dllm's LLaDA2.1 takes no mask of two dimensions, which is what dllm's MDLMSampler passes.
+MODELS = [*KINDS, "llada_moe of dllm", "llama of dllm"]
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    assert [c.tolist() for c in ours.histories] == [c.tolist() for c in theirs.histories]
+    assert torch.equal(ours.sequences, theirs.sequences)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("variant", MDLM_VARIANTS)
+def test_mdlm(name, variant, tokenizer):
+    from dllm.core.samplers import MDLMSampler as Theirs
+    from dllm.core.samplers import MDLMSamplerConfig
+
+    their_model, our_model = decoders(name)
+    settings = {"max_new_tokens": 19, "steps": 19, "block_size": 19, "return_dict": True, **MDLM_VARIANTS[variant]}
+    inputs = [torch.tensor(prompt) for prompt in prompts(7, 12, 3)]
+    # Suppressed first tokens are all of confidence 0: a tie, which in dllm falls by how long the batch is.
+    batches = [[prompt] for prompt in inputs] if variant == "suppressed" else [inputs]
+    answers = set()
+    for batch in batches:
+        outputs = []
+        for sampler in (Theirs(their_model, tokenizer), MDLMSampler(our_model, tokenizer)):
+            torch.manual_seed(3)
+            outputs.append(sampler.sample(batch, MDLMSamplerConfig(**settings)))
+        assert_same(*outputs)
+        answers.update(outputs[0].sequences[:, 12:].flatten().tolist())
+    assert len(answers) > 3, "a canvas of one token would hide mistakes"
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "changes", [{}, {"block_size": 4}, {"temperature": 0.8}, {"cfg_scale": 0.7, "block_size": 5, "remasking": "random"}]
+)
+def test_filling_in(name, changes, tokenizer):
+    from dllm.core.samplers import MDLMSampler as Theirs
+    from dllm.core.samplers import MDLMSamplerConfig
+
+    their_model, our_model = decoders(name)
+    settings = MDLMSamplerConfig(**{"steps": 9, "block_size": None, "return_dict": True, **changes})
+    inputs = [torch.tensor(prompt) for prompt in prompts(14, 6, 9)]
+    for row in inputs:
+        row[1:4] = MASK
+    inputs[0][7:12] = MASK
+    outputs = []
+    for sampler in (Theirs(their_model, tokenizer), MDLMSampler(our_model, tokenizer)):
+        torch.manual_seed(3)
+        outputs.append(sampler.infill(inputs, settings))
+    assert_same(*outputs)
+
+
+@pytest.mark.parametrize("name", ["llada2", "llada2 of dllm"])
+@pytest.mark.parametrize("variant", LLADA21_VARIANTS)
+def test_llada21(name, variant, tokenizer):
+    """One prompt at a time, which is what dllm's takes; and all of them at once, where nothing is drawn."""
+    from dllm.pipelines.llada21.sampler import LLaDA21Sampler as Theirs
+    from dllm.pipelines.llada21.sampler import LLaDA21SamplerConfig
+
+    their_model, our_model = decoders(name)
+    settings = LLaDA21SamplerConfig(
+        **{"max_new_tokens": 13, "block_size": 4, "return_dict": True, **LLADA21_VARIANTS[variant]}
+    )
+    inputs = [torch.tensor(prompt) for prompt in prompts(9, 3, 8, 18)]
+    sampler, alone = LLaDA21Sampler(our_model, tokenizer), []
+    for prompt in inputs:
+        torch.manual_seed(3)
+        theirs = Theirs(their_model, tokenizer).sample([prompt], settings)
+        for cached in (True, False):
+            torch.manual_seed(3)
+            assert_same(sampler.sample([prompt], settings, use_cache=cached), theirs)
+        alone.append(theirs.sequences[0])
+    if variant != "warm":
+        together = sampler.sample(inputs, settings).sequences
+        assert all(torch.equal(row[: len(single)], single) for row, single in zip(together, alone, strict=True))

@@ -1,0 +1,298 @@
+"""Low-confidence remasking: against a plain reference, batches against single prompts, and the approximations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import EOS, KINDS, MASK
+from naive_samplers import Denoiser, Draws, cosine, decoder, linear, moves, prompts
+from torch import Tensor, nn
+
+from dllm_memdlm.compat.bundled import CosineAlphaScheduler
+from dllm_memdlm.inference.samplers import MDLMSampler, MDLMSamplerConfig, completions
+
+NEW = 13
+
+
+def settings_of(**changes: Any) -> MDLMSamplerConfig:
+    return MDLMSamplerConfig(**{"max_new_tokens": NEW, "block_size": NEW, "steps": NEW, "return_dict": True, **changes})
+
+
+def naive(model: nn.Module, settings: MDLMSamplerConfig, seed: int | None = None, schedule: Any = linear) -> Denoiser:
+    return Denoiser(model, settings, MASK, schedule, Draws(seed))
+
+
+def steps_of_row(histories: list[Tensor], row: int, length: int) -> list[list[int]]:
+    """The canvases of one row of a batch without its padding, and without the steps in which it stood still."""
+    canvases = [canvas[row].tolist() for canvas in histories]
+    assert all(set(canvas[length:]) <= {EOS} for canvas in canvases)
+    return moves([canvas[:length] for canvas in canvases])
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "one_block": {},
+    "fewer_steps": {"steps": 5},
+    "more_steps_than_tokens": {"steps": 40},
+    "blocks": {"block_size": 4, "steps": 9},
+    "no_block_size": {"block_size": None, "steps": 6},
+    "one_token_blocks": {"block_size": 1},
+    "guided": {"cfg_scale": 0.8, "block_size": 5},
+    "guided_keeping": {"cfg_scale": 1.5, "cfg_keep_tokens": list(range(3, 25))},
+    "suppressed": {"suppress_tokens": list(range(5, 30)), "begin_suppress_tokens": [31, 32, 33, MASK], "steps": 7},
+    "right_shift": {"right_shift_logits": True, "block_size": 6},
+    "right_shift_guided": {"right_shift_logits": True, "cfg_scale": 0.5, "temperature": 0.5},
+    "warm": {"temperature": 0.9, "steps": 6},
+    "random": {"remasking": "random", "block_size": 5},
+    "random_warm": {"remasking": "random", "temperature": 0.4, "cfg_scale": 0.3},
+    "stochastic": {"stochastic_transfer": True, "steps": 8, "block_size": 7},
+    "threshold": {"threshold": 0.2, "block_size": 6},
+    "threshold_of_none": {"threshold": 1.0},
+    "prefix": {"cache": "prefix", "block_size": 5},
+    "dual": {"cache": "dual", "block_size": 5},
+    "dual_right_shift": {"cache": "dual", "block_size": 5, "right_shift_logits": True, "temperature": 0.4},
+    "prefix_right_shift": {"cache": "prefix", "block_size": 4, "right_shift_logits": True, "steps": 8},
+    "dual_guided": {"cache": "dual", "block_size": 4, "cfg_scale": 0.9, "threshold": 0.25},
+    "prefix_guided": {"cache": "prefix", "block_size": 7, "cfg_scale": 0.9, "remasking": "random"},
+}
+#: All on the fastest backbone, a few on each of the others.
+CASES = [("llama", variant) for variant in VARIANTS] + [
+    (kind, variant)
+    for kind in ("llada_moe", "llada2")
+    for variant in ("blocks", "right_shift_guided", "stochastic", "prefix", "dual_guided")
+]
+DRAWN = ("warm", "random", "random_warm", "stochastic", "right_shift_guided", "dual_right_shift", "prefix_guided")
+
+
+# === against the reference ===
+
+
+@pytest.mark.parametrize(("kind", "variant"), CASES)
+def test_every_step_is_the_plain_samplers(kind, variant, tokenizer):
+    """With torch's global generator, in the order in which dllm draws from it."""
+    model, settings = decoder(kind), settings_of(**VARIANTS[variant])
+    (prompt,) = prompts(9)
+    torch.manual_seed(5)
+    expected = naive(model, settings).sample(prompt, NEW)
+    torch.manual_seed(5)
+    output = MDLMSampler(model, tokenizer).sample([prompt], settings)
+    assert [canvas.tolist() for canvas in output.histories] == [[canvas] for canvas in expected]
+    assert output.sequences.tolist() == [expected[-1]]
+    assert settings.temperature > 0 or MASK not in expected[-1]
+    assert len(set(expected[-1][9:])) > 2, "a canvas of one token would hide mistakes"
+
+
+@pytest.mark.parametrize(("kind", "variant"), CASES)
+def test_a_batch_is_as_many_prompts_alone(kind, variant, tokenizer):
+    """Token for token and step for step, random numbers included; and so is the reference with the same seed."""
+    model, settings = decoder(kind), settings_of(**VARIANTS[variant])
+    inputs, seeds = prompts(9, 4, 12), [7, 8, 7]
+    sampler = MDLMSampler(model, tokenizer)
+    together = sampler.sample(inputs, settings, seeds)
+    assert together.sequences.shape == (3, 12 + NEW)
+    for row, (prompt, seed) in enumerate(zip(inputs, seeds, strict=True)):
+        steps = steps_of_row(together.histories, row, len(prompt) + NEW)
+        alone = sampler.sample([prompt], settings, [seed])
+        assert steps == moves([canvas[0].tolist() for canvas in alone.histories])
+        if row == 1:
+            assert steps == moves(naive(model, settings, seed).sample(prompt, NEW))
+    if variant in DRAWN:
+        others = sampler.sample(inputs, settings, [1, 2, 3])
+        assert not torch.equal(others.sequences, together.sequences) or not all(
+            map(torch.equal, others.histories, together.histories)
+        )
+
+
+def test_the_schedule_says_how_many_tokens_a_step_commits(tokenizer):
+    model, settings = decoder("llama"), settings_of(steps=6)
+    (prompt,) = prompts(5)
+    output = MDLMSampler(model, tokenizer, CosineAlphaScheduler()).sample([prompt], settings)
+    expected = naive(model, settings, schedule=cosine).sample(prompt, NEW)
+    assert [canvas[0].tolist() for canvas in output.histories] == expected
+    counts = [canvas.count(MASK) for canvas in expected]
+    assert counts != [canvas.count(MASK) for canvas in naive(model, settings).sample(prompt, NEW)]
+
+
+@pytest.mark.parametrize("seeds", [None, [4, 5]])
+def test_masks_that_a_prompt_brings_along(seeds, tokenizer):
+    """They are text: the sampler does not fill them in, nor in their place less of the answer, as dllm does."""
+    model, settings = decoder("llada_moe"), settings_of(block_size=5, temperature=0.0 if seeds is None else 0.7)
+    inputs = prompts(8, 6)
+    inputs[0][2:5] = [MASK] * 3
+    inputs[1][0] = MASK
+    output = MDLMSampler(model, tokenizer).sample(inputs, settings, seeds)
+    for row, prompt in enumerate(inputs):
+        expected = naive(model, settings, seeds and seeds[row]).sample(prompt, NEW)
+        assert steps_of_row(output.histories, row, len(prompt) + NEW) == expected
+        assert expected[-1][: len(prompt)] == prompt and MASK not in expected[-1][len(prompt) :]
+
+
+@pytest.mark.parametrize("prompt", [[], torch.tensor([], dtype=torch.long), torch.tensor([5, 6, 7])])
+@pytest.mark.parametrize("shift", [False, True])
+def test_empty_prompts_and_tensors(prompt, shift, tokenizer):
+    """In a drawn order: on a canvas of masks alone every position is as sure as any other, up to rounding."""
+    model = decoder("llama")
+    settings = settings_of(right_shift_logits=shift, steps=4, remasking="random", temperature=0.7)
+    start = list(map(int, prompt)) or ([tokenizer.bos_token_id] if shift else [])
+    output = MDLMSampler(model, tokenizer).sample([prompt], settings, [3])
+    assert output.sequences[0].tolist() == naive(model, settings, 3).sample(start, NEW)[-1]
+
+
+def test_max_length_counts_the_prompt(tokenizer):
+    """Of the longest prompt: all prompts get as many new tokens."""
+    sampler, inputs = MDLMSampler(decoder("llama"), tokenizer), prompts(9, 4)
+    settings = {"block_size": 4, "steps": 8}
+    by_length = sampler.sample(inputs, max_new_tokens=None, max_length=20, **settings)
+    assert torch.equal(by_length, sampler.sample(inputs, max_new_tokens=11, **settings))
+    assert by_length.shape == (2, 20)
+
+
+# === filling in ===
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"block_size": 4},
+        {"block_size": 7, "steps": 6, "cfg_scale": 0.6},
+        {"temperature": 0.8, "block_size": 5},
+        {"remasking": "random", "stochastic_transfer": True},
+        {"right_shift_logits": True, "block_size": 6},
+        {"threshold": 0.2, "block_size": 6},
+    ],
+)
+@pytest.mark.parametrize("seeded", [False, True])
+def test_filling_in_is_the_plain_samplers(kind, changes, seeded, tokenizer):
+    model = decoder(kind)
+    settings = settings_of(**{"block_size": None, "steps": 9, **changes})
+    inputs = prompts(14, 6, 9)
+    for row in inputs:
+        row[2:5] = [MASK] * 3
+    inputs[0][8:13] = [MASK] * 5
+    inputs[2][0] = MASK
+    for batch in [inputs] if seeded else [[row] for row in inputs]:
+        seeds = [3, 4, 5] if seeded else None
+        torch.manual_seed(2)
+        output = MDLMSampler(model, tokenizer).infill(batch, settings, seeds)
+        for row, canvas in enumerate(batch):
+            torch.manual_seed(2)
+            longest = max(map(len, batch))
+            expected = naive(model, settings, seeds and seeds[row]).infill(canvas, longest)
+            assert steps_of_row(output.histories, row, len(canvas)) == moves(expected)
+            assert settings.temperature > 0 or MASK not in expected[-1]
+            assert all(a == b for a, b in zip(canvas, expected[-1], strict=True) if a != MASK)
+
+
+def test_masks_that_the_model_chooses_stay_masks(tokenizer):
+    """They count as committed. A later block may fill them in, but not in `infill`; as in dllm."""
+    model = decoder("llama")
+    with torch.no_grad():
+        model.lm_head.weight[MASK] = 1.1 * model.lm_head.weight[42]
+    row = [MASK] * 3 + prompts(5)[0] + [MASK] * 9
+    sampler, plain = MDLMSampler(model, tokenizer), naive(model, settings_of(block_size=4, steps=8))
+    sampled, filled = plain.sample(row, NEW), plain.infill(row, len(row))
+    assert [c[0].tolist() for c in sampler.sample([row], plain.settings).histories] == sampled
+    assert [c[0].tolist() for c in sampler.infill([row], plain.settings).histories] == filled
+    assert MASK in filled[-1][:12]
+
+
+# === the approximations, and what they have to do with the exact sampler ===
+
+
+def test_both_are_off_by_default():
+    assert (MDLMSamplerConfig().cache, MDLMSamplerConfig().threshold) == ("none", None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("changes", [{}, {"cfg_scale": 0.7}, {"right_shift_logits": True}])
+def test_a_cache_of_the_first_step_is_exact_in_the_first_step(kind, cache, changes, tokenizer):
+    """So with one step a block all are; with more of them they are not, or the cache would go unused."""
+    sampler, inputs = MDLMSampler(decoder(kind), tokenizer), prompts(9, 5)
+
+    def tokens(**more: Any) -> Tensor:
+        return sampler.sample(inputs, max_new_tokens=24, block_size=8, **changes, **more)
+
+    assert torch.equal(tokens(cache=cache, steps=3), tokens(steps=3))
+    assert not torch.equal(tokens(cache=cache, steps=24), tokens(steps=24))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_in_one_layer_nothing_outside_of_a_block_changes(kind, cache, tokenizer):
+    """The keys and values of one layer depend on each position's own token alone."""
+    dense = {"moe_layer_freq": [1]} if kind == "llada_moe" else {}
+    sampler = MDLMSampler(decoder(kind, num_hidden_layers=1, **dense), tokenizer)
+    inputs, settings = prompts(9, 5), settings_of(block_size=4, cfg_scale=0.4)
+    exact = sampler.sample(inputs, settings).histories
+    cached = sampler.sample(inputs, settings, cache=cache).histories
+    assert [c.tolist() for c in cached] == [c.tolist() for c in exact]
+
+
+def test_dual_computes_a_block_and_prefix_all_from_it_on(tokenizer):
+    widths = {}
+    for cache in ("none", "prefix", "dual"):
+        model = decoder("llada2")
+        seen = widths[cache] = []
+        model.model.layers[0].register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].shape[1]))
+        MDLMSampler(model, tokenizer).sample(prompts(10), max_new_tokens=8, block_size=4, steps=6, cache=cache)
+    assert widths == {"none": [18] * 6, "prefix": [18, 8, 8, 18, 4, 4], "dual": [18, 4, 4, 18, 4, 4]}
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_a_lower_threshold_takes_fewer_steps(cache, tokenizer):
+    sampler = MDLMSampler(decoder("llada_moe"), tokenizer)
+    counts = []
+    for threshold in (1.0, 0.3, 0.1, 0.0):
+        settings = settings_of(threshold=threshold, cache=cache, block_size=5)
+        output = sampler.sample(prompts(9, 5), settings)
+        counts.append(len(output.histories) - 1)
+        assert not (output.sequences == MASK).any()
+    assert counts[0] == NEW and counts[-1] == 3, "one token a step, and one step a block"
+    assert counts == sorted(counts, reverse=True) and len(set(counts)) > 2
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_a_threshold_leaves_no_mask_in_the_answer(cache, tokenizer):
+    """However many masks the prompt brings along."""
+    inputs = prompts(9)
+    inputs[0][1:7] = [MASK] * 6
+    settings = settings_of(threshold=1.0, block_size=4, cache=cache)
+    answer = MDLMSampler(decoder("llama"), tokenizer).sample(inputs, settings).sequences[:, 9:]
+    assert not (answer == MASK).any()
+
+
+# === what else a caller may rely on ===
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "changes", [{}, {"cache": "dual"}, {"cache": "prefix", "cfg_scale": 0.5}, {"temperature": 0.6}]
+)
+def test_in_bfloat16(kind, changes, tokenizer):
+    sampler, settings = MDLMSampler(decoder(kind, torch.bfloat16), tokenizer), settings_of(block_size=5, **changes)
+    output = sampler.sample(prompts(9, 5), settings, [1, 2])
+    assert output.sequences.dtype == torch.long and not (output.sequences == MASK).any()
+    assert len(output.histories) == NEW + 1
+
+
+def test_steps_yield_the_canvas_as_it_changes(tokenizer):
+    sampler, settings = MDLMSampler(decoder("llama"), tokenizer), settings_of(steps=4)
+    (prompt,) = prompts(6)
+    canvases = sampler.steps([prompt], settings)
+    first = next(canvases)
+    assert first.tolist() == [prompt + [MASK] * NEW]
+    assert torch.is_grad_enabled(), "between two steps the caller's own mode holds"
+    seen = [first.clone(), *(canvas.clone() for canvas in canvases if canvas is first)]
+    assert [c.tolist() for c in seen] == [c.tolist() for c in sampler.sample([prompt], settings).histories]
+    assert torch.equal(sampler.sample([prompt], settings, return_dict=False), first)
+
+
+def test_completions_end_at_the_first_stop():
+    canvas = torch.tensor([[3, 4, 5, 9, 6, 7, 0, 0], [3, 5, 6, 7, 8, 10, 9, 9]])
+    assert completions(canvas, [2, 1], 5, [9, 0]) == [[5], [5, 6, 7, 8, 10]]
+    assert completions(canvas, [2, 1], 3, []) == [[5, 9, 6], [5, 6, 7]]
+    assert completions(canvas, [3, 5], 2, [9]) == [[], [10]]

@@ -1,0 +1,119 @@
+"""Samples do not touch one another: a batch of N is N batches of one, and a sample that is not finite is left out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import KINDS, assert_close_relative, examples, make_trainer, tiny
+from conftest import train_batch as batch_of
+from inputs import poisoned
+from steps import VARIANTS, Step, flat, initial, memory_for
+
+from dllm_memdlm.method.trajectory import Trajectory
+
+# === invariant 5: a batch of N is N batches of one ===
+
+
+@pytest.mark.parametrize(
+    ("kind", "variant", "dtype", "tolerance"),
+    [
+        *((kind, "paper", torch.float32, 2e-5) for kind in KINDS),  # the others amplify its rounding
+        *((kind, "paper", torch.float64, 1e-6) for kind in KINDS),
+        ("llada_moe", "full", torch.float64, 1e-6),
+        ("llada2", "three_steps", torch.float64, 1e-6),
+        ("llama", "global_clip", torch.float64, 1e-6),
+    ],
+)
+def test_a_batch_is_as_many_batches_of_one(kind, variant, dtype, tolerance, tokenizer, tmp_path):
+    memory = memory_for(kind, **VARIANTS[variant])
+    model = tiny(kind, dtype, lora=True)
+    trainer = make_trainer(model, tokenizer, tmp_path, memory, examples(5), loss_norm_type="batch")
+    batch = batch_of(trainer, range(5))
+    assert len(set(batch["anchor_mask"].sum(-1).tolist())) > 2, "samples should differ in their number of masks"
+    singles = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(5)]
+    whole = Step(trainer, batch, initial(trainer, batch))
+    alone = [Step(trainer, single, initial(trainer, single)) for single in singles]
+
+    assert whole.loss.item() == pytest.approx(sum(s.loss.item() for s in alone) / 5, rel=tolerance)
+    together = flat(whole.written.fast_weights)
+    for i, single in enumerate(alone):
+        assert single.written.fast_weights.samples == 1
+        for name, value in flat(single.written.fast_weights)[0].items():
+            assert_close_relative(together[i][name], value, tolerance, f"sample {i}: {name}")
+        for ours, theirs in zip(whole.written.steps, single.written.steps, strict=True):
+            assert ours.loss[i].item() == pytest.approx(theirs.loss.item(), rel=tolerance)
+            assert ours.grad_norm[i].item() == pytest.approx(theirs.grad_norm.item(), rel=10 * tolerance)
+    mean = torch.cat([torch.stack([s.gradients[n] for s in alone]).mean(0).flatten() for n in whole.gradients])
+    assert_close_relative(torch.cat([g.flatten() for g in whole.gradients.values()]), mean, tolerance, "gradient")
+
+
+def test_samples_write_different_fast_weights(tokenizer, tmp_path):
+    trainer = make_trainer(tiny("llada_moe"), tokenizer, tmp_path, memory_for("llada_moe"))
+    first, second, _ = flat(Step(trainer, batch_of(trainer)).written.fast_weights)
+    assert all(not torch.equal(first[n], second[n]) for n in first if "experts" not in n)
+
+
+def test_a_sample_without_masks_writes_nothing(tokenizer, tmp_path):
+    trainer = make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama"))
+    batch = batch_of(trainer)
+    for name in ("anchor_mask", "maskable", "inner_masks"):
+        batch[name][1] = False
+    batch["inner_ratios"][1] = 0.0
+    step = Step(trainer, batch)
+    assert step.loss.isfinite() and step.written.finite.all()
+    assert all((v[1] == 0).all() for k, v in step.written.fast_weights.tensors.items() if k.endswith(".B"))
+
+
+# === samples that are not finite ===
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_one_bad_sample_falls_back_and_leaves_the_others(kind, value, tokenizer, tmp_path):
+    rows = examples(3)
+    for row in rows:
+        row["input_ids"][0] = 3
+    trainer = make_trainer(tiny(kind), tokenizer, tmp_path, memory_for(kind), rows)
+    clean = batch_of(trainer)
+    bad = {**clean, "input_ids": clean["input_ids"].clone()}
+    bad["input_ids"][1, 0] = 47
+    clean["input_ids"][1, 0] = 46
+    for batch in (clean, bad):  # nowhere else
+        batch["input_ids"][:, 1:][batch["input_ids"][:, 1:] == 47] = 5
+    poisoned(trainer.model, 47, value)
+    expected = trainer.memory.write(Trajectory.from_batch(clean))
+    written = trainer.memory.write(Trajectory.from_batch(bad))
+    assert expected.finite.all() and written.finite.tolist() == [True, False, True]
+    for name, tensor in written.fast_weights.tensors.items():
+        assert tensor.isfinite().all()
+        for sample in (0, 2):
+            ours, theirs = (t[..., sample, :, :] for t in (tensor, expected.fast_weights.tensors[name]))
+            if kind == "llama":
+                assert torch.equal(ours, theirs), name
+            else:  # a product over an expert's rows rounds by how many there are, and the bad sample chose others
+                assert_close_relative(ours, theirs, 1e-5, name)
+        assert name.endswith(".A") or not tensor[..., 1, :, :].any()
+
+
+@pytest.mark.parametrize("scope", ["sample", "batch"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_diverging_inner_loop_is_counted_and_the_run_goes_on(kind, scope, tokenizer, tmp_path):
+    """Steps so large that the second inner loss overflows: every sample falls back, and the loss is plain MDLM's."""
+    memory = memory_for(kind, inner_lr=1e38, scope=scope)
+    rows = examples(6, shortest=40, longest=40)
+    trainer = make_trainer(tiny(kind, lora=True), tokenizer, tmp_path, memory, rows, max_steps=2)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["nonfinite_samples"] for log in logs] == ([3, 3] if scope == "sample" else [1, 1])
+    assert all(math.isfinite(log["loss"]) and math.isfinite(log["inner_loss_1"]) for log in logs)
+    assert all("inner_loss_2" not in log for log in logs)
+    assert [log["loss"] for log in logs] == [pytest.approx(log["loss_memory_off"], abs=1e-4) for log in logs]
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_a_healthy_run_counts_none(tokenizer, tmp_path):
+    trainer = make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama"), max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["nonfinite_samples"] == 0

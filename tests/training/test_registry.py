@@ -1,0 +1,198 @@
+"""What importing the package does, which is nothing to others; and what `register` does, on request."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dllm_memdlm
+from dllm_memdlm.compat import dllm_api
+from dllm_memdlm.training import registry
+from dllm_memdlm.training.collator import AnchorTrajectoryCollator
+from dllm_memdlm.training.trainer import MemDLMConfig, MemDLMTrainer
+
+NAMES = ("MemDLMTrainer", "MemDLMConfig")
+
+
+def python(code: str) -> Any:
+    """What a fresh interpreter that sees this package prints, as JSON."""
+    paths = [str(Path(dllm_memdlm.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# --- importing -----------------------------------------------------------------------------------------------------
+
+
+def test_importing_is_light():
+    """Neither torch nor transformers, and hardly any time: a command can ask for --help at once."""
+    code = """
+import json, sys, time
+started = time.perf_counter()
+import dllm_memdlm
+seconds = time.perf_counter() - started
+dir(dllm_memdlm), dllm_memdlm.__all__, dllm_memdlm.__version__
+heavy = {"torch", "transformers", "peft", "datasets", "accelerate", "numpy", "dllm"} & sys.modules.keys()
+print(json.dumps([seconds, sorted(heavy)]))
+"""
+    seconds, heavy = python(code)
+    assert heavy == []
+    assert seconds < 0.3
+
+
+def test_importing_everything_changes_no_other_library():
+    """Names, the objects behind them, and the attributes of every class, before and after."""
+    code = """
+import inspect, json, sys, warnings
+warnings.simplefilter("ignore")
+import accelerate, datasets, peft, torch, transformers
+from transformers import AutoConfig, AutoModel, AutoTokenizer, Trainer
+from transformers.models.llama import modeling_llama
+try:
+    import dllm
+except ImportError:
+    pass
+
+LIBRARIES = ("dllm", "transformers", "peft", "accelerate", "datasets", "torch")
+
+def snapshot():
+    seen = {}
+    for name, module in list(sys.modules.items()):
+        if module is None or name.partition(".")[0] not in LIBRARIES:
+            continue
+        seen[name] = dict(vars(module))
+        for cls in [v for v in vars(module).values() if inspect.isclass(v) and v.__module__ == name]:
+            seen[f"{name}:{cls.__qualname__}"] = dict(vars(cls))
+    return seen
+
+def public(name):
+    return {n for n in dir(sys.modules[name]) if not n.startswith("_")}
+
+def registered():
+    auto = transformers.models.auto
+    mappings = [*vars(auto.modeling_auto).items(), *vars(auto.configuration_auto).items()]
+    return {name: set(mapping._extra_content) for name, mapping in mappings if hasattr(mapping, "_extra_content")}
+
+auto_classes = registered()
+listed = {name: public(name) for name in LIBRARIES if name in sys.modules}
+before = snapshot()
+import dllm_memdlm
+for name in dllm_memdlm.__all__:
+    getattr(dllm_memdlm, name)
+import dllm_memdlm.training.run, dllm_memdlm.training.dry_run, dllm_memdlm.info
+after = snapshot()
+
+changes = [f"{name}: {added}" for name, names in listed.items() for added in sorted(public(name) - names)
+           if not inspect.ismodule(getattr(sys.modules[name], added))]
+for place, attributes in before.items():
+    for name, value in attributes.items():
+        if name.startswith("_abc") or name in ("__warningregistry__", "__annotations__"):
+            continue
+        if name not in after[place]:
+            changes.append(f"{place}.{name} is gone")
+        elif after[place][name] is not value:
+            changes.append(f"{place}.{name} is another")
+    for name in after[place].keys() - attributes.keys():
+        value = after[place][name]
+        ours = str(getattr(value, "__module__", "")).startswith("dllm_memdlm")
+        if ours or ":" in place and not name.startswith("__"):
+            changes.append(f"{place}.{name} is new")
+if registered() != auto_classes:
+    changes.append("transformers' auto classes know another model")
+print(json.dumps(changes))
+"""
+    assert python(code) == []
+
+
+def test_every_public_name_is_there():
+    for name in dllm_memdlm.__all__:
+        assert getattr(dllm_memdlm, name) is not None
+        assert name in dir(dllm_memdlm)
+    assert dllm_memdlm.MemDLMTrainer is MemDLMTrainer
+    with pytest.raises(AttributeError, match="module 'dllm_memdlm' has no attribute 'MemDLM'"):
+        dllm_memdlm.MemDLM  # noqa: B018
+
+
+# --- registering ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(dllm_api.HAS_DLLM, reason="dllm is installed")
+def test_without_dllm_there_is_nothing_to_register_with():
+    before = set(sys.modules)
+    assert dllm_memdlm.register() is False
+    assert "dllm" not in sys.modules
+    assert {name for name in set(sys.modules) - before if name.startswith("dllm.")} == set()
+
+
+@pytest.fixture
+def stand_in(monkeypatch) -> types.SimpleNamespace:
+    """A module called dllm with the two places that names are set on."""
+    dllm = types.ModuleType("dllm")
+    dllm.core = types.SimpleNamespace(trainers=types.SimpleNamespace())
+    dllm.utils = types.SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "dllm", dllm)
+    monkeypatch.setattr(registry, "HAS_DLLM", True)
+    return dllm
+
+
+def test_names_are_set_where_dllm_has_no_registry(stand_in):
+    for _ in range(2):  # a second time changes nothing
+        assert registry.register() is True
+        trainers = {"MemDLMTrainer": MemDLMTrainer, "MemDLMConfig": MemDLMConfig}
+        assert vars(stand_in.core.trainers) == trainers
+        assert vars(stand_in.utils) == {"AnchorTrajectoryCollator": AnchorTrajectoryCollator}
+
+
+def test_a_trainer_registry_is_used_where_dllm_has_one(stand_in):
+    registered = {}
+
+    def register_trainer(name: str, trainer: type, config: type) -> None:
+        registered[name] = (trainer, config)
+
+    stand_in.core.trainers.register_trainer = register_trainer
+    assert registry.register() is True
+    assert registered == {"memdlm": (MemDLMTrainer, MemDLMConfig)}
+    assert stand_in.core.trainers.MemDLMTrainer is MemDLMTrainer
+
+
+@pytest.fixture
+def dllm(monkeypatch) -> Any:
+    """dllm, without our names, which it has again lost after the test."""
+    import dllm
+
+    for place, names in ((dllm.core.trainers, NAMES), (dllm.utils, ("AnchorTrajectoryCollator",))):
+        for name in names:
+            monkeypatch.setattr(place, name, None, raising=False)
+            monkeypatch.delattr(place, name)
+    return dllm
+
+
+@pytest.mark.dllm
+def test_with_dllm_its_names_lead_here(dllm):
+    assert not any(hasattr(dllm.core.trainers, name) for name in NAMES), "importing the package sets nothing"
+    assert dllm_memdlm.register() is True
+    assert dllm.core.trainers.MemDLMTrainer is MemDLMTrainer
+    assert issubclass(dllm.core.trainers.MemDLMTrainer, dllm.core.trainers.MDLMTrainer)
+    assert issubclass(dllm.core.trainers.MemDLMConfig, dllm.core.trainers.MDLMConfig)
+    assert dllm.utils.AnchorTrajectoryCollator is AnchorTrajectoryCollator
+    assert issubclass(AnchorTrajectoryCollator, dllm.utils.CollatorWrapper)
+    listed = set(dir(dllm.core.trainers))
+    assert dllm_memdlm.register() is True
+    assert set(dir(dllm.core.trainers)) == listed
+
+
+@pytest.mark.dllm
+def test_registering_leaves_dllms_own_names_alone(dllm):
+    before = [dict(vars(place)) for place in (dllm.core.trainers, dllm.utils)]
+    dllm_memdlm.register()
+    for attributes, place in zip(before, (dllm.core.trainers, dllm.utils), strict=True):
+        assert {name: vars(place)[name] for name in attributes} == attributes
