@@ -163,7 +163,10 @@ def parts(folder: Path, cpu: bool) -> tuple[Part, list[Part], list[Part]]:
         fixed = ("-W", "default", "-p", "no:cacheprovider", "--tb=short", "--tables", str(folder / name))
         return module("pytest", "-q", *fixed, *arguments)
 
-    files = [str(*ROOT.glob(f"tests/*/test_{name}.py")) for name in (FEW_UNIT_TESTS if cpu else UNIT_TESTS)]
+    files = []
+    for name in FEW_UNIT_TESTS if cpu else UNIT_TESTS:
+        (file,) = ROOT.glob(f"tests/*/test_{name}.py")
+        files.append(str(file))
     several = not cpu and importlib.util.find_spec("xdist") is not None
     workers = ["-n", "8", "--dist", "loadfile"] if several else []
     together = [

@@ -17,11 +17,12 @@ from dllm_memdlm.backbones.expert_names import split_names
 from dllm_memdlm.config import LoraConfig, MemoryConfig
 from dllm_memdlm.method import noise
 from dllm_memdlm.method.fast_weights import FastWeights
+from dllm_memdlm.method.reference import naive_step, one_by_one
 from dllm_memdlm.method.trajectory import Trajectory, build_trajectory
 from dllm_memdlm.training.trainer import MemDLMConfig, MemDLMTrainer
 
 from . import models
-from .naive import naive_step, one_by_one
+from .naive_experts import plain_experts
 
 PLAIN = MemoryConfig(enabled=False)
 #: As published: fast weights shared by the batch.
@@ -75,7 +76,8 @@ def naive(model: nn.Module, batch: dict[str, Tensor], trainer: MemDLMTrainer) ->
         keys = trainer.memory.keys_of(Trajectory.from_batch(batch))
         start = FastWeights.initial(trainer.memory.shapes, memory, keys, keys.device)
         phi0 = [one_by_one(start.tensors, sample) for sample in range(start.samples)]
-        return naive_step(model, batch, phi0, memory, models.TOKENIZER.mask_token_id).loss
+        with plain_experts(model):
+            return naive_step(model, batch, phi0, memory, models.TOKENIZER.mask_token_id).loss
 
     return _step(model, loss)
 

@@ -76,8 +76,7 @@ class MemoryConfig:
     target_modules: tuple[str, ...] = knob(
         ("gate_proj", "up_proj", "down_proj"), "names of the linear layers that carry fast weights"
     )
-    layer_fraction: float = knob(0.1, "share of the layers that carry fast weights, in (0, 1]")
-    layers: Literal["last", "first"] = knob("last", "the end of the network that share is counted from")
+    layer_fraction: float = knob(0.1, "share of the layers, counted from the last, that carry fast weights, in (0, 1]")
 
     # ours, not the paper's
     dropout: float = knob(

@@ -84,9 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.keys:
         console.print(keys_table(recipe_keys()))
-        console.print(
-            "The `training` section takes the fields of dllm_memdlm.training.trainer.MemDLMConfig, documented there."
-        )
+        console.print("The `training` section takes the fields of dllm_memdlm.MemDLMConfig, documented there.")
         return 0
 
     from .compat.dllm_api import describe  # imports torch and, where it is installed, dllm

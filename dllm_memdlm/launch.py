@@ -1,4 +1,4 @@
-"""What commands share, before the heavy imports: how they end, and whether there is a network."""
+"""What commands share before the heavy imports: arguments, files to write, whether there is a network, their end."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check_processes() -> None:
     if left_alone and not torch.cuda.is_available():
         raise ConfigError(
             "accelerate has started one process of several, as there is no GPU; expected `torchrun --nproc_per_node N "
-            "-m dllm_memdlm.train …`, or --num_processes 1 (and no MASTER_ADDR in the environment)"
+            "-m dllm_memdlm.train …`, or, for one process, no MASTER_ADDR in the environment"
         )
 
 

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command() -> None:
-    """What `memdlm train` runs."""
+    """What `python -m dllm_memdlm.train` runs."""
     end(main())
 
 

@@ -47,7 +47,6 @@ PRIVATE = {
     "peft.LoraConfig._register_custom_module": "a LoRA on layers that PEFT does not know: those of all experts",
     "peft.tuners.tuners_utils.BaseTunerLayer._move_adapter_to_device_of_base_layer": "that LoRA where its layer is",
     "accelerate.PartialState._shared_state": "FSDP on CPUs, which accelerate overlooks",
-    "torch.nn.Module._compiled_call_impl": "a layer that takes fast weights is compiled no longer",
     "torch.nn.Module._apply": "the planner's models without memory",
     "torch.nn.Module._backward_hooks": "an expert's own hooks are set aside while all experts run as one function",
     "torch.nn.Module._backward_pre_hooks": "whether anybody waits for a LoRA's own layers to be called",

@@ -70,7 +70,8 @@ def train(recipe: Path, run_dir: Path, steps: int | None, console: Console, sett
     (run_dir / "trainer_state.json").unlink(missing_ok=True)
     command = train_command(recipe, run_dir, steps, settings)
     console.print(f"\n$ {' '.join(command)}", style="bold", soft_wrap=True)
-    subprocess.run(command, check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "MASTER_ADDR"}  # a cluster's
+    subprocess.run(command, check=True, env=environment)
 
 
 def report(runs: list[Run], output: Path, console: Console) -> None:

@@ -101,7 +101,6 @@ MESSAGES = [
     ("memory", {"weighting": "Uniform"}, "memory.weighting='Uniform': expected one of scheduler, uniform"),
     ("memory", {"kind": "LoRA"}, "memory.kind='LoRA': expected one of lora, full"),
     ("memory", {"scope": "token"}, "memory.scope='token': expected one of sample, batch"),
-    ("memory", {"layers": "middle"}, "memory.layers='middle': expected one of last, first"),
     ("model", {"dtype": "int8"}, "model.dtype='int8': expected one of auto, float32, bfloat16, float16"),
     ("lora", {"bias": "some"}, "lora.bias='some': expected one of none, all, lora_only"),
     (

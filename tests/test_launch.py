@@ -144,10 +144,11 @@ def test_a_process_of_several_skips_the_end_of_its_interpreter(last, code, ends_
     ("theirs", "expected"),
     [({}, ("30000", None)), ({"GOMP_SPINCOUNT": "9"}, ("9", None)), ({"OMP_WAIT_POLICY": "ACTIVE"}, (None, "ACTIVE"))],
 )
-@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "export", "info", "cli"])
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "export", "info", "cli", "reproduce.smollm2"])
 def test_threads_that_wait_do_not_spin_long(command, theirs, expected):
     """Set before torch is there, by every command, for its child processes too; what a user sets stays."""
-    script = f"import os, sys, dllm_memdlm; assert 'torch' not in sys.modules; import dllm_memdlm.{command}; " + (
+    module = command if "." in command else f"dllm_memdlm.{command}"
+    script = f"import os, sys, dllm_memdlm; assert 'torch' not in sys.modules; import {module}; " + (
         "print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('OMP_WAIT_POLICY'))"
     )
     environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | theirs

@@ -1,8 +1,8 @@
 """What the memory must know of a model: its two stages, its layers, and the places for fast weights."""
 
 from .adapters import load_adapter
+from .adopt import adopt
 from .decoder import DECODERS, bidirectional
-from .from_dllm import from_dllm
 from .llada2_moe import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from .llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
 from .loading import BUNDLED, config_of, load_model, model_class, read_config, staged_backbone, with_lora
@@ -20,10 +20,10 @@ __all__ = [
     "StageOutput",
     "StagedForward",
     "adapted_layers",
+    "adopt",
     "bidirectional",
     "config_of",
     "find_sites",
-    "from_dllm",
     "load_adapter",
     "load_model",
     "model_class",

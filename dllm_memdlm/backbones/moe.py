@@ -92,7 +92,6 @@ class RoutedExperts(nn.Module):
     def __len__(self) -> int:
         return without_adapters(self.gate_proj).experts
 
-    @torch.compiler.disable(reason="all of it is one function of autograd's")
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Σ over the chosen experts of weight · expert(x). x [B, M, D]; chosen, weights [B, M, k] → [B, M, D]."""
         samples = max((site.samples for site in self.fast.values()), default=1)

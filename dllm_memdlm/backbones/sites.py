@@ -24,9 +24,8 @@ class Site:
 
 
 def adapted_layers(count: int, config: MemoryConfig) -> range:
-    """Layers with fast weights, of `count`: from int(n · (1 - fraction)) on, or as many from the first."""
-    start = int(count * (1 - config.layer_fraction))
-    return range(start, count) if config.layers == "last" else range(count - start)
+    """Layers with fast weights, of `count`: from int(n · (1 - fraction)) on."""
+    return range(int(count * (1 - config.layer_fraction)), count)
 
 
 def find_sites(model: StagedForward, config: MemoryConfig) -> list[Site]:

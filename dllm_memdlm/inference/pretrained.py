@@ -158,8 +158,11 @@ def _base_of(adapter: str) -> str:
 def _settings_beside(folders: list[str]) -> tuple[MemoryConfig, bool]:
     """The memory and whether logits are shifted, of the first recipe.yaml in the folders."""
     path, recipe = _recipe_beside(folders)
+    settings = _section(recipe, "memory")
+    if settings.get("layers") == "last":  # in runs of before, and the only choice now
+        settings = {name: value for name, value in settings.items() if name != "layers"}
     try:
-        memory = MemoryConfig(**_section(recipe, "memory"))
+        memory = MemoryConfig(**settings)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path}: not a recipe of this version ({_one_line(error)})") from None
     return memory, bool(_section(recipe, "training").get("right_shift_logits", False))

@@ -67,8 +67,6 @@ class ParametricMemory:
         adapted = adapted_layers(len(backbone.layers), config)
         #: The first layer that carries fast weights; those below are the trunk.
         self.boundary = adapted.start
-        for index in adapted:  # a layer that was compiled without fast weights would not notice them
-            backbone.layers[index]._compiled_call_impl = None
         head = (*(backbone.layers[index] for index in adapted), backbone.get_output_embeddings())
         kinds = (RoutedExperts, OutputLinear, FusedLora)
         self._parts = [part for module in head for part in module.modules() if isinstance(part, kinds)]

@@ -44,6 +44,8 @@ class MemDLMConfig(MDLMConfig):
                     "training.gradient_checkpointing_kwargs.use_reentrant=True: expected false; the reentrant kind "
                     "breaks gradients that do not go through `.backward()`"
                 )
+        for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode"):
+            require("training", self, name, not getattr(self, name), "none; fast weights come and go in the layers")
         self.max_grad_norm = self.max_grad_norm or 0.0
         if not (torch.cuda.is_available() or torch.xpu.is_available()):
             self.use_cpu, self.dataloader_pin_memory = True, False

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable
 from typing import Any
 
 from accelerate import Accelerator, PartialState
@@ -96,8 +95,6 @@ def prepare(args: Any) -> None:
             args.deepspeed["zero_optimization"]["overlap_comm"] = False  # which needs streams
     if args.deepspeed:
         _ours.add("ACCELERATE_USE_DEEPSPEED")  # transformers sets it
-    if args.torch_compile or args.torch_compile_backend or args.torch_compile_mode:
-        _ours.update(("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"))  # and these
     if (args.bf16 or args.fp16) and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no":
         _ours.add("ACCELERATE_MIXED_PRECISION")  # and this
     if args.use_cpu and (args.deepspeed or launched == "DeepSpeed"):
@@ -157,6 +154,11 @@ def allow_fsdp_on_cpus() -> None:
 
 def check(accelerator: Accelerator) -> None:
     """Refuse what could not be saved or trained. Raises ConfigError."""
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise ConfigError(
+            f"dynamo_backend={accelerator.state.dynamo_plugin.backend.value}: expected none; fast weights come and go, "
+            "which a compiled model does not see"
+        )
     if accelerator.distributed_type != DistributedType.FSDP:
         return
     plugin = accelerator.state.fsdp_plugin
@@ -182,17 +184,3 @@ def fit(model: nn.Module, args: Any) -> None:
         import deepspeed
 
         deepspeed.utils.set_z3_leaf_modules(model, [RoutedExperts])
-
-
-def compile_layers(layers: Iterable[nn.Module], accelerator: Accelerator) -> None:
-    """What `torch_compile` or the launcher's `--dynamo_backend` asks for: each of these layers by itself.
-
-    Routed experts in them stay as they are. Not the whole model, whose stages would each be compiled for themselves,
-    and no layer with fast weights: they come and go, and a compiled layer does not look whether they are there.
-    """
-    plugin = accelerator.state.dynamo_plugin
-    if plugin.backend == DynamoBackend.NO:
-        return
-    backend, plugin.backend = plugin.backend.value.lower(), DynamoBackend.NO
-    for layer in layers:
-        layer.compile(backend=backend, mode=plugin.mode, dynamic=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, Sampler
 from transformers.trainer_utils import TrainOutput, has_length
 
-from ..backbones import adapted_layers, from_dllm, staged_backbone
+from ..backbones import adopt, staged_backbone
 from ..compat.dllm_api import MDLMTrainer
 from ..config import ConfigError, MemoryConfig
 from ..method import noise
@@ -37,8 +37,8 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
     evaluation `eval_loss` and `eval_loss_memory_off`.
 
     Args:
-        model: a backbone of `dllm_memdlm.backbones`, or a LLaDA-MoE, LLaDA2.1 or A2D model of dllm's, which becomes
-            ours (`backbones.from_dllm`); or PEFT's wrapper around one.
+        model: a backbone of `dllm_memdlm.backbones`, or a LLaDA-MoE, LLaDA2.1 or A2D model of dllm's, which gets our
+            forward (`backbones.adopt`); or PEFT's wrapper around one.
         args: training arguments.
         memory: settings of the inner loop; the paper's by default.
         data_collator: any collator that pads `input_ids` and `labels`; it is wrapped in AnchorTrajectoryCollator
@@ -59,14 +59,14 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
         memory = memory or MemoryConfig()
         if memory.enabled and args.fp16:
             raise ConfigError("training.fp16=True: expected bf16 with memory.enabled; inner gradients would underflow")
-        model = from_dllm(model)
+        adopt(model)
         optimizer = (kwargs.get("optimizers") or (None, None))[0]
         if optimizer is not None:
             own = set(model.parameters())
             if any(parameter not in own for group in optimizer.param_groups for parameter in group["params"]):
                 raise ConfigError(
                     "optimizers: an optimizer of other parameters than the model's; of a model of dllm's with experts "
-                    "make it after `model = backbones.from_dllm(model)`"
+                    "make it after `backbones.adopt(model)`"
                 )
         staged_backbone(model)  # a model that cannot be trained is refused before anything is built
         super().__init__(
@@ -115,9 +115,6 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
         self._clock = EpochClock(self.data_collator, self._train_log)
         self.add_callback(self._clock)
         engines.fit(self.model, self.args)
-        layers = staged_backbone(self.model).layers
-        adapted = adapted_layers(len(layers), memory) if memory.enabled else ()
-        engines.compile_layers([layers[i] for i in range(len(layers)) if i not in adapted], self.accelerator)
 
     # === engines ===
 
@@ -166,14 +163,15 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
             self.right_shift_logits,
         )
         # 2. The inner loop writes fast weights.
-        fast = written = None
+        training, fast = self.model.training, None
         if self.memory is not None:
             written = step.write()
-            fast = written.fast_weights
-            if model.training:
+            if training:
                 self._note(step, written)
-                if self.memory_config.dropout > 0:
-                    fast = fast.keep(self._kept(trajectory))
+            fast = written.fast_weights
+            del written  # memory dropout leaves nothing of it
+            if training and self.memory_config.dropout > 0:
+                fast = fast.keep(self._kept(trajectory))
         # 3. The outer loss, with them in place. It is divided by the maskable tokens of a whole optimizer step in all
         # processes, whose gradients will be averaged.
         count = num_items_in_batch
@@ -182,12 +180,12 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
         loss, total = step.loss(model, fast, count)
         # 4. For the logs: the mean of tokens, and in an evaluation of each sample, with memory and without.
         maskable = trajectory.maskable.sum(-1).to(total.dtype)
-        if model.training:
+        if training:
             tokens = maskable.sum()
             self.meter.update(split="train", value=total.sum() / tokens.clamp_min(1), weight=tokens)
         if not return_outputs:
             return loss
-        off = total if written is None else self._memory_off(step)[1]
+        off = total if self.memory is None else self._memory_off(step)[1]
         return loss, {"total": total, "total_memory_off": off, "maskable": maskable}
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from conftest import (
 from inputs import mask_of, tokens
 from stock_models import AS_PUBLISHED, DENSE_ATTRIBUTES, dllms
 
-from dllm_memdlm.backbones import from_dllm, model_class, with_lora
+from dllm_memdlm.backbones import adopt, model_class, with_lora
 from dllm_memdlm.backbones.expert_names import split_names
 from dllm_memdlm.config import LoraConfig, MemoryConfig
 from dllm_memdlm.method.inner_loop import ParametricMemory
@@ -85,7 +85,7 @@ def test_a_model_of_dllms_gets_our_forward(kind, lora):
         return logits.detach(), {name: gradient.clone() for name, gradient in gradients.items() if gradient.any()}
 
     logits, gradients = logits_and_gradients()
-    model = from_dllm(model)
+    adopt(model)
     assert sorted(split_names(model.state_dict())) == sorted(names)
     assert all(p is before[name] for name, p in model.named_parameters() if ".experts." not in name)
     again, gradients_again = logits_and_gradients()
@@ -97,7 +97,7 @@ def test_a_model_of_dllms_gets_our_forward(kind, lora):
     hidden = memory.trunk(tokens())
     positions = torch.arange(tokens().shape[1]).expand(len(tokens()), -1)
     torch.testing.assert_close(memory.head(hidden, positions).logits, again, rtol=1e-4, atol=1e-4)
-    assert from_dllm(model) is model
+    adopt(model)  # once is enough, and twice changes nothing
 
 
 @pytest.mark.dllm
@@ -108,7 +108,7 @@ def test_the_adapter_of_an_adopted_model_names_dllms_class(kind, name, tmp_path)
     model = dllms(kind, {**COMMON, **DIMENSIONS[kind], **shared, **AS_PUBLISHED[kind]})
     original = type(model).__module__
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["o_proj", "dense"]))
-    wrapped = from_dllm(wrapped)
+    adopt(wrapped)
     wrapped.save_pretrained(tmp_path)
     mapping = json.loads((tmp_path / "adapter_config.json").read_text())["auto_mapping"]
     assert mapping == {"base_model_class": name, "parent_library": original}

@@ -16,11 +16,11 @@ from saved_models import pretrained_of, prompt_memory, random_prompts
 from steps import memory_for
 from torch import Tensor, nn
 
-from benchmarks.naive import adapted, one_by_one
 from benchmarks.naive_experts import plain_experts
 from dllm_memdlm.config import ConfigError
 from dllm_memdlm.evaluation.exposure_bias import DenoisingStep, Example, _rows, exposure_bias
 from dllm_memdlm.inference.decoding import Decoder
+from dllm_memdlm.method.reference import adapted, one_by_one
 
 #: Responses longer and shorter than the steps, behind prompts of other lengths.
 EXAMPLES = [

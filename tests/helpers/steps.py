@@ -8,11 +8,11 @@ import torch
 from conftest import AMPLIFIED, MASK, take_gradients
 from torch import Tensor, nn
 
-from benchmarks.naive import mdlm_loss, one_by_one
 from benchmarks.naive_experts import plain_experts
 from dllm_memdlm.config import MemoryConfig
 from dllm_memdlm.method.fast_weights import FastWeights
 from dllm_memdlm.method.inner_loop import Written
+from dllm_memdlm.method.reference import mdlm_loss, one_by_one
 from dllm_memdlm.method.trajectory import Trajectory
 from dllm_memdlm.training.trainer import MemDLMTrainer
 
@@ -45,7 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_clip": {"clip": "none", "inner_lr": 0.1},
     "clip_of_zero": {"grad_clip": 0.0, "inner_lr": 0.1},
     "odd_rank": {"rank": 3},
-    "first_layers": {"layers": "first"},
+    "all_layers": {"layer_fraction": 1.0},
 }
 
 

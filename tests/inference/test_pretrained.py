@@ -270,6 +270,14 @@ def test_sections_of_a_recipe_may_be_empty(recipe, base, copy_of):
     assert load_pretrained(str(folder)).memory == MemoryConfig()
 
 
+def test_a_recipe_of_before_layers_were_always_the_last(base, copy_of):
+    folder = copy_of(base)
+    (folder / "recipe.yaml").write_text("memory: {rank: 3, layers: last}\n")
+    assert load_pretrained(str(folder)).memory.rank == 3
+    (folder / "recipe.yaml").write_text("memory: {rank: 3, layers: first}\n")
+    assert "recipe.yaml: not a recipe of this version (" in message(str(folder))
+
+
 def test_an_architecture_that_nothing_names(base, copy_of):
     folder = copy_of(base)
     config = json.loads((folder / "config.json").read_text())

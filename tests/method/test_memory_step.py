@@ -11,9 +11,9 @@ from conftest import KINDS, MASK, assert_close_relative, examples, make_trainer,
 from conftest import train_batch as batch_of
 from steps import OFF, SMALL, VARIANTS, Step, flat, initial, memory_for
 
-from benchmarks.naive import mdlm_loss, naive_step, one_by_one, state_counts
 from benchmarks.naive_experts import plain_experts
 from dllm_memdlm.config import MemoryConfig
+from dllm_memdlm.method.reference import mdlm_loss, naive_step, one_by_one, state_counts
 from dllm_memdlm.training.trainer import MemDLMTrainer
 
 ATTENTION = {"llada_moe": ("q_proj", "o_proj"), "llada2": ("query_key_value", "dense"), "llama": ("q_proj", "v_proj")}
@@ -33,7 +33,8 @@ def check_against_naive(
     start = initial(trainer, batch)
     step = Step(trainer, batch, start)
     phi0 = [one_by_one(start.tensors, sample) for sample in range(start.samples)]
-    expected = naive_step(model, batch, phi0, memory, MASK, shift, trainer.loss_norm_type)
+    with plain_experts(model):
+        expected = naive_step(model, batch, phi0, memory, MASK, shift, trainer.loss_norm_type)
     expected.loss.backward()
     gradients = take_gradients(model, complete=False)  # a loop skips experts that no token chose
 
@@ -102,7 +103,8 @@ def test_a_step_in_float32(kind, variant, tokenizer, tmp_path):
         model = tiny(kind, lora=True).to(dtype)
         start = initial(make_trainer(model, tokenizer, tmp_path, memory), batch)
         phi0 = [one_by_one(start.tensors, sample) for sample in range(start.samples)]
-        naive_step(model, batch, phi0, memory, MASK, norm=trainer.loss_norm_type).loss.backward()
+        with plain_experts(model):
+            naive_step(model, batch, phi0, memory, MASK, norm=trainer.loss_norm_type).loss.backward()
         gradients.append(take_gradients(model, complete=False))
     ours, naive, exact = (torch.cat([each[name].double().flatten() for name in gradients[-1]]) for each in gradients)
     assert (ours - exact).norm() <= 1.5 * (naive - exact).norm() + 1e-5 * exact.norm()
@@ -146,7 +148,8 @@ def test_a_step_in_bfloat16(kind, tokenizer, tmp_path):
     step = Step(trainer, batch)
     start = initial(trainer, batch)
     assert all(v.dtype == torch.float32 for v in step.written.fast_weights.tensors.values())
-    expected = naive_step(trainer.model, batch, [one_by_one(start.tensors, i) for i in range(3)], memory, MASK)
+    with plain_experts(trainer.model):
+        expected = naive_step(trainer.model, batch, [one_by_one(start.tensors, i) for i in range(3)], memory, MASK)
     expected.loss.backward()
     gradients = take_gradients(trainer.model, complete=False)
     assert step.loss.item() == pytest.approx(expected.loss.item(), rel=2e-2)

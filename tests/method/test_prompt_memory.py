@@ -12,12 +12,12 @@ from inputs import poisoned
 from saved_models import prompt_memory, random_prompts, state_of
 from steps import flat, memory_for
 
-from benchmarks.naive import Phi, one_by_one, write_naively
 from benchmarks.naive_experts import plain_experts
 from dllm_memdlm.backbones.moe import RoutedExperts
 from dllm_memdlm.config import MemoryConfig
 from dllm_memdlm.method.fast_weights import FastWeights
 from dllm_memdlm.method.prompt_memory import PromptMemory, Tally, at_inference
+from dllm_memdlm.method.reference import Phi, one_by_one, write_naively
 
 POISON = 47  #: a word of no random prompt
 

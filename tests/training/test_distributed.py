@@ -73,11 +73,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "LLaDA2.1, all weights, checkpointing": ("training.gradient_checkpointing=true",),
     # with a seed of 42 rounding sends a token through another expert: 3e-4 apart, under every engine
     "LLaDA2.1, all weights, accumulation": ("training.gradient_accumulation_steps=2", "training.seed=7"),
-    "LLaDA2.1, LoRA, checkpointing, torch_compile": (
-        *LORA,
-        "training.gradient_checkpointing=true",
-        "training.torch_compile_backend=eager",
-    ),
+    "LLaDA2.1, LoRA, checkpointing": (*LORA, "training.gradient_checkpointing=true"),
     "a checkpoint, LoRA": LORA,
     "4 bit, LoRA": (*LORA, "model.load_in_4bit=true"),
 }

@@ -27,7 +27,6 @@ from dllm_memdlm.training.trainer import MemDLMConfig
 
 REPOSITORY = Path(dllm_memdlm.__file__).parents[1]
 RECIPES = REPOSITORY / "recipes"
-COMPILED = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +60,7 @@ def test_one_process_has_nothing_to_share_out(engine, tmp_path):
 
 def test_another_run_of_the_process_begins_afresh(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    others = dict.fromkeys(("deepspeed", "fsdp", "bf16", "fp16", *COMPILED))
+    others = dict.fromkeys(("deepspeed", "fsdp", "bf16", "fp16"))
     engines.prepare(SimpleNamespace(engine="fsdp2", use_cpu=True, **others))
     assert engines.FSDP2.items() <= os.environ.items()
     engines.prepare(SimpleNamespace(engine="zero3", use_cpu=True, **others))
@@ -78,7 +77,7 @@ def test_a_run_on_the_cpu_does_not_keep_the_next_one_from_the_gpu(own, monkeypat
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", own or "")
     if not own:  # what the user says is for all runs
         monkeypatch.delenv("ACCELERATE_TORCH_DEVICE")
-    others = dict.fromkeys(("deepspeed", "fsdp", "bf16", "fp16", *COMPILED))
+    others = dict.fromkeys(("deepspeed", "fsdp", "bf16", "fp16"))
     engines.prepare(SimpleNamespace(engine="auto", use_cpu=True, **others))
     assert os.environ["ACCELERATE_TORCH_DEVICE"] == (own or "cpu")
     engines.prepare(SimpleNamespace(engine="auto", use_cpu=False, **others))  # where there is a GPU
@@ -98,6 +97,10 @@ def test_another_run_does_not_inherit_bfloat16(launched, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        *(
+            ({name: value}, f"training.{name}={value!r}: expected none; fast weights come and go in the layers")
+            for name, value in (("torch_compile", True), ("torch_compile_backend", "eager"))
+        ),
         ({"engine": "zero4"}, "training.engine='zero4': expected one of auto, ddp, fsdp2, zero1, zero2, zero3"),
         (
             {"engine": "zero2", "deepspeed": {"zero_optimization": {"stage": 3}}},

@@ -113,7 +113,7 @@ def assert_within(request, record_property) -> Callable[[Plan, int, float], None
         ("llada_moe", True, True, True, False),
         ("llada2", False, False, True, False),
         ("llada2", True, {"objective": "kl"}, False, False),
-        ("llama", False, {"layers": "first", "layer_fraction": 0.25}, False, True),
+        ("llama", False, {"layer_fraction": 1.0}, False, True),
         ("llama", True, False, True, True),
         ("llama", True, {"kind": "full", "scope": "batch", "steps": 3}, True, False),
     ],

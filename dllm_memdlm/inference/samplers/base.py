@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ...backbones import from_dllm, staged_backbone
+from ...backbones import adopt, staged_backbone
 from ...compat.dllm_api import BaseSampler, BaseSamplerConfig, BaseSamplerOutput
 from ...config import ConfigError, require
 from ...method.losses import Positions
@@ -24,7 +24,7 @@ class CanvasSampler(BaseSampler):
     """A sampler that fills in a canvas step by step; subclasses write `steps`.
 
     Args:
-        model: a backbone, PEFT's wrapper around one, or a model of dllm's (which becomes ours, `from_dllm`).
+        model: a backbone, PEFT's wrapper around one, or a model of dllm's (it gets our forward, `backbones.adopt`).
         tokenizer: its mask and end-of-sequence tokens are used.
         scheduler: says how many tokens each step of `MDLMSampler` commits; linear by default.
 
@@ -35,7 +35,7 @@ class CanvasSampler(BaseSampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.model = from_dllm(self.model)
+        adopt(self.model)
         self.layers = len(staged_backbone(self.model).layers)
         for name in ("mask_token_id", "eos_token_id"):
             if getattr(self.tokenizer, name) is None:

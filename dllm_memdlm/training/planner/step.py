@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -108,7 +108,8 @@ def _batch(sizes: Sizes, memory: ParametricMemory | None) -> dict[str, Tensor]:
     maskable = torch.zeros_like(tokens, dtype=torch.bool)
     maskable[:, sizes.length - sizes.masked :] = True
     keys, level = noise.example_keys(0, 0, torch.arange(sizes.batch)), torch.ones(sizes.batch)
-    config = MemoryConfig(enabled=False) if memory is None else memory.config
+    # At worst an inner state reveals as much as it masks: here, where all is masked, it would reveal nothing.
+    config = MemoryConfig(enabled=False) if memory is None else replace(memory.config, targets="masked")
     return build_trajectory(tokens, maskable, level, level, keys, config).to_batch()
 
 

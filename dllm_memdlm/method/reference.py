@@ -1,8 +1,7 @@
-"""One MemDLM step written from the paper, to compare with in numbers (the tests) and in time (the benchmarks): full
-forwards of the plain model, logits everywhere, one expert after the other, one fast-weight tensor after the other.
+"""The method in plain lines: one MemDLM step as the paper has it, for a reader, and for the tests to compare with.
 
-It shares no code with the package's memory, fast weights, losses and trajectories. Only the random draws (the masks,
-and A of φ0) are given to it.
+Full forwards of the plain model, logits everywhere, one expert after the other, one fast-weight tensor after the other.
+It shares no code with what the package computes with. Only the random draws (the masks, and A of φ0) are given to it.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .naive_experts import plain_experts
-
 #: φ of one sample, or of one batch: for every single linear layer its A and B, or its delta.
 Phi = dict[str, dict[str, Tensor]]
 
 
 class NaiveStep(NamedTuple):
+    """What a step gives."""
+
     loss: Tensor  #: outer loss, with its graph
     phi: list[Phi]  #: after the inner loop, one a sample, or one for the batch
     inner_losses: list[list[float]]  #: of each of them, in order
@@ -36,11 +35,11 @@ def backbone_of(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def linear_names(model: nn.Module, targets: tuple[str, ...], fraction: float, layers: str = "last") -> list[str]:
+def linear_names(model: nn.Module, targets: tuple[str, ...], fraction: float) -> list[str]:
     """Every linear layer with fast weights, experts one by one; the first layer is int(n · (1 - fraction))."""
     count = len(backbone_of(model).model.layers)
     first = int(count * (1 - fraction))
-    chosen = range(first, count) if layers == "last" else range(count - first)
+    chosen = range(first, count)
     names = []
     for index in chosen:
         for path, _ in backbone_of(model).model.layers[index].named_modules():
@@ -190,21 +189,23 @@ def naive_step(
     shift: bool = False,
     norm: str = "token",
 ) -> NaiveStep:
-    """One step: φ for every sample (or for the batch), then the loss of the anchor with φ in place."""
+    """One step: φ for every sample (or for the batch), then the loss of the anchor with φ in place.
+
+    The model has a module an expert.
+    """
     tokens, maskable, anchor = batch["input_ids"], batch["maskable"], batch["anchor_mask"]
     groups = [slice(0, len(tokens))] if memory.scope == "batch" else [slice(i, i + 1) for i in range(len(tokens))]
     phis, inner_losses, logits = [], [], []
-    with plain_experts(model):
-        names = linear_names(model, memory.target_modules, memory.layer_fraction, memory.layers)
-        for rows, phi in zip(groups, phi0, strict=True):
-            assert set(phi) == set(names)
-            part = {key: value[rows] for key, value in batch.items() if isinstance(value, Tensor)}
-            phi, losses = write_naively(model, part, phi, memory, mask_id, shift)
-            with adapted(model, phi, memory.alpha / memory.rank):
-                state = torch.where(part["anchor_mask"], mask_id, part["input_ids"])
-                logits.append(full_forward(model, state, part.get("attention_mask"), shift)[0])
-            phis.append(phi)
-            inner_losses.append(losses)
+    names = linear_names(model, memory.target_modules, memory.layer_fraction)
+    for rows, phi in zip(groups, phi0, strict=True):
+        assert set(phi) == set(names)
+        part = {key: value[rows] for key, value in batch.items() if isinstance(value, Tensor)}
+        phi, losses = write_naively(model, part, phi, memory, mask_id, shift)
+        with adapted(model, phi, memory.alpha / memory.rank):
+            state = torch.where(part["anchor_mask"], mask_id, part["input_ids"])
+            logits.append(full_forward(model, state, part.get("attention_mask"), shift)[0])
+        phis.append(phi)
+        inner_losses.append(losses)
     loss = mdlm_loss(torch.cat(logits), tokens, anchor, maskable, batch["noise_level"], norm)
     return NaiveStep(loss, phis, inner_losses)
 

@@ -1,7 +1,8 @@
-"""Models that dllm built, as ours: the same modules, but for experts, in containers with our forward.
+"""Models that dllm built, made ours where they are: the same modules, but for experts, in containers with our forward.
 
 dllm's classes for LLaDA-MoE, LLaDA2.1 and the converted decoders hold their weights in modules of the same names as
-ours. Only experts become new tensors, a layer after the other; what is saved has the names that it had.
+ours. Only experts become new tensors, a layer after the other; what is saved has the names that it had. The model
+itself, which its user holds, changes class.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from .staged import StagedForward, unwrapped
 from .stock_peft import StockLoraConfig, StockPeftModel
 
 
-def from_dllm(model: nn.Module) -> nn.Module:
-    """Our model of one of dllm's, which is used up; any other is returned as it is.
+def adopt(model: nn.Module) -> None:
+    """Make a model of dllm's one of ours, in place; any other model is left alone.
 
     It may be wrapped by PEFT already. Its logits are the same up to rounding. An optimizer made before does not know
     the experts' new tensors.
@@ -40,7 +41,7 @@ def from_dllm(model: nn.Module) -> nn.Module:
     inner = unwrapped(model)
     name = type(inner).__name__
     if isinstance(inner, StagedForward) or not type(inner).__module__.startswith("dllm.") or name not in _OURS:
-        return model
+        return
     for layer in inner.model.layers:
         experts = getattr(layer.mlp, "experts", None)
         if experts is not None:  # before anything is changed
@@ -48,16 +49,13 @@ def from_dllm(model: nn.Module) -> nn.Module:
                 RoutedExperts.check(experts)
             except ValueError as error:
                 raise ConfigError(f"model of dllm's: {error}") from error
-    ours = _OURS[name](inner)
-    OutputLinear.put_into(ours)
-    if not isinstance(model, peft.PeftModel):
-        return ours
-    wrapper = _as(StockPeftModel, model)
-    wrapper.base_model.model = ours
-    for adapter, config in model.peft_config.items():
-        if type(config) is peft.LoraConfig:  # PEFT would note our class as that of the base
-            model.peft_config[adapter] = StockLoraConfig.of(config)
-    return wrapper
+    inner.__class__ = _OURS[name](inner)
+    OutputLinear.put_into(inner)
+    if isinstance(model, peft.PeftModel):
+        for adapter, config in model.peft_config.items():
+            if type(config) is peft.LoraConfig:  # PEFT would note our class as that of the base
+                model.peft_config[adapter] = StockLoraConfig.of(config)
+        model.__class__ = StockPeftModel
 
 
 def _as(cls: type[nn.Module], module: nn.Module) -> nn.Module:
@@ -67,7 +65,7 @@ def _as(cls: type[nn.Module], module: nn.Module) -> nn.Module:
     return own
 
 
-def _llada_moe(model: nn.Module) -> nn.Module:
+def _llada_moe(model: nn.Module) -> type[nn.Module]:
     layers = model.model.layers
     for index, layer in enumerate(layers):
         layers[index] = layer = _as(LLaDAMoEDecoderLayer, layer)
@@ -77,10 +75,10 @@ def _llada_moe(model: nn.Module) -> nn.Module:
             layer.mlp = _as(LLaDAMoESparseMoeBlock, layer.mlp)
             layer.mlp.config = model.config
             layer.mlp.experts = RoutedExperts.of(layer.mlp.experts)
-    return _as(LLaDAMoEModelLM, model)
+    return LLaDAMoEModelLM
 
 
-def _llada2_moe(model: nn.Module) -> nn.Module:
+def _llada2_moe(model: nn.Module) -> type[nn.Module]:
     layers = model.model.layers
     for index, layer in enumerate(layers):
         layers[index] = layer = _as(LLaDA2MoeDecoderLayer, layer)
@@ -90,16 +88,17 @@ def _llada2_moe(model: nn.Module) -> nn.Module:
             layer.mlp.gate = _as(LLaDA2MoeGate, layer.mlp.gate)
             layer.mlp.shared_experts = getattr(layer.mlp, "shared_experts", None)
             layer.mlp.experts = RoutedExperts.of(layer.mlp.experts)
-    return _as(LLaDA2MoeModelLM, model)
+    return LLaDA2MoeModelLM
 
 
-def _decoder(model: nn.Module) -> nn.Module:
+def _decoder(model: nn.Module) -> type[nn.Module]:
     for layer in model.model.layers:
         layer.self_attn.is_causal = False
-    return _as(bidirectional(type(model).__name__), model)
+    return bidirectional(type(model).__name__)
 
 
-_OURS: dict[str, Callable[[nn.Module], nn.Module]] = {
+#: What makes the parts of a model ours, and returns our class of it.
+_OURS: dict[str, Callable[[nn.Module], type[nn.Module]]] = {
     "LLaDAMoEModelLM": _llada_moe,
     "LLaDA2MoeModelLM": _llada2_moe,
     **{name: _decoder for name in DECODERS if name.startswith("A2D")},
