@@ -115,6 +115,7 @@ def assert_within(request, record_property) -> Callable[[Plan, int, float], None
         ("llada2", True, {"objective": "kl"}, False, False),
         ("llama", False, {"layer_fraction": 1.0}, False, True),
         ("llama", True, False, True, True),
+        ("llada_moe", False, {"dropout": 0.5, "rank": 64}, True, False),
         ("llama", True, {"kind": "full", "scope": "batch", "steps": 3}, True, False),
     ],
 )
@@ -250,6 +251,13 @@ def test_more_gpus_share_what_the_engine_shares(tmp_path):
     for plan in (zero3, fsdp2):
         assert plan.at_peak["weights"] == one.at_peak["weights"] // 8
     assert fsdp2.at_peak["optimizer"] == one.at_peak["optimizer"] // 8
+
+
+def test_at_worst_as_many_tokens_are_revealed_as_masked(tmp_path):
+    masked, revealed = (
+        plan_of(recipe_of("llama", tmp_path, memory={"targets": targets})) for targets in ("masked", "newly_revealed")
+    )
+    assert revealed.flops_memdlm == masked.flops_memdlm and revealed.peak == masked.peak
 
 
 def test_a_batch_has_as_many_fast_weights_as_samples(tmp_path):
