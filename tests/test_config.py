@@ -42,7 +42,6 @@ def test_defaults_of_the_memory_are_the_papers():
         "sync": False,
         "target_modules": ("gate_proj", "up_proj", "down_proj"),
         "layer_fraction": 0.1,
-        "layers": "last",
         "dropout": 0.0,
     }
 

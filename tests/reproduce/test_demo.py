@@ -148,7 +148,7 @@ def trained(tmp_path, monkeypatch) -> list[list[str]]:
     for name in ("tiny_llada2_mdlm", "tiny_llada2"):
         (tmp_path / f"{name}.yaml").write_text("training:\n  max_steps: 200\n")
 
-    def run(command: list[str], check: bool) -> None:
+    def run(command: list[str], **_: object) -> None:
         overrides = dict(argument.removeprefix("training.").split("=") for argument in command if "=" in argument)
         commands.append(command)
         write_state(Path(overrides["output_dir"]), int(overrides.get("max_steps", 200)))
@@ -181,7 +181,7 @@ def test_the_demo_trains_what_is_missing_and_reports(trained, tmp_path, capsys):
 
 
 def test_a_failed_training_ends_the_demo_with_its_exit_code(trained, tmp_path, monkeypatch, capsys):
-    def fail(command: list[str], check: bool) -> None:
+    def fail(command: list[str], **_: object) -> None:
         raise demo.subprocess.CalledProcessError(3, command)
 
     monkeypatch.setattr(demo.subprocess, "run", fail)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, DynamoBackend, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from conftest import make_trainer, tiny
 from small_run import write_recipe
@@ -144,9 +144,16 @@ def test_without_deepspeed_it_says_what_to_install(tmp_path, monkeypatch):
 )
 def test_kinds_of_fsdp_that_could_not_be_saved_are_refused(settings, message):
     plugin = FullyShardedDataParallelPlugin(**settings)
-    state = SimpleNamespace(fsdp_plugin=plugin)
+    state = SimpleNamespace(fsdp_plugin=plugin, dynamo_plugin=SimpleNamespace(backend=DynamoBackend.NO))
     with pytest.raises(ConfigError, match=f"^{message}"):
         engines.check(SimpleNamespace(distributed_type=DistributedType.FSDP, state=state))
+
+
+def test_a_compiled_model_is_refused():
+    """As `accelerate launch --dynamo_backend` asks for it."""
+    state = SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=DynamoBackend.EAGER))
+    with pytest.raises(ConfigError, match="^dynamo_backend=EAGER: "):
+        engines.check(SimpleNamespace(distributed_type=DistributedType.NO, state=state))
 
 
 def test_fp16_is_refused_with_memory(tokenizer, tmp_path):

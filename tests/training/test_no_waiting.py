@@ -41,7 +41,7 @@ def step(trainer: MemDLMTrainer) -> list[Tensor]:
 CASES = [("llama", name) for name in VARIANTS] + [
     (kind, name)
     for kind in ("llada_moe", "llada2")
-    for name in ("paper", "full_scope_batch", "kl", "first_layers", "odd_rank")
+    for name in ("paper", "full_scope_batch", "kl", "all_layers", "odd_rank")
 ]
 
 
