@@ -152,7 +152,7 @@ def test_kinds_of_fsdp_that_could_not_be_saved_are_refused(settings, message):
 def test_a_compiled_model_is_refused():
     """As `accelerate launch --dynamo_backend` asks for it."""
     state = SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=DynamoBackend.EAGER))
-    with pytest.raises(ConfigError, match="^dynamo_backend=EAGER: "):
+    with pytest.raises(ConfigError, match=r"^dynamo_backend=EAGER: "):
         engines.check(SimpleNamespace(distributed_type=DistributedType.NO, state=state))
 
 
