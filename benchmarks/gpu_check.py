@@ -163,10 +163,7 @@ def parts(folder: Path, cpu: bool) -> tuple[Part, list[Part], list[Part]]:
         fixed = ("-W", "default", "-p", "no:cacheprovider", "--tb=short", "--tables", str(folder / name))
         return module("pytest", "-q", *fixed, *arguments)
 
-    files = []
-    for name in FEW_UNIT_TESTS if cpu else UNIT_TESTS:
-        (file,) = ROOT.glob(f"tests/*/test_{name}.py")
-        files.append(str(file))
+    files = [str(next(ROOT.glob(f"tests/*/test_{name}.py"))) for name in (FEW_UNIT_TESTS if cpu else UNIT_TESTS)]
     several = not cpu and importlib.util.find_spec("xdist") is not None
     workers = ["-n", "8", "--dist", "loadfile"] if several else []
     together = [

@@ -46,9 +46,8 @@ class FusedLora:
         if x.is_meta or self.disable_adapters or self.merged or self.lora_variant or base.bias is not None:
             return False
         parts = [part for name in names for part in (self.lora_A[name], self.lora_B[name])]
-        return all(map(_untouched, (base, *parts))) and all(
-            part.bias is None and (dtype or part.weight.dtype) == (dtype or x.dtype) for part in parts
-        )
+        one_dtype = dtype is not None or all(part.weight.dtype == x.dtype for part in parts)
+        return one_dtype and all(part.bias is None for part in parts) and all(map(_untouched, (base, *parts)))
 
 
 class DenseLora(FusedLora, lora.Linear):
@@ -58,7 +57,8 @@ class DenseLora(FusedLora, lora.Linear):
 def dense_lora(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module | None:
     """The LoRA of a linear layer, for PEFT; none where PEFT has one of its own, such as for 8 bit."""
     base = without_adapters(target)
-    if kwargs.get("parameter_name") or getattr(kwargs.get("config"), "fan_in_fan_out", kwargs.get("fan_in_fan_out")):
+    settings = vars(kwargs["config"]) if "config" in kwargs else kwargs  # PEFT 0.17 gives them one by one
+    if kwargs.get("parameter_name") or settings["fan_in_fan_out"]:
         return None
     if type(base) is nn.Linear or type(base).__module__.partition(".")[0] == __name__.partition(".")[0]:
         return DenseLora(target, adapter_name, **kwargs)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dllm_memdlm.backbones.site_weights import SiteShape, SiteWeights
 from dllm_memdlm.config import ConfigError
+from dllm_memdlm.method import noise
 from dllm_memdlm.method.fast_weights import FastWeights
 
 # --- shapes and beginnings ---
@@ -78,6 +79,15 @@ def test_every_matrix_is_drawn_by_itself():
         for b in draws[i + 1 :]:
             correlation = torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]
             assert abs(correlation) < 0.6  # of 64 pairs of numbers
+
+
+def test_every_site_has_a_stream_of_its_own():
+    """Drawn together, each is what it is alone: u in [0, 1) → (2u - 1) / √in."""
+    sites = [SiteShape(name, 6, 5) for name in "abc"]
+    tensors = FastWeights.initial(sites, config_of(rank=2), KEYS, HERE).tensors
+    for number, site in enumerate(sites):
+        draws = noise.uniform(KEYS.to(HERE), noise.INITIAL + number, 2 * 6).view(len(KEYS), 2, 6)
+        assert torch.equal(tensors[f"{site.name}.A"], (2 * draws - 1) * 6**-0.5)
 
 
 def test_global_generator_is_neither_read_nor_moved():
