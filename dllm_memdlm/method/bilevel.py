@@ -6,6 +6,7 @@ anchor x_t ─► trunk ─┬─ with gradient ─► head with φ_K in place �
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -14,16 +15,16 @@ from torch import Tensor, nn
 from ..backbones import staged_backbone
 from .fast_weights import FastWeights
 from .inner_loop import ParametricMemory, Written
-from .losses import Positions, masked_diffusion_loss
+from .losses import masked_diffusion_loss
 from .trajectory import Trajectory
 
 
 @dataclass
 class BilevelStep:
-    """The step of one batch. The anchor passes the trunk once, when the step is made; the inner loop starts from it.
+    """The step of one batch: making it passes the anchor through the trunk, `write` runs the inner loop from there.
 
-    The stages are called on `model`, without what an engine has put around it: only the last, `loss`, goes through
-    that, so that DDP and its kin see one forward for one backward.
+    Both call `model` without what an engine has put around it. Only `loss` goes through that, so that DDP and its kin
+    see one forward for one backward.
     """
 
     model: nn.Module
@@ -34,52 +35,42 @@ class BilevelStep:
     loss_weight: str = "scheduler"  #: w(t) of the schedule, or `uniform`
     loss_norm: str = "token"  #: a key of `losses.NORMS`
     right_shift_logits: bool = False
-    positions: Positions = field(init=False)  #: where the anchor has its loss
-    trunk: Tensor = field(init=False)  #: what the trunk gives of the anchor [B, L, D], with gradient
+    trunk: Tensor = field(init=False)  #: the trunk's output on the anchor [B, L, D], with gradient
 
     def __post_init__(self) -> None:
         # Without memory the head is the last layer, which then computes its output at the loss positions only.
-        layers = len(staged_backbone(self.model).layers)
-        self._boundary = layers - 1 if self.memory is None else self.memory.boundary
-        self.positions = self.trajectory.loss_positions(-1)
-        self.trunk = self.model(
-            stage="trunk",
-            input_ids=self.trajectory.state(self.trajectory.anchor_mask, self.mask_token_id),
-            attention_mask=self.attention_mask,
-            boundary=self._boundary,
-        ).hidden
+        last = len(staged_backbone(self.model).layers) - 1
+        self._where = {
+            "boundary": last if self.memory is None else self.memory.boundary,
+            "attention_mask": self.attention_mask,
+        }
+        anchor = self.trajectory.state(self.trajectory.anchor_mask, self.mask_token_id)
+        self.trunk = self.model(stage="trunk", input_ids=anchor, **self._where).hidden
 
     def write(self) -> Written:
-        """The inner loop."""
+        """Run the inner loop."""
         return self.memory.write(self.trajectory, anchor_trunk=self.trunk, attention_mask=self.attention_mask)
 
     def loss(
         self, model: nn.Module, fast: FastWeights | None = None, count: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The outer loss, and each sample's weighted NLL [B], with φ in place; without φ that of plain MDLM.
+        """Return the outer loss and each sample's weighted NLL [B], with φ in place; without φ those of plain MDLM.
 
         Args:
-            model: as the engine has it.
+            model: the model as the engine has it.
             fast: φ.
             count: as in `masked_diffusion_loss`.
         """
-        if fast is not None:
-            with self.memory.holding(fast):
-                return self.loss(model, count=count)
-        nll = model(
-            stage="head",
-            hidden=self.trunk,
-            boundary=self._boundary,
-            attention_mask=self.attention_mask,
-            positions=self.positions.logit_index(self.right_shift_logits),
-            tokens=self.positions.gather(self.trajectory.input_ids),
-        ).nll
-        weight = self.trajectory.noise_weight
-        return masked_diffusion_loss(
-            nll,
-            self.positions.valid,
-            weight if self.loss_weight == "scheduler" else torch.ones_like(weight),
-            self.trajectory.maskable.sum(-1),
-            self.loss_norm,
-            count,
-        )
+        trajectory, positions = self.trajectory, self.trajectory.loss_positions(-1)
+        with nullcontext() if fast is None else self.memory.holding(fast):
+            nll = model(
+                stage="head",
+                hidden=self.trunk,
+                positions=positions.logit_index(self.right_shift_logits),
+                tokens=positions.gather(trajectory.input_ids),
+                **self._where,
+            ).nll
+        weight, maskable = trajectory.noise_weight, trajectory.maskable.sum(-1)
+        if self.loss_weight == "uniform":
+            weight = torch.ones_like(weight)
+        return masked_diffusion_loss(nll, positions.valid, weight, maskable, self.loss_norm, count)

@@ -7,20 +7,16 @@ a norm for each tensor of the paper, all at once.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..backbones.site_weights import SiteShape, SiteWeights
-from ..config import ConfigError, MemoryConfig
+from ..config import MemoryConfig
 from . import noise
 
 
@@ -35,7 +31,7 @@ class FastWeights:
     def initial(
         cls, sites: Iterable[SiteShape], config: MemoryConfig, keys: Tensor, device: torch.device
     ) -> FastWeights:
-        """φ0: A is Kaiming-uniform (a = √5), B or the difference is zero, so the model is as without them.
+        """Make φ0: A is Kaiming-uniform (a = √5), B or the difference is zero, so the model is as without them.
 
         keys [S] int64: A of set i is a function of keys[i] alone, on every device.
         """
@@ -70,50 +66,19 @@ class FastWeights:
 
     def keep(self, samples: Tensor) -> FastWeights:
         """φ where `samples` [S] bool holds, and no effect (B or the difference zero) elsewhere."""
-        mask = samples[:, None, None]
-        tensors = {
-            k: v if k.endswith(".A") else torch.where(mask, v, torch.zeros_like(v)) for k, v in self.tensors.items()
-        }
+        kept = samples[:, None, None]
+        tensors = {k: v if k.endswith(".A") else torch.where(kept, v, 0) for k, v in self.tensors.items()}
         return FastWeights(tensors, self.scaling)
 
     def select(self, samples: list[int]) -> FastWeights:
         """Those of the samples, in that order; one may be named more than once."""
-        index = torch.tensor(samples, device=next(iter(self.tensors.values())).device)
-        return FastWeights({k: v.index_select(-3, index) for k, v in self.tensors.items()}, self.scaling)
+        return FastWeights({k: v[..., samples, :, :] for k, v in self.tensors.items()}, self.scaling)
 
     @classmethod
     def stack(cls, parts: list[FastWeights]) -> FastWeights:
         """The samples of all parts, one after the other."""
         names = parts[0].tensors
         return cls({k: torch.cat([part.tensors[k] for part in parts], dim=-3) for k in names}, parts[0].scaling)
-
-    def save(self, path: str | os.PathLike, header: dict[str, Any] | None = None) -> None:
-        """Write a safetensors file; `header` (model, config and prompt hashes) goes into its metadata as JSON."""
-        metadata = {"format": "memdlm-fast-weights", "scaling": repr(self.scaling), "header": json.dumps(header or {})}
-        save_file({k: v.detach().contiguous() for k, v in self.tensors.items()}, path, metadata)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> tuple[FastWeights, dict[str, Any]]:
-        """Read what `save` wrote: the fast weights and their header. Raises ConfigError for any other file."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(
-                f"{path}: not a fast-weight snapshot ({error}); expected a file that --save-memory has written"
-            ) from None
-        if metadata.get("format") != "memdlm-fast-weights" or not {"scaling", "header"} <= metadata.keys():
-            raise ConfigError(
-                f"{path}: a safetensors file, but not a fast-weight snapshot; write one with --save-memory"
-            )
-        try:
-            scaling, header = float(metadata["scaling"]), json.loads(metadata["header"])
-        except ValueError as error:
-            raise ConfigError(f"{path}: a fast-weight snapshot with broken metadata ({error})") from None
-        if not tensors or not isinstance(header, dict):
-            raise ConfigError(f"{path}: a fast-weight snapshot without weights or header; write one with --save-memory")
-        return cls(tensors, scaling), header
 
 
 class InnerStep(NamedTuple):

@@ -50,11 +50,7 @@ class ParametricMemory:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        config: MemoryConfig,
-        mask_token_id: int,
-        right_shift_logits: bool = False,
+        self, model: nn.Module, config: MemoryConfig, mask_token_id: int, right_shift_logits: bool = False
     ) -> None:
         self.model = model
         self.config = config
@@ -77,28 +73,126 @@ class ParametricMemory:
         """Fast weights of one sample."""
         return sum(shape.numel(self.config) for shape in self.shapes)
 
-    def check(self, fast_weights: FastWeights) -> None:
-        """Raise ConfigError unless they were written for these sites, and for layers of this size."""
-        expected = {
-            f"{shape.name}.{name}": (() if shape.experts is None else (shape.experts,)) + size
-            for shape in self.shapes
-            for name, size in shape.tensors(self.config).items()
-        }
-        if expected.keys() != fast_weights.tensors.keys():
-            odd = sorted(expected.keys() ^ fast_weights.tensors.keys())[0]
-            where = "model" if odd in expected else "fast weights"
-            raise ConfigError(f"fast weights for other sites than this model's: {odd} is in the {where} only")
-        for name, size in expected.items():
-            found = tuple(fast_weights.tensors[name].shape)
-            if found[:-3] + found[-2:] != size:
-                raise ConfigError(f"fast weights of another size: {name} is {found[:-3] + found[-2:]}, expected {size}")
+    # === the inner loop ===
+
+    def write(
+        self,
+        trajectory: Trajectory,
+        *,
+        anchor_trunk: Tensor | None = None,
+        attention_mask: Tensor | int | None = None,
+        initial: FastWeights | None = None,
+    ) -> Written:
+        """Run the inner loop along a trajectory: φ0 → … → φK, for every epoch.
+
+        The loop is first order: the result is detached, and no gradient reaches the model. It leaves the model's mode
+        alone, so dropout is active while adapting only where the caller has it on.
+
+        Args:
+            trajectory: the states, on the model's device.
+            anchor_trunk: the trunk's output on the anchor [B, L, D], if the caller has it; it is not computed again.
+            attention_mask: as in `StagedForward.forward`.
+            initial: φ0; drawn from the trajectory's noise keys by default.
+        """
+        device = trajectory.input_ids.device
+        fast = initial or FastWeights.initial(self.shapes, self.config, self.keys_of(trajectory), device)
+        finite, steps = torch.ones(fast.samples, dtype=torch.bool, device=device), []
+        trunks: dict[int, Tensor] = {}  # the trunk has no fast weights: each state passes it once, for all epochs
+        if anchor_trunk is not None and self.config.strategy in ENDS_ON_ANCHOR:
+            trunks[trajectory.steps - 1] = anchor_trunk.detach()
+
+        def trunk_of(k: int) -> Tensor:
+            if k not in trunks:
+                state = trajectory.state(trajectory.inner_masks[:, k], self.mask_token_id)
+                with torch.no_grad():
+                    trunks[k] = self.trunk(state, attention_mask)
+            return trunks[k]
+
+        for _ in range(self.config.epochs):
+            for k in range(trajectory.steps):
+                next_trunk = None if self.objective is None else trunk_of(k + 1)
+                fast, step = self._inner_step(fast, trajectory, k, trunk_of(k), next_trunk, attention_mask)
+                steps.append(step)
+                finite = finite & step.finite
+        return Written(fast.keep(finite), steps, finite)
+
+    def _inner_step(
+        self,
+        fast: FastWeights,
+        trajectory: Trajectory,
+        k: int,
+        trunk: Tensor,
+        next_trunk: Tensor | None,
+        attention_mask: Tensor | int | None,
+    ) -> tuple[FastWeights, InnerStep]:
+        """Take one SGD step on state k: pre-anchor alignment for the first, anchor-to-target for the last."""
+        objective, config = self.objective, self.config
+        positions = trajectory.loss_positions(k, config.targets)
+        index = positions.logit_index(self.right_shift_logits)
+
+        def view(hidden: Tensor) -> Tensor:
+            out = self.head(hidden, index, attention_mask, project=objective.on_logits)
+            return out.logits if objective.on_logits else out.hidden
+
+        # 1. A teacher sees the next state, with the same φ.
+        if objective is not None:
+            with torch.no_grad(), self.holding(fast):
+                teacher = view(next_trunk)
+        leaves = fast.leaves()
+        with torch.enable_grad(), self.holding(leaves), inner_pass(self._parts):
+            # 2. The loss of each token [B, M].
+            if objective is not None:
+                losses = objective.loss(view(trunk), teacher)
+            else:
+                tokens = positions.gather(trajectory.input_ids)
+                losses = self.head(trunk, index, attention_mask, tokens=tokens).nll
+            # 3. The mean of a sample's tokens, weighted; of all the batch's where its samples share one φ.
+            total, count = (losses * positions.valid).sum(-1), positions.valid.sum(-1)  # [B]
+            if config.weighting == "scheduler":
+                total = total * trajectory.inner_weights[:, k]
+            if fast.samples == 1:
+                total, count = total.sum(0, keepdim=True), count.sum(0, keepdim=True)
+            if config.sync:
+                (count,) = global_batch.total([count])
+            loss = total / count.clamp_min(1)  # [S]
+            # 4. Its gradient, for φ alone.
+            gradients = torch.autograd.grad(loss.sum(), list(leaves.tensors.values()), materialize_grads=True)
+        if config.sync:
+            loss, *gradients = global_batch.total([loss.detach(), *gradients])
+        return sgd_step(fast, dict(zip(leaves.tensors, gradients, strict=True)), loss, config)
+
+    def keys_of(self, trajectory: Trajectory) -> Tensor:
+        """The noise key of each set of fast weights [S]: every sample's, or the first one's if they share."""
+        if self.config.scope == "sample":
+            return trajectory.noise_keys
+        first = trajectory.noise_keys[:1]
+        return global_batch.first(first) if self.config.sync else first
+
+    # === the model's two stages ===
+
+    def trunk(self, input_ids: Tensor, attention_mask: Tensor | int | None = None) -> Tensor:
+        """Run the layers without fast weights. input_ids [B, L] → [B, L, D]."""
+        out = self.model(stage="trunk", input_ids=input_ids, attention_mask=attention_mask, boundary=self.boundary)
+        return out.hidden
+
+    def head(
+        self, hidden: Tensor, positions: Tensor, attention_mask: Tensor | int | None = None, **wanted: Any
+    ) -> StageOutput:
+        """Run the layers from the boundary on, at chosen positions. hidden [B, L, D], positions [B, M].
+
+        `wanted` says what of `StagedForward.forward`: `tokens` for their NLL, `project` for logits or hidden states.
+        """
+        own = {"boundary": self.boundary, "attention_mask": attention_mask}
+        return self.model(stage="head", hidden=hidden, positions=positions, **own, **wanted)
+
+    # === fast weights in place ===
 
     @contextmanager
     def holding(self, fast_weights: FastWeights | None) -> Iterator[None]:
         """The model computes with `fast_weights` in place until the block ends, however it ends.
 
         Raises:
-            ConfigError: they were written for other sites, or for layers of another size.
+            ConfigError: as `check`.
             RuntimeError: the model holds fast weights already.
         """
         if fast_weights is None:
@@ -119,122 +213,20 @@ class ParametricMemory:
                     stack.callback(site.module.register_forward_hook(_adding(weights)).remove)
             yield
 
-    def write(
-        self,
-        trajectory: Trajectory,
-        *,
-        anchor_trunk: Tensor | None = None,
-        attention_mask: Tensor | int | None = None,
-        initial: FastWeights | None = None,
-    ) -> Written:
-        """Run the inner loop along a trajectory: φ0 → … → φK, for every epoch.
-
-        First order: the result is detached, and no gradient reaches the model. The model's mode is left alone, so
-        dropout is active while adapting only where the caller has it on.
-
-        Args:
-            trajectory: the states, on the model's device.
-            anchor_trunk: the trunk's output on the anchor [B, L, D], if the caller has it; it is not computed again.
-            attention_mask: as in `StagedForward.forward`.
-            initial: φ0; drawn from the trajectory's noise keys by default.
-        """
-        device = trajectory.input_ids.device
-        fast = initial or FastWeights.initial(self.shapes, self.config, self.keys_of(trajectory), device)
-        finite = torch.ones(fast.samples, dtype=torch.bool, device=device)
-        trunks: dict[int, Tensor] = {}
-        if anchor_trunk is not None and self.config.strategy in ENDS_ON_ANCHOR:
-            trunks[trajectory.steps - 1] = anchor_trunk.detach()
-
-        def trunk_of(k: int) -> Tensor:
-            if k not in trunks:
-                state = trajectory.state(trajectory.inner_masks[:, k], self.mask_token_id)
-                with torch.no_grad():
-                    trunks[k] = self.trunk(state, attention_mask)
-            return trunks[k]
-
-        steps = []
-        for _ in range(self.config.epochs):
-            for k in range(trajectory.steps):
-                teacher = trunk_of(k + 1) if self.objective is not None else None
-                fast, step = self._inner_step(fast, trajectory, k, trunk_of(k), teacher, attention_mask)
-                steps.append(step)
-                finite = finite & step.finite
-        return Written(fast.keep(finite), steps, finite)
-
-    def keys_of(self, trajectory: Trajectory) -> Tensor:
-        """The noise key of each set of fast weights [S]: every sample's, or the first one's if they share."""
-        if self.config.scope == "sample":
-            return trajectory.noise_keys
-        first = trajectory.noise_keys[:1]
-        return global_batch.first(first) if self.config.sync else first
-
-    def trunk(self, input_ids: Tensor, attention_mask: Tensor | int | None = None) -> Tensor:
-        """The layers without fast weights. input_ids [B, L] → [B, L, D]."""
-        out = self.model(stage="trunk", input_ids=input_ids, attention_mask=attention_mask, boundary=self.boundary)
-        return out.hidden
-
-    def head(
-        self,
-        hidden: Tensor,
-        positions: Tensor,
-        attention_mask: Tensor | int | None = None,
-        **wanted: Any,
-    ) -> StageOutput:
-        """The layers from the boundary on, at chosen positions. hidden [B, L, D], positions [B, M].
-
-        `wanted` says what of `StagedForward.forward`: `tokens` for their NLL, `project` for logits or hidden states.
-        """
-        return self.model(
-            stage="head",
-            hidden=hidden,
-            boundary=self.boundary,
-            positions=positions,
-            attention_mask=attention_mask,
-            **wanted,
-        )
-
-    def _inner_step(
-        self,
-        fast: FastWeights,
-        trajectory: Trajectory,
-        k: int,
-        trunk: Tensor,
-        teacher_trunk: Tensor | None,
-        attention_mask: Tensor | int | None,
-    ) -> tuple[FastWeights, InnerStep]:
-        """One SGD step on state k: pre-anchor alignment for the first, anchor-to-target for the last."""
-        objective, config = self.objective, self.config
-        positions = trajectory.loss_positions(k, config.targets)
-        index = positions.logit_index(self.right_shift_logits)
-
-        def view(hidden: Tensor) -> Tensor:
-            out = self.head(hidden, index, attention_mask, project=objective.on_logits)
-            return out.logits if objective.on_logits else out.hidden
-
-        if objective is not None:
-            with torch.no_grad(), self.holding(fast):
-                target = view(teacher_trunk)
-
-        def loss_at(hidden: Tensor) -> Tensor:
-            if objective is not None:
-                return objective.loss(view(hidden), target)
-            return self.head(hidden, index, attention_mask, tokens=positions.gather(trajectory.input_ids)).nll
-
-        leaves = fast.leaves()
-        with torch.enable_grad(), self.holding(leaves), inner_pass(self._parts):
-            total = (loss_at(trunk) * positions.valid).sum(-1)  # [B]
-            if config.weighting == "scheduler":
-                total = total * trajectory.inner_weights[:, k]
-            count = positions.valid.sum(-1)
-            if fast.samples == 1:  # shared by the batch: one loss over all its tokens
-                total, count = total.sum(0, keepdim=True), count.sum(0, keepdim=True)
-            if config.sync:
-                (count,) = global_batch.total([count])
-            loss = total / count.clamp_min(1)  # [S]
-            gradients = torch.autograd.grad(loss.sum(), list(leaves.tensors.values()), materialize_grads=True)
-        if config.sync:
-            loss, *gradients = global_batch.total([loss.detach(), *gradients])
-        return sgd_step(fast, dict(zip(leaves.tensors, gradients, strict=True)), loss, config)
+    def check(self, fast_weights: FastWeights) -> None:
+        """Raise ConfigError unless they were written for these sites, and for layers of this size."""
+        expected = {
+            f"{shape.name}.{name}": (() if shape.experts is None else (shape.experts,)) + size
+            for shape in self.shapes
+            for name, size in shape.tensors(self.config).items()
+        }
+        found = {name: (*value.shape[:-3], *value.shape[-2:]) for name, value in fast_weights.tensors.items()}
+        for name in sorted(expected.keys() | found.keys()):
+            size, wanted = found.get(name, "absent"), expected.get(name, "absent")
+            if size != wanted:
+                raise ConfigError(
+                    f"fast weights for other sites than this model's: {name} is {size}, expected {wanted}"
+                )
 
 
 def _adding(weights: SiteWeights) -> Any:

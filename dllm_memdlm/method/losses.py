@@ -20,14 +20,14 @@ class Positions(NamedTuple):
         return (self.index - 1).clamp_min(0) if right_shift else self.index
 
     def gather(self, x: Tensor) -> Tensor:
-        """x [B, L] → [B, M]."""
+        """Take x there. x [B, L] → [B, M]."""
         return x.gather(1, self.index)
 
 
 def positions_of(mask: Tensor) -> Positions:
-    """The true positions of each row, in order. mask [B, L] bool → M at least 1, so that a graph always exists.
+    """Find the true positions of each row, in order. mask [B, L] bool → M at least 1, so that a graph always exists.
 
-    Waits for the device, to learn M.
+    It waits for the device, to learn M.
     """
     counts = mask.sum(-1)
     longest = max(1, int(counts.max()))
@@ -35,35 +35,18 @@ def positions_of(mask: Tensor) -> Positions:
     return Positions(index, torch.arange(longest, device=mask.device) < counts[:, None])
 
 
-def _per_token(total: Tensor, maskable: Tensor) -> Tensor:
-    return total.sum() / maskable.sum().clamp_min(1)
-
-
-def _per_sequence(total: Tensor, maskable: Tensor) -> Tensor:
-    return (total / maskable.clamp_min(1)).mean()
-
-
-def _per_batch(total: Tensor, maskable: Tensor) -> Tensor:
-    return total.mean()
-
-
 #: How the outer loss is normalised: (weighted NLL of each sample [B], its maskable tokens [B]) → scalar.
 NORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "token": _per_token,
-    "sequence": _per_sequence,
-    "batch": _per_batch,
+    "token": lambda total, maskable: total.sum() / maskable.sum().clamp_min(1),
+    "sequence": lambda total, maskable: (total / maskable.clamp_min(1)).mean(),
+    "batch": lambda total, maskable: total.mean(),
 }
 
 
 def masked_diffusion_loss(
-    nll: Tensor,
-    valid: Tensor,
-    weights: Tensor,
-    maskable: Tensor,
-    norm: str,
-    count: Tensor | None = None,
+    nll: Tensor, valid: Tensor, weights: Tensor, maskable: Tensor, norm: str, count: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Σ_{i in M_t} w(t) · (-log p(x0_i | x_t)), normalised (section 2, and equation of the outer loss in 3.1).
+    """Sum up Σ_{i in M_t} w(t) · (-log p(x0_i | x_t)), normalised (section 2, and the outer loss in 3.1).
 
     Args:
         nll: -log p of the clean tokens at the masked positions [B, M].
@@ -77,6 +60,5 @@ def masked_diffusion_loss(
         The loss, and each sample's weighted sum [B], without normalisation and gradient.
     """
     total = (nll * valid).sum(-1) * weights
-    if norm == "token" and count is not None:
-        return total.sum() / count.clamp_min(1), total.detach()
-    return NORMS[norm](total, maskable), total.detach()
+    divided_by = maskable if norm != "token" or count is None else count
+    return NORMS[norm](total, divided_by), total.detach()

@@ -1,7 +1,7 @@
 """The five inner objectives (section 3.3 and figure 5): cross-entropy on the clean tokens, and four with a teacher.
 
-Those are free functions of two views of the same positions. A student sees an inner state x_k, its teacher the next
-state (the last one's teacher the clean text), with the same fast weights and without gradient.
+Those four are functions of two views of the same positions. A student sees an inner state x_k. Its teacher sees the
+next state (the last one's teacher the clean text), with the same fast weights and without gradient.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ with prompts.recalled([prompt_ids, …]):
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..backbones.cache import block_causal
@@ -31,6 +33,9 @@ Text = Tensor | list[int]
 #: The name of no text at all.
 NOTHING = b""
 
+#: What a file of fast weights calls itself.
+FORMAT = "memdlm-fast-weights"
+
 
 def at_inference(config: MemoryConfig, **changes: object) -> MemoryConfig:
     """A training configuration as it is used on prompts: uniform weights, and every prompt its own fast weights."""
@@ -40,7 +45,7 @@ def at_inference(config: MemoryConfig, **changes: object) -> MemoryConfig:
 
 @dataclass
 class Tally:
-    """What became of the prompts."""
+    """Counts what became of the prompts."""
 
     written: int = 0  #: memories written
     reused: int = 0  #: prompts that found theirs written already
@@ -54,7 +59,7 @@ class Tally:
         return self.reused / max(1, self.reused + self.written)
 
     def failures(self) -> str:
-        """What was decoded without memory, and why; empty if nothing was."""
+        """Say what was decoded without memory, and why; empty if nothing was."""
         reasons = {
             "over-long or empty": self.without,
             "no room on the device": self.out_of_memory,
@@ -63,7 +68,7 @@ class Tally:
         return ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
 
     def describe(self) -> str:
-        """All of it in one line."""
+        """Say all of it in one line."""
         line = f"memories: {self.written} written, {self.reused} reused (hit rate {self.hit_rate:.0%})"
         return f"{line}; without: {self.failures()}" if self.failures() else line
 
@@ -97,7 +102,7 @@ class PromptMemory:
             yield
 
     def recall(self, texts: Sequence[Text | None], counted: Sequence[bool] | None = None) -> FastWeights:
-        """The memory of each text: S = len(texts) sets, or a single one where all are the same text.
+        """Recall the memory of each text: S = len(texts) sets, or a single one where all are the same text.
 
         No text, or an empty one, means no memory: φ = 0. The texts of a call are kept until the next one, so that
         prompts on the same text, one after another, share its memory. `counted` says which rows are prompts of their
@@ -128,7 +133,7 @@ class PromptMemory:
         except torch.OutOfMemoryError:
             if len(texts) > 1:
                 raise
-            written = None
+            written = None  # and not here: the error still holds what filled the device
         if written is None:
             self.tally.out_of_memory += 1
             return [self._nothing()]
@@ -136,41 +141,50 @@ class PromptMemory:
         return written
 
     def _write(self, texts: list[Tensor]) -> list[FastWeights]:
-        device = next(self.memory.model.parameters()).device
         lengths = torch.tensor([len(text) for text in texts])
         input_ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self.memory.mask_token_id)
-        maskable = (torch.arange(input_ids.shape[1]) < lengths[:, None]).to(device)
+        length = input_ids.shape[1]
+        maskable = (torch.arange(length) < lengths[:, None]).to(self._device)
         ids = torch.tensor([int.from_bytes(_digest(text)[:8], "little", signed=True) for text in texts])
-        keys = noise.example_keys(self.seed, noise.EVALUATION, ids)
-        trajectory = prompt_trajectory(input_ids.to(device), maskable, keys.to(device), self.memory.config)
+        keys = noise.example_keys(self.seed, noise.EVALUATION, ids).to(self._device)
+        trajectory = prompt_trajectory(input_ids.to(self._device), maskable, keys, self.memory.config)
         mask = None if maskable.all() else maskable[:, None, None, :]
-        if self.attention == "block_causal" and mask is None:
-            mask = self.block_size
-        elif self.attention == "block_causal":
-            places = torch.arange(input_ids.shape[1], device=device)[None]
-            mask = block_causal(places, input_ids.shape[1], self.block_size) & mask
+        if self.attention == "block_causal":
+            if mask is None:
+                mask = self.block_size
+            else:
+                mask = mask & block_causal(torch.arange(length, device=self._device)[None], length, self.block_size)
         written = self.memory.write(trajectory, attention_mask=mask)
         self.tally.not_finite += int((~written.finite).sum())
         return [written.fast_weights.select([row]) for row in range(len(texts))]
 
     def _nothing(self) -> FastWeights:
         """φ = 0."""
-        device = next(self.memory.model.parameters()).device
-        empty = FastWeights.initial(self.memory.shapes, self.memory.config, torch.zeros(1, dtype=torch.long), device)
-        return empty.keep(torch.zeros(1, dtype=torch.bool, device=device))
+        key = torch.zeros(1, dtype=torch.long, device=self._device)
+        return FastWeights.initial(self.memory.shapes, self.memory.config, key, self._device).keep(key.bool())
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.memory.model.parameters()).device
+
+
+def _digest(text: Text) -> bytes:
+    return hashlib.blake2b(torch.as_tensor(text, dtype=torch.long).cpu().numpy().tobytes(), digest_size=16).digest()
 
 
 def save_snapshot(
     path: str | os.PathLike, fast_weights: FastWeights, model: str, config: MemoryConfig, text: Text
 ) -> None:
-    """Write one memory, with the model, the settings and the text that it belongs to.
+    """Write one memory to a safetensors file, with the model, the settings and the text that it belongs to.
 
     Raises:
         ConfigError: it cannot be written.
     """
     header = {"model": model, "weights": weights_digest(model), "memory": asdict(config)}
+    header |= {"text": _digest(text).hex(), "tokens": len(text)}
+    metadata = {"format": FORMAT, "scaling": repr(fast_weights.scaling), "header": json.dumps(header)}
     try:
-        fast_weights.save(path, header | {"text": _digest(text).hex(), "tokens": len(text)})
+        save_file({k: v.detach().contiguous() for k, v in fast_weights.tensors.items()}, path, metadata)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path}: cannot be written ({error})") from None
 
@@ -178,30 +192,30 @@ def save_snapshot(
 def load_snapshot(
     path: str | os.PathLike, model: str, device: torch.device | str = "cpu"
 ) -> tuple[FastWeights, MemoryConfig]:
-    """What `save_snapshot` wrote: the fast weights, on the device, and the settings they were written with.
+    """Read what `save_snapshot` wrote: the fast weights, on the device, and the settings they were written with.
 
     Raises:
         ConfigError: another file, one of another model, or one that holds several memories.
     """
-    fast_weights, header = FastWeights.load(path, device)
-    if not {"model", "memory"} <= header.keys() or fast_weights.samples != 1:
-        raise ConfigError(f"{path}: expected the memory of one text, as --save-memory writes it")
-    weights = weights_digest(model)
-    if header.get("weights") is None or weights is None:  # a file of before, or a model of the hub: by the name
-        same = header["model"] == model
-    else:
-        same = header["weights"] == weights
-    if not same:
-        other = "the other weights that are there now" if header["model"] == model else repr(model)
-        raise ConfigError(f"{path}: written with the model {header['model']!r}, not {other}")
     try:
-        return fast_weights, MemoryConfig(**header["memory"])
-    except (TypeError, ConfigError) as error:
-        raise ConfigError(f"{path}: not the memory settings of this version ({error})") from None
-
-
-def _digest(text: Text) -> bytes:
-    return hashlib.blake2b(torch.as_tensor(text, dtype=torch.long).cpu().numpy().tobytes(), digest_size=16).digest()
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError("the tensors of something else")
+            tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        header = json.loads(metadata["header"])
+        fast_weights, config = FastWeights(tensors, float(metadata["scaling"])), MemoryConfig(**header["memory"])
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+        expected = "expected a file that --save-memory of this version has written"
+        raise ConfigError(f"{path}: not a fast-weight snapshot ({error}); {expected}") from None
+    if fast_weights.samples != 1:
+        raise ConfigError(f"{path}: {fast_weights.samples} memories; expected the memory of one text")
+    same_name = header["model"] == model
+    written_with, weights = header.get("weights"), weights_digest(model)
+    if not (written_with == weights if written_with and weights else same_name):  # a model of the hub goes by its name
+        other = "the other weights that are there now" if same_name else repr(model)
+        raise ConfigError(f"{path}: written with the model {header['model']!r}, not {other}")
+    return fast_weights, config
 
 
 def shared_prefixes(prompts: Sequence[Sequence[int]]) -> list[int]:
@@ -210,18 +224,16 @@ def shared_prefixes(prompts: Sequence[Sequence[int]]) -> list[int]:
     Prompts about the same document begin alike: those in alphabetical order form a group as long as what all of them
     share is at least half of the longest. A prompt without company gets its full length.
     """
-    order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
     shared = [len(prompt) for prompt in prompts]
     group: list[int] = []
-    for i in order:
-        if group:
-            common = min(shared[group[0]], shared_length(prompts[group[-1]], prompts[i]))
-            if 2 * common >= max(len(prompts[member]) for member in (*group, i)):
-                group.append(i)
-                for member in group:
-                    shared[member] = common
-                continue
-        group = [i]
+    for i in sorted(range(len(prompts)), key=lambda i: tuple(prompts[i])):
+        common = min(shared[group[0]], shared_length(prompts[group[-1]], prompts[i])) if group else 0
+        group.append(i)
+        if 2 * common < max(len(prompts[member]) for member in group):
+            group = [i]  # it shares too little: the next group begins
+            continue
+        for member in group:
+            shared[member] = common
     return shared
 
 

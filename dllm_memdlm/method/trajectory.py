@@ -7,7 +7,7 @@ is a pure function on [B, L] tensors, and every random choice reads noise that i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from .losses import Positions, positions_of
 
 @dataclass
 class Trajectory:
-    """A batch with its noise. Batch-first tensors throughout, so that it can be split and moved as it is."""
+    """A batch with its noise. All tensors are batch-first, so that it can be split and moved as it is."""
 
     input_ids: Tensor  #: x0, the clean tokens [B, L] int64
     maskable: Tensor  #: tokens that may be masked: the response in training, all of a prompt [B, L] bool
@@ -32,9 +32,9 @@ class Trajectory:
     inner_ratios: Tensor  #: r, the level that weights each inner state's loss [B, K] float32
     inner_weights: Tensor  #: w(r) of the schedule [B, K] float32
     noise_keys: Tensor  #: one key a sample, from which its fast weights are initialised [B] int64
-    #: Where each inner state has its loss, then where the anchor has [B, M of that state] int64: found with the noise,
-    #: on the host, as a training step would have to wait for the device to learn how many there are.
-    loss_index: tuple[Tensor, ...] | None = None
+    #: Where each inner state has its loss, then where the anchor has [B, M of that state] int64. The host finds these
+    #: with the noise: a training step would have to wait for the device to learn how many there are.
+    loss_index: tuple[Tensor, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -45,22 +45,21 @@ class Trajectory:
         """The tokens the model sees under `mask` [B, L] → [B, L] int64."""
         return torch.where(mask, mask_token_id, self.input_ids)
 
-    def loss_positions(self, state: int, targets: str = "masked") -> Positions:
-        """Where inner state `state` has its loss, or the anchor: state K, or -1."""
+    def loss_mask(self, state: int, targets: str = "masked") -> Tensor:
+        """Where inner state `state` has its loss, or the anchor (state K, or -1). → [B, L] bool."""
         if state in (self.steps, -1):
-            mask = self.anchor_mask
-        else:
-            mask = self.inner_masks[:, state]
-            if targets == "newly_revealed":
-                mask = mask & ~self.inner_masks[:, state + 1]
-        if self.loss_index is None:
-            return positions_of(mask)
+            return self.anchor_mask
+        mask = self.inner_masks[:, state]
+        return mask & ~self.inner_masks[:, state + 1] if targets == "newly_revealed" else mask
+
+    def loss_positions(self, state: int, targets: str = "masked") -> Positions:
+        """The positions of `loss_mask`."""
         index = self.loss_index[state]
-        return Positions(index, mask.gather(1, index))
+        return Positions(index, self.loss_mask(state, targets).gather(1, index))
 
     def to_batch(self) -> dict[str, Tensor]:
         """The fields as a flat dict, which collators, data loaders and accelerate carry."""
-        index = {f"loss_index_{state}": index for state, index in enumerate(self.loss_index or ())}
+        index = {f"loss_index_{state}": index for state, index in enumerate(self.loss_index)}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "loss_index"} | index
 
     @classmethod
@@ -77,105 +76,8 @@ class Trajectory:
                 f"tokens of shape {tuple(tokens)} with masks of shape {tuple(masks)}: a collator that changes the "
                 "length belongs inside AnchorTrajectoryCollator"
             )
-        required = {f.name: batch[f.name] for f in fields(cls) if f.name != "loss_index"}
-        states = [f"loss_index_{state}" for state in range(batch["inner_masks"].shape[1])]
-        return cls(**required, loss_index=tuple(batch[name] for name in states) if states[0] in batch else None)
-
-
-def sample_anchor(maskable: Tensor, mask_probability: Tensor, keys: Tensor) -> Tensor:
-    """M_t: each maskable token masked independently. maskable [B, L], mask_probability [B], keys [B] → [B, L] bool."""
-    u = noise.uniform(keys, noise.ANCHOR, maskable.shape[1])
-    return (u < mask_probability[:, None]) & maskable
-
-
-def masked_ratio(mask: Tensor, maskable: Tensor) -> Tensor:
-    """r = |M| / |maskable|, 0 for a sample without maskable tokens. mask [..., L], maskable [..., L] → [...]."""
-    return mask.sum(-1) / maskable.sum(-1).clamp_min(1)
-
-
-def pre_anchor_count(anchor_mask: Tensor, maskable: Tensor, scale: float) -> Tensor:
-    """|M_pre| = floor(|maskable| · min(1, max(scale·r, r))), in exact arithmetic. → [B] int64.
-
-    |maskable|·scale·r is scale·|M_t|, so the ratio itself, and its rounding, never appears.
-    """
-    masked, total = anchor_mask.sum(-1), maskable.sum(-1)
-    return (masked.double() * scale).floor().long().clamp(min=masked, max=total)
-
-
-def reveal_counts(start: Tensor, steps: int) -> Tensor:
-    """Tokens still hidden beyond the last state: from `start` to 0, ceil of what is left over the steps left.
-
-    start [B] int64 → [B, steps] int64; the first column is `start` and the last is 0 (steps = 1: 0).
-    """
-    left = start if steps > 1 else torch.zeros_like(start)
-    counts = [left]
-    for remaining in range(steps - 1, 0, -1):
-        left = left - (left + remaining - 1) // remaining
-        counts.append(left)
-    return torch.stack(counts, dim=1)
-
-
-def smallest(values: Tensor, among: Tensor, counts: Tensor) -> Tensor:
-    """Mark the `counts` smallest values among the candidates. values, among [B, L], counts [B, K] → [B, K, L] bool.
-
-    For falling counts the sets are nested: one random order of the candidates serves a whole trajectory.
-    """
-    order = values.masked_fill(~among, torch.inf).argsort(dim=-1, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-    )
-    return (rank[:, None, :] < counts[:, :, None]) & among[:, None, :]
-
-
-def _reveal_to_anchor(config: MemoryConfig, maskable: Tensor, anchor: Tensor, keys: Tensor, steps: int) -> Tensor:
-    """x_pre → … → x_t in `steps` states, tokens beyond the anchor revealed in equal shares. → [B, steps, L] bool."""
-    extra = pre_anchor_count(anchor, maskable, config.pre_anchor_scale) - anchor.sum(-1)
-    order = noise.uniform(keys, noise.REVEAL, anchor.shape[1])
-    return smallest(order, maskable & ~anchor, reveal_counts(extra, steps)) | anchor[:, None, :]
-
-
-def _then_clean(masks: Tensor) -> Tensor:
-    """Append the clean sequence, nothing masked, as the state after the last one."""
-    return torch.cat([masks, torch.zeros_like(masks[:, :1])], dim=1)
-
-
-def _anchor_consistent(config: MemoryConfig, maskable: Tensor, anchor: Tensor, t: Tensor, keys: Tensor):
-    """x_pre → … → x_t, weighted at each state's own masked ratio (section 3.2)."""
-    masks = _reveal_to_anchor(config, maskable, anchor, keys, config.steps)
-    return _then_clean(masks), masked_ratio(masks, maskable[:, None, :])
-
-
-def _pre_anchor_only(config: MemoryConfig, maskable: Tensor, anchor: Tensor, t: Tensor, keys: Tensor):
-    """x_pre alone, its successor being the anchor (figure 9)."""
-    masks = _reveal_to_anchor(config, maskable, anchor, keys, 2)
-    return masks, masked_ratio(masks[:, :1], maskable[:, None, :])
-
-
-def _anchor_only(config: MemoryConfig, maskable: Tensor, anchor: Tensor, t: Tensor, keys: Tensor):
-    """x_t alone (figure 9). Its loss is weighted at the sampled level t, as the outer loss is."""
-    return _then_clean(anchor[:, None, :]), t[:, None]
-
-
-def _inconsistent(config: MemoryConfig, maskable: Tensor, anchor: Tensor, t: Tensor, keys: Tensor):
-    """A trajectory of its own, blind to the anchor: from `start_ratio` down to `anchor_ratio` (figure 8)."""
-    first = config.start_ratio if config.steps > 1 else config.anchor_ratio
-    levels = torch.linspace(first, config.anchor_ratio, config.steps, dtype=torch.float64, device=maskable.device)
-    start = (noise.uniform(keys, noise.START, maskable.shape[1]) < first) & maskable
-    aims = (maskable.sum(-1, keepdim=True) * levels + 1e-9).floor().long()  # 20 · 0.65 is 13, not 12.99…
-    aims[:, 0] = start.sum(-1)  # the first state is as drawn; later ones only reveal
-    masks = smallest(noise.uniform(keys, noise.REVEAL, maskable.shape[1]), start, aims.cummin(dim=1).values)
-    return _then_clean(masks), levels.to(torch.float32).expand(len(maskable), config.steps)
-
-
-STRATEGIES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "anchor_consistent": _anchor_consistent,
-    "inconsistent": _inconsistent,
-    "pre_anchor_only": _pre_anchor_only,
-    "anchor_only": _anchor_only,
-}
-
-#: Strategies whose last inner state is the anchor itself, so that its forward pass serves the outer loss too.
-ENDS_ON_ANCHOR = frozenset({"anchor_consistent", "anchor_only"})
+        index = tuple(batch[f"loss_index_{state}"] for state in range(batch["inner_masks"].shape[1]))
+        return cls(**{f.name: batch[f.name] for f in fields(cls) if f.name != "loss_index"}, loss_index=index)
 
 
 def build_trajectory(
@@ -205,14 +107,103 @@ def build_trajectory(
         masks, ratios = torch.zeros_like(anchor[:, None]), noise_level.new_zeros(len(anchor), 0)
     weight, weights = scheduler.weight(noise_level), scheduler.weight(ratios)
     built = Trajectory(input_ids, maskable, noise_level, weight, anchor, masks, ratios, weights, keys)
-    built.loss_index = tuple(built.loss_positions(k, config.targets).index for k in range(built.steps + 1))
+    built.loss_index = tuple(positions_of(built.loss_mask(k, config.targets)).index for k in range(built.steps + 1))
     return built
 
 
 def prompt_trajectory(prompt_ids: Tensor, maskable: Tensor, keys: Tensor, config: MemoryConfig) -> Trajectory:
-    """The trajectory of a prompt at inference (section 3.4): anchor ratio `config.anchor_ratio`.
+    """Noise a prompt at inference (section 3.4), its anchor at `config.anchor_ratio`.
 
     prompt_ids [B, L]; maskable [B, L] is true on the prompt's own tokens and false on padding; keys [B].
     """
     level = torch.full((len(prompt_ids),), config.anchor_ratio, device=prompt_ids.device)
     return build_trajectory(prompt_ids, maskable, level, level, keys, config)
+
+
+def sample_anchor(maskable: Tensor, mask_probability: Tensor, keys: Tensor) -> Tensor:
+    """M_t: mask each maskable token independently. maskable [B, L], mask_probability [B], keys [B] → [B, L] bool."""
+    u = noise.uniform(keys, noise.ANCHOR, maskable.shape[1])
+    return (u < mask_probability[:, None]) & maskable
+
+
+def masked_ratio(mask: Tensor, maskable: Tensor) -> Tensor:
+    """r = |M| / |maskable|, 0 for a sample without maskable tokens. mask [..., L], maskable [..., L] → [...]."""
+    return mask.sum(-1) / maskable.sum(-1).clamp_min(1)
+
+
+def pre_anchor_count(anchor_mask: Tensor, maskable: Tensor, scale: float) -> Tensor:
+    """|M_pre| = floor(|maskable| · min(1, max(scale·r, r))), in exact arithmetic. → [B] int64.
+
+    |maskable|·scale·r is scale·|M_t|, so the ratio itself, and its rounding, never appears.
+    """
+    masked, total = anchor_mask.sum(-1), maskable.sum(-1)
+    return (masked.double() * scale).floor().long().clamp(min=masked, max=total)
+
+
+def reveal_counts(start: Tensor, steps: int) -> Tensor:
+    """Count the tokens still hidden beyond the last state: from `start` to 0, ceil of what is left over the steps left.
+
+    start [B] int64 → [B, steps] int64; the first column is `start` and the last is 0 (steps = 1: 0).
+    """
+    counts = []
+    for remaining in range(steps - 1, 0, -1):
+        counts.append(start)
+        start = start - (start + remaining - 1) // remaining
+    return torch.stack([*counts, torch.zeros_like(start)], dim=1)
+
+
+def smallest(values: Tensor, among: Tensor, counts: Tensor) -> Tensor:
+    """Mark the `counts` smallest values among the candidates. values, among [B, L], counts [B, K] → [B, K, L] bool.
+
+    For falling counts the sets are nested: one random order of the candidates serves a whole trajectory.
+    """
+    order = values.masked_fill(~among, torch.inf).argsort(dim=-1, stable=True)
+    rank = order.argsort(dim=-1)
+    return (rank[:, None, :] < counts[:, :, None]) & among[:, None, :]
+
+
+def _then_clean(masks: Tensor) -> Tensor:
+    """Append the clean sequence, nothing masked, as the state after the last one."""
+    return torch.cat([masks, torch.zeros_like(masks[:, :1])], dim=1)
+
+
+def _anchor_consistent(config: MemoryConfig, maskable: Tensor, anchor: Tensor, t: Tensor, keys: Tensor):
+    """x_pre → … → x_t, weighted at each state's own masked ratio (section 3.2). Equal shares are revealed."""
+    extra = pre_anchor_count(anchor, maskable, config.pre_anchor_scale) - anchor.sum(-1)
+    order = noise.uniform(keys, noise.REVEAL, anchor.shape[1])
+    masks = smallest(order, maskable & ~anchor, reveal_counts(extra, config.steps)) | anchor[:, None, :]
+    return _then_clean(masks), masked_ratio(masks, maskable[:, None, :])
+
+
+def _pre_anchor_only(config: MemoryConfig, maskable: Tensor, anchor: Tensor, t: Tensor, keys: Tensor):
+    """x_pre alone, its successor being the anchor (figure 9)."""
+    masks, ratios = _anchor_consistent(replace(config, steps=2), maskable, anchor, t, keys)
+    return masks[:, :2], ratios[:, :1]
+
+
+def _anchor_only(config: MemoryConfig, maskable: Tensor, anchor: Tensor, t: Tensor, keys: Tensor):
+    """x_t alone (figure 9). Its loss is weighted at the sampled level t, as the outer loss is."""
+    return _then_clean(anchor[:, None, :]), t[:, None]
+
+
+def _inconsistent(config: MemoryConfig, maskable: Tensor, anchor: Tensor, t: Tensor, keys: Tensor):
+    """A trajectory of its own, blind to the anchor: from `start_ratio` down to `anchor_ratio` (figure 8)."""
+    first = config.start_ratio if config.steps > 1 else config.anchor_ratio
+    levels = torch.linspace(first, config.anchor_ratio, config.steps, dtype=torch.float64, device=maskable.device)
+    start = (noise.uniform(keys, noise.START, maskable.shape[1]) < first) & maskable
+    aims = (maskable.sum(-1, keepdim=True) * levels + 1e-9).floor().long()  # 20 · 0.65 is 13, not 12.99…
+    aims[:, 0] = start.sum(-1)  # the first state is as drawn; later ones only reveal
+    masks = smallest(noise.uniform(keys, noise.REVEAL, maskable.shape[1]), start, aims.cummin(dim=1).values)
+    return _then_clean(masks), levels.to(torch.float32).expand(len(maskable), config.steps)
+
+
+#: How a strategy makes its states: (config, maskable, anchor, t, keys) → (inner_masks, inner_ratios) of `Trajectory`.
+STRATEGIES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "anchor_consistent": _anchor_consistent,
+    "inconsistent": _inconsistent,
+    "pre_anchor_only": _pre_anchor_only,
+    "anchor_only": _anchor_only,
+}
+
+#: Strategies whose last inner state is the anchor itself, so that its forward pass serves the outer loss too.
+ENDS_ON_ANCHOR = frozenset({"anchor_consistent", "anchor_only"})

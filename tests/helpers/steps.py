@@ -85,8 +85,7 @@ def initial(trainer: MemDLMTrainer, batch: dict[str, Any]) -> FastWeights:
 
 def flat(fast: FastWeights) -> list[dict[str, Tensor]]:
     """The fast weights of each sample, under `layer.tensor`, experts one by one."""
-    sets = [one_by_one(fast.tensors, sample) for sample in range(fast.samples)]
-    return [{f"{site}.{name}": v for site, tensors in phi.items() for name, v in tensors.items()} for phi in sets]
+    return [one_by_one(fast.tensors, sample) for sample in range(fast.samples)]
 
 
 def train_logs(trainer: MemDLMTrainer) -> list[dict[str, Any]]:
