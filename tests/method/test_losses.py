@@ -33,52 +33,45 @@ def naive_loss(
     """MDLM's loss with logits at every position."""
     if right_shift:
         logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
-    maskable_tokens = int(maskable.sum())
-    loss = logits.sum() * 0
-    sums = []
+    loss, sums = logits.sum() * 0, []
     for b in range(len(tokens)):
         of_sample = logits.sum() * 0
         for i in range(tokens.shape[1]):
             if mask[b, i]:
                 of_sample = of_sample - weights[b] * torch.log_softmax(logits[b, i], dim=0)[tokens[b, i]]
         sums.append(of_sample.item())
-        if norm == "token":
-            loss = loss + of_sample / maskable_tokens
-        elif norm == "sequence":
-            loss = loss + of_sample / max(1, int(maskable[b].sum())) / len(tokens)
-        else:
-            loss = loss + of_sample / len(tokens)
+        own = max(1, int(maskable[b].sum()))
+        loss = loss + of_sample / {"token": int(maskable.sum()), "sequence": own * B, "batch": B}[norm]
     return loss, sums
 
 
 def gathered_loss(
-    logits: Tensor, tokens: Tensor, maskable: Tensor, mask: Tensor, weights: Tensor, norm: str, right_shift: bool
+    logits: Tensor,
+    tokens: Tensor,
+    maskable: Tensor,
+    mask: Tensor,
+    weights: Tensor,
+    norm: str,
+    right_shift: bool = False,
+    count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     positions = positions_of(mask)
     index = positions.logit_index(right_shift)
     at = logits.gather(1, index[:, :, None].expand(-1, -1, logits.shape[-1]))
     nll = token_nll(at, positions.gather(tokens))
-    return masked_diffusion_loss(nll, positions.valid, weights, maskable.sum(-1), norm)
+    return masked_diffusion_loss(nll, positions.valid, weights, maskable.sum(-1), norm, count)
 
 
-def test_positions_against_nonzero():
-    generator = torch.Generator().manual_seed(1)
-    for p in (0.0, 0.1, 0.5, 1.0):
-        mask = torch.rand(8, 20, generator=generator) < p
-        positions = positions_of(mask)
-        expected = [row.nonzero().flatten().tolist() for row in mask]
-        assert positions.index.shape == positions.valid.shape == (8, max(1, max(map(len, expected))))
-        for i in range(8):
-            assert positions.index[i][positions.valid[i]].tolist() == expected[i]
-            assert positions.valid[i].tolist() == sorted(positions.valid[i].tolist(), reverse=True)  # to the left
-        assert positions.index.min() >= 0 and positions.index.max() < 20
-
-
-def test_positions_gather():
-    mask = torch.tensor([[0, 1, 0, 1], [0, 0, 1, 0]]).bool()
-    positions = positions_of(mask)
-    x = torch.tensor([[10, 11, 12, 13], [20, 21, 22, 23]])
-    assert positions.gather(x)[positions.valid].tolist() == [11, 13, 22]
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
+def test_positions_against_nonzero(p):
+    mask = torch.rand(8, 20, generator=torch.Generator().manual_seed(1)) < p
+    positions, x = positions_of(mask), torch.arange(8 * 20).view(8, 20)
+    expected = [row.nonzero().flatten().tolist() for row in mask]
+    assert positions.index.shape == positions.valid.shape == (8, max(1, max(map(len, expected))))
+    for i in range(8):
+        assert positions.index[i][positions.valid[i]].tolist() == expected[i]
+        assert positions.valid[i].tolist() == sorted(positions.valid[i].tolist(), reverse=True)  # to the left
+    assert positions.gather(x)[positions.valid].tolist() == x[mask].tolist()
 
 
 def test_right_shift_index():
@@ -88,63 +81,41 @@ def test_right_shift_index():
 
 
 @pytest.mark.parametrize("right_shift", [False, True])
-@pytest.mark.parametrize("norm", ["token", "sequence", "batch"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_equals_the_full_formula(norm, right_shift):
     batch = make_batch()
     expected, sums = naive_loss(*batch, norm, right_shift)
-    (expected_gradient,) = torch.autograd.grad(expected, batch[0])
     loss, total = gathered_loss(*batch, norm, right_shift)
-    (gradient,) = torch.autograd.grad(loss, batch[0])
+    gradients = [torch.autograd.grad(each, batch[0])[0] for each in (loss, expected)]
     assert loss.dtype == torch.float64 and loss.shape == ()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-12, rel=1e-12)
-    torch.testing.assert_close(gradient, expected_gradient, atol=1e-12, rtol=1e-12)
-    assert total.tolist() == pytest.approx(sums, abs=1e-12, rel=1e-12)
-    assert total.requires_grad is False
-
-
-def test_norms_differ():
-    values = [gathered_loss(*make_batch(), norm, False)[0].item() for norm in NORMS]
-    assert set(NORMS) == {"token", "sequence", "batch"}
-    assert min(abs(a - b) for i, a in enumerate(values) for b in values[i + 1 :]) > 0.1
+    torch.testing.assert_close(*gradients, atol=1e-12, rtol=1e-12)
+    assert total.tolist() == pytest.approx(sums, abs=1e-12, rel=1e-12) and not total.requires_grad
+    larger, _ = gathered_loss(*batch, norm, right_shift, torch.tensor(2.0 * int(batch[2].sum())))
+    assert larger.item() == pytest.approx(loss.item() / (2 if norm == "token" else 1))
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_nothing_masked(norm):
     logits, tokens, maskable, mask, weights = make_batch()
     for maskable_too in (maskable, torch.zeros_like(maskable)):
-        loss, total = gathered_loss(logits, tokens, maskable_too, torch.zeros_like(mask), weights, norm, False)
+        loss, total = gathered_loss(logits, tokens, maskable_too, torch.zeros_like(mask), weights, norm)
         assert loss.item() == 0 and not total.any()
         (gradient,) = torch.autograd.grad(loss, logits)  # a graph exists, so that every rank has a backward
         assert not gradient.any()
 
 
-def test_token_nll_against_logarithms():
-    logits = torch.tensor([[[0.0, math.log(3.0)], [math.log(9.0), 0.0]]], dtype=torch.float64)
-    nll = token_nll(logits, torch.tensor([[0, 0]]))
-    assert nll.tolist() == [pytest.approx([math.log(4), math.log(10 / 9)], abs=1e-14)]
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_computed_in_float32(dtype):
-    logits, tokens, *_ = make_batch(dtype)
-    nll = token_nll(logits, tokens)
-    assert nll.dtype == torch.float32
-    exact = -torch.log_softmax(logits.double(), -1).gather(-1, tokens[..., None])[..., 0]
-    assert (nll - exact).abs().max() < 1e-5
-    rounded = -torch.log_softmax(logits, -1).gather(-1, tokens[..., None])[..., 0]
-    assert (rounded - exact).abs().max() > 1e-4  # what computing in the logits' own dtype would give
     batch = make_batch(dtype)
-    loss, _ = gathered_loss(*batch[:4], batch[4].float(), "token", False)
+    logits, tokens = batch[:2]
+    nll = token_nll(logits, tokens)
+    exact, rounded = (-x.log_softmax(-1).gather(-1, tokens[..., None])[..., 0] for x in (logits.double(), logits))
+    assert nll.dtype == torch.float32 and (nll - exact).abs().max() < 1e-5 < 1e-4 < (rounded - exact).abs().max()
+    loss, _ = gathered_loss(*batch[:4], batch[4].float(), "token")
     assert loss.dtype == torch.float32
-    assert torch.autograd.grad(loss, batch[0])[0].dtype == dtype
-
-
-def test_widened():
-    for dtype in (torch.float16, torch.bfloat16):
-        assert widened(torch.ones(2, dtype=dtype)).dtype == torch.float32
-    for dtype in (torch.float32, torch.float64):
-        x = torch.ones(2, dtype=dtype)
-        assert widened(x) is x
+    assert torch.autograd.grad(loss, logits)[0].dtype == dtype
+    assert widened(exact) is exact  # float64 stays
 
 
 def test_weights_of_the_schedules():
