@@ -1,4 +1,4 @@
-"""A sample-by-sample reference of trajectories in Python's own numbers, and the batches it is compared on."""
+"""Trajectories sample by sample in Python's own numbers, and the batches they are compared on."""
 
 from __future__ import annotations
 
@@ -9,72 +9,57 @@ import torch
 
 from dllm_memdlm.config import MemoryConfig
 from dllm_memdlm.method import noise
+from dllm_memdlm.method.reference import naive_states
 from dllm_memdlm.method.trajectory import Trajectory, build_trajectory
 
 SCALES = (1.25, 1.5, 1.75, 2.0)
 LEVELS = {0.2: Fraction(1, 5), 0.8: Fraction(4, 5), 0.3: Fraction(3, 10), 1.0: Fraction(1)}
 
+CONFIGS = [
+    *(MemoryConfig(steps=k, pre_anchor_scale=s) for k in range(1, 6) for s in (1.0, *SCALES)),
+    *(MemoryConfig(strategy="inconsistent", steps=k) for k in range(1, 6)),
+    MemoryConfig(strategy="inconsistent", steps=3, start_ratio=0.8, anchor_ratio=0.3),
+    MemoryConfig(strategy="inconsistent", steps=2, start_ratio=1.0, anchor_ratio=0.3),
+    MemoryConfig(strategy="inconsistent", steps=3, start_ratio=0.8, anchor_ratio=0.8),  # reveals next to nothing
+    *(MemoryConfig(strategy="pre_anchor_only", pre_anchor_scale=s) for s in SCALES),
+    MemoryConfig(strategy="pre_anchor_only", steps=4),
+    MemoryConfig(strategy="anchor_only"),
+    MemoryConfig(enabled=False),
+]
 
-# --- the reference: one sample, sets of positions, exact fractions ---
 
-
-def numbers(key: int, stream: int, length: int) -> list[float]:
-    return noise.uniform(torch.tensor([key]), stream, length)[0].tolist()
-
-
-def naive_pre_anchor_count(masked: int, total: int, scale: float) -> int:
-    ratio = Fraction(masked, total) if total else Fraction(0)
-    return math.floor(total * min(Fraction(1), max(Fraction(scale) * ratio, ratio)))
-
-
-def naive_hidden_counts(extra: int, steps: int) -> list[int]:
-    """Extra tokens that are hidden in each of the `steps` states."""
-    counts, left = [extra], extra
-    for steps_left in range(steps - 1, 0, -1):
-        left -= math.ceil(Fraction(left, steps_left))
-        counts.append(left)
-    return counts
+def name_of(config: MemoryConfig) -> str:
+    return f"{config.strategy if config.enabled else 'off'}-{config.steps}-{config.pre_anchor_scale}"
 
 
 def naive_trajectory(
     maskable: set[int], length: int, t: float, key: int, config: MemoryConfig
 ) -> tuple[set[int], list[set[int]], list[float]]:
     """Anchor, the K+1 states, and the K ratios of one sample."""
-    draws = numbers(key, noise.ANCHOR, length)
-    anchor = {i for i in maskable if draws[i] < t}
-    reveal = numbers(key, noise.REVEAL, length)
-
-    def hidden(candidates: set[int], count: int) -> set[int]:
-        return set(sorted(candidates, key=lambda i: (reveal[i], i))[:count])
-
-    def ratio(state: set[int]) -> float:
-        return len(state) / len(maskable) if maskable else 0.0
-
+    anchor_draws, order, start_draws = (
+        noise.uniform(torch.tensor([key]), stream, length)[0].tolist()
+        for stream in (noise.ANCHOR, noise.REVEAL, noise.START)
+    )
+    anchor = {i for i in maskable if anchor_draws[i] < t}
     if not config.enabled:
         return anchor, [set()], []
     if config.strategy == "anchor_only":
         return anchor, [anchor, set()], [t]
     if config.strategy == "inconsistent":
-        first, last = LEVELS[config.start_ratio], LEVELS[config.anchor_ratio]
+        first, last = (
+            LEVELS[config.start_ratio if config.steps > 1 else config.anchor_ratio],
+            LEVELS[config.anchor_ratio],
+        )
         levels = [first + (last - first) * Fraction(k, max(1, config.steps - 1)) for k in range(config.steps)]
-        if config.steps == 1:
-            levels = [last]
-        draws = numbers(key, noise.START, length)
-        states = [{i for i in maskable if draws[i] < float(levels[0])}]
+        states = [{i for i in maskable if start_draws[i] < float(first)}]
+        hidden_longest = sorted(states[0], key=lambda i: (order[i], i))
         for level in levels[1:]:
-            aim = min(math.floor(len(maskable) * level), len(states[-1]))
-            states.append(hidden(states[0], aim))
+            states.append(set(hidden_longest[: min(math.floor(len(maskable) * level), len(states[-1]))]))
         return anchor, [*states, set()], [float(level) for level in levels]
-    extra = naive_pre_anchor_count(len(anchor), len(maskable), config.pre_anchor_scale) - len(anchor)
-    if config.strategy == "pre_anchor_only":
-        pre = anchor | hidden(maskable - anchor, extra)
-        return anchor, [pre, anchor], [ratio(pre)]
-    counts = naive_hidden_counts(extra, config.steps) if config.steps > 1 else [0]
-    states = [anchor | hidden(maskable - anchor, count) for count in counts]
-    return anchor, [*states, set()], [ratio(state) for state in states]
-
-
-# --- batches ---
+    alone = config.strategy == "pre_anchor_only"
+    states = naive_states(maskable, anchor, order, config.pre_anchor_scale, 2 if alone else config.steps)
+    states = states if alone else [*states, set()]
+    return anchor, states, [len(state) / max(len(maskable), 1) for state in states[:-1]]
 
 
 def make_batch(samples: int = 24, length: int = 40, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -98,20 +83,3 @@ def positions(mask: torch.Tensor) -> set[int]:
 
 def subset(a: torch.Tensor, b: torch.Tensor) -> bool:
     return not (a & ~b).any()
-
-
-CONFIGS = [
-    *(MemoryConfig(steps=k, pre_anchor_scale=s) for k in range(1, 6) for s in SCALES),
-    *(MemoryConfig(strategy="inconsistent", steps=k) for k in range(1, 6)),
-    MemoryConfig(strategy="inconsistent", steps=3, start_ratio=0.8, anchor_ratio=0.3),
-    MemoryConfig(strategy="inconsistent", steps=2, start_ratio=1.0, anchor_ratio=0.3),
-    MemoryConfig(strategy="inconsistent", steps=3, start_ratio=0.8, anchor_ratio=0.8),  # reveals next to nothing
-    *(MemoryConfig(strategy="pre_anchor_only", pre_anchor_scale=s) for s in SCALES),
-    MemoryConfig(strategy="pre_anchor_only", steps=4),
-    MemoryConfig(strategy="anchor_only"),
-    MemoryConfig(enabled=False),
-]
-
-
-def name_of(config: MemoryConfig) -> str:
-    return f"{config.strategy if config.enabled else 'off'}-{config.steps}-{config.pre_anchor_scale}"
