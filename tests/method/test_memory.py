@@ -1,83 +1,166 @@
-"""What the memory does not change, and what it refuses."""
+"""The memory leaves no trace: not after an exception, not in a checkpoint, not in the optimizer."""
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from conftest import MASK, make_trainer, tiny
+from conftest import KINDS, MASK, make_trainer, tiny
 from conftest import train_batch as batch_of
-from steps import SMALL, initial, memory_for
-from torch import nn
+from safetensors.torch import load_file
+from steps import SMALL, Step, initial, memory_for
+from torch import Tensor, nn
 
+from dllm_memdlm.backbones import staged_backbone
+from dllm_memdlm.backbones.expert_names import split_names
+from dllm_memdlm.backbones.moe import RoutedExperts
 from dllm_memdlm.config import MemoryConfig
 from dllm_memdlm.method.fast_weights import FastWeights
 from dllm_memdlm.method.inner_loop import ParametricMemory
 from dllm_memdlm.method.trajectory import Trajectory
 
+# === invariant 4: no trace ===
 
-def test_writing_takes_the_mode_of_the_model_as_it_is(tokenizer, tmp_path):
-    """Dropout is active while adapting only where the caller has it on."""
-    trainer = make_trainer(tiny("llama", lora=0.5), tokenizer, tmp_path, memory_for("llama"))
-    trajectory = Trajectory.from_batch(batch_of(trainer))
+
+def traces(model: nn.Module) -> dict[str, Any]:
+    """Everything about a model that a step must leave as it was."""
+    modules = dict(model.named_modules())
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {
+        "hooks": {(name, kind): len(getattr(module, kind)) for name, module in modules.items() for kind in hooks},
+        "fast": {name: dict(module.fast) for name, module in modules.items() if isinstance(module, RoutedExperts)},
+        "mode": {name: (module.training, getattr(module, "trains", None)) for name, module in modules.items()},
+        "flags": {name: p.requires_grad for name, p in model.named_parameters()},
+        "state": list(model.state_dict()),
+    }
+
+
+class Failing(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("mode", "where"), [("train", 0), ("train", -1), ("eval", -1)])
+def test_an_exception_leaves_no_trace(kind, mode, where, tokenizer, tmp_path, monkeypatch):
+    trainer = make_trainer(tiny(kind, lora=True), tokenizer, tmp_path, memory_for(kind))
+    model, batch = trainer.model, batch_of(trainer)
+    getattr(model, mode)()
+    before, calls, fail_at = traces(model), 0, math.inf
+    norm = staged_backbone(model).layers[where].post_attention_layernorm
+    forward = norm.forward
+
+    def counting(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == fail_at:
+            raise Failing
+        return forward(x)
+
+    monkeypatch.setattr(norm, "forward", counting)
+    trainer.compute_loss(model, batch)
+    assert traces(model) == before
+    passes = calls
+    assert passes >= (3 if where == -1 else 2)  # two inner steps and the outer one; two trunks
+    for fail_at in range(1, passes + 1):
+        calls = 0
+        with pytest.raises(Failing):
+            trainer.compute_loss(model, batch)
+        assert traces(model) == before, f"failure in pass {fail_at}"
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fast_weights_are_held_once_and_for_their_own_batch(kind):
+    memory = ParametricMemory(tiny(kind), MemoryConfig(**SMALL), MASK)
+    fast = FastWeights.initial(memory.shapes, memory.config, torch.tensor([1, 2]), torch.get_default_device())
+    before = traces(memory.model)
+    with pytest.raises(Failing), memory.holding(fast):
+        inside = traces(memory.model)
+        assert (inside["hooks"], inside["fast"]) != (before["hooks"], before["fast"])
+        with pytest.raises(RuntimeError, match="already holds fast weights"), memory.holding(fast):
+            pass
+        again = traces(memory.model)
+        assert again["hooks"] == inside["hooks"] and again["fast"].keys() == inside["fast"].keys()
+        for batch in (1, 3, 4):
+            with pytest.raises(ValueError, match="fast weights of 2 samples on"):
+                memory.model(input_ids=torch.ones(batch, 5, dtype=torch.int64))
+        raise Failing
+    assert traces(memory.model) == before
+    with memory.holding(None):
+        assert traces(memory.model) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_fast_weight_is_saved_or_optimised(kind, tokenizer, tmp_path):
+    model = tiny(kind, lora=True)
+    names, trainable = set(model.state_dict()), {p for p in model.parameters() if p.requires_grad}
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_grad_norm": 1}
+    trainer = make_trainer(model, tokenizer, tmp_path, memory_for(kind), **settings)
+    seen: list[dict[str, Any]] = []
+    training_step = trainer.training_step
+    trainer.training_step = lambda model, inputs, *args: (
+        seen.append(dict(inputs)) or training_step(model, inputs, *args)
+    )
+    before = {name: v.clone() for name, v in model.state_dict().items()}
+    trainer.train()
+    after = {name: v.clone() for name, v in model.state_dict().items()}
+    model.load_state_dict(before)
+    step = Step(trainer, seen[0])
+
+    optimised = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert set(optimised) == trainable and len(optimised) == len(trainable)
+    expected = torch.stack([g.norm() for g in step.gradients.values()]).norm().item()
+    logged = next(log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log)
+    assert logged == pytest.approx(expected, rel=1e-5)
+    saved = load_file(Path(tmp_path) / "checkpoint-1" / "adapter_model.safetensors")
+    own = {name for name in split_names(after) if "lora_" in name}
+    assert {name.replace(".weight", ".default.weight") for name in saved} == own
+    with trainer.memory.holding(step.written.fast_weights):
+        assert set(model.state_dict()) == names
+        assert {p for p in model.parameters() if p.requires_grad} == trainable
+        model.save_pretrained(tmp_path / "adapter")
+    assert load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys() == saved.keys()
+
+
+# === what writing depends on ===
+
+
+@pytest.mark.parametrize("kind", ["llama", "llada2"])
+def test_writing_takes_what_it_is_given(kind, tokenizer, tmp_path):
+    """Dropout is active while adapting only where the caller has it on; a trunk that is given is the anchor's."""
+    trainer = make_trainer(tiny(kind, lora=0.5), tokenizer, tmp_path, memory_for(kind))
+    batch = batch_of(trainer)
+    trajectory, memory = Trajectory.from_batch(batch), trainer.memory
+
+    def same(one: FastWeights, other: FastWeights) -> bool:
+        return all(torch.equal(one.tensors[name], value) for name, value in other.tensors.items())
+
     trainer.model.eval()
-    first, second = (trainer.memory.write(trajectory).fast_weights.tensors for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    trainer.model.train()
-    third = trainer.memory.write(trajectory).fast_weights.tensors
-    assert any(not torch.equal(first[name], third[name]) for name in first)
-
-
-def test_a_given_trunk_is_that_of_the_anchor(tokenizer, tmp_path):
-    trainer = make_trainer(tiny("llada2"), tokenizer, tmp_path, memory_for("llada2"))
-    batch = batch_of(trainer)
-    trajectory = Trajectory.from_batch(batch)
-    trunk = trainer.memory.trunk(torch.where(batch["anchor_mask"], MASK, batch["input_ids"]))
-    given, own = (trainer.memory.write(trajectory, anchor_trunk=t).fast_weights.tensors for t in (trunk, None))
-    assert all(torch.equal(given[name], own[name]) for name in own)
-    assert not any(p.grad is not None for p in trainer.model.parameters())
-
-
-def test_initial_fast_weights_can_be_given(tokenizer, tmp_path):
-    trainer = make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama"))
-    batch = batch_of(trainer)
+    written = memory.write(trajectory).fast_weights
+    trunk = memory.trunk(torch.where(batch["anchor_mask"], MASK, batch["input_ids"]))
+    assert same(memory.write(trajectory, anchor_trunk=trunk).fast_weights, written)
+    assert not same(memory.write(trajectory, anchor_trunk=trunk + 1).fast_weights, written)
     start = initial(trainer, {**batch, "noise_keys": batch["noise_keys"] + 1})
-    written = trainer.memory.write(Trajectory.from_batch(batch), initial=start).fast_weights.tensors
-    default = trainer.memory.write(Trajectory.from_batch(batch)).fast_weights.tensors
-    assert any(not torch.equal(written[name], default[name]) for name in default)
-    assert start.samples == 3 and all(not v.requires_grad for v in written.values())
+    assert not same(memory.write(trajectory, initial=start).fast_weights, written)
+    trainer.model.train()
+    assert not same(memory.write(trajectory).fast_weights, written)
+    assert not any(p.grad is not None for p in trainer.model.parameters())
+    assert not any(value.requires_grad for value in written.tensors.values())
 
 
 def test_a_set_shared_by_the_batch_starts_from_its_first_sample(tokenizer, tmp_path):
-    trainer = make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama", scope="batch"))
+    trainer = make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama", scope="batch", epochs=0))
     batch = batch_of(trainer)
     trajectory = Trajectory.from_batch(batch)
     assert torch.equal(trainer.memory.keys_of(trajectory), batch["noise_keys"][:1])
-    written = trainer.memory.write(trajectory).fast_weights
-    from_it = trainer.memory.write(trajectory, initial=initial(trainer, batch)).fast_weights
+    written, start = trainer.memory.write(trajectory).fast_weights, initial(trainer, batch)
     assert written.samples == 1
-    assert all(torch.equal(value, from_it.tensors[name]) for name, value in written.tensors.items())
+    assert all(torch.equal(value, start.tensors[name]) for name, value in written.tensors.items())
 
 
 def test_an_unknown_model_is_refused():
     with pytest.raises(TypeError, match=r"^no backbone adapter for Linear; load the model with .* LlamaForCausalLM, "):
         ParametricMemory(nn.Linear(2, 2), MemoryConfig(), MASK)
-
-
-@pytest.mark.parametrize("kind", ["llada_moe", "llama"])
-def test_fast_weights_are_held_once(kind):
-    memory = ParametricMemory(tiny(kind), MemoryConfig(**SMALL), MASK)
-    fast = FastWeights.initial(memory.shapes, memory.config, torch.tensor([1]), torch.device("cpu"))
-    refused = pytest.raises(RuntimeError, match="already holds fast weights")
-    with memory.holding(fast), refused, memory.holding(fast):
-        pass
-    with memory.holding(fast):
-        pass
-
-
-@pytest.mark.parametrize("kind", ["llada_moe", "llama"])
-def test_fast_weights_of_another_number_of_samples_are_refused(kind):
-    memory = ParametricMemory(tiny(kind), MemoryConfig(**SMALL), MASK)
-    fast = FastWeights.initial(memory.shapes, memory.config, torch.tensor([1, 2]), torch.device("cpu"))
-    for batch in (1, 3, 4):
-        with memory.holding(fast), pytest.raises(ValueError, match="fast weights of 2 samples on"):
-            memory.model(input_ids=torch.ones(batch, 5, dtype=torch.int64))

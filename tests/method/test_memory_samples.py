@@ -20,15 +20,13 @@ from dllm_memdlm.method.trajectory import Trajectory
     ("kind", "variant", "dtype", "tolerance"),
     [
         *((kind, "paper", torch.float32, 2e-5) for kind in KINDS),  # the others amplify its rounding
-        *((kind, "paper", torch.float64, 1e-6) for kind in KINDS),
         ("llada_moe", "full", torch.float64, 1e-6),
         ("llada2", "three_steps", torch.float64, 1e-6),
         ("llama", "global_clip", torch.float64, 1e-6),
     ],
 )
 def test_a_batch_is_as_many_batches_of_one(kind, variant, dtype, tolerance, tokenizer, tmp_path):
-    memory = memory_for(kind, **VARIANTS[variant])
-    model = tiny(kind, dtype, lora=True)
+    memory, model = memory_for(kind, **VARIANTS[variant]), tiny(kind, dtype, lora=True)
     trainer = make_trainer(model, tokenizer, tmp_path, memory, examples(5), loss_norm_type="batch")
     batch = batch_of(trainer, range(5))
     assert len(set(batch["anchor_mask"].sum(-1).tolist())) > 2, "samples should differ in their number of masks"
@@ -47,12 +45,6 @@ def test_a_batch_is_as_many_batches_of_one(kind, variant, dtype, tolerance, toke
             assert ours.grad_norm[i].item() == pytest.approx(theirs.grad_norm.item(), rel=10 * tolerance)
     mean = torch.cat([torch.stack([s.gradients[n] for s in alone]).mean(0).flatten() for n in whole.gradients])
     assert_close_relative(torch.cat([g.flatten() for g in whole.gradients.values()]), mean, tolerance, "gradient")
-
-
-def test_samples_write_different_fast_weights(tokenizer, tmp_path):
-    trainer = make_trainer(tiny("llada_moe"), tokenizer, tmp_path, memory_for("llada_moe"))
-    first, second, _ = flat(Step(trainer, batch_of(trainer)).written.fast_weights)
-    assert all(not torch.equal(first[n], second[n]) for n in first if "experts" not in n)
 
 
 def test_a_sample_without_masks_writes_nothing(tokenizer, tmp_path):
@@ -83,18 +75,14 @@ def test_one_bad_sample_falls_back_and_leaves_the_others(kind, value, tokenizer,
     for batch in (clean, bad):  # nowhere else
         batch["input_ids"][:, 1:][batch["input_ids"][:, 1:] == 47] = 5
     poisoned(trainer.model, 47, value)
-    expected = trainer.memory.write(Trajectory.from_batch(clean))
-    written = trainer.memory.write(Trajectory.from_batch(bad))
+    expected, written = (trainer.memory.write(Trajectory.from_batch(batch)) for batch in (clean, bad))
     assert expected.finite.all() and written.finite.tolist() == [True, False, True]
     for name, tensor in written.fast_weights.tensors.items():
-        assert tensor.isfinite().all()
+        # A product over an expert's rows rounds by how many there are, and the bad sample chose others.
         for sample in (0, 2):
             ours, theirs = (t[..., sample, :, :] for t in (tensor, expected.fast_weights.tensors[name]))
-            if kind == "llama":
-                assert torch.equal(ours, theirs), name
-            else:  # a product over an expert's rows rounds by how many there are, and the bad sample chose others
-                assert_close_relative(ours, theirs, 1e-5, name)
-        assert name.endswith(".A") or not tensor[..., 1, :, :].any()
+            assert_close_relative(ours, theirs, 0.0 if kind == "llama" else 1e-5, name)
+        assert tensor.isfinite().all() and (name.endswith(".A") or not tensor[..., 1, :, :].any())
 
 
 @pytest.mark.parametrize("scope", ["sample", "batch"])
