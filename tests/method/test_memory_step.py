@@ -57,9 +57,7 @@ def check_against_naive(
     expected, gradients = naively(trainer, batch, shift)
     assert step.loss.item() == pytest.approx(expected.loss.item(), rel=tolerance)
     inner = torch.stack([each.loss for each in step.written.steps], dim=1).double()
-    torch.testing.assert_close(
-        inner.cpu(), torch.tensor(expected.inner_losses).double(), rtol=tolerance, atol=tolerance
-    )
+    torch.testing.assert_close(inner, torch.tensor(expected.inner_losses).double(), rtol=tolerance, atol=tolerance)
     for ours, before, theirs in zip(flat(step.written.fast_weights), flat(start), expected.phi, strict=True):
         assert ours.keys() == theirs.keys()
         for name in theirs:
