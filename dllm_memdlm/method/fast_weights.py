@@ -1,8 +1,7 @@
-"""Fast weights φ: plain float32 tensors beside the model, and the few things one does with them.
+"""Fast weights φ: plain float32 tensors beside the model, and the SGD step on them.
 
-A dense layer's tensors are [S, out, in]-like, a routed expert layer's [E, S, out, in]-like, where S is the number of
-samples (1 if they share) and E that of experts: the last two dimensions are always one matrix. So a norm over them is
-a norm for each tensor of the paper, all at once.
+A dense layer's tensors are [S, rows, columns], a routed expert layer's [E, S, rows, columns]. S is the number of
+samples (1 if they share), E that of experts. So the last two dimensions are always one tensor of the paper.
 """
 
 from __future__ import annotations
@@ -55,34 +54,34 @@ class FastWeights:
         return next(iter(self.tensors.values())).shape[-3]
 
     def site(self, name: str) -> SiteWeights:
-        """The tensors of one site. Raises KeyError if it has none."""
+        """Return the tensors of one site. Raises KeyError if it has none."""
         if f"{name}.delta" in self.tensors:
             return SiteWeights(None, self.tensors[f"{name}.delta"], self.scaling)
         return SiteWeights(self.tensors[f"{name}.A"], self.tensors[f"{name}.B"], self.scaling)
 
     def leaves(self) -> FastWeights:
-        """The same values as leaves of a new graph."""
+        """Return the same values as leaves of a new graph."""
         return FastWeights({k: v.detach().requires_grad_() for k, v in self.tensors.items()}, self.scaling)
 
     def keep(self, samples: Tensor) -> FastWeights:
-        """φ where `samples` [S] bool holds, and no effect (B or the difference zero) elsewhere."""
+        """Return φ for the samples where `samples` [S] bool holds; B or the difference is zero for the others."""
         kept = samples[:, None, None]
         tensors = {k: v if k.endswith(".A") else torch.where(kept, v, 0) for k, v in self.tensors.items()}
         return FastWeights(tensors, self.scaling)
 
     def select(self, samples: list[int]) -> FastWeights:
-        """Those of the samples, in that order; one may be named more than once."""
+        """Return φ of these samples, in this order; one may be named more than once."""
         return FastWeights({k: v[..., samples, :, :] for k, v in self.tensors.items()}, self.scaling)
 
     @classmethod
     def stack(cls, parts: list[FastWeights]) -> FastWeights:
-        """The samples of all parts, one after the other."""
+        """Join the samples of all parts, one after the other."""
         names = parts[0].tensors
         return cls({k: torch.cat([part.tensors[k] for part in parts], dim=-3) for k in names}, parts[0].scaling)
 
 
 class InnerStep(NamedTuple):
-    """One inner step, for the log. Nothing here is waited for."""
+    """One inner step, for the log. Its tensors may still be under way on the device."""
 
     loss: Tensor  #: of each set of fast weights, before the step [S]
     grad_norm: Tensor  #: over all its tensors, before clipping [S]
@@ -92,7 +91,7 @@ class InnerStep(NamedTuple):
 def sgd_step(
     fast: FastWeights, gradients: dict[str, Tensor], loss: Tensor, config: MemoryConfig
 ) -> tuple[FastWeights, InnerStep]:
-    """φ ← φ - lr · clip(g). A sample whose loss or gradient is not finite stays where it is.
+    """Compute φ ← φ - lr · clip(g). A sample whose loss or gradient is not finite stays where it is.
 
     Args:
         fast: current values.

@@ -1,4 +1,4 @@
-"""What processes share where `memory.sync` asks for one set of fast weights in the whole global batch."""
+"""Exchange between processes: `memory.sync` keeps one set of fast weights for the whole global batch."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from .trajectory import ENDS_ON_ANCHOR, Trajectory
 
 
 class Written(NamedTuple):
-    """What an inner loop leaves behind."""
+    """The result of an inner loop."""
 
     fast_weights: FastWeights
     steps: list[InnerStep]  #: in order; epochs · K of them
@@ -70,7 +70,7 @@ class ParametricMemory:
 
     @property
     def fast_parameters(self) -> int:
-        """Fast weights of one sample."""
+        """The number of fast weights of one sample."""
         return sum(shape.numel(self.config) for shape in self.shapes)
 
     # === the inner loop ===
@@ -162,7 +162,7 @@ class ParametricMemory:
         return sgd_step(fast, dict(zip(leaves.tensors, gradients, strict=True)), loss, config)
 
     def keys_of(self, trajectory: Trajectory) -> Tensor:
-        """The noise key of each set of fast weights [S]: every sample's, or the first one's if they share."""
+        """Return the noise key of each set of fast weights [S]: every sample's, or the first one's if they share."""
         if self.config.scope == "sample":
             return trajectory.noise_keys
         first = trajectory.noise_keys[:1]
@@ -189,7 +189,7 @@ class ParametricMemory:
 
     @contextmanager
     def holding(self, fast_weights: FastWeights | None) -> Iterator[None]:
-        """The model computes with `fast_weights` in place until the block ends, however it ends.
+        """Compute with `fast_weights` in place until the block ends, however it ends.
 
         Raises:
             ConfigError: as `check`.
@@ -230,7 +230,7 @@ class ParametricMemory:
 
 
 def _adding(weights: SiteWeights) -> Any:
-    """A forward hook that adds the fast weights' output to that of their linear layer."""
+    """Make a forward hook that adds the fast weights' output to that of their linear layer."""
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output + weights.dense(inputs[0].to(output.dtype)).to(output.dtype)

@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 class Positions(NamedTuple):
-    """Where a batch has a loss: its masked positions, gathered to the left and padded to the longest sample."""
+    """The positions where a batch has a loss, gathered to the left and padded to the longest sample."""
 
     index: Tensor  #: [B, M] int64
     valid: Tensor  #: [B, M] bool, false on padding
 
     def logit_index(self, right_shift: bool) -> Tensor:
-        """Positions whose logits predict these tokens: themselves, or the ones before where logits are shifted."""
+        """Return the positions whose logits predict these tokens: their own, or with shifted logits the ones before."""
         return (self.index - 1).clamp_min(0) if right_shift else self.index
 
     def gather(self, x: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def positions_of(mask: Tensor) -> Positions:
     return Positions(index, torch.arange(longest, device=mask.device) < counts[:, None])
 
 
-#: How the outer loss is normalised: (weighted NLL of each sample [B], its maskable tokens [B]) → scalar.
+#: Ways to normalise the outer loss: (weighted NLL of each sample [B], its maskable tokens [B]) → scalar.
 NORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "token": lambda total, maskable: total.sum() / maskable.sum().clamp_min(1),
     "sequence": lambda total, maskable: (total / maskable.clamp_min(1)).mean(),
@@ -54,7 +54,7 @@ def masked_diffusion_loss(
         weights: w(t) of each sample [B].
         maskable: maskable tokens of each sample [B].
         norm: a key of `NORMS`.
-        count: what `token` divides by, where this batch is a part of a larger one; its own maskable tokens by default.
+        count: the maskable tokens of a larger batch that this one is a part of, by which `token` then divides.
 
     Returns:
         The loss, and each sample's weighted sum [B], without normalisation and gradient.

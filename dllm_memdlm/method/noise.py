@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# The streams of one example. Numbers, not a counter: inserting one must not move the others.
+# The streams of one example. They are fixed numbers: a new one must not move the others.
 TIME, ANCHOR, REVEAL, DROPOUT, START = 1, 2, 3, 4, 5
 #: The first of the streams that fast weights are initialised from, one a site.
 INITIAL = 1000
 
-#: The epoch and the seed of evaluation: its noise never changes, so that eval curves can be compared point by point,
+#: The epoch and the seed of evaluation. Its noise never changes, so that eval curves can be compared point by point,
 #: and runs of one seed with runs of another.
 EVALUATION, EVALUATION_SEED = -1, 42
 

@@ -16,23 +16,23 @@ from ..backbones.output import widened
 
 
 def kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher ‖ student). Logits [B, M, V] → [B, M]."""
+    """Compute KL(teacher ‖ student). Logits [B, M, V] → [B, M]."""
     student, teacher = (F.log_softmax(widened(logits), dim=-1) for logits in (student, teacher))
     return (teacher.exp() * (teacher - student)).sum(-1)
 
 
 def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(student ‖ teacher). Logits [B, M, V] → [B, M]."""
+    """Compute KL(student ‖ teacher). Logits [B, M, V] → [B, M]."""
     return kl(teacher, student)
 
 
 def hidden_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of the final hidden states. [B, M, D] → [B, M]."""
+    """Compute the mean squared difference of the final hidden states. [B, M, D] → [B, M]."""
     return (widened(student) - widened(teacher)).square().mean(-1)
 
 
 def hidden_cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 - cosine of the final hidden states. [B, M, D] → [B, M]."""
+    """Compute 1 - cosine of the final hidden states. [B, M, D] → [B, M]."""
     return 1 - F.cosine_similarity(widened(student), widened(teacher), dim=-1)
 
 

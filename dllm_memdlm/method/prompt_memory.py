@@ -38,7 +38,7 @@ FORMAT = "memdlm-fast-weights"
 
 
 def at_inference(config: MemoryConfig, **changes: object) -> MemoryConfig:
-    """A training configuration as it is used on prompts: uniform weights, and every prompt its own fast weights."""
+    """Turn a training configuration into that for prompts: uniform weights, and fast weights of each prompt's own."""
     settings = {"enabled": True, "weighting": "uniform", "scope": "sample", "sync": False, "dropout": 0.0, **changes}
     return replace(config, **settings)
 
@@ -55,7 +55,7 @@ class Tally:
 
     @property
     def hit_rate(self) -> float:
-        """Prompts that found their memory, of all that have one."""
+        """The share of prompts that found their memory, of all that have one."""
         return self.reused / max(1, self.reused + self.written)
 
     def failures(self) -> str:
@@ -97,7 +97,7 @@ class PromptMemory:
 
     @contextmanager
     def recalled(self, texts: Sequence[Text | None], counted: Sequence[bool] | None = None) -> Iterator[None]:
-        """The model with the memory of one text for each row of the batches to come; see `recall`."""
+        """Hold the memory of one text for each row of the batches to come; see `recall`."""
         with self.memory.holding(self.recall(texts, counted)):
             yield
 
@@ -127,7 +127,7 @@ class PromptMemory:
         return FastWeights.stack([self._kept[name] for name in names])
 
     def _write_if_it_fits(self, texts: list[Text]) -> list[FastWeights]:
-        """As `_write`, but a single text that the GPU has no room for goes without; several are left to the caller."""
+        """Write, but a single text that the GPU has no room for goes without; several are left to the caller."""
         try:
             written = self._write([torch.as_tensor(text, dtype=torch.long) for text in texts])
         except torch.OutOfMemoryError:
@@ -159,7 +159,7 @@ class PromptMemory:
         return [written.fast_weights.select([row]) for row in range(len(texts))]
 
     def _nothing(self) -> FastWeights:
-        """φ = 0."""
+        """Make φ = 0."""
         key = torch.zeros(1, dtype=torch.long, device=self._device)
         return FastWeights.initial(self.memory.shapes, self.memory.config, key, self._device).keep(key.bool())
 
@@ -219,7 +219,7 @@ def load_snapshot(
 
 
 def shared_prefixes(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """For each prompt the length of the prefix that its memory is written on (`memory_scope=prefix`).
+    """Return for each prompt the length of the prefix that its memory is written on (`memory_scope=prefix`).
 
     Prompts about the same document begin alike: those in alphabetical order form a group as long as what all of them
     share is at least half of the longest. A prompt without company gets its full length.
@@ -238,6 +238,6 @@ def shared_prefixes(prompts: Sequence[Sequence[int]]) -> list[int]:
 
 
 def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+    """Count the tokens that both begin with."""
     limit = min(len(one), len(other))
     return next((n for n in range(limit) if one[n] != other[n]), limit)

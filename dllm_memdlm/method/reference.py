@@ -22,7 +22,7 @@ Phi = dict[str, Tensor]
 
 
 class NaiveStep(NamedTuple):
-    """What a step gives."""
+    """The result of a step."""
 
     loss: Tensor  #: outer loss, with its graph
     phi: list[Phi]  #: after the inner loop, one a sample, or one for the batch
@@ -153,7 +153,7 @@ def inner_loss(name: str, student: tuple[Tensor, Tensor], teacher: tuple[Tensor,
 def mdlm_loss(
     logits: Tensor, tokens: Tensor, anchor: Tensor, maskable: Tensor, t: Tensor, norm: str = "token"
 ) -> Tensor:
-    """Plain MDLM on full logits [B, L, V]: Σ over M_t of w(t) · NLL, over the maskable tokens."""
+    """Compute plain MDLM's loss on full logits [B, L, V]: Σ over M_t of w(t) · NLL, over the maskable tokens."""
     nll = F.cross_entropy(wide(logits).transpose(1, 2), tokens, reduction="none")
     nll = nll * torch.tensor([weight_of(level) for level in t.tolist()])[:, None] * anchor
     if norm == "token":
@@ -164,12 +164,12 @@ def mdlm_loss(
 
 
 def weight_of(level: float) -> float:
-    """w(r) = -α'(r) / (1 - α(r)) of the linear schedule in float32. dllm adds 1e-6 to the denominator."""
+    """Compute w(r) = -α'(r) / (1 - α(r)) of the linear schedule in float32. dllm adds 1e-6 to the denominator."""
     return (1.0 / (1 - (1 - torch.tensor(level)) + 1e-6)).item()
 
 
 def wide(x: Tensor) -> Tensor:
-    """At least float32."""
+    """Widen to float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -177,7 +177,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def full_forward(model: nn.Module, tokens: Tensor, attention_mask: Tensor | None, shift: bool) -> tuple[Tensor, Tensor]:
-    """Logits [B, L, V] and the hidden states they are made from [B, L, D], moved by one where logits are shifted."""
+    """Return logits [B, L, V] and the hidden states under them [B, L, D], moved by one where logits are shifted."""
     seen = []
     handle = backbone_of(model).model.norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
     logits = model(input_ids=tokens, attention_mask=attention_mask).logits
@@ -188,7 +188,7 @@ def full_forward(model: nn.Module, tokens: Tensor, attention_mask: Tensor | None
 
 @contextmanager
 def adapted(model: nn.Module, phi: Phi, scaling: float) -> Iterator[None]:
-    """Every linear layer named in φ computes y + scaling · B·A·x, or y + delta·x."""
+    """Let every linear layer named in φ compute y + scaling · B·A·x, or y + delta·x."""
 
     def adding(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -42,29 +42,29 @@ class Trajectory:
         return self.inner_masks.shape[1] - 1
 
     def state(self, mask: Tensor, mask_token_id: int) -> Tensor:
-        """The tokens the model sees under `mask` [B, L] → [B, L] int64."""
+        """Return the tokens that the model sees under `mask` [B, L] → [B, L] int64."""
         return torch.where(mask, mask_token_id, self.input_ids)
 
     def loss_mask(self, state: int, targets: str = "masked") -> Tensor:
-        """Where inner state `state` has its loss, or the anchor (state K, or -1). → [B, L] bool."""
+        """Mark where inner state `state` has its loss, or the anchor (state K, or -1). → [B, L] bool."""
         if state in (self.steps, -1):
             return self.anchor_mask
         mask = self.inner_masks[:, state]
         return mask & ~self.inner_masks[:, state + 1] if targets == "newly_revealed" else mask
 
     def loss_positions(self, state: int, targets: str = "masked") -> Positions:
-        """The positions of `loss_mask`."""
+        """Return the positions that `loss_mask` marks."""
         index = self.loss_index[state]
         return Positions(index, self.loss_mask(state, targets).gather(1, index))
 
     def to_batch(self) -> dict[str, Tensor]:
-        """The fields as a flat dict, which collators, data loaders and accelerate carry."""
+        """Return the fields as a flat dict, which collators, data loaders and accelerate carry."""
         index = {f"loss_index_{state}": index for state, index in enumerate(self.loss_index)}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "loss_index"} | index
 
     @classmethod
     def from_batch(cls, batch: dict[str, Any]) -> Trajectory:
-        """The inverse of `to_batch`; other keys are ignored.
+        """Read what `to_batch` returned; other keys are ignored.
 
         Raises:
             KeyError: a field is missing.
@@ -121,18 +121,18 @@ def prompt_trajectory(prompt_ids: Tensor, maskable: Tensor, keys: Tensor, config
 
 
 def sample_anchor(maskable: Tensor, mask_probability: Tensor, keys: Tensor) -> Tensor:
-    """M_t: mask each maskable token independently. maskable [B, L], mask_probability [B], keys [B] → [B, L] bool."""
+    """Draw M_t: each maskable token on its own. maskable [B, L], mask_probability [B], keys [B] → [B, L] bool."""
     u = noise.uniform(keys, noise.ANCHOR, maskable.shape[1])
     return (u < mask_probability[:, None]) & maskable
 
 
 def masked_ratio(mask: Tensor, maskable: Tensor) -> Tensor:
-    """r = |M| / |maskable|, 0 for a sample without maskable tokens. mask [..., L], maskable [..., L] → [...]."""
+    """Compute r = |M| / |maskable|, 0 where no token is maskable. mask [..., L], maskable [..., L] → [...]."""
     return mask.sum(-1) / maskable.sum(-1).clamp_min(1)
 
 
 def pre_anchor_count(anchor_mask: Tensor, maskable: Tensor, scale: float) -> Tensor:
-    """|M_pre| = floor(|maskable| · min(1, max(scale·r, r))), in exact arithmetic. → [B] int64.
+    """Count |M_pre| = floor(|maskable| · min(1, max(scale·r, r))), in exact arithmetic. → [B] int64.
 
     |maskable|·scale·r is scale·|M_t|, so the ratio itself, and its rounding, never appears.
     """
@@ -141,7 +141,7 @@ def pre_anchor_count(anchor_mask: Tensor, maskable: Tensor, scale: float) -> Ten
 
 
 def reveal_counts(start: Tensor, steps: int) -> Tensor:
-    """Count the tokens still hidden beyond the last state: from `start` to 0, ceil of what is left over the steps left.
+    """Count the tokens hidden beyond the last state's: each step reveals ceil of what is left over the steps left.
 
     start [B] int64 → [B, steps] int64; the first column is `start` and the last is 0 (steps = 1: 0).
     """
@@ -197,7 +197,7 @@ def _inconsistent(config: MemoryConfig, maskable: Tensor, anchor: Tensor, t: Ten
     return _then_clean(masks), levels.to(torch.float32).expand(len(maskable), config.steps)
 
 
-#: How a strategy makes its states: (config, maskable, anchor, t, keys) → (inner_masks, inner_ratios) of `Trajectory`.
+#: Ways to make the states: (config, maskable, anchor, t, keys) → (inner_masks, inner_ratios) of `Trajectory`.
 STRATEGIES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "anchor_consistent": _anchor_consistent,
     "inconsistent": _inconsistent,

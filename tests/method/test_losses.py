@@ -1,4 +1,4 @@
-"""The loss at masked positions against the full-logits formula, written token by token."""
+"""The loss at masked positions: what the naive step, with every norm and shifted logits, does not show."""
 
 from __future__ import annotations
 
@@ -23,26 +23,7 @@ def make_batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
     maskable = torch.arange(L) >= torch.tensor([0, 3, 5, 2, L])[:, None]
     mask = (torch.rand(B, L, generator=generator) < 0.5) & maskable
     mask[0], mask[3] = True, False
-    weights = 1 / (torch.rand(B, generator=generator, dtype=torch.float64) * 0.9 + 0.05)
-    return logits, tokens, maskable, mask, weights
-
-
-def naive_loss(
-    logits: Tensor, tokens: Tensor, maskable: Tensor, mask: Tensor, weights: Tensor, norm: str, right_shift: bool
-) -> tuple[Tensor, list[float]]:
-    """MDLM's loss with logits at every position."""
-    if right_shift:
-        logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
-    loss, sums = logits.sum() * 0, []
-    for b in range(len(tokens)):
-        of_sample = logits.sum() * 0
-        for i in range(tokens.shape[1]):
-            if mask[b, i]:
-                of_sample = of_sample - weights[b] * torch.log_softmax(logits[b, i], dim=0)[tokens[b, i]]
-        sums.append(of_sample.item())
-        own = max(1, int(maskable[b].sum()))
-        loss = loss + of_sample / {"token": int(maskable.sum()), "sequence": own * B, "batch": B}[norm]
-    return loss, sums
+    return logits, tokens, maskable, mask, 1 / (torch.rand(B, generator=generator) * 0.9 + 0.05)
 
 
 def gathered_loss(
@@ -52,12 +33,10 @@ def gathered_loss(
     mask: Tensor,
     weights: Tensor,
     norm: str,
-    right_shift: bool = False,
     count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     positions = positions_of(mask)
-    index = positions.logit_index(right_shift)
-    at = logits.gather(1, index[:, :, None].expand(-1, -1, logits.shape[-1]))
+    at = logits.gather(1, positions.index[:, :, None].expand(-1, -1, logits.shape[-1]))
     nll = token_nll(at, positions.gather(tokens))
     return masked_diffusion_loss(nll, positions.valid, weights, maskable.sum(-1), norm, count)
 
@@ -72,26 +51,26 @@ def test_positions_against_nonzero(p):
         assert positions.index[i][positions.valid[i]].tolist() == expected[i]
         assert positions.valid[i].tolist() == sorted(positions.valid[i].tolist(), reverse=True)  # to the left
     assert positions.gather(x)[positions.valid].tolist() == x[mask].tolist()
+    # Position 0 has none before: its own, as dllm does.
+    assert positions.logit_index(True).tolist() == [[max(0, i - 1) for i in row] for row in positions.index.tolist()]
 
 
-def test_right_shift_index():
-    positions = positions_of(torch.tensor([[1, 0, 1, 0, 1]]).bool())
-    assert positions.logit_index(False).tolist() == [[0, 2, 4]]
-    assert positions.logit_index(True).tolist() == [[0, 1, 3]]  # position 0 has none before: its own, as dllm does
-
-
-@pytest.mark.parametrize("right_shift", [False, True])
 @pytest.mark.parametrize("norm", NORMS)
-def test_equals_the_full_formula(norm, right_shift):
-    batch = make_batch()
-    expected, sums = naive_loss(*batch, norm, right_shift)
-    loss, total = gathered_loss(*batch, norm, right_shift)
-    gradients = [torch.autograd.grad(each, batch[0])[0] for each in (loss, expected)]
-    assert loss.dtype == torch.float64 and loss.shape == ()
-    assert loss.item() == pytest.approx(expected.item(), abs=1e-12, rel=1e-12)
+def test_equals_the_full_formula(norm):
+    logits, tokens, maskable, mask, weights = batch = make_batch()
+    nll = -logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    sums = (nll * mask).sum(-1) * weights
+    expected = {
+        "token": sums.sum() / maskable.sum(),
+        "sequence": sum(each / max(1, int(own)) for each, own in zip(sums, maskable.sum(-1), strict=True)) / B,
+        "batch": sums.sum() / B,
+    }[norm]
+    loss, total = gathered_loss(*batch, norm)
+    gradients = [torch.autograd.grad(each, logits)[0] for each in (loss, expected)]
+    assert loss.shape == () and loss.item() == pytest.approx(expected.item(), rel=1e-12)
     torch.testing.assert_close(*gradients, atol=1e-12, rtol=1e-12)
-    assert total.tolist() == pytest.approx(sums, abs=1e-12, rel=1e-12) and not total.requires_grad
-    larger, _ = gathered_loss(*batch, norm, right_shift, torch.tensor(2.0 * int(batch[2].sum())))
+    assert total.tolist() == pytest.approx(sums.tolist(), rel=1e-12) and not total.requires_grad
+    larger, _ = gathered_loss(*batch, norm, torch.tensor(2.0 * int(maskable.sum())))
     assert larger.item() == pytest.approx(loss.item() / (2 if norm == "token" else 1))
 
 
@@ -112,7 +91,7 @@ def test_half_precision_logits_are_computed_in_float32(dtype):
     nll = token_nll(logits, tokens)
     exact, rounded = (-x.log_softmax(-1).gather(-1, tokens[..., None])[..., 0] for x in (logits.double(), logits))
     assert nll.dtype == torch.float32 and (nll - exact).abs().max() < 1e-5 < 1e-4 < (rounded - exact).abs().max()
-    loss, _ = gathered_loss(*batch[:4], batch[4].float(), "token")
+    loss, _ = gathered_loss(*batch, "token")
     assert loss.dtype == torch.float32
     assert torch.autograd.grad(loss, logits)[0].dtype == dtype
     assert widened(exact) is exact  # float64 stays
