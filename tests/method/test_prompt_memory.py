@@ -1,4 +1,4 @@
-"""The memory of prompts: what it depends on, when it is written, shared and left out, and what it leaves behind."""
+"""The memory of prompts: what it depends on, and when it is written, shared and left out."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import pytest
 import torch
 from conftest import KINDS, MASK, assert_close_relative, tiny
 from inputs import poisoned
-from saved_models import prompt_memory, random_prompts, state_of
+from saved_models import prompt_memory, random_prompts
 from steps import flat, memory_for
 
 from benchmarks.naive_experts import plain_experts
-from dllm_memdlm.backbones.moe import RoutedExperts
 from dllm_memdlm.config import MemoryConfig
 from dllm_memdlm.method.fast_weights import FastWeights
 from dllm_memdlm.method.prompt_memory import PromptMemory, Tally, at_inference
@@ -97,16 +96,6 @@ def test_it_is_written_as_by_a_naive_inner_loop(kind, shift, attention, monkeypa
         assert_close_relative(ours[name], expected, 2e-4, name)
 
 
-def test_who_sees_whom_makes_a_difference():
-    text = random_prompts(30)[0]
-    full, causal, wider = (
-        tiny_memory(attention=attention, block_size=size).recall([text])
-        for attention, size in [("full", 4), ("block_causal", 4), ("block_causal", 32)]
-    )
-    assert_same_memory(wider, full, 1e-5)  # one block is all
-    assert any(not torch.allclose(causal.tensors[name], tensor, rtol=1e-2) for name, tensor in full.tensors.items())
-
-
 def test_prompts_are_written_on_without_what_belongs_to_training():
     trained = MemoryConfig(enabled=False, scope="batch", sync=True, dropout=0.5, rank=4, anchor_ratio=0.4)
     config = at_inference(trained, inner_lr=0.3)
@@ -139,6 +128,13 @@ def test_no_text_is_no_memory(nothing):
     both = memory.recall([nothing, text])
     assert has_no_effect(both.select([0])) and not has_no_effect(both.select([1]))
     assert dataclasses.astuple(memory.tally)[:3] == (1, 0, 4)
+    model, batch = memory.memory.model, torch.tensor([text])
+    with torch.no_grad():
+        plain = model(input_ids=batch).logits
+        for texts, without in (([nothing], True), ([text], False)):
+            with memory.recalled(texts):
+                assert torch.equal(model(input_ids=batch).logits, plain) == without
+        assert torch.equal(model(input_ids=batch).logits, plain)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -173,30 +169,3 @@ def test_a_text_without_room_goes_without_and_several_are_left_to_the_caller(mon
     most = 0
     assert has_no_effect(memory.recall(texts[1:])) and memory.tally.written == 1
     assert memory.tally.failures() == "1 no room on the device"
-
-
-# === what it leaves behind ===
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_model_is_as_before(kind, fails):
-    memory = tiny_memory(kind)
-    model, texts = memory.memory.model, random_prompts(12, 16)
-    batch, state = torch.tensor(random_prompts(16, 16)), state_of(model)
-    with torch.no_grad():
-        before = model(input_ids=batch).logits
-        try:
-            with memory.recalled(texts):
-                held = model(input_ids=batch).logits
-                if fails:
-                    raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            pass
-        assert not torch.allclose(held, before, atol=1e-3)
-        assert torch.equal(model(input_ids=batch).logits, before)
-    assert state.keys() == model.state_dict().keys()
-    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
-    assert all(not m._forward_hooks and not m.training for m in model.modules())
-    assert all(not m.fast for m in model.modules() if isinstance(m, RoutedExperts))
-    assert all(p.grad is None and not p.requires_grad for p in model.parameters())

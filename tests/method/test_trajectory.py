@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
+from fractions import Fraction
 
 import pytest
 import torch
-from trajectories import CONFIGS, build, make_batch, naive_trajectory, name_of, positions, subset
+from trajectories import CONFIGS, SCALES, build, make_batch, naive_trajectory, name_of, positions, subset
 
 from dllm_memdlm.config import MemoryConfig
 from dllm_memdlm.method import noise
-from dllm_memdlm.method.trajectory import ENDS_ON_ANCHOR, STRATEGIES, Trajectory, build_trajectory, sample_anchor
+from dllm_memdlm.method.trajectory import (
+    ENDS_ON_ANCHOR,
+    STRATEGIES,
+    Trajectory,
+    build_trajectory,
+    pre_anchor_count,
+    prompt_trajectory,
+    reveal_counts,
+    sample_anchor,
+    smallest,
+)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=name_of)
@@ -29,10 +41,6 @@ def test_equals_one_made_sample_by_sample(config):
     assert built.input_ids is input_ids and built.noise_keys is keys and built.noise_level is t
     torch.testing.assert_close(built.noise_weight, 1 / (t + 1e-6))
     torch.testing.assert_close(built.inner_weights, 1 / (built.inner_ratios + 1e-6), rtol=1e-4, atol=0)
-
-
-def test_every_strategy_of_the_config_is_there():
-    assert set(STRATEGIES) == set(typing.get_args(typing.get_type_hints(MemoryConfig)["strategy"]))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=name_of)
@@ -56,54 +64,82 @@ def test_the_last_state_is_the_anchor_and_the_first_a_pre_anchor(strategy, steps
     assert torch.equal(after, anchor if strategy == "pre_anchor_only" else torch.zeros_like(anchor))
     if strategy == "pre_anchor_only" or (strategy == "anchor_consistent" and steps > 1):
         assert subset(anchor, pre) and (pre.sum(-1) > anchor.sum(-1)).sum() > 30
+    assert set(STRATEGIES) == set(typing.get_args(typing.get_type_hints(MemoryConfig)["strategy"]))
 
 
-def test_memory_off_has_no_inner_states():
-    off, on = build(MemoryConfig(enabled=False)), build(MemoryConfig())
-    assert off.steps == 0 and off.inner_ratios.shape == (24, 0)
-    assert torch.equal(off.anchor_mask, on.anchor_mask)  # MDLM and MemDLM train on the same masks
+# === counts ===
+
+
+@pytest.mark.parametrize("scale", (1.0, *SCALES))
+def test_pre_anchor_count_is_exact(scale):
+    pairs = [(masked, total) for total in range(61) for masked in range(total + 1)]
+    pairs += [(masked, 4096) for masked in range(0, 4097, 7)]
+    place = torch.arange(4096)
+    for start in range(0, len(pairs), 500):
+        masked, total = torch.tensor(pairs[start : start + 500]).T
+        count = pre_anchor_count(place < masked[:, None], place < total[:, None], scale).tolist()
+        ratios = [Fraction(m, max(n, 1)) for m, n in pairs[start : start + 500]]
+        starts = [min(1, max(Fraction(scale) * r, r)) for r in ratios]
+        assert count == [math.floor(n * r) for n, r in zip(total.tolist(), starts, strict=True)]
+
+
+def test_reveal_counts_are_equal_shares():
+    assert reveal_counts(torch.tensor([7, 1000]), 4).tolist() == [[7, 4, 2, 0], [1000, 666, 333, 0]]
+    assert reveal_counts(torch.tensor([7]), 3).tolist() == [[7, 3, 0]]
+    assert reveal_counts(torch.tensor([7]), 1).tolist() == [[0]]
+
+
+def test_smallest_against_sorting():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(0, 5, (30, 12), generator=generator) / 4  # with ties, which go to the left
+    among = torch.rand(30, 12, generator=generator) < 0.6
+    counts = torch.randint(0, 13, (30, 3), generator=generator)
+    marked = smallest(values, among, counts)
+    for i in range(30):
+        order = [j for _, j in sorted((values[i, j].item(), j) for j in positions(among[i]))]
+        assert [positions(mask) for mask in marked[i]] == [set(order[:count]) for count in counts[i]]
+
+
+@pytest.mark.parametrize(("start", "end", "steps", "total", "second"), [(1.0, 0.3, 3, 20, 13), (0.7, 0.2, 3, 60, 27)])
+def test_inconsistent_levels_are_not_rounded_below_whole_tokens(start, end, steps, total, second):
+    config = MemoryConfig(strategy="inconsistent", start_ratio=start, anchor_ratio=end, steps=steps)
+    maskable, t = torch.ones(64, total, dtype=torch.bool), torch.full((64,), 0.5)
+    built = build_trajectory(maskable.long(), maskable, t, t, noise.example_keys(0, 0, torch.arange(64)), config)
+    assert built.inner_masks[:, 1].sum(-1).max() == second
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.5])
+def test_prompt_trajectory(ratio):
+    samples, length = 2000, 60
+    maskable = torch.arange(length) >= torch.arange(samples)[:, None] % 20  # left padding
+    keys = noise.example_keys(4, 0, torch.arange(samples))
+    built = prompt_trajectory(torch.full((samples, length), 5), maskable, keys, MemoryConfig(anchor_ratio=ratio))
+    count = int(maskable.sum())
+    assert abs(int(built.anchor_mask.sum()) / count - ratio) < 4 * math.sqrt(ratio * (1 - ratio) / count)
+    assert torch.equal(built.noise_level, torch.full((samples,), ratio))
+    assert subset(built.inner_masks, maskable[:, None]) and torch.equal(built.inner_masks[:, 1], built.anchor_mask)
 
 
 # === batches ===
 
 
 @pytest.mark.parametrize("config", CONFIGS[::3], ids=name_of)
-def test_a_batch_is_its_samples_one_by_one(config):
+def test_neither_company_nor_padding_changes_a_sample(config):
     input_ids, maskable, t, keys = make_batch(samples=6)
-    whole = build_trajectory(input_ids, maskable, t, t, keys, config).to_batch()
+    whole, more = build_trajectory(input_ids, maskable, t, t, keys, config), torch.zeros(6, 13, dtype=torch.bool)
+    batch = whole.to_batch()
     for i in range(6):
         row = slice(i, i + 1)
         alone = build_trajectory(input_ids[row], maskable[row], t[row], t[row], keys[row], config).to_batch()
         for name, value in alone.items():
             # as many positions as the sample itself has, not the longest of its batch
-            assert torch.equal(value, whole[name][row][:, : value.shape[1]] if "index" in name else whole[name][row])
-
-
-@pytest.mark.parametrize("config", CONFIGS[::3], ids=name_of)
-def test_padding_changes_nothing(config):
-    input_ids, maskable, t, keys = make_batch(samples=6)
-    short, more = build_trajectory(input_ids, maskable, t, t, keys, config), torch.zeros(6, 13, dtype=torch.bool)
+            assert torch.equal(value, batch[name][row][:, : value.shape[1]] if "index" in name else batch[name][row])
     long = build_trajectory(torch.cat([input_ids, more.long()], 1), torch.cat([maskable, more], 1), t, t, keys, config)
-    assert torch.equal(long.anchor_mask[:, :40], short.anchor_mask)
-    assert torch.equal(long.inner_masks[..., :40], short.inner_masks) and not long.inner_masks[..., 40:].any()
-    assert torch.equal(long.inner_ratios, short.inner_ratios)
+    assert torch.equal(long.anchor_mask[:, :40], whole.anchor_mask)
+    assert torch.equal(long.inner_masks[..., :40], whole.inner_masks) and not long.inner_masks[..., 40:].any()
+    assert torch.equal(long.inner_ratios, whole.inner_ratios)
     labelled = sample_anchor(torch.cat([maskable, ~more], 1), t, keys)  # padding that is a label, too
-    assert torch.equal(labelled[:, :40], short.anchor_mask)
-
-
-@pytest.mark.parametrize("config", CONFIGS[::3], ids=name_of)
-def test_samples_without_maskable_tokens(config):
-    input_ids, _, t, keys = make_batch(samples=3)
-    built = build_trajectory(input_ids, torch.zeros(3, 40, dtype=torch.bool), t, t, keys, config)
-    assert not built.anchor_mask.any() and not built.inner_masks.any()
-    assert torch.isfinite(built.inner_ratios).all() and torch.isfinite(built.inner_weights).all()
-
-
-def test_state_replaces_masked_tokens_only():
-    built = build(MemoryConfig(), samples=5)
-    state = built.state(built.anchor_mask, 999)
-    assert torch.equal(state == 999, built.anchor_mask)
-    assert torch.equal(state[~built.anchor_mask], built.input_ids[~built.anchor_mask])
+    assert torch.equal(labelled[:, :40], whole.anchor_mask)
 
 
 def test_batch_round_trip():
@@ -119,14 +155,6 @@ def test_batch_round_trip():
     del batch["noise_keys"]
     with pytest.raises(KeyError, match="noise_keys"):
         Trajectory.from_batch(batch)
-
-
-@pytest.mark.parametrize(("start", "end", "steps", "total", "second"), [(1.0, 0.3, 3, 20, 13), (0.7, 0.2, 3, 60, 27)])
-def test_inconsistent_levels_are_not_rounded_below_whole_tokens(start, end, steps, total, second):
-    config = MemoryConfig(strategy="inconsistent", start_ratio=start, anchor_ratio=end, steps=steps)
-    maskable, t = torch.ones(64, total, dtype=torch.bool), torch.full((64,), 0.5)
-    built = build_trajectory(maskable.long(), maskable, t, t, noise.example_keys(0, 0, torch.arange(64)), config)
-    assert built.inner_masks[:, 1].sum(-1).max() == second
 
 
 @pytest.mark.parametrize("targets", ["masked", "newly_revealed"])
