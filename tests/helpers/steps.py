@@ -12,7 +12,7 @@ from benchmarks.naive_experts import plain_experts
 from dllm_memdlm.config import MemoryConfig
 from dllm_memdlm.method.fast_weights import FastWeights
 from dllm_memdlm.method.inner_loop import Written
-from dllm_memdlm.method.reference import mdlm_loss, one_by_one
+from dllm_memdlm.method.reference import full_forward, mdlm_loss, one_by_one
 from dllm_memdlm.method.trajectory import Trajectory
 from dllm_memdlm.training.trainer import MemDLMTrainer
 
@@ -92,10 +92,10 @@ def train_logs(trainer: MemDLMTrainer) -> list[dict[str, Any]]:
     return [log for log in trainer.state.log_history if "loss" in log]
 
 
-def plain_loss(model: nn.Module, batch: dict[str, Any], norm: str = "token") -> Tensor:
+def plain_loss(model: nn.Module, batch: dict[str, Any], norm: str = "token", shift: bool = False) -> Tensor:
     """Plain MDLM's, from logits everywhere."""
     tokens = torch.where(batch["anchor_mask"], MASK, batch["input_ids"])
     with plain_experts(model):
-        logits = model(input_ids=tokens, attention_mask=batch.get("attention_mask")).logits
+        logits, _ = full_forward(model, tokens, batch.get("attention_mask"), shift)
     names = ("input_ids", "anchor_mask", "maskable", "noise_level")
     return mdlm_loss(logits, *(batch[name] for name in names), norm)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import KINDS, MASK, assert_close_relative, examples, make_trainer, take_gradients, tiny
 from conftest import train_batch as batch_of
-from steps import OFF, SMALL, VARIANTS, Step, flat, initial, memory_for
-from torch import Tensor, nn
+from steps import OFF, SMALL, VARIANTS, Step, flat, initial, memory_for, plain_loss
+from torch import Tensor
 
 from benchmarks.naive_experts import plain_experts
 from dllm_memdlm.config import MemoryConfig
-from dllm_memdlm.method.reference import NaiveStep, full_forward, mdlm_loss, naive_step
+from dllm_memdlm.method.reference import NaiveStep, naive_step
 from dllm_memdlm.training.trainer import MemDLMTrainer
 
 ATTENTION = {"llada_moe": ("q_proj", "o_proj"), "llada2": ("query_key_value", "dense"), "llama": ("q_proj", "v_proj")}
@@ -33,14 +33,6 @@ def naively(trainer: MemDLMTrainer, batch: dict[str, Any], shift: bool = False) 
         step = naive_step(model, batch, phi0, trainer.memory_config, MASK, shift, trainer.loss_norm_type)
     step.loss.backward()
     return step, take_gradients(model, complete=False)  # a loop skips experts that no token chose
-
-
-def plain(model: nn.Module, batch: dict[str, Any], shift: bool = False, norm: str = "token") -> Tensor:
-    """Plain MDLM's loss, from logits everywhere."""
-    tokens = torch.where(batch["anchor_mask"], MASK, batch["input_ids"])
-    with plain_experts(model):
-        logits, _ = full_forward(model, tokens, batch.get("attention_mask"), shift)
-    return mdlm_loss(logits, *(batch[n] for n in ("input_ids", "anchor_mask", "maskable", "noise_level")), norm)
 
 
 def check_against_naive(
@@ -72,7 +64,7 @@ def check_against_naive(
         error = (step.gradients[name] - gradient).norm()
         assert error <= of_gradients * (10 * gradient.norm() + 0.1 * whole.norm()), f"gradient of {name}"
     with torch.no_grad():
-        off = plain(trainer.model, batch, shift, trainer.loss_norm_type)
+        off = plain_loss(trainer.model, batch, trainer.loss_norm_type, shift)
     assert abs(off.item() - step.loss.item()) > 1e-3, "the memory does too little here for this test to see anything"
 
 
@@ -157,7 +149,7 @@ def test_the_loss_is_weighted_as_asked(tokenizer, tmp_path):
     trainer = make_trainer(tiny("llama"), tokenizer, tmp_path, OFF, loss_weight_type="uniform", loss_norm_type="batch")
     batch = batch_of(trainer)
     uniform = {**batch, "noise_weight": torch.ones(3), "noise_level": torch.ones(3)}  # at t = 1 the schedule's is 1
-    expected = plain(trainer.model, uniform, norm="batch").item()
+    expected = plain_loss(trainer.model, uniform, "batch").item()
     assert Step(trainer, batch).loss.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -177,7 +169,7 @@ def test_the_loss_is_weighted_as_asked(tokenizer, tmp_path):
 def test_no_inner_steps_are_plain_mdlm(kind, memory, shift, dtype, tolerance, tokenizer, tmp_path):
     trainer = make_trainer(tiny(kind, dtype, lora=True), tokenizer, tmp_path, memory, right_shift_logits=shift)
     batch = batch_of(trainer)
-    step, loss = Step(trainer, batch), plain(trainer.model, batch, shift)
+    step, loss = Step(trainer, batch), plain_loss(trainer.model, batch, shift=shift)
     loss.backward()
     assert step.loss.item() == pytest.approx(loss.item(), rel=tolerance) and step.loss.dtype == dtype
     gradients = take_gradients(trainer.model, complete=False)
