@@ -21,10 +21,10 @@ from .trajectory import Trajectory
 
 @dataclass
 class BilevelStep:
-    """The step of one batch: making it passes the anchor through the trunk, `write` runs the inner loop from there.
+    """The step of one batch, in three stages: its making passes the anchor through the trunk, `write`, `loss`.
 
-    Both call `model` without what an engine has put around it. Only `loss` goes through that, so that DDP and its kin
-    see one forward for one backward.
+    The first two call `model` without what an engine has put around it. Only `loss` goes through that, so that DDP and
+    its kin see one forward for one backward.
     """
 
     model: nn.Module
@@ -48,7 +48,7 @@ class BilevelStep:
         self.trunk = self.model(stage="trunk", input_ids=anchor, **self._where).hidden
 
     def write(self) -> Written:
-        """Run the inner loop."""
+        """Run the inner loop, from the trunk's output on."""
         return self.memory.write(self.trajectory, anchor_trunk=self.trunk, attention_mask=self.attention_mask)
 
     def loss(

@@ -43,7 +43,8 @@ def naive_step(
 ) -> NaiveStep:
     """Take a step up to its loss: φ for every sample (or for the batch), then the loss of the anchor with φ in place.
 
-    `batch` has the fields of a `Trajectory`, `phi0` one φ a sample (or one). The model has a module an expert.
+    `batch` has the fields of a `Trajectory`, `phi0` one φ for each sample or one for the batch. The model has a module
+    for each expert.
     """
     tokens, anchor, count = batch["input_ids"], batch["anchor_mask"], len(batch["input_ids"])
     groups = [slice(0, count)] if memory.scope == "batch" else [slice(i, i + 1) for i in range(count)]
@@ -64,7 +65,10 @@ def naive_step(
 
 
 def naive_states(maskable: set[int], anchor: set[int], order: list[float], scale: float, steps: int) -> list[set[int]]:
-    """Return the masked positions of x_pre → … → x_t. Tokens of the smallest `order` are revealed last."""
+    """Return the masked positions of x_pre → … → x_t in one sample, as sets. A step finds them in its batch as masks.
+
+    Of the tokens beyond the anchor those of the smallest `order` are hidden longest.
+    """
     r = Fraction(len(anchor), max(len(maskable), 1))
     extra = math.floor(len(maskable) * min(1, max(Fraction(scale) * r, r))) - len(anchor)
     others = sorted(maskable - anchor, key=lambda i: (order[i], i))
