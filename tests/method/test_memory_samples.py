@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import KINDS, assert_close_relative, examples, make_trainer, tiny
+from conftest import KINDS, MASK, assert_close_relative, examples, make_trainer, tiny
 from conftest import train_batch as batch_of
 from inputs import poisoned
 from steps import VARIANTS, Step, flat, initial, memory_for
 
+from dllm_memdlm.method import global_batch
+from dllm_memdlm.method.inner_loop import ParametricMemory, Written
 from dllm_memdlm.method.trajectory import Trajectory
 
 # === invariant 5: a batch of N is N batches of one ===
@@ -56,6 +60,42 @@ def test_a_sample_without_masks_writes_nothing(tokenizer, tmp_path):
     step = Step(trainer, batch)
     assert step.loss.isfinite() and step.written.finite.all()
     assert all((v[1] == 0).all() for k, v in step.written.fast_weights.tensors.items() if k.endswith(".B"))
+
+
+# === memory.sync: one set for the batches of all processes ===
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_processes_that_share_a_set_write_that_of_the_whole_batch(kind, tokenizer, tmp_path, monkeypatch):
+    """Two threads stand for two processes, of three samples and of two."""
+    barrier, sent, process = threading.Barrier(2), {}, threading.local()
+
+    def exchange(tensor, received):
+        sent[process.rank] = tensor.clone()
+        barrier.wait(60)
+        value = received([sent[0], sent[1]])
+        barrier.wait(60)
+        tensor.copy_(value)
+
+    monkeypatch.setattr(global_batch, "is_initialized", lambda: hasattr(process, "rank"))
+    monkeypatch.setattr(global_batch, "all_reduce", lambda tensor: exchange(tensor, sum))
+    monkeypatch.setattr(global_batch, "broadcast", lambda tensor, src: exchange(tensor, lambda all_: all_[src]))
+    settings = memory_for(kind, scope="batch", sync=True)
+    batch = batch_of(make_trainer(tiny(kind), tokenizer, tmp_path, settings, examples(5)), range(5))
+    memories = [ParametricMemory(tiny(kind, torch.float64), settings, MASK) for _ in range(3)]
+
+    def write(rank: int, rows: slice) -> Written:
+        process.rank = rank
+        return memories[rank].write(Trajectory.from_batch({name: value[rows] for name, value in batch.items()}))
+
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(write, (0, 1), (slice(0, 3), slice(3, 5)))
+    whole = memories[2].write(Trajectory.from_batch(batch))
+    for name, value in whole.fast_weights.tensors.items():
+        assert torch.equal(first.fast_weights.tensors[name], second.fast_weights.tensors[name])
+        assert_close_relative(first.fast_weights.tensors[name], value, 1e-4, name)
+    for ours, expected in zip(first.steps, whole.steps, strict=True):
+        assert ours.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
 
 
 # === samples that are not finite ===
