@@ -6,17 +6,24 @@ samples (1 if they share), E that of experts. So the last two dimensions are alw
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..backbones.site_weights import SiteShape, SiteWeights
-from ..config import MemoryConfig
+from ..config import ConfigError, MemoryConfig
 from . import noise
+
+#: What a file of fast weights calls itself.
+FORMAT = "memdlm-fast-weights"
 
 
 @dataclass
@@ -78,6 +85,25 @@ class FastWeights:
         """Join the samples of all parts, one after the other."""
         names = parts[0].tensors
         return cls({k: torch.cat([part.tensors[k] for part in parts], dim=-3) for k in names}, parts[0].scaling)
+
+    def save(self, path: str | os.PathLike, header: dict[str, Any] | None = None) -> None:
+        """Write a safetensors file; `header`, what they belong to, goes into its metadata as JSON."""
+        metadata = {"format": FORMAT, "scaling": repr(self.scaling), "header": json.dumps(header or {})}
+        save_file({k: v.detach().contiguous() for k, v in self.tensors.items()}, path, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> tuple[FastWeights, dict[str, Any]]:
+        """Read what `save` wrote: the fast weights and their header. Raises ConfigError for any other file."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError("the tensors of something else")
+                tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return cls(tensors, float(metadata["scaling"])), json.loads(metadata["header"])
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            expected = "expected a file that --save-memory has written"
+            raise ConfigError(f"{path}: not a fast-weight snapshot ({error}); {expected}") from None
 
 
 class InnerStep(NamedTuple):

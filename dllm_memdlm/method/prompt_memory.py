@@ -8,7 +8,6 @@ with prompts.recalled([prompt_ids, …]):
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..backbones.cache import block_causal
@@ -32,9 +30,6 @@ Text = Tensor | list[int]
 
 #: The name of no text at all.
 NOTHING = b""
-
-#: What a file of fast weights calls itself.
-FORMAT = "memdlm-fast-weights"
 
 
 def at_inference(config: MemoryConfig, **changes: object) -> MemoryConfig:
@@ -175,16 +170,14 @@ def _digest(text: Text) -> bytes:
 def save_snapshot(
     path: str | os.PathLike, fast_weights: FastWeights, model: str, config: MemoryConfig, text: Text
 ) -> None:
-    """Write one memory to a safetensors file, with the model, the settings and the text that it belongs to.
+    """Write one memory, with the model, the settings and the text that it belongs to.
 
     Raises:
         ConfigError: it cannot be written.
     """
     header = {"model": model, "weights": weights_digest(model), "memory": asdict(config)}
-    header |= {"text": _digest(text).hex(), "tokens": len(text)}
-    metadata = {"format": FORMAT, "scaling": repr(fast_weights.scaling), "header": json.dumps(header)}
     try:
-        save_file({k: v.detach().contiguous() for k, v in fast_weights.tensors.items()}, path, metadata)
+        fast_weights.save(path, header | {"text": _digest(text).hex(), "tokens": len(text)})
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path}: cannot be written ({error})") from None
 
@@ -197,25 +190,18 @@ def load_snapshot(
     Raises:
         ConfigError: another file, one of another model, or one that holds several memories.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError("the tensors of something else")
-            tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        header = json.loads(metadata["header"])
-        fast_weights, config = FastWeights(tensors, float(metadata["scaling"])), MemoryConfig(**header["memory"])
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
-        expected = "expected a file that --save-memory of this version has written"
-        raise ConfigError(f"{path}: not a fast-weight snapshot ({error}); {expected}") from None
-    if fast_weights.samples != 1:
-        raise ConfigError(f"{path}: {fast_weights.samples} memories; expected the memory of one text")
+    fast_weights, header = FastWeights.load(path, device)
+    if "memory" not in header or fast_weights.samples != 1:
+        raise ConfigError(f"{path}: expected the memory of one text, as --save-memory writes it")
     same_name = header["model"] == model
     written_with, weights = header.get("weights"), weights_digest(model)
     if not (written_with == weights if written_with and weights else same_name):  # a model of the hub goes by its name
         other = "the other weights that are there now" if same_name else repr(model)
         raise ConfigError(f"{path}: written with the model {header['model']!r}, not {other}")
-    return fast_weights, config
+    try:
+        return fast_weights, MemoryConfig(**header["memory"])
+    except (TypeError, ConfigError) as error:
+        raise ConfigError(f"{path}: not the memory settings of this version ({error})") from None
 
 
 def shared_prefixes(prompts: Sequence[Sequence[int]]) -> list[int]:

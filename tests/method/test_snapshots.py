@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from typing import Any
 
 import pytest
 import torch
@@ -15,9 +13,9 @@ from steps import SMALL, memory_for
 
 from dllm_memdlm.backbones.moe import RoutedExperts
 from dllm_memdlm.config import ConfigError, MemoryConfig
-from dllm_memdlm.method.fast_weights import FastWeights
+from dllm_memdlm.method.fast_weights import FORMAT, FastWeights
 from dllm_memdlm.method.inner_loop import ParametricMemory
-from dllm_memdlm.method.prompt_memory import FORMAT, load_snapshot, save_snapshot
+from dllm_memdlm.method.prompt_memory import load_snapshot, save_snapshot
 
 TEXT = random_prompts(20)[0]
 
@@ -70,13 +68,18 @@ def test_other_files_are_refused(tmp_path):
     for part in (content[: len(content) // 2], content[:5], b"", b"no safetensors, but long enough to be read"):
         path.write_bytes(part)
         refused(r"not a fast-weight snapshot \(.*--save-memory")
-    headers: list[Any] = ["{", "[]", "{}", json.dumps({"model": "runs/mine", "memory": {"rnak": 4}})]
-    ours = [{"format": FORMAT, "scaling": "1.0", "header": header} for header in headers]
-    for metadata in (None, {"format": "pt"}, {"format": FORMAT}, *ours):
+    ours = {"format": FORMAT, "scaling": "1.0"}
+    for metadata in (None, {"format": "pt"}, ours, ours | {"header": "{"}):
         save_file(fast.tensors, path, metadata)
         refused(r"not a fast-weight snapshot \(")
+    one_text = "expected the memory of one text, as --save-memory writes it$"
+    fast.save(path, {"note": "ü"})  # as a user may keep them
+    assert FastWeights.load(path)[1] == {"note": "ü"}
+    refused(one_text)
+    fast.save(path, {"model": "runs/mine", "memory": {"rnak": 4}})
+    refused("not the memory settings of this version .*rnak")
     save_snapshot(path, FastWeights.stack([fast, fast]), "runs/mine", config, TEXT)
-    refused("2 memories; expected the memory of one text$")
+    refused(one_text)
     path.unlink()
     refused(r"not a fast-weight snapshot \(No such file")
     with pytest.raises(ConfigError, match=r"memory: cannot be written \("):
