@@ -191,7 +191,7 @@ def load_snapshot(
         ConfigError: another file, one of another model, or one that holds several memories.
     """
     fast_weights, header = FastWeights.load(path, device)
-    if "memory" not in header or fast_weights.samples != 1:
+    if not {"model", "memory"} <= header.keys() or fast_weights.samples != 1:
         raise ConfigError(f"{path}: expected the memory of one text, as --save-memory writes it")
     same_name = header["model"] == model
     written_with, weights = header.get("weights"), weights_digest(model)
