@@ -125,12 +125,10 @@ class Scale:
 @cache
 def settings_of(recipe: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
     """The composed recipe, but for where it writes to. Raises ConfigError for what no recipe takes."""
-    from dllm_memdlm.training.recipe import load_recipe, resolve  # seconds to import
+    from dllm_memdlm.training.recipe import load_recipe  # seconds to import
 
-    load_recipe(recipe, overrides)
-    values = resolve(recipe, overrides)
-    values.get("training", {}).pop("output_dir", None)
-    return values
+    values = load_recipe(recipe, overrides).values
+    return {**values, "training": {key: value for key, value in values["training"].items() if key != "output_dir"}}
 
 
 def differences(recipe: Path) -> dict[str, Any]:
