@@ -68,10 +68,10 @@ test-distributed: venv ## train in two processes under every engine, against one
 soak: venv ## kill runs 32 times and resume them (8 minutes)
 	@$(BIN)/python -m pytest tests/training/test_killed.py -m soak $(ARGS)
 
-reproduce: venv data weights ## every figure and table of the paper, at SCALE=cpu, small or paper (reproduce-figure4 for one; -j2)
+reproduce: venv $(DATA_$(SCALE)) weights ## every figure and table of the paper, at SCALE=cpu, small or paper (reproduce-figure4 for one; -j2)
 	+@$(REPRODUCE) $(ALL) $(ARGS)
 
-$(REPRODUCED): reproduce-%: venv data weights
+$(REPRODUCED): reproduce-%: venv $(DATA_$(SCALE)) weights
 	+@$(REPRODUCE) $* $(ARGS)
 
 weights: venv

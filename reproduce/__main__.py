@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import fcntl
 import importlib.util
+import json
 import os
 import shlex
 import subprocess
@@ -144,7 +145,8 @@ def draw(name: str, scale: Scale, reports: Path) -> Path:
     points = points_of(cases)
     reports.mkdir(parents=True, exist_ok=True)
     drawn = figure.draw(scale, pd.DataFrame(points), reports / f"{stem}.png")
-    pd.DataFrame(points).to_json(reports / f"{stem}.jsonl", orient="records", lines=True, force_ascii=False)
+    lines = "".join(json.dumps(point, ensure_ascii=False) + "\n" for point in points)
+    (reports / f"{stem}.jsonl").write_text(lines, encoding="utf-8")
     page = reports / f"{stem}.md"
     versions = ", ".join(f"{package} {version}" for package, version in package_versions().items())
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RECIPES)
@@ -153,7 +155,7 @@ def draw(name: str, scale: Scale, reports: Path) -> Path:
         *(f"# {figure.title}", f"Scale: {scale.name}; seeds: {', '.join(map(str, scale.seeds))}. {scale.about}"),
         *([f"![{drawn.caption}]({stem}.png)", drawn.caption] if drawn.caption else []),
         *drawn.notes,
-        *(table.markdown().replace("## ", "", 1) for table in drawn.tables),
+        *(table.markdown().rstrip() for table in drawn.tables),
         f"Every number drawn or tabled here is a line of [{stem}.jsonl]({stem}.jsonl), with the folder it is from.",
         f"Drawn on {time.strftime('%F')} at commit {commit.stdout.strip() or 'unknown'}, by `make reproduce-{name} "
         f"SCALE={scale.name}`, from {len(steps)} commands ({'; '.join(devices())}; {versions}):",
