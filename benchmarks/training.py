@@ -94,7 +94,7 @@ class Bench:
 
     def batch(self, memory: MemoryConfig) -> dict[str, Tensor]:
         shape = self.shape
-        return steps.batch_of(shape.vocabulary, shape.batch, shape.length, shape.ratio, memory)
+        return steps.batch_of(shape.vocabulary, [shape.length] * shape.batch, shape.ratio, memory)
 
     def ours(self, memory: MemoryConfig) -> Step:
         return steps.ours(steps.trainer_of(self.model, memory), self.batch(memory))

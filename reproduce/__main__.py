@@ -93,14 +93,13 @@ def make(scale: Scale, rules: Sequence[str], targets: Sequence[str]) -> None:
     """Become make, at work on these rules: a signal ends it and its commands. Raises ConfigError if it cannot be."""
     folder = scale.runs / scale.name
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "w")  # noqa: SIM115 (make and its commands inherit it, and hold it to their end)
-    os.set_inheritable(lock.fileno(), True)
+    lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+    os.set_inheritable(lock, True)  # make and its commands hold it to their end
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ConfigError(
-            f"{folder}: another make, or what one has left behind, is at work there; wait for it"
-        ) from None
+        os.close(lock)
+        raise ConfigError(f"{folder}: another make, or what one left behind, is at work there; wait for it") from None
     file = folder / "rules.mk"
     file.write_text("\n".join(rules), encoding="utf-8")
     flags = os.environ.get("MAKEFLAGS", "").partition(" -- ")[0]
