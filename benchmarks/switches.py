@@ -35,9 +35,7 @@ def switches(size: Size) -> Section:
         off = list(SWITCHES.values()) if name == "all of these" else [SWITCHES[name]] if name in SWITCHES else []
         cases[f"{name}/plain"] = switched(bench, PLAIN, off)
         cases[f"{name}/MemDLM"] = switched(bench, MemoryConfig(), off)
-    for case in cases.values():
-        case()
-    timed = side_by_side(cases, min(3, size.repeats))
+    timed = side_by_side(cases, min(3, size.repeats), warm=True)
     peak = {name: peak_memory(case) / 1e6 for name, case in cases.items()}
     for name in ("nothing", *SWITCHES, "all of these"):
         row: list[Any] = [name]

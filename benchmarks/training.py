@@ -138,9 +138,7 @@ def compared(size: Size, threads: int) -> Section:
     torch.set_num_threads(threads)
     for shape in size.shapes:
         cases = Bench(size, shape).all()
-        for case in cases.values():
-            case()
-        timed = side_by_side(cases, size.repeats)
+        timed = side_by_side(cases, size.repeats, warm=True)
 
         def ratio(one: str, other: str, timed: dict[str, Timed] = timed) -> Range | None:
             return timed[one].ratio(timed[other], clock) if {one, other} <= timed.keys() else None

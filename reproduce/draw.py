@@ -37,23 +37,19 @@ def against(points: pd.DataFrame, base: pd.DataFrame, value: str, *on: str) -> p
     return both.assign(**{value: both[value] - both[f"{value}_base"]})
 
 
-#: The curves: the method that was trained, the name of the losses in its logs, and what the paper shows, in words.
-CURVES = {
-    "MDLM": (MDLM, "loss", "higher throughout"),
-    "MemDLM": (MEMDLM, "loss", "falls faster, stays lower"),
-    DISCARDED: (MEMDLM, "loss_memory_off", "not shown"),
-}
+#: The curves of figure 4: the method that was trained, and the name of the losses in its logs.
+CURVES = {"MDLM": (MDLM, "loss"), "MemDLM": (MEMDLM, "loss"), DISCARDED: (MEMDLM, "loss_memory_off")}
 
 
 def curves(row: Sequence[Any], title: str, points: pd.DataFrame) -> None:
     """Draw the losses of both methods: train, eval, and eval less MDLM's of the same seed."""
     evaluated = {
         label: points[(points.method == method) & (points.loss == f"eval_{key}")]
-        for label, (method, key, _) in CURVES.items()
+        for label, (method, key) in CURVES.items()
     }
     for ax, split in zip(row, ("train", "eval", "eval − MDLM's"), strict=False):
         ax.set(title=f"{title}, {split}", xlabel="optimizer step", ylabel="loss (nats)")
-    for label, (method, key, _) in CURVES.items():
+    for label, (method, key) in CURVES.items():
         own = points[(points.method == method) & (points.loss == key)]
         line(row[0], own, "step", "value", label, noisy=True)
         line(row[1], evaluated[label], "step", "value", label)
@@ -70,7 +66,7 @@ def dynamics(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
         own = points[points.backbone == backbone.title]
         curves(row, backbone.title, own)
         mdlms = last(own[own.method == MDLM], "eval_loss")
-        for label, (method, key, papers) in CURVES.items():
+        for label, (method, key) in CURVES.items():
             of_method = own[own.method == method]
             ends, more = last(of_method, f"eval_{key}"), ("-", "-")
             if method != MDLM:
@@ -78,10 +74,10 @@ def dynamics(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
                 found = [first_step_at(c.set_index("step").value, mdlms[seed]) for seed, c in evals.groupby("seed")]
                 reached = ", ".join("not reached" if step is None else f"{step:.0f}" for step in found)
                 more = (said(ends - mdlms, 4, sign=True), reached)
-            rows.append([backbone.title, label, said(tail(of_method, key)), said(ends), *more, papers])
+            rows.append([backbone.title, label, said(tail(of_method, key)), said(ends), *more])
     save(figure, picture)
     columns = ["backbone", "curve", "train loss, last tenth", "final eval loss", "− MDLM's, same seed"]
-    columns += ["steps to MDLM's final eval loss", "the paper"]
+    columns += ["steps to MDLM's final eval loss"]
     return Drawn(
         [
             "MDLM and MemDLM start from the same weights and see the same examples under the same masks, in the same "
@@ -89,6 +85,7 @@ def dynamics(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
             "MemDLM's loss is computed with fast weights that have just been fitted to the tokens being scored. The "
             "third curve, which the paper does not draw, has the same slow weights with the fast weights discarded: it "
             "is the one to compare with MDLM.",
+            PAPER["finds"]["figure4"],
         ],
         [Section("Final losses (nats), mean ± standard deviation over the seeds", columns, rows=rows)],
         "Train and eval loss, and the eval loss less MDLM's of the same seed. Line: mean of the seeds; band: a "
@@ -116,8 +113,7 @@ def by_length(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
         [
             f"Asked: {RETRIEVAL[scale.name][0].asked(scale)}, at each length. The model before fine-tuning is one for "
             "all seeds.",
-            "The paper finds that MDLM's fine-tuning takes something away from the model at 1K and 2K, and that MemDLM "
-            "stays above both from 1K to 32K.",
+            PAPER["finds"]["figure3"],
             *without_memory(map(Path, points.run)),
         ],
         [Section("%, mean ± standard deviation over the seeds", ["backbone", "model", *columns], rows=rows)],
@@ -142,8 +138,7 @@ def by_ratio(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
         [
             f"{scale.backbones[0].title}, trained with memory and with it on; asked: "
             f"{ANCHORED[scale.name][0].asked(scale)}, at each length.",
-            "The paper finds the ratio to make next to no difference from 1K to 16K (at 16K all scores are within 2 "
-            f"points). Ours differ by at most {moved.iloc[-1]:.1f} points, at {moved.index[-1]}.",
+            f"{PAPER['finds']['figure7']} Ours differ by at most {moved.iloc[-1]:.1f} points, at {moved.index[-1]}.",
             *without_memory(map(Path, points.run)),
         ],
         [Section("%, mean ± standard deviation over the seeds", ["ratio", *columns], rows=rows)],
@@ -179,8 +174,7 @@ def exposed(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
             "Both score the true tokens at the positions still masked.",
             "With the memory on, it is in place in both. The authors' script has it in L_seq alone, and takes the mean "
             "of each example's mean where we count all tokens alike; the paper's text settles neither.",
-            "The paper: MDLM's ratio climbs past 20 in 48 steps; MemDLM's stays nearly flat, with the memory on "
-            "flatter still.",
+            PAPER["finds"]["figure11"],
             *without_memory(map(Path, points.run)),
         ],
         [

@@ -81,19 +81,30 @@ def test_a_stop_loses_nothing_that_was_measured(tmp_path, monkeypatch):
     assert all(row[2] > 0 and row[10] > 0 for row in rows)
 
 
-@pytest.mark.parametrize("tool", ["kernels", "memory"])
-def test_a_tool_that_fails_costs_no_timing(tool, tmp_path, monkeypatch, capsys):
+def test_a_fault_of_a_tool_or_of_the_planner_costs_no_timing(tmp_path, monkeypatch, capsys):
     @contextlib.contextmanager
     def failing(where: torch.device) -> Iterator[None]:
         raise RuntimeError("not permitted")
         yield
 
-    monkeypatch.setattr(watch, tool, failing)
-    assert full_size.main(["--cpu", "--bits", "4", "--output", str(tmp_path), "recipes/llada_moe.yaml"]) == 1
+    def fault(recipe: Recipe) -> None:
+        raise AssertionError("shapes are incompatible")
+
+    monkeypatch.setattr(watch, "memory", failing)
+    monkeypatch.setattr(full_size, "plans_of", fault)
+    arguments = ["--cpu", "--bits", "4", "--output", str(tmp_path), "recipes/llada_moe.yaml"]
+    assert full_size.main(arguments) == 1
     errors = capsys.readouterr().err
+    assert "llada_moe, 4 bit: no plan, AssertionError: shapes are incompatible" in errors
     assert "llada_moe, 4 bit, plain MDLM: " in errors and "RuntimeError: not permitted" in errors
     for row in rows_of(tmp_path):
-        assert row[2] > 0 and row[12] is not None if tool != "kernels" else row[12] is None and row[10] > 0
+        assert [row[i] for i in (5, 6, 10, 11)] == [None] * 4 and row[12] is not None
+        assert row[9] == pytest.approx(row[2] / row[8])
+    assert full_size.main([*arguments, "--plan-only"]) == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as exit:
+        full_size.main([])
+    assert exit.value.code == 2 and "expected a CUDA device" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_steps_are_those_of_training(moe, products, monkeypatch):
@@ -166,23 +177,6 @@ def test_kernels_of_a_gpu_are_added_up_by_name(monkeypatch):
     shown = [device.Kernel(name, 1, 1.0).short for name in names]
     assert shown[0] != shown[1] and all("Functor" in name and len(name) <= 162 for name in shown)
     assert "|" not in device.Kernel("a|b", 1, 1.0).short
-
-
-def test_a_fault_of_the_planner_costs_no_timing(tmp_path, monkeypatch, capsys):
-    def fault(recipe: Recipe) -> None:
-        raise AssertionError("shapes are incompatible")
-
-    monkeypatch.setattr(full_size, "plans_of", fault)
-    arguments = ["--cpu", "--bits", "16", "--output", str(tmp_path), "recipes/llada_moe.yaml"]
-    assert full_size.main(arguments) == 1
-    assert "llada_moe, 16 bit: no plan, AssertionError: shapes are incompatible" in capsys.readouterr().err
-    for row in rows_of(tmp_path):
-        assert [row[i] for i in (5, 6, 11)] == [None] * 3 and row[9] == pytest.approx(row[2] / row[8])
-    assert full_size.main([*arguments, "--plan-only"]) == 1
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as exit:
-        full_size.main([])
-    assert exit.value.code == 2 and "expected a CUDA device" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", ["llada_moe", "llada2_mini"])
