@@ -12,7 +12,6 @@ import importlib.util
 import json
 import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from benchmarks.gpu_check import commit
 from dllm_memdlm.config import ConfigError
 from dllm_memdlm.launch import exit_code
 from dllm_memdlm.machine import devices, package_versions
@@ -148,7 +148,6 @@ def draw(name: str, scale: Scale, reports: Path) -> Path:
     (reports / f"{stem}.jsonl").write_text(lines, encoding="utf-8")
     page = reports / f"{stem}.md"
     versions = ", ".join(f"{package} {version}" for package, version in package_versions().items())
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RECIPES)
     ran = [f"{step.line}   # {step.done.read_text(encoding='utf-8').strip()}" for step in steps]
     text = [
         *(f"# {figure.title}", f"Scale: {scale.name}; seeds: {', '.join(map(str, scale.seeds))}. {scale.about}"),
@@ -156,7 +155,7 @@ def draw(name: str, scale: Scale, reports: Path) -> Path:
         *drawn.notes,
         *(table.markdown().rstrip() for table in drawn.tables),
         f"Every number drawn or tabled here is a line of [{stem}.jsonl]({stem}.jsonl), with the folder it is from.",
-        f"Drawn on {time.strftime('%F')} at commit {commit.stdout.strip() or 'unknown'}, by `make reproduce-{name} "
+        f"Drawn on {time.strftime('%F')} at commit {commit()}, by `make reproduce-{name} "
         f"SCALE={scale.name}`, from {len(steps)} commands ({'; '.join(devices())}; {versions}):",
         "\n".join(["```", *ran, "```", ""]),
     ]

@@ -67,7 +67,7 @@ class Step:
             f"mkdir -p {folder}; echo {shlex.quote(self.line)}",
             f"begun=$(date +%s); {self._line(shlex.quote(sys.executable))} > {log} 2>&1 || "
             f"{{ {{ grep -a '^error: ' {log} || tail -n 3 {log}; }} >&2; echo 'failed: {log}' >&2; exit 1; }}; "
-            f'echo "$(( $(date +%s) - begun )) s, $(date +%F), commit $(git describe --always --dirty)" > {self.done}',
+            f'echo "$(( $(date +%s) - begun )) s, $(date +%F), $(git describe --always --dirty 2>&-)" > {self.done}',
         ]
         head = f"{self.done}: {' '.join(str(step.done) for step in self.after)}"
         return "\n\t@".join([head, *(line.replace("$", "$$") for line in lines if line)]) + "\n"

@@ -69,7 +69,7 @@ def test_what_is_there_is_not_run_again(tmp_path):
     assert done.returncode == 0, done.stderr
     assert base.line in done.stdout.splitlines()
     assert (base.folder / "log.txt").read_text() == "a  b $HOME x y\n"
-    assert re.fullmatch(r"\d+ s, \d{4}-\d\d-\d\d, commit \S*\n", base.done.read_text())
+    assert re.fullmatch(r"\d+ s, \d{4}-\d\d-\d\d, \S*\n", base.done.read_text())
     assert "up to date" in make(tmp_path, own).stdout and runs_of(base) == runs_of(own) == 1
 
 

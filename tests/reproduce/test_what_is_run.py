@@ -107,6 +107,8 @@ def test_every_setting_makes_another_run_and_nothing_else_does():
     assert again.folder.name == runs[0].folder.name
     other = replace(CPU, settings=("model.dimensions.num_experts=8",))
     assert other.run(base, MDLM, 1).folder.name != runs[0].folder.name, "its base is another one"
+    recipes = [next(word for word in run.argv if word.endswith(".yaml")) for run in (runs[0], runs[2])]
+    assert [load_recipe(recipe).memory.enabled for recipe in recipes] == [False, True]
 
 
 def test_every_way_to_score_a_model_has_a_folder_of_its_own():
