@@ -11,10 +11,10 @@ import pandas as pd
 from benchmarks.report import Section
 
 from .cases import BEFORE, DENOISING_STEPS, DROPOUTS, PAPER, SHORTER
-from .logs import first_step_at, last, tail
+from .logs import against, first_step_at, last, said, tail
 from .plots import BLUE, DISCARDED, LIGHT, ORANGE, bars, grid, line, save
 from .scales import MDLM, MEMDLM, MODELS, Scale
-from .scores import ABLATED, ANCHORED, RETRIEVAL, without_memory
+from .scores import ABLATED, ANCHORED, RETRIEVAL, RULER_OFFLINE, without_memory
 
 
 class Drawn(NamedTuple):
@@ -23,18 +23,6 @@ class Drawn(NamedTuple):
     notes: Sequence[str]
     tables: Sequence[Section]
     caption: str = ""  #: of the picture; none where there is no picture
-
-
-def said(values: pd.Series, digits: int = 3, sign: bool = False) -> str:
-    """mean ± standard deviation over the seeds."""
-    mean = f"{values.mean():{'+' if sign else ''}.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {values.std():.{digits}f}"
-
-
-def against(points: pd.DataFrame, base: pd.DataFrame, value: str, *on: str) -> pd.DataFrame:
-    """The points with `value` less that of `base` of the same seed, and the same `on`."""
-    both = points.merge(base[["seed", *on, value]], on=["seed", *on], suffixes=("", "_base"))
-    return both.assign(**{value: both[value] - both[f"{value}_base"]})
 
 
 #: The curves of figure 4: the method that was trained, and the name of the losses in its logs.
@@ -76,8 +64,7 @@ def dynamics(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
                 more = (said(ends - mdlms, 4, sign=True), reached)
             rows.append([backbone.title, label, said(tail(of_method, key)), said(ends), *more])
     save(figure, picture)
-    columns = ["backbone", "curve", "train loss, last tenth", "final eval loss", "− MDLM's, same seed"]
-    columns += ["steps to MDLM's final eval loss"]
+    columns = ("backbone", "curve", "train loss, last tenth", "final eval loss", "− MDLM's", "steps to MDLM's end")
     return Drawn(
         [
             "MDLM and MemDLM start from the same weights and see the same examples under the same masks, in the same "
@@ -87,7 +74,7 @@ def dynamics(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
             "is the one to compare with MDLM.",
             PAPER["finds"]["figure4"],
         ],
-        [Section("Final losses (nats), mean ± standard deviation over the seeds", columns, rows=rows)],
+        [Section("Losses (nats), mean ± standard deviation over the seeds", [*columns], rows=rows)],
         "Train and eval loss, and the eval loss less MDLM's of the same seed. Line: mean of the seeds; band: a "
         "standard deviation.",
     )
@@ -295,14 +282,11 @@ def table(name: str, scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn
     if scale.name != "paper":
         rows = [[*key, *cells] for key, cells in papers.items()]
         tables.append(Section("The paper's, %", ["backbone", "method", *theirs["columns"]], rows=rows))
-        asked = {
-            "cpu": "at 2,048 tokens, four questions of each, which measure nothing but show that the way from a recipe "
-            "to a table works",
-            "small": "at 1,024 tokens, a hundred questions of each",
-        }[scale.name]
         notes = [
-            f"RULER tasks that read no files, {asked}; the same for tables 1, 2 and 3. `SCALE=paper` runs the paper's "
-            "tasks; its numbers stand below."
+            f"RULER that reads no files, the same for tables 1, 2 and 3: {RULER_OFFLINE[scale.name].asked(scale)}. "
+            "`SCALE=paper` runs the paper's tasks; its numbers stand below.",
+            *["Four questions of each measure nothing; they show the way from a recipe to a table."]
+            * (scale.name == "cpu"),
         ]
     if name == "table3":
         notes.append("The paper does not say which backbone its table 3 is of; we take it to be LLaDA-MoE.")

@@ -1,4 +1,4 @@
-"""What training runs have logged, as points: one a value."""
+"""What training runs have logged, as points: one a value. And what is said of points over their seeds."""
 
 from __future__ import annotations
 
@@ -54,3 +54,15 @@ def first_step_at(curve: pd.Series, loss: float) -> float | None:
         return float(curve.index[0])
     (start, end), (above, under) = curve.index[place - 1 : place + 1], curve.iloc[place - 1 : place + 1]
     return start + (end - start) * (above - loss) / (above - under)
+
+
+def said(values: pd.Series, digits: int = 3, sign: bool = False) -> str:
+    """mean ± standard deviation over the seeds."""
+    mean = f"{values.mean():{'+' if sign else ''}.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {values.std():.{digits}f}"
+
+
+def against(points: pd.DataFrame, base: pd.DataFrame, value: str, *on: str) -> pd.DataFrame:
+    """The points with `value` less that of `base` of the same seed, and the same `on`."""
+    both = points.merge(base[["seed", *on, value]], on=["seed", *on], suffixes=("", "_base"))
+    return both.assign(**{value: both[value] - both[f"{value}_base"]})
