@@ -56,6 +56,8 @@ def line(ax: Axes, points: pd.DataFrame, by: str, value: str, label: str, noisy:
     if points.empty:
         return
     raw = over_seeds(points, by, value)
+    if pd.api.types.is_integer_dtype(raw.index):
+        ax.locator_params(axis="x", integer=True)
     if noisy:
         width = 2 * (len(raw) // 20) + 1
         smooth = points.groupby("seed")[value].transform(lambda v: v.rolling(width, center=True, min_periods=1).mean())
