@@ -1,6 +1,6 @@
 """Scoring a trained model: a step for each way, and its scores in % by column.
 
-On a CPU the figures' task is ours (words planted in a text); all else is lm-eval's RULER, BABILong and LongBench, with
+On a CPU the figures' task is ours (`needle.py`); all else is lm-eval's RULER, BABILong and LongBench, with
 the configurations of recipes/eval.
 """
 
@@ -21,9 +21,6 @@ from dllm_memdlm.config import ConfigError
 
 from .scales import RECIPES, Model, Scale
 from .steps import FOLDER, Step
-
-#: The command that asks for planted words.
-NEEDLE = "dllm_memdlm.evaluation.needle"
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class PlantedWords:
         # The settings stand first: behind `--words` they would be read as lengths.
         arguments = [*settings, *["--memory"] * memory, "--words", *map(str, self.words)]
         arguments += ["--questions", str(scale.questions)]
-        return scale.evaluated(f"needle-{'on' if memory else 'off'}", model, NEEDLE, arguments)
+        return scale.evaluated(f"needle-{'on' if memory else 'off'}", model, "reproduce.needle", arguments)
 
     def read(self, folder: Path) -> Iterator[dict[str, Any]]:
         """The scores that a step has left."""
