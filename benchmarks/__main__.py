@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from dllm_memdlm.compat import dllm_api
 from dllm_memdlm.machine import package_versions
 
-from . import decode, host, models, padding, profiling, switches, training
-from .report import Section, write
+from . import decode, host, models, padding, profiling, report, switches, training
+from .report import Section
 
 
 def sections(quick: bool, repeats: int | None = None) -> dict[str, Callable[[], Section]]:
@@ -62,9 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, help="turns of the training steps (default: 3)")
     parser.add_argument("--output", type=Path, default=Path("reports"), help="where to write (default: reports)")
     args = parser.parse_args(argv)
-    console, threads = Console(highlight=False, log_path=False), torch.get_num_threads()
-    if not console.is_terminal:
-        console.width = 200  # of a log, where no table need be squeezed
+    console, threads = report.console(), torch.get_num_threads()
     measures = sections(args.quick, args.repeats)
     chosen = [name for name in measures if name.startswith(tuple(args.only))]
     if not chosen:
@@ -80,7 +77,9 @@ def main(argv: list[str] | None = None) -> int:
         done.append(measures[name]())
         torch.set_num_threads(threads)
         done[-1].print(console)
-        paths = write(done, "Benchmarks", about, args.output, "bench")  # a run that is cut off leaves what it has
+        paths = report.write(
+            done, "Benchmarks", about, args.output, "bench"
+        )  # a run that is cut off leaves what it has
     console.print()
     for path in paths:
         console.print(str(path), soft_wrap=True)

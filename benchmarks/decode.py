@@ -4,10 +4,9 @@ batches; a memory of the prompt; and the approximations for LLaDA-MoE.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -29,18 +28,15 @@ from .timing import side_by_side
 
 @dataclass
 class Size:
-    """How much is decoded, and how often."""
+    """How much is decoded, and how often; repeats are fewer where one of them takes minutes."""
 
     dimensions: dict[str, dict[str, Any]]
-    #: (tokens of the prompt, steps a block, repeats): fewer steps or repeats where one of them takes minutes.
-    single: list[tuple[int, int, int]]
+    single: list[tuple[int, int, int]]  #: tokens of the prompt, steps a block, repeats
     batch: list[int]  #: tokens of each prompt
-    memory_prompt: int
-    memory: list[tuple[int, int]]  #: steps a block and repeats, with a memory of the prompt
-    moe_prompt: int
+    memory: list[tuple[int, int]]  #: steps a block and repeats, with a memory of a prompt of `batch[0]` tokens
+    moe_prompt: int  #: of LLaDA-MoE, which has no cache to make it fast and is timed once
     steps: int  #: a block, where the steps are not what is compared
     repeats: int
-    moe_repeats: int = 1  #: of every way to decode with LLaDA-MoE, which has no cache to make it fast
     new: int = 64
     block: int = 32
     #: Of LLaDA-MoE's logits: random weights are never 90 % sure of a token unless they are scaled up.
@@ -51,24 +47,12 @@ FULL = Size(
     dimensions=models.FULL,
     single=[(1024, 32, 1), (1024, 8, 3), (4096, 2, 1)],
     batch=[1024, 768, 512, 256],
-    memory_prompt=1024,
     memory=[(32, 1), (8, 3)],
     moe_prompt=256,
     steps=8,
     repeats=3,
 )
-QUICK = Size(
-    dimensions=models.QUICK,
-    single=[(48, 8, 1), (96, 4, 1)],
-    batch=[40, 24, 8],
-    memory_prompt=48,
-    memory=[(4, 1)],
-    moe_prompt=32,
-    steps=4,
-    repeats=1,
-    new=16,
-    block=8,
-)
+QUICK = Size(models.QUICK, [(48, 8, 1), (96, 4, 1)], [48, 24, 8], [(4, 1)], 32, steps=4, repeats=1, new=16, block=8)
 
 ROUTING_NOTE = (
     "The two round differently in float32. Where two experts are as good as equal, that can send a token through the "
@@ -81,34 +65,27 @@ STEPS_NOTE = (
 )
 
 
-# === LLaDA2.1 ===
-
-
 class LLaDA21:
-    """Ways to decode with one model. Each returns the finished canvas."""
+    """Ways to decode with one LLaDA2.1. Each returns the finished canvas."""
 
     def __init__(self, size: Size) -> None:
-        self.size = size
-        self.vocabulary = size.dimensions["LLaDA2.1"]["vocab_size"]
-        self.model = models.build("LLaDA2.1", size.dimensions["LLaDA2.1"])
+        self.size, self.dimensions = size, size.dimensions["LLaDA2.1"]
+        self.model = models.build("LLaDA2.1", self.dimensions)
         self.sampler = LLaDA21Sampler(self.model, models.TOKENIZER)
-        self.dllms = models.dllms_sampler(self.model) if dllm_api.HAS_DLLM else None
+        self.ways = {"cached": self.cached, "uncached": partial(self.cached, use_cache=False)}
+        if dllm_api.HAS_DLLM:
+            theirs = models.dllms_sampler(self.model)
+            self.ways["dllm"] = lambda prompts, steps: theirs(prompts, **self.settings(steps))
 
     def settings(self, steps: int) -> dict[str, Any]:
         size = self.size
         return {"max_new_tokens": size.new, "block_size": size.block, "num_to_transfer": size.block // steps}
 
     def prompt(self, length: int, seed: int = 1) -> Tensor:
-        return models.prompt(length, self.vocabulary, seed)
+        return models.prompt(length, self.dimensions["vocab_size"], seed)
 
-    def cached(self, prompts: list[Tensor], steps: int) -> Tensor:
-        return self.sampler.sample(prompts, **self.settings(steps))
-
-    def uncached(self, prompts: list[Tensor], steps: int) -> Tensor:
-        return self.sampler.sample(prompts, use_cache=False, **self.settings(steps))
-
-    def with_dllm(self, prompts: list[Tensor], steps: int) -> Tensor:
-        return self.dllms(prompts, **self.settings(steps))
+    def cached(self, prompts: list[Tensor], steps: int, **changes: Any) -> Tensor:
+        return self.sampler.sample(prompts, **self.settings(steps), **changes)
 
 
 def single_prompts(llada21: LLaDA21) -> Section:
@@ -125,19 +102,15 @@ def single_prompts(llada21: LLaDA21) -> Section:
     )
     for length, steps, repeats in size.single:
         prompts = [llada21.prompt(length)]
-        ways = {"cached": llada21.cached, "uncached": llada21.uncached}
-        if llada21.dllms is not None:
-            ways["dllm"] = llada21.with_dllm
         llada21.cached(prompts, 1)
-        timed = side_by_side({name: partial(way, prompts, steps) for name, way in ways.items()}, repeats)
-        seconds, dllm = {name: t.seconds for name, t in timed.items()}, timed.get("dllm")
+        timed = side_by_side({name: partial(way, prompts, steps) for name, way in llada21.ways.items()}, repeats)
+        cached, uncached, dllm = (timed.get(name) for name in ("cached", "uncached", "dllm"))
         section.rows.append(
             [
-                *(length, steps, repeats, seconds["cached"], seconds["uncached"]),
-                seconds["uncached"] / seconds["cached"],
-                *((None, None) if dllm is None else (dllm.seconds, dllm.seconds / seconds["cached"])),
-                _differing(timed["uncached"].result, timed["cached"].result),
-                None if dllm is None else _differing(dllm.result, timed["cached"].result),
+                *(length, steps, repeats, cached.seconds, uncached.seconds, uncached.seconds / cached.seconds),
+                *((None, None) if dllm is None else (dllm.seconds, dllm.seconds / cached.seconds)),
+                _differing(uncached.result, cached.result),
+                None if dllm is None else _differing(dllm.result, cached.result),
             ]
         )
     return section
@@ -151,14 +124,13 @@ def batches(llada21: LLaDA21) -> Section:
         "together": lambda: list(llada21.cached(prompts, size.steps)),
         "one by one": lambda: [llada21.cached([prompt], size.steps)[0] for prompt in prompts],
     }
-    timed = side_by_side(cases, size.repeats)
-    pairs = zip(timed["together"].result, timed["one by one"].result, strict=True)
-    differing = sum(_differing(row[: len(alone)], alone) for row, alone in pairs)
-    together, alone = (t.seconds for t in timed.values())
+    together, alone = side_by_side(cases, size.repeats).values()
+    pairs = zip(together.result, alone.result, strict=True)
+    differing = sum(_differing(row[: len(one)], one) for row, one in pairs)
     return Section(
         title=f"LLaDA2.1, cached, prompts of {', '.join(map(str, size.batch))} tokens, {size.steps} steps a block",
         columns=["repeats", "batch s", "one by one s", "one by one ÷ batch", "tokens that differ"],
-        rows=[[size.repeats, together, alone, alone / together, differing]],
+        rows=[[size.repeats, together.seconds, alone.seconds, alone.seconds / together.seconds, differing]],
         note=ROUTING_NOTE,
     )
 
@@ -167,7 +139,7 @@ def memory_of_the_prompt(llada21: LLaDA21) -> Section:
     """Writing fast weights along the prompt's trajectory, and decoding with them held; and both done naively."""
     size, model = llada21.size, llada21.model
     memory = ParametricMemory(model, MemoryConfig(weighting="uniform"), models.TOKENIZER.mask_token_id)
-    prompt = llada21.prompt(size.memory_prompt)
+    prompt = llada21.prompt(size.batch[0])
     key = torch.zeros(1, dtype=torch.int64)
     trajectory = prompt_trajectory(prompt[None], torch.ones(1, len(prompt), dtype=torch.bool), key, memory.config)
     start = FastWeights.initial(memory.shapes, memory.config, memory.keys_of(trajectory), key.device)
@@ -182,34 +154,23 @@ def memory_of_the_prompt(llada21: LLaDA21) -> Section:
 
     fast_weights = adapt()
 
-    def held(way: Callable[..., Tensor], steps: int) -> Tensor:
+    def held(way: str, steps: int) -> Tensor:
         with memory.holding(fast_weights):
-            return way([prompt], steps)
+            return llada21.ways[way]([prompt], steps)
 
-    adapted = side_by_side({"ours": adapt, "naive": adapt_naively}, size.repeats)
-    ours, naive = adapted["ours"].seconds, adapted["naive"].seconds
+    ours, naive = (t.seconds for t in side_by_side({"ours": adapt, "naive": adapt_naively}, size.repeats).values())
     section = Section(
-        title=f"LLaDA2.1 with a memory of the prompt ({size.memory_prompt} tokens)",
+        title=f"LLaDA2.1 with a memory of the prompt ({len(prompt)} tokens)",
         columns=["what", "repeats", "ours s", "naive s", "naive ÷ ours", "tokens that differ"],
         rows=[["adaptation (inner loop of 2 steps)", size.repeats, ours, naive, naive / ours, None]],
     )
     for steps, repeats in size.memory:
-        cases = {"cached": partial(held, llada21.cached, steps), "uncached": partial(held, llada21.uncached, steps)}
-        timed = side_by_side(cases, repeats)
+        timed = side_by_side({way: partial(held, way, steps) for way in ("cached", "uncached")}, repeats)
         cached, uncached = (t.seconds for t in timed.values())
         differing = _differing(timed["cached"].result, timed["uncached"].result)
-        what = f"decoding, {steps} steps a block"
-        section.rows += [
-            [what, repeats, cached, uncached, uncached / cached, differing],
-            [
-                f"{what}, and adaptation",
-                repeats,
-                ours + cached,
-                naive + uncached,
-                (naive + uncached) / (ours + cached),
-                None,
-            ],
-        ]
+        what, both = f"decoding, {steps} steps a block", (ours + cached, naive + uncached)
+        section.rows.append([what, repeats, cached, uncached, uncached / cached, differing])
+        section.rows.append([f"{what}, and adaptation", repeats, *both, both[1] / both[0], None])
     changed = _differing(timed["cached"].result, llada21.cached([prompt], steps))
     section.note = (
         "Naive: full forward passes with logits everywhere, one expert and one tensor after the other; and decoding "
@@ -218,11 +179,8 @@ def memory_of_the_prompt(llada21: LLaDA21) -> Section:
     return section
 
 
-# === LLaDA-MoE ===
-
-
 def approximations(size: Size) -> Section:
-    """The exact sampler against those that keep keys and values, or commit all tokens that are sure enough."""
+    """LLaDA-MoE's exact sampler against those that keep keys and values, or commit all tokens that are sure enough."""
     dimensions = size.dimensions["LLaDA-MoE"]
     model = models.build("LLaDA-MoE", dimensions, size.sharpness)
     sampler = MDLMSampler(model, models.TOKENIZER)
@@ -236,20 +194,17 @@ def approximations(size: Size) -> Section:
     }
     settings = {"max_new_tokens": size.new, "block_size": size.block, "steps": size.new, "return_dict": True}
     sampler.sample(prompts, **{**settings, "steps": 1})
-    cases = {name: partial(sampler.sample, prompts, **settings, **changes) for name, changes in ways.items()}
-    timed = side_by_side(cases, size.moe_repeats)
+    timed = side_by_side({name: partial(sampler.sample, prompts, **settings, **own) for name, own in ways.items()}, 1)
     exact = timed["exact"]
     section = Section(
         title=f"LLaDA-MoE, prompt of {size.moe_prompt} tokens, {size.new} new ones in blocks of {size.block}",
         columns=["sampler", "steps", "seconds", "exact ÷ this", "tokens that differ from exact"],
-        note=f"Medians of {size.moe_repeats}; random weights with logits times {size.sharpness:g}, or none would reach "
-        "the threshold. How many tokens differ says nothing about a trained model.",
+        note=f"Timed once; random weights with logits times {size.sharpness:g}, or none would reach the threshold. How "
+        "many tokens differ says nothing about a trained model.",
     )
     for name, t in timed.items():
-        differing = _differing(t.result.sequences, exact.result.sequences)
-        section.rows.append(
-            [name, len(t.result.histories) - 1, t.seconds, exact.seconds / t.seconds, f"{differing} of {size.new}"]
-        )
+        differing = f"{_differing(t.result.sequences, exact.result.sequences)} of {size.new}"
+        section.rows.append([name, len(t.result.histories) - 1, t.seconds, exact.seconds / t.seconds, differing])
     return section
 
 
@@ -257,12 +212,9 @@ def _differing(a: Tensor, b: Tensor) -> int:
     return int((a != b).sum())
 
 
-# === all of it ===
-
-
 def sections(size: Size) -> dict[str, Callable[[], Section]]:
     """What is measured, by name."""
-    llada21 = functools.cache(partial(LLaDA21, size))
+    llada21 = cache(partial(LLaDA21, size))
     return {
         "one prompt": lambda: single_prompts(llada21()),
         "a batch": lambda: batches(llada21()),

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from dllm_memdlm.backbones import staged_backbone
@@ -33,7 +32,7 @@ from dllm_memdlm.training.planner import Plan
 from dllm_memdlm.training.recipe import Recipe
 from dllm_memdlm.training.trainer import MemDLMTrainer
 
-from . import inference, models
+from . import inference, models, report
 from .device import finish
 from .full_size_tables import PLAIN, Report, Work
 from .random_models import RATIO, plans_of, random_model, recipe_of
@@ -46,24 +45,24 @@ KINDS = {True: "MemDLM", False: PLAIN}
 GIB = 2**30
 
 
-def measure(name: str, recipe: Recipe, plans: dict[bool, Plan], report: Report) -> list[str]:
+def measure(name: str, recipe: Recipe, plans: dict[bool, Plan], tables: Report) -> list[str]:
     """MemDLM and plain MDLM of one recipe, then decoding. Returns what could not be measured, and why."""
     args, device, faults = recipe.training, recipe.training.device, []
     reached = rates(device, torch.bfloat16 if args.bf16 else getattr(torch, recipe.model.dtype))
     start = time.perf_counter()
     model = random_model(recipe)
     finish(device)
-    report.loading.rows.append([name, time.perf_counter() - start, *_held(device), None])
-    report.save(f"{name}: model")
+    tables.loading.rows.append([name, time.perf_counter() - start, *_held(device), None])
+    tables.save(f"{name}: model")
     for on, kind in KINDS.items():
         memory = dataclasses.replace(recipe.memory, enabled=on)
         read = weights_read(model, memory, args.gradient_checkpointing)
         work = Work.of(args.train_batch_size * recipe.data.max_length, plans.get(on), on, read, reached)
-        found = trained(model, recipe, memory, partial(report.note, [name, kind], work))
-        report.loading.rows[-1][-1] = _held(device)[1]
+        found = trained(model, recipe, memory, partial(tables.note, [name, kind], work))
+        tables.loading.rows[-1][-1] = _held(device)[1]
         faults += [f"{name}, {kind}: {fault}" for fault in found.faults]
     if not recipe.model.load_in_4bit:
-        faults += inference.measure(name, model, recipe, report.inference, report.save)
+        faults += inference.measure(name, model, recipe, tables.inference, tables.save)
     return faults
 
 
@@ -162,11 +161,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not (args.cpu or args.plan_only or torch.cuda.is_available()):
         parser.error(f"expected a CUDA device; torch {torch.__version__} finds none")
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 200  # of a log, where no table need be squeezed
+    console = report.console()
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
-    report = Report(args.output, {"machine": devices()[0], "versions": versions})
+    tables = Report(args.output, {"machine": devices()[0], "versions": versions})
     faults: list[str] = []
     try:
         for path, bits in itertools.product(args.recipes, args.bits):
@@ -181,14 +178,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             for on, plan in plans.items():
                 console.print(f"{name}: {plan.peak / 2**30:.1f} GiB planned for {KINDS[on]}", soft_wrap=True)
             if not args.plan_only:
-                faults += measure(name, recipe, plans, report)
+                faults += measure(name, recipe, plans, tables)
                 gc.collect()
     except ConfigError as error:
         parser.error(str(error))
     if not args.plan_only:
-        for table in report.tables():
+        for table in tables.tables():
             table.print(console)
-        for path in report.save("all"):
+        for path in tables.save("all"):
             console.print(str(path), soft_wrap=True)
     for fault in faults:
         print(fault, file=sys.stderr)

@@ -30,12 +30,13 @@ class Work(NamedTuple):
 
     @classmethod
     def of(cls, tokens: int, plan: Plan | None, memory: bool, read: int, reached: Rates) -> Work:
-        of_bytes = read / 1e9, read / reached.bytes
-        if plan is None:
-            return cls(tokens, None, None, *of_bytes, None)
-        flops = plan.flops_memdlm if memory else plan.flops_mdlm
-        planned = plan.peak - plan.at_peak["weights"] - plan.at_peak["optimizer"]
-        return cls(tokens, flops / 1e12, flops / reached.flops, *of_bytes, planned / GIB)
+        flops = planned = None
+        if plan is not None:
+            flops = plan.flops_memdlm if memory else plan.flops_mdlm
+            planned = (plan.peak - plan.at_peak["weights"] - plan.at_peak["optimizer"]) / GIB
+        return cls(
+            tokens, flops and flops / 1e12, flops and flops / reached.flops, read / 1e9, read / reached.bytes, planned
+        )
 
 
 class Report:

@@ -285,14 +285,11 @@ def install(site: Path, wheels: Path) -> None:
 
 
 def _print(sections: list[Any]) -> None:
-    from rich.console import Console
+    from .report import console
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 200  # of a log, where no table need be squeezed
     for section in sections:
         if section.title not in ("The longest kernels of a step", "The machine"):
-            section.print(console)
+            section.print(console())
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def step_traffic(name: str, bits: int, memory: bool, dimensions: dict[str, Any])
 def _count(recipe: Recipe, model: nn.Module, memory: bool, mode: FakeTensorMode) -> Traffic:
     args, settings = recipe.training, dataclasses.replace(recipe.memory, enabled=memory)
     vocabulary = model.get_base_model().config.vocab_size
-    batch = steps.batch_of(vocabulary, args.train_batch_size, recipe.data.max_length, 7, settings)
+    batch = steps.batch_of(vocabulary, [recipe.data.max_length] * args.train_batch_size, 7, settings)
     model.to = lambda *_, **__: model  # fake tensors cannot be swapped
     with tempfile.TemporaryDirectory() as folder:
         args.output_dir = folder

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from dllm_memdlm.config import MemoryConfig
-from dllm_memdlm.method import noise
-from dllm_memdlm.method.trajectory import build_trajectory
 from dllm_memdlm.training.epoch_order import EpochSampler
 
-from . import models, steps
+from . import steps
 from .report import Section
 from .steps import PLAIN, Step
 from .timing import side_by_side
-from .training import Bench, Shape, Size
+from .training import Bench, Size
 
 #: Examples in the epoch whose first batches are timed.
 EXAMPLES = 1000
@@ -66,20 +62,6 @@ def batches(lengths: list[int], size: int, grouped: bool) -> list[list[int]]:
 
 
 def epoch(bench: Bench, memory: MemoryConfig, order: list[list[int]]) -> Step:
-    trainer = steps.trainer_of(bench.model, memory)
-    taken = [steps.ours(trainer, padded(bench.shape, lengths, memory)) for lengths in order]
+    trainer, shape = steps.trainer_of(bench.model, memory), bench.shape
+    taken = [steps.ours(trainer, steps.batch_of(shape.vocabulary, own, shape.ratio, memory)) for own in order]
     return lambda: sum(step() for step in taken)
-
-
-def padded(shape: Shape, lengths: list[int], memory: MemoryConfig) -> dict[str, Tensor]:
-    """A batch of examples of these lengths, padded on the right."""
-    generator, size = torch.Generator().manual_seed(sum(lengths)), len(lengths)
-    examples = [torch.randint(3, shape.vocabulary, (length,), generator=generator) for length in lengths]
-    tokens = pad_sequence(examples, batch_first=True, padding_value=models.TOKENIZER.eos_token_id)
-    position, length = torch.arange(tokens.shape[1]), torch.tensor(lengths)[:, None]
-    own = position < length
-    maskable = own & (position >= length * shape.ratio // (shape.ratio + 1))
-    keys, half = noise.example_keys(42, 0, torch.arange(size)), torch.full((size,), 0.5)
-    trajectory = build_trajectory(tokens, maskable, half, half, keys, memory)
-    labels = tokens.masked_fill(~maskable, -100)
-    return {"labels": labels, "attention_mask": own.long(), **trajectory.to_batch()}

@@ -61,9 +61,7 @@ def profiling(size: Size) -> Section:
 
 
 def _rows(shape: str, cases: dict[str, Step], repeats: int, full_rate: float) -> list[list[Cell]]:
-    for case in cases.values():
-        case()
-    seconds = {name: timed.median("cpu") for name, timed in side_by_side(cases, repeats).items()}
+    seconds = {name: timed.median("cpu") for name, timed in side_by_side(cases, repeats, warm=True).items()}
     rows: list[list[Cell]] = []
     best, flops = {}, {}
     for name, case in cases.items():

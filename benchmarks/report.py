@@ -23,6 +23,14 @@ class Range(NamedTuple):
 Cell = str | int | float | Range | None
 
 
+def console() -> Console:
+    """A console; of a log, as wide as no table need be squeezed."""
+    made = Console(highlight=False, log_path=False)
+    if not made.is_terminal:
+        made.width = 200
+    return made
+
+
 @dataclass
 class Section:
     """One table. A cell is text, a number, a range of them, or none where something was not measured."""

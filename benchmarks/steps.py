@@ -42,14 +42,20 @@ def adapted(name: str, dimensions: dict[str, Any]) -> nn.Module:
     return model
 
 
-def batch_of(vocabulary: int, size: int, length: int, ratio: int, memory: MemoryConfig) -> dict[str, Tensor]:
-    """Random tokens, prompt:response as ratio:1, with half of every response masked in the anchor."""
-    tokens = torch.randint(3, vocabulary, (size, length), generator=torch.Generator().manual_seed(1))
-    maskable = torch.zeros_like(tokens, dtype=torch.bool)
-    maskable[:, length * ratio // (ratio + 1) :] = True
+def batch_of(vocabulary: int, lengths: list[int], ratio: int, memory: MemoryConfig) -> dict[str, Tensor]:
+    """Random examples of these lengths, padded on the right.
+
+    Prompt:response are as ratio:1, and half of every response is masked in the anchor.
+    """
+    size, length, position = len(lengths), torch.tensor(lengths)[:, None], torch.arange(max(lengths))
+    own = position < length
+    maskable = own & (position >= length * ratio // (ratio + 1))
+    tokens = torch.randint(3, vocabulary, own.shape, generator=torch.Generator().manual_seed(1))
+    tokens = tokens.masked_fill(~own, models.TOKENIZER.eos_token_id)
     keys, half = noise.example_keys(42, 0, torch.arange(size)), torch.full((size,), 0.5)
     trajectory = build_trajectory(tokens, maskable, half, half, keys, memory)
-    return {"labels": tokens.masked_fill(~maskable, -100), **trajectory.to_batch()}
+    batch = {"labels": tokens.masked_fill(~maskable, -100), **trajectory.to_batch()}
+    return batch if own.all() else batch | {"attention_mask": own.long()}
 
 
 def trainer_of(model: nn.Module, memory: MemoryConfig, args: MemDLMConfig | None = None) -> MemDLMTrainer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -35,9 +35,7 @@ def switches(size: Size) -> Section:
         off = list(SWITCHES.values()) if name == "all of these" else [SWITCHES[name]] if name in SWITCHES else []
         cases[f"{name}/plain"] = switched(bench, PLAIN, off)
         cases[f"{name}/MemDLM"] = switched(bench, MemoryConfig(), off)
-    for case in cases.values():
-        case()
-    timed = side_by_side(cases, min(3, size.repeats))
+    timed = side_by_side(cases, min(3, size.repeats), warm=True)
     peak = {name: peak_memory(case) / 1e6 for name, case in cases.items()}
     for name in ("nothing", *SWITCHES, "all of these"):
         row: list[Any] = [name]
@@ -77,10 +75,6 @@ def _set(target: Any, name: str, value: Any) -> Iterator[None]:
         setattr(target, name, before)
 
 
-def _one_expert_after_the_other(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Any:
-    return _set(grouped, "_KERNEL_DTYPES", ())
-
-
 @contextmanager
 def _positions_everywhere(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Iterator[None]:
     rows, length = batch["input_ids"].shape
@@ -90,32 +84,31 @@ def _positions_everywhere(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> I
     yield
 
 
-def _queries_everywhere(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Any:
-    return _set(staged_backbone(trainer.model), "layers_take_queries", False)
-
-
 def _whole_logits(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Any:
-    return _set(staged_backbone(trainer.model).lm_head, "__class__", nn.Linear)
+    backbone = staged_backbone(trainer.model)
+    plain = nn.Linear(*reversed(backbone.lm_head.weight.shape), bias=False, device="meta")
+    plain.weight = backbone.lm_head.weight
+    return _set(backbone, "lm_head", plain)
 
 
 def _anchor_again(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Any:
     memory = trainer.memory
     if memory is None:
-        return _set(trainer, "memory", None)
+        return nullcontext()
     write = memory.write
     return _set(memory, "write", lambda *args, anchor_trunk, **kwargs: write(*args, **kwargs))
 
 
-def _inner_graph_through_all_layers(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Any:
-    return _set(trainer, "memory", None) if trainer.memory is None else _set(trainer.memory, "boundary", 0)
-
-
 SWITCHES: dict[str, Switch] = {
-    "all experts at once": _one_expert_after_the_other,
+    "all experts at once": lambda trainer, batch: _set(grouped, "_KERNEL_DTYPES", ()),
     "loss at masked positions only": _positions_everywhere,
-    "the last layer's queries and FFN at those only": _queries_everywhere,
+    "the last layer's queries and FFN at those only": lambda trainer, batch: _set(
+        staged_backbone(trainer.model), "layers_take_queries", False
+    ),
     "loss without whole logits": _whole_logits,
     "the anchor's trunk once": _anchor_again,
-    "inner loop in the head only": _inner_graph_through_all_layers,
+    "inner loop in the head only": lambda trainer, batch: (
+        nullcontext() if trainer.memory is None else _set(trainer.memory, "boundary", 0)
+    ),
 }
 OF_MEMORY = ("the anchor's trunk once", "inner loop in the head only")

@@ -30,19 +30,18 @@ class Timed:
         return self.median("wall")
 
     def median(self, clock: Clock) -> float:
-        return statistics.median(self.times(clock))
+        return statistics.median(getattr(self, clock))
 
     def ratio(self, other: Timed, clock: Clock = "wall") -> Range:
         """How many times as long as the other, turn by turn."""
-        turns = [mine / its for mine, its in zip(self.times(clock), other.times(clock), strict=True)]
+        turns = [mine / its for mine, its in zip(getattr(self, clock), getattr(other, clock), strict=True)]
         return Range(statistics.median(turns), min(turns), max(turns))
 
-    def times(self, clock: Clock) -> list[float]:
-        return self.wall if clock == "wall" else self.cpu
 
-
-def side_by_side(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Timed]:
-    """Run every case once, then every case again, and so on."""
+def side_by_side(cases: dict[str, Callable[[], Any]], repeats: int, warm: bool = False) -> dict[str, Timed]:
+    """Run every case once, then every case again, and so on. `warm`: once before, untimed."""
+    for case in cases.values() if warm else ():
+        case()
     timed = {name: Timed() for name in cases}
     for _ in range(repeats):
         for name, case in cases.items():

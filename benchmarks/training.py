@@ -94,7 +94,7 @@ class Bench:
 
     def batch(self, memory: MemoryConfig) -> dict[str, Tensor]:
         shape = self.shape
-        return steps.batch_of(shape.vocabulary, shape.batch, shape.length, shape.ratio, memory)
+        return steps.batch_of(shape.vocabulary, [shape.length] * shape.batch, shape.ratio, memory)
 
     def ours(self, memory: MemoryConfig) -> Step:
         return steps.ours(steps.trainer_of(self.model, memory), self.batch(memory))
@@ -138,9 +138,7 @@ def compared(size: Size, threads: int) -> Section:
     torch.set_num_threads(threads)
     for shape in size.shapes:
         cases = Bench(size, shape).all()
-        for case in cases.values():
-            case()
-        timed = side_by_side(cases, size.repeats)
+        timed = side_by_side(cases, size.repeats, warm=True)
 
         def ratio(one: str, other: str, timed: dict[str, Timed] = timed) -> Range | None:
             return timed[one].ratio(timed[other], clock) if {one, other} <= timed.keys() else None

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,16 +51,10 @@ def chains(folder: Path, cpu: bool) -> list[list[Command]]:
     base = (f"model.path={moe}", "model.load_in_4bit=true", "model.dtype=bfloat16")
     ask = ["dllm_memdlm.generate", "--model", str(moe), "--prompt-file", str(folder / "text.txt")]
     ask += ["--question", "Who?", "--memory", "--max-new-tokens", "8"]
-    evaluate = [
-        "dllm_memdlm.evaluate",
-        "run",
-        "--config",
-        "recipes/eval/ruler_offline.yaml",
-        "--tasks",
-        "niah_single_1",
-    ]
+    evaluate = ["dllm_memdlm.evaluate", "run", "--tasks", "niah_single_1"]
+    evaluate += ["--config", "recipes/eval/ruler_offline.yaml", "--samples", '{"niah_single_1": [0, 1]}']
     evaluate += ["--model_args", f"pretrained={llada2},memory=true,max_length=2048,num_to_transfer=8"]
-    evaluate += ["--samples", '{"niah_single_1": [0, 1]}', "--output_path", str(folder / "scores")]
+    evaluate += ["--output_path", str(folder / "scores")]
     resumed = train("tiny_llada2", llada2, f"training.max_steps={steps * 3 // 2}", "--resume")
     return [
         [
@@ -116,12 +111,10 @@ def main(argv: list[str] | None = None) -> int:
         """Until one of them fails, which the next ones would build on."""
         for command in chain:
             log, start = folder / f"{command.name.replace(' ', '_')}.log", time.perf_counter()
-            with log.open("w") as out, log.with_suffix(".err").open("w") as err:
-                try:
-                    line = [sys.executable, "-m", *command.arguments]
-                    code: int | str = subprocess.run(line, stdout=out, stderr=err, timeout=LIMIT).returncode
-                except subprocess.TimeoutExpired:
-                    code = f"none after {LIMIT} s"
+            code: int | str = f"none after {LIMIT} s"
+            with log.open("w") as out, log.with_suffix(".err").open("w") as err, suppress(subprocess.TimeoutExpired):
+                line = [sys.executable, "-m", *command.arguments]
+                code = subprocess.run(line, stdout=out, stderr=err, timeout=LIMIT).returncode
             printed = log.read_text(errors="replace")
             lines = [line for line in printed.splitlines() if line.strip() and command.line in line]
             said = ", ".join(losses(command.run)) if command.run and code == 0 else " ".join(lines[-1:])

@@ -7,29 +7,33 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import fcntl
 import importlib.util
-import pkgutil
+import json
+import os
+import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
+import pandas as pd
 
+from benchmarks.gpu_check import commit
 from dllm_memdlm.config import ConfigError
 from dllm_memdlm.launch import exit_code
+from dllm_memdlm.machine import devices, package_versions
 
-#: What can be reproduced, and the name to import: a module or an object with `stages(scale)` and `page(scale, folder)`.
-TARGETS = {
-    **{name: f"reproduce.{name}" for name in ("figure3", "figure4", "figure7", "figure11")},
-    **{name: f"reproduce.{name}" for name in ("ablations", "dropout")},
-    **{f"table{number}": f"reproduce.tables.TABLE_{number}" for number in (1, 2, 3)},
-}
+from .cases import points_of
+from .figures import FIGURES
+from .scales import RECIPES, SCALES, Scale
+from .steps import in_order
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns 2 after one line about what the user can correct."""
     parser = argparse.ArgumentParser(prog="reproduce", description="Reproduce the paper's figures and tables.")
-    parser.add_argument("targets", nargs="+", metavar="TARGET", help=", ".join(TARGETS))
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"{', '.join(FIGURES)} (with --draw: default all)")
     parser.add_argument("--scale", default="cpu", help="cpu, small (one GPU) or paper (many; default: cpu)")
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="where runs are kept")
     parser.add_argument("--reports", type=Path, default=Path("reports"), metavar="DIR", help="where to write")
@@ -38,56 +42,125 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--questions", type=int, metavar="N", help="texts or examples that a model is scored on")
     parser.add_argument("--set", nargs="+", default=(), metavar="KEY=VALUE", help="changes of every recipe")
     parser.add_argument("--commands", action="store_true", help="print the commands and stop")
+    parser.add_argument("--draw", action="store_true", help="draw what has been run, and run nothing")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     for name in ("jobs", "questions"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: expected at least 1")
     for target in args.targets:
-        if target not in TARGETS:
-            parser.error(f"unknown target {target!r}; known: {', '.join(TARGETS)}")
-    return exit_code(lambda: run(args), args.debug)
+        if target not in FIGURES:
+            parser.error(f"unknown target {target!r}; known: {', '.join(FIGURES)}")
+    if not (args.targets or args.draw):
+        parser.error(f"expected a target: {', '.join(FIGURES)}")
+    return exit_code(lambda: run(args, sys.argv[1:] if argv is None else list(argv)), args.debug)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Reproduce each target in turn. Raises ConfigError for what the user can correct."""
-    from .commands import run_missing
-    from .demo import RECIPE_FOLDER  # seconds to import, as they read recipes
-    from .report import write_page, write_reports
-    from .scales import SCALES
-
+def run(args: argparse.Namespace, argv: list[str]) -> None:
+    """Do what the command line says. Raises ConfigError for what the user can correct."""
     if args.scale not in SCALES:
         raise ConfigError(f"--scale {args.scale}: expected one of {', '.join(SCALES)}")
-    if not RECIPE_FOLDER.is_dir():
-        raise ConfigError(f"{RECIPE_FOLDER}: no such folder; the recipes are in a checkout, so run this from one")
+    if not RECIPES.is_dir():
+        raise ConfigError(f"{RECIPES}: no such folder; the recipes are in a checkout, so run this from one")
+    if " " in str(args.runs):
+        raise ConfigError(f"--runs {args.runs}: expected a folder without spaces in its name, for make")
     scale = SCALES[args.scale]
     changes = {"runs": args.runs, "settings": (*scale.settings, *args.set), "seeds": tuple(args.seeds or ())}
-    changes |= {"at_once": args.jobs, "questions": args.questions}
+    changes |= {"jobs": args.jobs, "questions": args.questions}
     changes |= {"about": f"{scale.about} Changed in every recipe: {', '.join(args.set)}." if args.set else None}
     scale = dataclasses.replace(scale, **{name: value for name, value in changes.items() if value})
-    console = Console(highlight=False)
-    for name in args.targets:
-        target = pkgutil.resolve_name(TARGETS[name])
-        stages = target.stages(scale)
-        if args.commands:
-            for command in dict.fromkeys(command for stage in stages for command in stage):
-                console.print(command.line, markup=False, soft_wrap=True)
-            continue
-        if any("dllm_memdlm.evaluate" in command.argv for stage in stages for command in stage):
-            if args.questions is not None:
-                raise ConfigError(
-                    f"--questions {args.questions}: {name} is scored by lm-eval, which asks what recipes/eval says; "
-                    "expected none"
-                )
-            if importlib.util.find_spec("lm_eval") is None:
-                raise ConfigError(f"{name} is scored by lm-eval, which is not installed: pip install '.[eval]'")
-        run_missing(stages, scale.runs / scale.name, scale.at_once, console)
-        folder = args.reports / (name if scale.name == "cpu" else f"{name}-{scale.name}")
-        page = target.page(scale, folder)
-        page.write(folder)
-        console.print(str(write_page(folder, page)), soft_wrap=True)
-    if not args.commands:
-        write_reports(args.reports)
+    if args.draw:
+        draw_all(args.targets or [*FIGURES], scale, args.reports, all_of_them=bool(args.targets))
+        return
+    steps = {name: in_order(case.step for case in FIGURES[name].cases(scale)) for name in args.targets}
+    if args.commands:
+        print(*dict.fromkeys(step.line for own in steps.values() for step in own), sep="\n")
+        return
+    if any("dllm_memdlm.evaluate" in step.argv for own in steps.values() for step in own):
+        if args.questions is not None:
+            raise ConfigError(f"--questions {args.questions}: lm-eval asks what recipes/eval says; expected none")
+        if importlib.util.find_spec("lm_eval") is None:
+            raise ConfigError("lm-eval, which is to score models, is not installed: pip install '.[eval]'")
+    draw = [sys.executable, "-m", "reproduce", "--draw", *(word for word in argv if word not in args.targets)]
+    rules = [step.rule() for step in dict.fromkeys(step for own in steps.values() for step in own)]
+    for name, own in steps.items():
+        command = shlex.join([*draw[:4], name, *draw[4:]]).replace("$", "$$")
+        rules.append(f".PHONY: {name}\n{name}: {' '.join(str(step.done) for step in own)}\n\t@{command}\n")
+    make(scale, rules, args.targets)
+
+
+def make(scale: Scale, rules: Sequence[str], targets: Sequence[str]) -> None:
+    """Become make, at work on these rules: a signal ends it and its commands. Raises ConfigError if it cannot be."""
+    folder = scale.runs / scale.name
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+    os.set_inheritable(lock, True)  # make and its commands hold it to their end
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ConfigError(f"{folder}: another make, or what one left behind, is at work there; wait for it") from None
+    file = folder / "rules.mk"
+    file.write_text("\n".join(rules), encoding="utf-8")
+    flags = os.environ.get("MAKEFLAGS", "").partition(" -- ")[0]
+    jobs = [] if "-j" in flags else [f"-j{scale.jobs}"]
+    sys.stdout.flush()
+    try:
+        os.execvp("make", ["make", "--no-print-directory", *jobs, "-f", str(file), *targets])
+    except FileNotFoundError:
+        raise ConfigError("make is not installed; --commands prints what it would run") from None
+
+
+def draw_all(names: Sequence[str], scale: Scale, reports: Path, all_of_them: bool) -> None:
+    """Draw each, and list the pages there are. Raises ConfigError where one, or all of them, cannot be drawn yet."""
+    written = []
+    for name in names:
+        try:
+            written.append(draw(name, scale, reports))
+            print(written[-1])
+        except ConfigError as error:
+            if all_of_them:
+                raise
+            print(f"{name}: {error}", file=sys.stderr)
+    if not written:
+        raise ConfigError(f"{scale.runs}: nothing to draw there; `make reproduce-figure4` makes something")
+    pages = [page for page in sorted(reports.glob("*.md")) if page.name != "README.md"]
+    lines = [f"- [{page.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}]({page.name})" for page in pages]
+    (reports / "README.md").write_text("\n".join(["# Reports", "", *lines, ""]), encoding="utf-8")
+
+
+def draw(name: str, scale: Scale, reports: Path) -> Path:
+    """Write NAME.png, NAME.jsonl with a line for every number, and NAME.md. Returns the last.
+
+    Raises:
+        ConfigError: not all of its steps have been run.
+    """
+    figure = FIGURES[name]
+    cases = list(figure.cases(scale))
+    steps = in_order(case.step for case in cases)
+    if missing := [step for step in steps if not step.done.exists()]:
+        raise ConfigError(f"{len(missing)} of {len(steps)} commands have not been run, such as {missing[0].line}")
+    stem = name if scale.name == "cpu" else f"{name}-{scale.name}"
+    points = points_of(cases)
+    reports.mkdir(parents=True, exist_ok=True)
+    drawn = figure.draw(scale, pd.DataFrame(points), reports / f"{stem}.png")
+    lines = "".join(json.dumps(point, ensure_ascii=False) + "\n" for point in points)
+    (reports / f"{stem}.jsonl").write_text(lines, encoding="utf-8")
+    page = reports / f"{stem}.md"
+    versions = ", ".join(f"{package} {version}" for package, version in package_versions().items())
+    ran = [f"{step.line}   # {step.done.read_text(encoding='utf-8').strip()}" for step in steps]
+    text = [
+        *(f"# {figure.title}", f"Scale: {scale.name}; seeds: {', '.join(map(str, scale.seeds))}. {scale.about}"),
+        *([f"![{drawn.caption}]({stem}.png)", drawn.caption] if drawn.caption else []),
+        *drawn.notes,
+        *(table.markdown().rstrip() for table in drawn.tables),
+        f"Every number drawn or tabled here is a line of [{stem}.jsonl]({stem}.jsonl), with the folder it is from.",
+        f"Drawn on {time.strftime('%F')} at commit {commit()}, by `make reproduce-{name} "
+        f"SCALE={scale.name}`, from {len(steps)} commands ({'; '.join(devices())}; {versions}):",
+        "\n".join(["```", *ran, "```", ""]),
+    ]
+    page.write_text("\n\n".join(text), encoding="utf-8")
+    return page
 
 
 if __name__ == "__main__":

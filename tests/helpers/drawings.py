@@ -1,16 +1,13 @@
-"""Runs made by hand to draw, and what was drawn."""
+"""What was drawn."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import matplotlib.image
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-
-from reproduce.reporting import Run
 
 
 @pytest.fixture
@@ -27,10 +24,9 @@ def figures(monkeypatch) -> list[Figure]:
     return saved
 
 
-def run_of(recipe: str, title: str = "LLaDA-MoE", **series: list[float]) -> Run:
-    """Values logged at steps 10, 20, …"""
-    rows = [{"step": 10 * (n + 1), key: value} for key, values in series.items() for n, value in enumerate(values)]
-    return Run(recipe, Path("runs", recipe), rows, title)
+def lines_of(ax: Any) -> dict[str, list[list[float]]]:
+    """By label, the points of each line."""
+    return {line.get_label(): line.get_xydata().round(6).tolist() for line in ax.get_lines()}
 
 
 def bands_of(ax: Any) -> dict[str, list[tuple[float, float]]]:

@@ -1,0 +1,144 @@
+"""What each figure and table shows: the steps that have to be run, and the points in their folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from dllm_memdlm.config import ConfigError
+
+from .logs import logged
+from .scales import MDLM, MEMDLM, MODELS, RECIPES, Model, Scale, differences
+from .scores import ABLATED, ANCHORED, RETRIEVAL, RULER_OFFLINE, TABLES, Task, read_json
+from .steps import Step
+
+PAPER = yaml.safe_load(Path(__file__).with_name("paper.yaml").read_text(encoding="utf-8"))
+
+
+class Case(NamedTuple):
+    """A step whose results a figure shows."""
+
+    labels: dict[str, Any]  #: what each of its points says: backbone, model, seed, …
+    step: Step
+    read: Callable[[Path], Iterator[dict[str, Any]]]  #: the points in its folder
+
+
+def points_of(cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """Every number, with the folder that it is from."""
+    return [{**labels, "run": str(step.folder), **point} for labels, step, read in cases for point in read(step.folder)]
+
+
+def scored(task: Task, scale: Scale, labels: dict[str, Any], model: Model, memory: bool, *settings: str) -> Case:
+    return Case(labels, task.step(scale, model, memory, *settings), task.read)
+
+
+#: What figure 4 shows of a run.
+LOSSES = ("loss", "eval_loss", "loss_memory_off", "eval_loss_memory_off")
+
+
+def pairs(scale: Scale) -> Iterator[Case]:
+    """Both methods on each backbone, seeds outermost, so that what is there early is a whole set."""
+    for seed in scale.seeds:
+        for backbone in scale.backbones:
+            for method in (MDLM, MEMDLM):
+                labels = {"backbone": backbone.title, "method": method, "seed": seed}
+                yield Case(labels, scale.run(backbone, method, seed), partial(logged, keys=LOSSES))
+
+
+#: The model before fine-tuning, which has no seed.
+BEFORE = "before fine-tuning"
+
+
+def by_length(scale: Scale) -> Iterator[Case]:
+    """Every model on every length."""
+    for backbone in scale.backbones:
+        labels = {"backbone": backbone.title, "model": BEFORE, "seed": None}
+        for task in RETRIEVAL[scale.name]:
+            yield scored(task, scale, labels, scale.untuned(backbone), False)
+    for labels, model, memory in scale.cases(scale.backbones):
+        for task in RETRIEVAL[scale.name]:
+            yield scored(task, scale, labels, model, memory)
+
+
+def by_ratio(scale: Scale) -> Iterator[Case]:
+    for seed in scale.seeds:
+        model = Model.of(scale.run(scale.backbones[0], MEMDLM, seed))
+        for ratio in PAPER["anchor_ratios"]:
+            # The default is scored for figure 3 too, by the same command
+            settings = [] if ratio == PAPER["anchor_ratios"][0] else [f"memory_anchor_ratio={ratio}"]
+            for task in ANCHORED[scale.name]:
+                yield scored(task, scale, {"ratio": ratio, "seed": seed}, model, True, *settings)
+
+
+#: Of denoising; the responses at CPU scale are short.
+DENOISING_STEPS = {"cpu": 16, "small": 48, "paper": 48}
+
+
+def exposed(scale: Scale) -> Iterator[Case]:
+    def read(folder: Path) -> Iterator[dict[str, Any]]:
+        found = read_json(folder / "scores.json")
+        return ({"examples": found["examples"], **step} for step in found["steps"])
+
+    for labels, model, memory in scale.cases(scale.backbones):
+        arguments = [*["--memory"] * memory, "--examples", str(scale.questions)]
+        arguments += ["--steps", str(DENOISING_STEPS[scale.name])]
+        name, module = f"exposure-{'on' if memory else 'off'}", "dllm_memdlm.evaluation.exposure_bias"
+        yield Case(labels, scale.evaluated(name, model, module, arguments), read)
+
+
+@cache
+def variants() -> dict[str, dict[str, Any]]:
+    """What is trained, in order, and what each changes in MemDLM's recipe."""
+    names = dict.fromkeys(method for group in PAPER["ablations"].values() for _, method, _ in group)
+    folder = RECIPES / "ablations"
+    return {name: {} if name in (MDLM, MEMDLM) else differences(folder / f"{name}.yaml") for name in names}
+
+
+def ablated(scale: Scale) -> Iterator[Case]:
+    """Scored as in the paper: what was trained with memory has it at inference too."""
+    keys, task = ("eval_loss", "eval_loss_memory_off"), ABLATED[scale.name]
+    for seed in scale.seeds:
+        for method, changes in variants().items():
+            labels = {"method": method, "seed": seed}
+            run = scale.run(scale.backbones[0], method, seed, **{**scale.shorter, **changes})
+            norms = ("inner_grad_norm_1", "inner_grad_norm_2") if method == MEMDLM else ()
+            yield Case(labels, run, partial(logged, keys=(*keys, *norms)))
+            yield scored(task, scale, labels, Model.of(run), method != MDLM)
+
+
+#: What is trained, its label, and the settings that differ from the base's recipe, which is plain MDLM.
+DROPOUTS: dict[str, tuple[str, dict[str, Any]]] = {
+    MDLM: ("MDLM", {}),
+    **{f"dropout-{p:g}": (f"dropout {p:g}", {"memory.enabled": True, "memory.dropout": p}) for p in (0.0, 0.25, 0.5)},
+}
+#: Enough for the losses to part.
+SHORTER = {"training.max_steps": 300, "training.eval_steps": 50, "training.save_steps": 150}
+
+
+def from_scratch(scale: Scale) -> Iterator[Case]:
+    backbone = scale.backbones[0]
+    if backbone.convert or not backbone.base:
+        raise ConfigError(f"--scale {scale.name}: starts from pretrained weights; expected cpu for dropout")
+    for seed in scale.seeds:
+        for case, (_, changes) in DROPOUTS.items():
+            run = scale.base(backbone, seed, f"scratch-{case}", **SHORTER, **changes)
+            yield Case({"case": case, "seed": seed}, run, partial(logged, keys=("eval_loss", "eval_loss_memory_off")))
+
+
+#: The paper's name of each model.
+TABLE_ROWS = dict(zip(MODELS, PAPER["rows"], strict=True))
+
+
+def table(name: str, scale: Scale) -> Iterator[Case]:
+    """At the smaller scales RULER tasks that read no files, and one seed: it measures nothing."""
+    tasks = TABLES[name] if scale.name == "paper" else (RULER_OFFLINE[scale.name],)
+    few = scale if scale.name == "paper" else replace(scale, seeds=scale.seeds[:1])
+    backbones = [b for b in scale.backbones if scale.name != "paper" or b.title in PAPER[name]]
+    for labels, model, memory in few.cases(backbones):
+        for task in tasks:
+            yield scored(task, scale, {**labels, "model": TABLE_ROWS[labels["model"]]}, model, memory)

@@ -1,0 +1,40 @@
+"""The table of figures and tables: what each needs, and how it is drawn.
+
+A new one is an entry of FIGURES: cases, and a function that draws their points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from . import cases, draw
+from .cases import PAPER, Case
+from .draw import Drawn
+from .scales import Scale
+
+
+class Figure(NamedTuple):
+    """A figure or table of the paper."""
+
+    title: str
+    cases: Callable[[Scale], Iterator[Case]]
+    draw: Callable[[Scale, pd.DataFrame, Path], Drawn]  #: the points of the cases, to a PNG file
+
+
+FIGURES = {
+    "figure3": Figure("Before and after fine-tuning, by context length (figure 3)", cases.by_length, draw.by_length),
+    "figure4": Figure("Training dynamics (figure 4)", cases.pairs, draw.dynamics),
+    "figure7": Figure("Anchor ratio at inference (figure 7)", cases.by_ratio, draw.by_ratio),
+    "figure11": Figure("Exposure bias (figure 11)", cases.exposed, draw.exposed),
+    "ablations": Figure("Ablations (figures 5 to 10)", cases.ablated, draw.ablated),
+    "dropout": Figure("Memory dropout, from scratch (ours)", cases.from_scratch, draw.dropout),
+    **{
+        name: Figure(PAPER[name]["title"], partial(cases.table, name), partial(draw.table, name))
+        for name in ("table1", "table2", "table3")
+    },
+}
