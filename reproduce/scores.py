@@ -1,6 +1,6 @@
 """Scoring a trained model: a command for each, and its scores in % by column.
 
-On a CPU the figures' task is ours (`evaluation/needle.py`); all else is lm-eval's RULER, BABILong and LongBench, with
+On a CPU the figures' task is ours (`needle.py`); all else is lm-eval's RULER, BABILong and LongBench, with
 the configurations of recipes/eval.
 """
 
@@ -59,7 +59,7 @@ class PlantedWords:
         name = _name("needle", "-".join(map(str, self.words)), memory, settings)
         # The settings stand first: behind `--words` they would be read as lengths.
         arguments = [*settings, *["--memory"] * memory, *arguments]
-        return scale.evaluated(name, model, "dllm_memdlm.evaluation.needle", arguments)
+        return scale.evaluated(name, model, "reproduce.needle", arguments)
 
     def read(self, command: Command) -> dict[str, float]:
         scores = json.loads((command.folder / "scores.json").read_text(encoding="utf-8"))["scores"]

@@ -15,7 +15,7 @@ import fresh_python
 import matplotlib.image
 import pytest
 from conftest import LAUNCHED
-from data_files import HOTPOTQA_ROWS
+from data_files import needle_rows
 
 from reproduce import scales
 from reproduce.__main__ import TARGETS, main
@@ -23,7 +23,7 @@ from reproduce.commands import DONE, LOG
 
 #: A few steps on a few short texts, all of which is logged.
 SETTINGS = (
-    *("data.needle_words=[20]", "data.needle_count=3", "data.eval_size=2", "data.eval_fraction=0.5"),
+    *("data.eval_size=2", "data.eval_fraction=0.5"),
     *("training.max_steps=4", "training.eval_steps=2", "training.logging_steps=1", "training.save_steps=4"),
     *("training.per_device_train_batch_size=4", "training.per_device_eval_batch_size=2", "lora.dropout=0"),
 )
@@ -59,7 +59,7 @@ def times(folder: Path) -> dict[Path, int]:
 def here(tmp_path_factory) -> Path:
     """With the rows; one backbone, as every command takes its seconds to start."""
     folder = tmp_path_factory.mktemp("reproduced")
-    (folder / "rows.json").write_text(json.dumps(HOTPOTQA_ROWS), encoding="utf-8")
+    (folder / "rows.json").write_text(json.dumps(needle_rows()), encoding="utf-8")
     cpu = scales.SCALES["cpu"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HOME", str(folder / "home"))
@@ -139,7 +139,7 @@ def test_another_figure_takes_the_runs_there_are(reproduced):
         scores = json.loads((Path(point["run"]) / "scores.json").read_text())
         assert scores["memory"] == (point["model"] == "MemDLM, memory on") and scores["questions"] == 2
         row = next(row for row in scores["scores"] if f"{row['words']} words" == point["column"])
-        assert point["score"] == 100 * row["right"] / row["asked"] and row["asked"] == 2 * 3
+        assert point["score"] == 100 * row["right"] / row["asked"] and row["asked"] == 2 * 8
         runs[point["model"]] = scores["model"].rpartition("/")[2]
     assert len(points) == 4 * 4 and runs == {
         "before fine-tuning": "base",

@@ -104,7 +104,7 @@ def test_variants_differ_in_what_they_train_unless_the_model_is_too_shallow(scal
 def test_before_and_after_fine_tuning_a_model_is_asked_the_same(recipe):
     """Questions come from the rows behind those that a run evaluates on; those must be the same ones."""
     tuned, base = (load_recipe(RECIPE_FOLDER / f"{name}.yaml").data for name in (recipe, f"{recipe}_base"))
-    for name in ("dataset", "split", "eval_split", "eval_fraction", "eval_size", "needle_count"):
+    for name in ("split", "eval_split", "eval_fraction", "eval_size"):
         assert getattr(base, name) == getattr(tuned, name), name
 
 
