@@ -6,7 +6,7 @@ import codecs
 import io
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,22 @@ def read_table(path: Path) -> pyarrow.Table:
     while block := list(itertools.islice(rows, BLOCK)):
         try:
             tables.append(_table([row for _, row in block]))
-            schema = _merged(schema, tables[-1])
+            schema = merged([schema, tables[-1].schema])
         except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(_misfit(schema, block) or error) from error
     if not tables:
         raise ValueError(EMPTY)
+    return joined(tables)
+
+
+def joined(tables: Iterable[pyarrow.Table]) -> pyarrow.Table:
+    """Put tables one behind the other: whole numbers become floats where others are, and what one lacks is null."""
     return pyarrow.concat_tables(tables, promote_options="permissive")
+
+
+def merged(schemas: Iterable[pyarrow.Schema]) -> pyarrow.Schema:
+    """Return the schema of such a table. Raises TypeError where a field is of several types."""
+    return pyarrow.unify_schemas(list(schemas), promote_options="permissive")
 
 
 def rows_of(path: Path) -> Iterator[tuple[str, Row]]:
@@ -89,7 +99,7 @@ def _misfit(schema: pyarrow.Schema, block: list[tuple[str, Row]]) -> str | None:
     """Say which row is the first that does not go with those before it, and why."""
     for where, row in block:
         try:
-            schema = _merged(schema, _table([row]))
+            schema = merged([schema, _table([row]).schema])
         except (ValueError, TypeError, OverflowError) as error:
             reason = str(error).rpartition("Unable to merge: ")[2]  # of the innermost field
             return f"{where}: {reason}; expected rows that fit in one table"
@@ -98,7 +108,3 @@ def _misfit(schema: pyarrow.Schema, block: list[tuple[str, Row]]) -> str | None:
 
 def _table(rows: list[Row]) -> pyarrow.Table:
     return pyarrow.Table.from_struct_array(pyarrow.array(rows))
-
-
-def _merged(schema: pyarrow.Schema, table: pyarrow.Table) -> pyarrow.Schema:
-    return pyarrow.unify_schemas([schema, table.schema], promote_options="permissive")

@@ -13,12 +13,13 @@ import pyarrow
 import pyarrow.parquet
 
 from ..config import ConfigError, DataConfig
-from .json_rows import EMPTY, read_table
+from .json_rows import EMPTY, joined, merged, read_table
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 SPLIT_SEED = 42  # dllm's, so that both hold the same rows out
 
 HUB_HINT = "expected a hub name (with network, or downloaded before), or a local file or folder"
+MADE_HERE = "; `make data` or `python -m reproduce.prepare` writes those of the recipes"
 FOLDER_HINT = f"expected a folder with files of {', '.join(SUFFIXES)}, or one that save_to_disk has written"
 
 
@@ -84,7 +85,7 @@ def _local_path(dataset: str) -> Path | None:
     if os.path.exists(path):
         return path
     if path.suffix in SUFFIXES or dataset.startswith(("/", ".", "~")):
-        made = " (`make data` writes the files of this repository's recipes)" if dataset.startswith("data/") else ""
+        made = MADE_HERE if dataset.startswith("data/") else ""
         raise ConfigError(f"data.dataset={dataset!r}: no such file or folder ({path}){made}; {HUB_HINT}")
     return None
 
@@ -110,8 +111,8 @@ def _read_local(path: Path, split: str) -> datasets.Dataset:
 class LocalFiles(datasets.ArrowBasedBuilder):
     """Brings local files to the cache of `datasets`, which reads them again once they have been edited.
 
-    Its own reader of JSON takes the types from a first block of rows, in which no message may have called a tool yet,
-    and names no line.
+    The reader of JSON in `datasets` takes the types from a first block of rows, in which no message may have called a
+    tool yet, and names no line. Its builders are written by defining the three methods that follow.
     """
 
     VERSION = datasets.Version("1.0.0")  # of the cache: another one for other tables from the same files
@@ -121,9 +122,10 @@ class LocalFiles(datasets.ArrowBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
         tables = {split: self._joined(files) for split, files in self.config.data_files.items()}
-        schema = pyarrow.unify_schemas([table.schema for table in tables.values()], promote_options="permissive")
+        schema = merged(table.schema for table in tables.values())
         self.info.features = datasets.Features.from_arrow_schema(schema)
-        return [datasets.SplitGenerator(str(split), {"table": table}) for split, table in tables.items()]
+        alike = {split: joined([schema.empty_table(), table]) for split, table in tables.items()}
+        return [datasets.SplitGenerator(str(split), {"table": table}) for split, table in alike.items()]
 
     def _generate_tables(self, table: pyarrow.Table) -> Any:
         for number, batch in enumerate(table.to_batches()):
@@ -135,10 +137,9 @@ class LocalFiles(datasets.ArrowBasedBuilder):
             if other := set(table.column_names) ^ set(tables[0].column_names):
                 one, two = (os.path.relpath(name, self.base_path) for name in (files[0], file))
                 raise ValueError(f"{one} and {two} differ in {', '.join(sorted(other))}; expected the same fields")
-        joined = pyarrow.concat_tables(tables, promote_options="permissive")
-        if not joined.num_rows:
+        if not sum(table.num_rows for table in tables):
             raise ValueError(EMPTY)
-        return joined
+        return joined(tables)
 
     def _read(self, file: str) -> pyarrow.Table:
         path = Path(file)

@@ -85,6 +85,8 @@ def test_splits_parts_of_splits_and_saved_splits(tmp_path):
     for source in ("files", "saved"):
         assert read(tmp_path / source, eval_split="test") == (ROWS[:12], ROWS[12:])
     assert read(tmp_path / "files", split="train[:5]", eval_split="test[50%:]") == (ROWS[:5], ROWS[16:])
+    write(tmp_path / "files" / "test.jsonl", [{"more": 1, "output": "a"}], lines=True)
+    assert read(tmp_path / "files", eval_split="test")[1] == [dict.fromkeys(ROWS[0]) | {"more": 1, "output": "a"}]
     message = message_of(lambda: read(tmp_path / "saved", split="dev"))
     assert "split 'dev': Unknown split 'dev'" in message and "'train', 'test'" in message
     next((tmp_path / "saved" / "train").glob("*.arrow")).unlink()

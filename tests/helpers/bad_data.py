@@ -60,7 +60,7 @@ SOURCES: list[Row] = [
     ("absent-folder", {}, "data.dataset=./absent", "data.dataset='./absent' | no such file or folder | expected a hub"),
     ("absent-at-home", {}, "data.dataset='~/no/such'", "data.dataset='~/no/such' | no such file or folder"),
     ("absent-home", {}, "data.dataset='~nobody-here/a.json'", "~nobody-here | no such file or folder | expected a"),
-    ("not-made", {}, "data.dataset=data/hotpotqa.jsonl", "no such file or folder | `make data` writes | expected a"),
+    ("not-made", {}, "data.dataset=data/hotpotqa.jsonl", "no such file | `python -m reproduce.prepare` writes"),
     ("inline", {}, "data.dataset='{\"output\": \"" + "a" * 300 + "\"}'", "data.dataset= | expected a hub name"),
     ("table-of-text", {"d.csv": "a,b"}, "", "'d.csv' | type '.csv' | expected .json, .jsonl"),
     ("packed", {"d.jsonl.gz": b"\x1f\x8b"}, "", "'d.jsonl.gz' | type '.gz' | expected .json"),

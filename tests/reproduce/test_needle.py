@@ -12,7 +12,6 @@ import fresh_python
 import pytest
 import torch
 from data_files import message_of, needle_rows
-from rich.console import Console
 from small_run import RECIPE
 
 from dllm_memdlm.config import DataConfig
@@ -150,13 +149,6 @@ def test_the_report_has_what_was_found(run_dir, data, tmp_path, monkeypatch, cap
     assert report["scores"] == [{"words": 40, "right": 16, "asked": 8 * 8}] and report["questions"] == 8, "what is left"
     assert report["memory"] is True, "a setting of the memory asks for it"
     assert report["memory_tally"]["written"] == 8
-
-
-def test_the_table_has_a_column_a_length():
-    console = Console(width=80, record=True)
-    console.print(needle.table([{"words": 40, "right": 3, "asked": 8}, {"words": 320, "right": 8, "asked": 8}]))
-    rows = [[cell.strip() for cell in line.split(bar)] for line in console.export_text().splitlines() for bar in "│┃"]
-    assert ["", "40 words", "320 words", ""] in rows and ["", "37.5%", "100.0%", ""] in rows
 
 
 @pytest.mark.parametrize(
