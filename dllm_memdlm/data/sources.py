@@ -124,8 +124,7 @@ class LocalFiles(datasets.ArrowBasedBuilder):
         tables = {split: self._joined(files) for split, files in self.config.data_files.items()}
         schema = merged(table.schema for table in tables.values())
         self.info.features = datasets.Features.from_arrow_schema(schema)
-        alike = {split: joined([schema.empty_table(), table]) for split, table in tables.items()}
-        return [datasets.SplitGenerator(str(split), {"table": table}) for split, table in alike.items()]
+        return [datasets.SplitGenerator(str(split), {"table": table}) for split, table in tables.items()]
 
     def _generate_tables(self, table: pyarrow.Table) -> Any:
         for number, batch in enumerate(table.to_batches()):

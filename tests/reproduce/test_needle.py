@@ -84,10 +84,15 @@ def test_an_answer_is_scored_by_key():
 
 def answers_from(examples: list[Planted], kept: dict[int, str], monkeypatch) -> list[list[str]]:
     """Decoding answers some of the examples, by number, with a text; the others with nothing. → the batches."""
-    batches = []
+    batches, held, whole = [], [], Decoder.recalled
+
+    def recalled(self, prompts):
+        held.append(prompts)
+        return whole(self, prompts)
 
     def answers(self, prompts, new_tokens):
         tokenizer = self.pretrained.tokenizer
+        assert held[-1] == prompts, "each with its own memory"
         texts = [tokenizer.decode(prompt) for prompt in prompts]
         numbers = [next((n for n, example in enumerate(examples) if example.prompt in t), None) for t in texts]
         batches.append(texts)
@@ -95,6 +100,7 @@ def answers_from(examples: list[Planted], kept: dict[int, str], monkeypatch) -> 
         assert all(len(own) < new_tokens for own in tokens), "there is room for the end"
         return [[*own, tokenizer.eos_token_id] for own in tokens]
 
+    monkeypatch.setattr(Decoder, "recalled", recalled)
     monkeypatch.setattr(Decoder, "answers", answers)
     return batches
 
