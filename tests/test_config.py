@@ -105,7 +105,7 @@ MESSAGES = [
     (
         "data",
         {"format": "csv"},
-        "data.format='csv': expected one of auto, instruction, messages, hotpotqa, paragraphs, needle",
+        "data.format='csv': expected one of auto, instruction, messages",
     ),
     # of the type
     ("memory", {"enabled": 1}, "memory.enabled=1: expected true or false"),

@@ -2,24 +2,19 @@
 
 from .encoding import encode_chat, encode_text
 from .examples import Counts, Examples, load_examples, training_texts
-from .formats import FORMATS, Format, choose_format
-from .needle import Needles, needle_examples
+from .formats import choose_format
 from .sources import load_rows
 from .tokenizer import load_tokenizer, tokenizer_for, train_tokenizer
 
 __all__ = [
-    "FORMATS",
     "Counts",
     "Examples",
-    "Format",
-    "Needles",
     "choose_format",
     "encode_chat",
     "encode_text",
     "load_examples",
     "load_rows",
     "load_tokenizer",
-    "needle_examples",
     "tokenizer_for",
     "train_tokenizer",
     "training_texts",

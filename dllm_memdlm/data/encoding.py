@@ -11,7 +11,7 @@ stand in a message, and `encode` takes the marks out again: what a mark has spli
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -45,31 +45,31 @@ class Encoder:
         self._ids = set(tokenizer.convert_tokens_to_ids(spelled)) - {tokenizer.unk_token_id}
 
     def text(self, text: str, add_special_tokens: bool = True) -> Tokens:
-        """The tokens of a text in which nothing is special; what the tokenizer itself adds around it stays."""
+        """Encode a text in which nothing is special; what the tokenizer itself adds around it stays."""
         if not self._spelled.search(text):
             return self._call([text], add_special_tokens)[0]
         tokens = self._ordinary(text)
-        if not add_special_tokens:
-            return tokens
         before, after = self._around
-        ends = None if tokens.ends is None else [0] * len(before) + tokens.ends + [0] * len(after)
-        return Tokens(before + tokens.ids + after, ends)
+        return _joined([("", before), ("", tokens), ("", after)]) if add_special_tokens else tokens
 
     def render(self, chat: Sequence[Mapping[str, Any]], **template: Any) -> str:
-        """A chat as its template writes it, with marks in what the messages spell. `template`: as apply_chat_template.
+        """Return a chat as its template writes it, with marks in what the messages spell.
+
+        `template` is what apply_chat_template takes.
 
         Raises:
             ConfigError: the template does not leave the text of a message as it is, so that nobody knows whose a
                 special token is.
         """
         plain = self._render(chat, template)
-        marked = [{k: v if k == "role" else self._marked(v) for k, v in message.items()} for message in chat]
-        settings = {name: self._marked(value) for name, value in template.items()}
+        marked = [{k: v if k == "role" else self.marked(v) for k, v in message.items()} for message in chat]
+        settings = self.marked(template)
         if marked == list(chat) and settings == template:
             return plain
         text = self._render(marked, settings)
         if unmarked(text) != plain:
-            found = next(filter(None, map(self._spelled.search, _texts([*chat, template]))))
+            found: list[str] = []
+            _each_text([*chat, template], lambda text: found.extend(self._spelled.findall(text)))
             raise ConfigError(
                 "a message spells a special token, and the chat template changes what a message says; expected a text "
                 f"without {found[0]!r}"
@@ -77,51 +77,46 @@ class Encoder:
         return text
 
     def encode(self, rendered: str) -> Tokens:
-        """The tokens of a rendered chat; `ends` count without the marks."""
+        """Encode a rendered chat; `ends` count without the marks."""
         return self.encode_all([rendered])[0]
 
     def encode_all(self, rendered: Sequence[str]) -> list[Tokens]:
-        """The tokens of several, which a fast tokenizer encodes side by side."""
+        """Encode several, which a fast tokenizer does side by side."""
         plain = iter(self._call([text for text in rendered if MARK not in text], False))
         return [self._encode_marked(text) if MARK in text else next(plain) for text in rendered]
 
     def prompt(self, text: str) -> Tokens:
-        """The tokens of a text to go on from: as `text`, without what the tokenizer appends, such as an end of text."""
+        """Encode a text to go on from: as `text`, without what the tokenizer appends, such as an end of text."""
         return self.begun(self.text(text, add_special_tokens=False))
 
     def begun(self, tokens: Tokens) -> Tokens:
-        """The tokens behind what the tokenizer puts before every text: often nothing, or its first token."""
-        before, _ = self._around
-        return Tokens(before + tokens.ids, None if tokens.ends is None else [0] * len(before) + tokens.ends)
+        """Put what the tokenizer puts before every text before these: often nothing, or its first token."""
+        return _joined([("", self._around[0]), ("", tokens)])
+
+    def marked(self, value: Any) -> Any:
+        """Return a value in whose texts every special token that they spell has a mark after its first letter."""
+        return _each_text(value, self._mark)
+
+    def _mark(self, text: str) -> str:
+        while self._spelled.search(text):  # again, where two spellings share letters
+            text = self._spelled.sub(lambda found: f"{found[0][0]}{MARK}{found[0][1:]}", text)
+        return text
 
     @cached_property
-    def _around(self) -> tuple[list[int], list[int]]:
+    def _around(self) -> tuple[Tokens, Tokens]:
         """What the tokenizer puts before every text, and behind it."""
         inner, whole = (self._call(["a"], added)[0].ids for added in (False, True))
         start = next((i for i in range(len(whole)) if whole[i : i + len(inner)] == inner), None)
-        return ([], []) if start is None else (whole[:start], whole[start + len(inner) :])
-
-    def marked(self, text: str) -> str:
-        """A text to be appended to a rendered chat: nothing in it is special."""
-        return self._marked(text)
+        before, after = ([], []) if start is None else (whole[:start], whole[start + len(inner) :])
+        return Tokens(before, [0] * len(before)), Tokens(after, [0] * len(after))
 
     def _render(self, chat: Sequence[Mapping[str, Any]], template: Mapping[str, Any]) -> str:
         # a list of chats: of a chat without messages, transformers asks for the first one
         (text,) = self.tokenizer.apply_chat_template([list(chat)], tokenize=False, **template)
         return text
 
-    def _marked(self, value: Any) -> Any:
-        """A value in which every text has a mark after the first letter of each special token that it spells."""
-        if isinstance(value, str):
-            while self._spelled.search(value):  # again, where two spellings share letters
-                value = self._spelled.sub(lambda found: f"{found[0][0]}{MARK}{found[0][1:]}", value)
-            return value
-        if isinstance(value, Mapping):
-            return {key: self._marked(item) for key, item in value.items()}
-        return [self._marked(item) for item in value] if isinstance(value, (list, tuple)) else value
-
     def _encode_marked(self, text: str) -> Tokens:
-        """Texts between special tokens that spell one become ordinary tokens; all before, between and after as ever."""
+        """Make ordinary tokens of what spells one between special tokens; all before, between and after as ever."""
         pieces = [""]
         for part in self._written.split(text):  # text, special token, text, … and text
             if MARK in part:
@@ -129,15 +124,15 @@ class Encoder:
             else:
                 pieces[-1] += part
         encoded = [self._ordinary(unmarked(p)) if MARK in p else self._call([p], False)[0] for p in pieces]
-        return _joined(map(unmarked, pieces), encoded)
+        return _joined([*zip(map(unmarked, pieces), encoded, strict=True)])
 
     def _ordinary(self, text: str) -> Tokens:
         tokens = self._call([text], False, split_special_tokens=True)[0]
         if self._ids.isdisjoint(tokens.ids):
             return tokens
         # a vocabulary of words holds its special tokens as words: cut them
-        parts = self._marked(text).split(MARK)
-        return _joined(parts, [self._call([part], False, split_special_tokens=True)[0] for part in parts])
+        parts = self._mark(text).split(MARK)
+        return _joined([(part, self._call([part], False, split_special_tokens=True)[0]) for part in parts])
 
     def _call(self, texts: list[str], add_special_tokens: bool, **settings: Any) -> list[Tokens]:
         if not texts:
@@ -151,7 +146,7 @@ class Encoder:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = True) -> list[int]:
-    """The token ids of a text in which nothing is special; what the tokenizer itself adds around it stays.
+    """Return the token ids of a text in which nothing is special; what the tokenizer itself adds around it stays.
 
     A text that spells no special token has the ids that the tokenizer gives it.
     """
@@ -159,42 +154,43 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, add_special_token
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Mapping[str, Any]], **template: Any) -> list[int]:
-    """The token ids of a chat, in which only the template's own special tokens are special."""
+    """Return the token ids of a chat, in which only the template's own special tokens are special."""
     encoder = Encoder(tokenizer)
     return encoder.encode(encoder.render(chat, **template)).ids
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """What tokens say, without special ones. Spaces stay as they are: tidying them is up to the release otherwise."""
+    """Return what tokens say, without special ones. Spaces stay: tidying them is up to the release otherwise."""
     return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def unmarked(rendered: str) -> str:
-    """A rendered chat as its template has written it."""
+    """Return a rendered chat as its template has written it."""
     return rendered.replace(MARK, "")
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """All texts in a value, but for its keys."""
+def _each_text(value: Any, change: Callable[[str], Any]) -> Any:
+    """Return a value with each text in it changed, but for the keys of mappings."""
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, (Mapping, list, tuple)):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(item)
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _each_text(item, change) for key, item in value.items()}
+    return [_each_text(item, change) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _with_spaces(token: str, added: Any) -> str:
-    """The pattern of a special token with the spaces beside it that belong to it."""
+    """Return the pattern of a special token with the spaces beside it that belong to it."""
     before, after = (r"\s*" if getattr(added, side, False) else "" for side in ("lstrip", "rstrip"))
     return before + re.escape(token) + after
 
 
-def _joined(parts: Iterable[str], encoded: Iterable[Tokens]) -> Tokens:
+def _joined(parts: Sequence[tuple[str, Tokens]]) -> Tokens:
+    """Join the tokens of texts that follow each other; ends count from the first one's begin."""
     ids: list[int] = []
     ends: list[int] | None = []
     start = 0
-    for part, tokens in zip(parts, encoded, strict=True):
+    for text, tokens in parts:
         ids += tokens.ids
         ends = None if ends is None or tokens.ends is None else ends + [start + end for end in tokens.ends]
-        start += len(part)
+        start += len(text)
     return Tokens(ids, ends)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
@@ -13,16 +11,15 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from ..config import ConfigError, DataConfig
-from . import encoding, formats, needle
 from .encoding import Encoder, Tokens, unmarked
-from .formats import HELD, Messages, choose_format
-from .json_rows import one_line
-from .sources import Rows, load_numbered_rows
+from .formats import HELD, Chat, Row, choose_format
+from .sources import Rows, load_rows, reason_of
 
 IGNORED = -100
 
-# `datasets` keys its cache by a function's name alone: without this text, an edited format would serve old examples.
-_CODE = Path(__file__).read_text(encoding="utf-8") + "".join(map(inspect.getsource, (encoding, formats, needle)))
+#: Of the cached examples: another one for every change after which a row has other tokens, labels or errors. `datasets`
+#: keys its cache by a function's name and arguments, not by its code.
+VERSION = 1
 
 
 class Counts(NamedTuple):
@@ -69,7 +66,7 @@ def load_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Exa
         raise ConfigError(
             f"model.tokenizer={tokenizer.name_or_path!r}: has no chat template; expected the tokenizer of a chat model"
         )
-    train_rows, eval_rows = load_numbered_rows(config)
+    train_rows, eval_rows = load_rows(config)
     train, train_counts = _tokenise(train_rows, "train", config, tokenizer)
     if eval_rows is None:
         return Examples(train, None, train_counts, None)
@@ -78,25 +75,23 @@ def load_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Exa
 
 
 def training_texts(config: DataConfig) -> Iterator[str]:
-    """The contents of the training rows' messages, in order: what a tokenizer is trained on.
+    """Yield the contents of the training rows' messages, in order: what a tokenizer is trained on.
 
     Raises:
         ConfigError: what `load_rows` and `choose_format` raise; a row does not fit the format.
     """
-    (rows, numbers, split), _ = load_numbered_rows(config)
-    to_messages = choose_format(config, rows.column_names).to_messages
+    (rows, numbers, split), _ = load_rows(config)
+    to_chat = choose_format(config, rows.column_names)
     for number, row in zip(numbers, rows, strict=True):
         with _named(config, split, number):
-            chat = to_messages(row, config)
-        for message in chat:
-            yield message["content"]
+            chat = to_chat(row, config)
+        yield from (message["content"] for message in chat.messages)
 
 
 def _tokenise(
     source: Rows, role: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[datasets.Dataset, Counts]:
     rows, numbers, split = source
-    chosen = choose_format(config, rows.column_names)
     encoded = rows.map(
         _encode,
         batched=True,
@@ -109,9 +104,8 @@ def _tokenise(
             "split": split,
             "config": config,
             "tokenizer": tokenizer,
-            "to_messages": chosen.to_messages,
-            "to_tools": chosen.to_tools,
-            "code": _CODE,
+            "to_chat": choose_format(config, rows.column_names),
+            "version": VERSION,
         },
     )
     lengths = encoded["length"][:]
@@ -138,21 +132,20 @@ def _encode(
     split: str,
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
-    to_messages: formats.ToMessages,
-    to_tools: formats.ToTools,
-    code: str,
+    to_chat: Callable[[Row, DataConfig], Chat],
+    version: int,
 ) -> dict[str, list]:
-    """Token ids and labels of a batch of rows; length 0 marks an empty response. `code` only enters the cache's key."""
+    """Return token ids and labels of a batch of rows; length 0 marks an empty response."""
     encoder = Encoder(tokenizer)
-    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     wholes, prompts, responses = [], [], []
-    for index, row in zip(indices, rows, strict=True):
+    for index, *values in zip(indices, *batch.values(), strict=True):
         with _named(config, split, numbers[index]):
-            chat, tools = to_messages(row, config), to_tools(row)
-            wholes.append(_render(encoder, chat, tools))
-            prompts.append(_prompt(encoder, chat, tools, wholes[-1]) if config.mask_prompt else "")
-            _refuse_what_is_left_out(encoder, chat, tools, wholes[-1])
-        responses.append(chat[-1]["content"].strip() or any(chat[-1].get(field) for field in HELD))
+            chat = to_chat(dict(zip(batch, values, strict=True)), config)
+            wholes.append(_render(encoder, chat))
+            prompts.append(_prompt(encoder, chat, wholes[-1]) if config.mask_prompt else "")
+            _refuse_what_is_left_out(encoder, chat, wholes[-1])
+        last = chat.messages[-1]
+        responses.append(last["content"].strip() or any(last.get(field) for field in HELD))
     encoded: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
     for tokens, prompt, response in zip(encoder.encode_all(wholes), prompts, responses, strict=True):
         border = _border(encoder, tokens, prompt)
@@ -162,24 +155,24 @@ def _encode(
     return encoded
 
 
-def _render(encoder: Encoder, chat: Messages, tools: formats.Tools, **template: Any) -> str:
-    """The text of a chat. Raises ValueError if the template refuses it, ConfigError if the template is none."""
+def _render(encoder: Encoder, chat: Chat, **template: Any) -> str:
+    """Return the text of a chat. Raises ValueError if the template refuses it, ConfigError if the template is none."""
     try:
-        return encoder.render(chat, tools=tools, **template)
+        return encoder.render(chat.messages, tools=chat.tools, **template)
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(
             f"model.tokenizer={encoder.tokenizer.name_or_path!r}: line {error.lineno} of its chat template is not "
-            f"Jinja: {one_line(error)}; expected a tokenizer with a template that can be read"
+            f"Jinja: {reason_of(error)}; expected a tokenizer with a template that can be read"
         ) from error
     except ConfigError as error:
         raise ValueError(error) from error  # of the row, not of a setting
     except (jinja2.TemplateError, TypeError, LookupError, AttributeError) as error:
-        raise ValueError(f"the chat template of the tokenizer refuses the chat: {one_line(error)}") from error
+        raise ValueError(f"the chat template of the tokenizer refuses the chat: {reason_of(error)}") from error
 
 
-def _prompt(encoder: Encoder, chat: Messages, tools: formats.Tools, whole: str) -> str:
-    """The text before the response. Raises ValueError where the whole chat does not begin with it."""
-    prompt = _render(encoder, chat[:-1], tools, add_generation_prompt=True)
+def _prompt(encoder: Encoder, chat: Chat, whole: str) -> str:
+    """Return the text before the response. Raises ValueError where the whole chat does not begin with it."""
+    prompt = _render(encoder, Chat(chat.messages[:-1], chat.tools), add_generation_prompt=True)
     if not unmarked(whole).startswith(unmarked(prompt)):
         raise ValueError(
             "the prompt is not how the whole chat begins; expected a chat template that only appends the response, or "
@@ -189,7 +182,7 @@ def _prompt(encoder: Encoder, chat: Messages, tools: formats.Tools, whole: str) 
 
 
 def _border(encoder: Encoder, tokens: Tokens, prompt: str) -> int:
-    """How many tokens belong to the prompt alone: tokens may merge where the response begins."""
+    """Return how many tokens belong to the prompt alone: tokens may merge where the response begins."""
     if tokens.ends is not None:
         length = len(unmarked(prompt))
         return next((i for i, end in enumerate(tokens.ends) if end > length), len(tokens.ids))
@@ -197,18 +190,19 @@ def _border(encoder: Encoder, tokens: Tokens, prompt: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(alone, tokens.ids, strict=False)) if a != b), len(alone))
 
 
-def _refuse_what_is_left_out(encoder: Encoder, chat: Messages, tools: formats.Tools, whole: str) -> None:
+def _refuse_what_is_left_out(encoder: Encoder, chat: Chat, whole: str) -> None:
     """Raise ValueError if a chat has tools, or a message what it says beside its text, and the template drops that."""
-    changed = {"tools": (chat, None)} if tools else {}
-    for i, message in enumerate(chat):
+    messages, tools = chat
+    without = {"tools": Chat(messages)} if tools else {}
+    for i, message in enumerate(messages):
         for field in HELD & message.keys():
             # templates leave the reasoning of earlier turns out on purpose
-            if i == len(chat) - 1 or "call" in field:
+            if i == len(messages) - 1 or "call" in field:
                 rest = {key: value for key, value in message.items() if key != field}
-                changed[field] = ([*chat[:i], rest, *chat[i + 1 :]], tools)
-    for field, (without, given) in changed.items():
+                without[field] = Chat([*messages[:i], rest, *messages[i + 1 :]], tools)
+    for field, shorter in without.items():
         try:
-            same = encoder.render(without, tools=given) == whole
+            same = encoder.render(shorter.messages, tools=shorter.tools) == whole
         except jinja2.TemplateError:
             continue  # the template asks for it
         if same:

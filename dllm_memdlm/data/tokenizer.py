@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from ..config import ConfigError, ModelConfig
 from ..versions import load_any_tokenizer
-from .json_rows import reason_of
+from .sources import reason_of
 
 # Mask tokens that LLaDA's vocabularies hold without declaring them: the MoE models' and the dense models'.
 MASKS = ("<|mask|>", "<|mdm_mask|>")
@@ -40,7 +41,7 @@ CHAT_TEMPLATE = """\
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with LLaDA's special tokens and a chat template: the same texts give the same tokenizer.
+    """Train a byte-level BPE with LLaDA's special tokens and a chat template, the same one on the same texts.
 
     Any text can be encoded, and decodes to itself. Few texts may give fewer than `vocab_size` tokens: ask `len`.
 
@@ -81,11 +82,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 def tokenizer_for(
     config: ModelConfig, texts: Callable[[], Iterable[str]], cache_dir: str | Path
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of `model.tokenizer`, else of `model.path`, else one trained on `texts()` and kept in `cache_dir`.
+    """Return the tokenizer of `model.tokenizer`, else of `model.path`, else one trained on `texts()`.
 
     It pads on the right and has a mask, pad, eos and bos token, and the attributes eot_token and eot_token_id: the
-    token that ends a turn. The cache goes by the texts themselves, so runs and ranks on the same data share one
-    tokenizer, and changed data gets another. `texts` is called only when there is no tokenizer to load, at most twice.
+    token that ends a turn. A trained one is kept in `cache_dir` under a digest of its texts, so runs and ranks on the
+    same data share it. `texts` is called only when there is no tokenizer to load, at most twice.
 
     Raises:
         ConfigError: the tokenizer cannot be loaded, has no mask token or no eos token; or as `train_tokenizer`.
@@ -101,16 +102,39 @@ def tokenizer_for(
 
 
 def load_tokenizer(name: str, where: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name, with the special tokens that `tokenizer_for` speaks of.
+    """Load the tokenizer of a folder or hub name, with the special tokens that `tokenizer_for` speaks of.
 
     Raises:
         ConfigError: as `tokenizer_for`; the message begins with `where`.
     """
-    return _complete(_load(name, trust_remote_code, where), where)
+    path = Path(os.path.expanduser(name))
+    local = os.path.isdir(path)
+    if local and not any(path.glob("tokenizer*")):
+        raise ConfigError(f"{where}: the folder has no tokenizer files (tokenizer.json and its config)")
+    if not local and (os.path.isfile(path) or name.startswith(("/", ".", "~"))):
+        raise ConfigError(f"{where}: no such folder; expected one with tokenizer.json and its config, or a hub name")
+    try:
+        source = str(path) if local else name
+        tokenizer = load_any_tokenizer(source, padding_side="right", trust_remote_code=trust_remote_code)
+    except Exception as error:  # of any kind: what a file of another form leads to
+        files = sorted(path.glob("*.json")) if local else []
+        reason = next((f"{file.name} is not JSON" for file in files if not _is_json(file)), None) or reason_of(error)
+        raise ConfigError(
+            f"{where:.80}: {reason}; expected a local folder, or a hub name (with network, or downloaded before)"
+        ) from error
+    return _complete(tokenizer, where)
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_bytes())
+    except ValueError:
+        return False
+    return True
 
 
 def _digest(texts: Iterable[str]) -> str:
-    """16 hex digits of everything but the size that a trained tokenizer depends on."""
+    """Return 16 hex digits of everything but the size that a trained tokenizer depends on."""
     digest = hashlib.sha256("\0".join([tokenizers.__version__, *SPECIAL_TOKENS, CHAT_TEMPLATE]).encode())
     for text in texts:
         digest.update(hashlib.sha256(text.encode()).digest())
@@ -118,7 +142,7 @@ def _digest(texts: Iterable[str]) -> str:
 
 
 def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Save under a temporary name, then rename: another rank sees the whole folder or none."""
+    """Save aside, then rename: another rank sees the whole folder or none."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         tokenizer.save_pretrained(Path(scratch) / folder.name)
@@ -127,37 +151,6 @@ def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
         except OSError:
             if not folder.exists():  # else another rank came first, with the same tokenizer
                 raise
-
-
-def _load(name: str, trust_remote_code: bool, where: str) -> PreTrainedTokenizerBase:
-    try:
-        path = Path(name).expanduser()
-        is_file, is_dir = path.is_file(), path.is_dir()
-    except (OSError, RuntimeError) as error:  # a name that is too long; a home folder that nobody has
-        raise ConfigError(f"{where:.80}: {reason_of(error):.80}; expected a folder or a hub name") from None
-    if is_dir and not any(path.glob("tokenizer*")):
-        raise ConfigError(f"{where}: the folder has no tokenizer files (tokenizer.json and its config)")
-    if is_file or (not is_dir and name.startswith(("/", ".", "~"))):
-        found = "is a file" if is_file else "no such folder"
-        raise ConfigError(f"{where}: {found}; expected a folder with tokenizer.json and its config, or a hub name")
-    source = str(path) if is_dir else name
-    try:
-        return load_any_tokenizer(source, padding_side="right", trust_remote_code=trust_remote_code)
-    except Exception as error:  # of any kind: what a file of another form leads to
-        reason = _broken(path) or reason_of(error)
-        raise ConfigError(
-            f"{where}: {reason}; expected a local folder, or a hub name (with network, or downloaded before)"
-        ) from error
-
-
-def _broken(folder: Path) -> str | None:
-    """The first JSON file of a folder that is none, and why."""
-    for file in sorted(folder.glob("*.json")):
-        try:
-            json.loads(file.read_bytes())
-        except ValueError as error:
-            return f"{file.name} is not JSON: {error}"
-    return None
 
 
 def _complete(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:

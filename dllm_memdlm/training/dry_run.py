@@ -180,7 +180,7 @@ def missing_parts(recipe: Recipe) -> tuple[list[str], int | None]:
         missing.append(f"adapter lora.path={recipe.lora.path!r}")
     if not _on_hub(recipe.data.dataset, "dataset"):
         try:
-            rows = len(load_rows(recipe.data)[0])
+            rows = len(load_rows(recipe.data)[0].rows)
         except ConfigError as error:
             missing.append(str(error))
     return missing, rows

@@ -20,8 +20,3 @@ def test_bad_data_is_one_line(files, overrides, says, recipe, tmp_path, capsys):
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
     message = error_of(capsys, recipe, *overrides)
     assert [part for part in says if part not in message] == [], message
-
-
-def test_no_two_rows_of_the_table_are_the_same():
-    assert len({name for name, *_ in BAD}) == len(BAD) >= 100
-    assert len({repr(row[1:3]) for row in BAD}) == len(BAD)

@@ -95,6 +95,8 @@ def test_spaces_that_belong_to_a_special_token_go_with_it():
     plain, spelled = (encode_chat(tokenizer, chat_of(text, "b")) for text in ("a", "<|mask|>"))
     assert plain == tokenizer.apply_chat_template(chat_of("a", "b"), return_dict=False)
     assert spelled[-3:] == plain[-3:]
+    behind = encode_chat(tokenizer, chat_of("a", "<|mask|>"))
+    assert behind == [*plain[: plain.index(3) + 1], *encode_text(tokenizer, "<|mask|>"), 3]
 
 
 def test_texts_beside_the_one_that_spells_keep_their_tokens():

@@ -49,7 +49,7 @@ def measured(folder: str, *arguments: str) -> dict[str, Any]:
 
 def test_held_out_examples_are_the_runs_own(folder):
     tokenizer, data = byte_tokenizer(), load_recipe(f"{folder}/recipe.yaml").data
-    rows = load_rows(data)[1]
+    rows = load_rows(data)[1].rows
     examples = held_out(data, tokenizer, 3)
     assert held_out(data, tokenizer, 100)[:3] == examples and len(held_out(data, tokenizer, 100)) == 5 == len(rows)
     for example, row in zip(examples, rows.select(range(3)), strict=True):

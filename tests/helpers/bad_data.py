@@ -12,12 +12,6 @@ import pyarrow.parquet
 from dllm_memdlm.data import train_tokenizer
 
 GOOD = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(4)]
-HOTPOT = {
-    "question": "Who?",
-    "answer": "Ann",
-    "context": {"title": ["Ann"], "sentences": [["Ann is ill."]]},
-    "supporting_facts": {"title": ["Ann"], "sent_id": [0]},
-}
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
 
 
@@ -25,8 +19,12 @@ def lines(*rows: Any) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def chat(*turns: tuple[str | None, Any], **beside: Any) -> dict[str, Any]:
-    return {"messages": [{"role": role, "content": content} for role, content in turns], **beside}
+def chat(*turns: tuple[str | None, Any], **beside: Any) -> str:
+    return lines({"messages": [{"role": role, "content": content} for role, content in turns], **beside})
+
+
+def said(**beside: Any) -> str:
+    return lines({"messages": [{"role": "assistant", "content": "a", **beside}]})
 
 
 def parquet(rows: list[dict[str, Any]]) -> bytes:
@@ -47,227 +45,143 @@ def tokenizer(template: str | None = None, **config: Any) -> dict[str, str]:
     }
 
 
-ROW = ["data.dataset='d.jsonl', train row 0: "]
-JSON, LINES, TABLE = (["data.dataset=d.json"], ["data.dataset=d.jsonl"], ["data.dataset=d.parquet"])
-TOK = ["model.tokenizer=tok"]
-NOT_HOTPOT = "is not as in HotpotQA: expected pairs, or the hub's two lists, "
+TEXT, CUT = lines(*GOOD), lines(*GOOD)[:-9]
 
-#: An identifier, the files to write, the overrides, and the parts of the one line on stderr.
-Bad = tuple[str, dict[str, bytes | str], list[str], list[str]]
+#: Of each row a name, its files or the text of d.jsonl, overrides beside those that take the files, and what is said;
+#: bars between parts.
+Row = tuple[str, dict[str, bytes | str] | bytes | str, str, str]
 
 # fmt: off
-SOURCES: list[Bad] = [
-    ("none", {}, ["data.dataset=''"], ["data.dataset=''", "expected a dataset name or path"]),
-    ("null", {}, ["data.dataset=null"], ["data.dataset=None", "expected text"]),
-    ("several", {}, ["data.dataset=[a.json,b.json]"], ["data.dataset=['a.json', 'b.json']", "expected text"]),
-    ("number", {}, ["data.dataset=5"], ["data.dataset=5", "expected text"]),
-    ("absent-file", {}, ["data.dataset=absent.json"], ["data.dataset='absent.json'", "no such file", "/absent"]),
-    ("absent-folder", {}, ["data.dataset=./absent"], ["data.dataset='./absent'", "no such file or folder"]),
-    ("absent-at-home", {}, ["data.dataset='~/no/such'"], ["data.dataset='~/no/such'", "no such file or folder"]),
-    ("absent-home", {}, ["data.dataset='~nobody-here/a.json'"], ["~nobody-here", "home directory", "expected a"]),
-    ("inline", {}, ["data.dataset='{\"output\": \"" + "a" * 300 + "\"}'"], ["data.dataset=", "too long", "expected"]),
-    ("table-of-text", {"d.csv": "a,b"}, ["data.dataset=d.csv"], ["'d.csv'", "type '.csv'", "expected .json, .jsonl"]),
-    ("packed", {"d.jsonl.gz": b"\x1f\x8b"}, ["data.dataset=d.jsonl.gz"],
-     ["'d.jsonl.gz'", "type '.gz'", "expected .json"]),
-    ("no-suffix", {"rows": "{}"}, ["data.dataset=rows"], ["'rows'", "a file of type ''", "expected .json, .jsonl"]),
-    ("no-package", {}, ["data.dataset=package:no_such_pkg/a.json"],
-     ["no_such_pkg is not installed", "pip install no_such"]),
-    ("package-alone", {}, ["data.dataset=package:json"],
-     ["package:json'", "expected package:NAME/PATH, a file of .json"]),
-    ("package-type", {}, ["data.dataset=package:yaml/a.csv"], ["package:yaml/a.csv'", "expected package:NAME/PATH"]),
-    ("package-file", {}, ["data.dataset=package:yaml/a.json"], ["the installed package yaml has no file a.json"]),
-    ("hub", {}, ["data.dataset=nobody/no-such-dataset"],
-     ["'nobody/no-such-dataset', split 'train'", "expected a hub name"]),
-    ("hub-name", {}, ["data.dataset=a/b/c"], ["data.dataset='a/b/c'", "expected a hub name"]),
-    ("hub-letters", {}, ["data.dataset='what a name'"], ["data.dataset='what a name'", "expected a hub name"]),
-    ("empty-folder", {"d/": ""}, ["data.dataset=./d"],
-     ["'./d', split 'train'", "any data files", "expected a folder with"]),
-    ("other-files", {"d/a.bin": b"1"}, ["data.dataset=./d"],
-     ["'./d'", "No (supported) data files", "expected a folder with"]),
-    ("script", {"d/d.py": "1"}, ["data.dataset=./d"],
-     ["'./d'", "scripts are no longer supported", "expected a folder with"]),
-    ("saved-folder-in-part",
-     {"d/state.json": '{"_data_files": [{"filename": "a.arrow"}]}', "d/dataset_info.json": "{}"}, ["data.dataset=./d"],
-     ["data.dataset='./d', split 'train'", "expected a folder with files of", "save_to_disk has written"]),
-    ("split-of-json", {"d.json": json.dumps(GOOD)}, [*JSON, "data.split=test"], ["'test'", "Unknown split", "'train'"]),
-    ("split-of-lines", {"d.jsonl": lines(*GOOD)}, [*LINES, "data.split=dev"],
-     ["split 'dev'", "Unknown split", "'train'"]),
-    ("split-of-parquet", {"d.parquet": parquet(GOOD)}, [*TABLE, "data.split=dev"],
-     ["split 'dev'", "Unknown", "'train'"]),
-    ("split-of-folder", {"d/train.jsonl": lines(*GOOD)}, ["data.dataset=./d", "data.split=x"],
-     ["'x'", "Unknown", "'train'"]),
-    ("eval-split", {"d.jsonl": lines(*GOOD)}, [*LINES, "data.eval_split=dev"], ["'dev'", "Unknown split", "'train'"]),
-    ("slice", {"d.jsonl": lines(*GOOD)}, [*LINES, "data.split='train[x]'"],
-     ["split 'train[x]'", "expected the name of a split"]),
-    ("all-held-out", {"d.jsonl": lines(GOOD[0])}, LINES,
-     ["data.eval_fraction=0.2", "leaves no row", "expected less, or 0"]),
+SOURCES: list[Row] = [
+    ("none", {}, "data.dataset=''", "data.dataset='' | expected a dataset name or path"),
+    ("null", {}, "data.dataset=null", "data.dataset=None | expected text"),
+    ("several", {}, "data.dataset=[a.json,b.json]", "data.dataset=['a.json', 'b.json'] | expected text"),
+    ("absent-file", {}, "data.dataset=absent.json", "data.dataset='absent.json' | no such file | /absent.json"),
+    ("absent-folder", {}, "data.dataset=./absent", "data.dataset='./absent' | no such file or folder | expected a hub"),
+    ("absent-at-home", {}, "data.dataset='~/no/such'", "data.dataset='~/no/such' | no such file or folder"),
+    ("absent-home", {}, "data.dataset='~nobody-here/a.json'", "~nobody-here | no such file or folder | expected a"),
+    ("not-made", {}, "data.dataset=data/hotpotqa.jsonl", "no such file | `python -m reproduce.prepare` writes"),
+    ("inline", {}, "data.dataset='{\"output\": \"" + "a" * 300 + "\"}'", "data.dataset= | expected a hub name"),
+    ("table-of-text", {"d.csv": "a,b"}, "", "'d.csv' | type '.csv' | expected .json, .jsonl"),
+    ("packed", {"d.jsonl.gz": b"\x1f\x8b"}, "", "'d.jsonl.gz' | type '.gz' | expected .json"),
+    ("no-suffix", {"rows": "{}"}, "", "'rows' | a file of type '' | expected .json, .jsonl"),
+    ("hub", {}, "data.dataset=nobody/no-such", "'nobody/no-such', split 'train' | expected a hub name"),
+    ("hub-parts", {}, "data.dataset=a/b/c", "data.dataset='a/b/c' | expected a hub name"),
+    ("hub-letters", {}, "data.dataset='what a name'", "data.dataset='what a name' | expected a hub name"),
+    ("empty-folder", {"d/": ""}, "", "'./d', split 'train' | any data files | expected a folder with"),
+    ("other-files", {"d/a.bin": b"1"}, "", "'./d' | No (supported) data files | expected a folder with"),
+    ("script", {"d/d.py": "1"}, "", "'./d' | scripts are no longer supported | expected a folder with"),
+    ("saved-in-part", {"d/state.json": '{"_data_files": [{"filename": "a.arrow"}]}', "d/dataset_info.json": "{}"}, "",
+     "data.dataset='./d', split 'train' | expected a folder with files of | save_to_disk has written"),
+    ("split-of-json", {"d.json": json.dumps(GOOD)}, "data.split=test", "split 'test' | Unknown split | 'train'"),
+    ("split-of-lines", TEXT, "data.split=dev", "split 'dev' | Unknown split | 'train'"),
+    ("split-of-parquet", {"d.parquet": parquet(GOOD)}, "data.split=dev", "split 'dev' | Unknown split | 'train'"),
+    ("split-of-folder", {"d/train.jsonl": TEXT}, "data.split=x", "split 'x' | Unknown split | 'train'"),
+    ("eval-split", TEXT, "data.eval_split=dev", "split 'dev' | Unknown split | 'train'"),
+    ("slice", TEXT, "data.split='train[x]'", "split 'train[x]' | expected the name of a split"),
+    ("all-held-out", lines(GOOD[0]), "data.eval_fraction=0.2", "data.eval_fraction=0.2: leaves no row | or 0"),
 ]
-
-CONTENT: list[Bad] = [
-    ("json-empty", {"d.json": ""}, JSON, ["'d.json'", "has no rows", "expected at least one"]),
-    ("json-no-rows", {"d.json": "[]"}, JSON, ["'d.json'", "expected a list of objects, at least one"]),
-    ("json-cut", {"d.json": json.dumps(GOOD)[:-9]}, JSON,
-     ["'d.json'", "is not JSON", "line 1 column", "expected a list of"]),
-    ("json-numbers", {"d.json": "[1, 2]"}, JSON, ["'d.json'", "expected a list of objects"]),
-    ("json-null", {"d.json": "null"}, JSON, ["'d.json'", "expected a list of objects"]),
-    ("json-columns", {"d.json": '{"instruction": ["a"], "output": ["b"]}'}, JSON,
-     ["'d.json'", "such a list under `data`"]),
-    ("json-deep", {"d.json": "[" * 99999}, JSON, ["'d.json'", "too deeply nested", "expected a list of objects"]),
-    ("json-latin-1", {"d.json": b'[{"output": "\xe9"}]'}, JSON, ["'d.json'", "byte 14 is 0xe9", "expected UTF-8"]),
-    ("json-utf-16", {"d.json": json.dumps(GOOD).encode("utf-16")}, JSON, ["'d.json'", "is UTF-16", "expected UTF-8"]),
-    ("json-types", {"d.json": json.dumps([*GOOD, {"instruction": "a", "output": 5}])}, JSON,
-     ["'d.json'", "row 4: field 'output' is a number", "expected text, as in row 0"]),
-    ("json-types-within", {"d.json": json.dumps([chat(("user", "a")), chat(("user", 1))])}, JSON,
-     ["'d.json'", "row 1: field 'messages[].content' is a number", "expected text, as in row 0"]),
-    ("json-surrogate", {"d.json": '[{"output": "\\ud800"}]'}, JSON, ["row 0", "'output'", "expected whole characters"]),
-    ("json-large", {"d.json": f'[{{"output": "a", "n": {10**30}}}]'}, JSON,
-     ["row 0", "'n'", "expected numbers of 64 bits"]),
-    ("json-lines-cut", {"d.json": lines(*GOOD)[:-9]}, JSON,
-     ["'d.json'", "line 4 is not JSON", "expected one object a line"]),
-    ("lines-empty", {"d.jsonl": ""}, LINES, ["'d.jsonl'", "has no rows", "expected at least one"]),
-    ("lines-blank", {"d.jsonl": "\n\n \n"}, LINES, ["'d.jsonl'", "has no rows", "expected at least one"]),
-    ("lines-cut", {"d.jsonl": lines(*GOOD)[:-9]}, LINES,
-     ["'d.jsonl'", "line 4 is not JSON", "expected one object a line"]),
-    ("lines-commas", {"d.jsonl": lines(*GOOD).replace("}", "},")}, LINES,
-     ["line 1", "Extra data, column", "one object"]),
-    ("lines-python", {"d.jsonl": repr(GOOD[0])}, LINES,
-     ["line 1 is not JSON", "double quotes", "expected one object a line"]),
-    ("lines-text", {"d.jsonl": "Say it.\n"}, LINES, ["line 1 is not JSON", "column 1;", "expected one object a line"]),
-    ("lines-numbers", {"d.jsonl": "1\n2\n"}, LINES, ["line 1 is a number", "expected an object"]),
-    ("lines-latin-1", {"d.jsonl": lines(*GOOD).encode() + b'{"output": "\xe9"}'}, LINES,
-     ["line 5", "0xe9", "expected UTF-8"]),
-    ("lines-utf-16", {"d.jsonl": lines(*GOOD).encode("utf-16")}, LINES, ["'d.jsonl'", "is UTF-16", "expected UTF-8"]),
-    ("lines-types", {"d.jsonl": lines(*GOOD, {"instruction": "a", "output": ["b"]})}, LINES,
-     ["line 5: field 'output' is a list", "expected text, as in line 1"]),
-    ("lines-twice", {"d.jsonl": '{"output": "a", "output": "b"}'}, LINES,
-     ["line 1", "'output' stands twice", "expected once"]),
-    ("lines-zeros", {"d.jsonl": lines(*GOOD).encode() + b"\0" * 9}, LINES,
-     ["line 5 is not JSON", "expected one object"]),
-    ("parquet-empty", {"d.parquet": b""}, TABLE,
-     ["'d.parquet'", "size is 0 bytes", "expected a whole file of .parquet"]),
-    ("parquet-no-rows", {"d.parquet": parquet([])}, TABLE, ["'d.parquet'", "has no rows", "expected at least one"]),
-    ("parquet-text", {"d.parquet": lines(*GOOD)}, TABLE,
-     ["'d.parquet'", "magic bytes not found", "expected a whole file"]),
-    ("parquet-cut", {"d.parquet": parquet(GOOD)[:-9]}, TABLE,
-     ["'d.parquet'", "magic bytes not found", "expected a whole"]),
-    ("folder-cut", {"d/a.jsonl": lines(*GOOD), "d/b.jsonl": lines(*GOOD)[:-9]}, ["data.dataset=./d"],
-     ["data.dataset='./d'", "b.jsonl, line 4 is not JSON", "expected one object a line"]),
-    ("folder-columns", {"d/a.jsonl": lines(*GOOD), "d/b.jsonl": lines(HOTPOT)}, ["data.dataset=./d"],
-     ["data.dataset='./d'", "must have the same columns", "supporting_facts", "expected a folder with files of"]),
+CONTENT: list[Row] = [
+    ("json-empty", {"d.json": ""}, "", "'d.json', split 'train' | is not JSON | expected a list of objects"),
+    ("json-no-rows", {"d.json": "[]"}, "", "'d.json' | has no rows; expected at least one"),
+    ("json-cut", {"d.json": json.dumps(GOOD)[:-9]}, "", "'d.json' | is not JSON | line 1 column | expected a list of"),
+    ("json-numbers", {"d.json": "[1, 2]"}, "", "'d.json' | expected a list of objects"),
+    ("json-null", {"d.json": "null"}, "", "'d.json' | expected a list of objects"),
+    ("json-columns", {"d.json": '{"output": ["b"]}'}, "", "'d.json' | such a list under `data`"),
+    ("json-deep", {"d.json": "[" * 99999}, "", "'d.json' | too deeply nested; expected objects"),
+    ("json-latin-1", {"d.json": b'[{"output": "\xe9"}]'}, "", "byte 0xe9 in position 13 | expected UTF-8"),
+    ("json-utf-16", {"d.json": json.dumps(GOOD).encode("utf-16")}, "", "'d.json' | byte 0xff | expected UTF-8"),
+    ("json-types", {"d.json": json.dumps([*GOOD, {"output": 5}])}, "", "row 4: Field output | string vs int64"),
+    ("json-types-within", {"d.json": '[{"a": [{"b": "c"}]}, {"a": [{"b": 1}]}]'}, "", "row 1: Field b | expected rows"),
+    ("json-surrogate", {"d.json": '[{"output": "\\ud800"}]'}, "", "row 0: | surrogates not allowed; expected rows"),
+    ("json-large", {"d.json": f'[{{"output": "a", "n": {10**30}}}]'}, "", "row 0: | int too large | expected rows"),
+    ("json-lines-cut", {"d.json": CUT}, "", "'d.json' | line 4 is not JSON | expected one object a line"),
+    ("empty", "", "", "'d.jsonl' | has no rows; expected at least one"),
+    ("blank", "\n\n \n", "", "'d.jsonl' | has no rows; expected at least one"),
+    ("cut", CUT, "", "'d.jsonl' | line 4 is not JSON | expected one object a line"),
+    ("commas", TEXT.replace("}", "},"), "", "line 1 is not JSON: Extra data, column | one object"),
+    ("python", repr(GOOD[0]), "", "line 1 is not JSON | double quotes | expected one object a line"),
+    ("numbers", "1\n2\n", "", "line 1 is 1; expected an object"),
+    ("latin-1", TEXT.encode() + b'{"output": "\xe9"}', "", "line 5: | 0xe9 | expected UTF-8"),
+    ("utf-16", TEXT.encode("utf-16"), "", "'d.jsonl' | line 1: | 0xff | expected UTF-8"),
+    ("types", lines(*GOOD, {"output": ["b"]}), "", "line 5: Field output | string vs list | expected rows that fit"),
+    ("texts-and-numbers", lines(*GOOD, {"output": "1"}, {"output": 1}), "", "line 6: Field output | expected rows"),
+    ("twice", '{"output": "a", "output": "b"}', "", "line 1: field 'output' stands twice | expected once"),
+    ("zeros", TEXT.encode() + b"\0" * 9, "", "line 5 is not JSON | expected one object"),
+    ("parquet-empty", {"d.parquet": b""}, "", "'d.parquet' | size is 0 bytes | expected a whole file"),
+    ("parquet-no-rows", {"d.parquet": parquet([])}, "", "'d.parquet' | has no rows; expected at least one"),
+    ("parquet-text", {"d.parquet": TEXT}, "", "'d.parquet' | magic bytes not found | expected a whole file"),
+    ("parquet-cut", {"d.parquet": parquet(GOOD)[:-9]}, "", "magic bytes not found | expected a whole file"),
+    ("folder-cut", {"d/a.jsonl": TEXT, "d/b.jsonl": CUT}, "", "'./d' | b.jsonl, line 4 is not JSON"),
+    ("folder-columns", {"d/a.jsonl": TEXT, "d/b.jsonl": lines({"a": "b"})}, "",
+     "'./d' | a.jsonl and b.jsonl differ in a, instruction, output; expected the same fields"),
+    ("folder-types", {"d/a.jsonl": lines({"a": "b"}), "d/b.jsonl": lines({"a": ["b"]})}, "",
+     "'./d', split 'train' | Field a | string vs list | expected a folder"),
 ]
-
-FIELDS: list[Bad] = [
-    ("unknown", {"d.jsonl": lines({"text": "a"})}, LINES,
-     ["data.format='auto'", "the fields text", "expected messages"]),
-    ("half", {"d.jsonl": lines({"instruction": "a"})}, LINES,
-     ["the fields instruction", "instruction: instruction, output"]),
-    ("renamed", {"d.jsonl": lines(*GOOD)}, [*LINES, "data.output_field=answer"],
-     ["instruction, output", "instruction, answer"]),
-    ("chat-named", {"d.jsonl": lines(*GOOD)}, [*LINES, "data.format=messages"],
-     ["the fields instr", "messages: messages"]),
-    ("instruction", {"d.jsonl": lines({"instruction": 5, "output": "b"})}, LINES,
-     [*ROW, "'instruction': expected text"]),
-    ("output", {"d.jsonl": lines({"instruction": "a", "output": ["b"]})}, LINES, [*ROW, "'output': expected text"]),
-    ("input", {"d.parquet": parquet(GOOD), "d.jsonl": lines({"instruction": "a", "input": {"b": "c"}, "output": "b"})},
-     LINES, [*ROW, "field 'input': expected text, found {'b': 'c'}"]),
-    ("chat-text", {"d.jsonl": lines({"messages": "hello"})}, LINES,
-     [*ROW, "'messages' is not a list of {role, content}"]),
-    ("chat-sharegpt", {"d.jsonl": lines({"messages": [{"from": "human", "value": "a"}]})}, LINES,
-     [*ROW, "'messages' is not a list of {role, content}"]),
-    ("chat-empty", {"d.jsonl": lines(chat(("assistant", "a")), chat())}, LINES,
-     ["row 1", "ends with no message: expected"]),
-    ("chat-question", {"d.jsonl": lines(chat(("user", "a")))}, LINES,
-     [*ROW, "ends with user: expected a message of the ass"]),
-    ("chat-role", {"d.jsonl": lines(chat((None, "a")))}, LINES, [*ROW, "not a list of {role, content}, both text"]),
-    ("chat-parts", {"d.jsonl": lines(chat(("assistant", [{"text": "a"}])))}, LINES,
-     [*ROW, "{role, content}, both text"]),
-    ("chat-number", {"d.jsonl": lines(chat(("assistant", 5)))}, LINES, [*ROW, "{role, content}, both text"]),
-    ("facts", {"d.jsonl": lines({**HOTPOT, "supporting_facts": "Ann"})}, LINES,
-     [*ROW, f"field 'supporting_facts' {NOT_HOTPOT}title and sent_id"]),
-    ("context", {"d.jsonl": lines({**HOTPOT, "context": {"title": ["Ann"], "sentences": []}})}, LINES,
-     [*ROW, f"field 'context' {NOT_HOTPOT}title and sentences"]),
-    ("question", {"d.jsonl": lines({**HOTPOT, "question": 5})}, LINES,
-     [*ROW, "field 'question': expected text, found 5"]),
-    ("paragraphs", {"d.jsonl": lines({"context": "Ann is ill."})}, [*LINES, "data.format=paragraphs"],
-     [*ROW, "context is not as in HotpotQA: expected paragraphs"]),
-    ("needle-words", {"d.jsonl": lines(HOTPOT)}, [*LINES, "data.format=needle", "data.needle_words=[9]"],
-     ["data.needle_words=9: expected at least 32"]),
-    ("needle-count", {"d.jsonl": lines(HOTPOT)}, [*LINES, "data.format=needle", "data.needle_count=99"],
-     ["data.needle_count=99: expected 1 to 10"]),
-    ("too-long", {"d.jsonl": lines(*GOOD)}, [*LINES, "data.max_length=3"],
-     ["data.max_length=3", "none of the", "too long"]),
-    ("no-responses", {"d.jsonl": lines(*[{"instruction": "a", "output": " \n"}] * 4)}, LINES,
-     ["data.dataset='d.jsonl'", "4 without a response", "expected a response in at least one"]),
+FIELDS: list[Row] = [
+    ("unknown", lines({"text": "a"}), "", "data.format='auto' | the fields text | expected messages: messages; or"),
+    ("half", lines({"instruction": "a"}), "", "the fields instruction; | instruction: instruction, output"),
+    ("renamed", TEXT, "data.output_field=answer", "fields instruction, output | instruction: instruction, answer"),
+    ("chat-named", TEXT, "data.format=messages", "data.format='messages' | instruction, output; expected messages: m"),
+    ("instruction", lines({"instruction": 5, "output": "b"}), "", "field 'instruction': expected text, found 5"),
+    ("output", lines({"instruction": "a", "output": True}), "", "row 0: field 'output': expected text, found True"),
+    ("input", lines({"instruction": "a", "input": {"b": 1}, "output": "b"}), "", "expected text, found {'b': 1}"),
+    ("chat-text", lines({"messages": "hello"}), "", "row 0: field 'messages' is not a list of {role, content}, both"),
+    ("chat-sharegpt", lines({"messages": [{"from": "human", "value": "a"}]}), "", "row 0: | is not a list of {role,"),
+    ("chat-empty", chat(("assistant", "a")) + chat(), "", "row 1: | ends with no message: expected a message of the"),
+    ("chat-question", chat(("user", "a")), "", "row 0: field 'messages' ends with user: expected a message of the ass"),
+    ("chat-role", chat((None, "a")), "", "row 0: | not a list of {role, content}, both text"),
+    ("chat-parts", chat(("assistant", [{"text": "a"}])), "", "row 0: | not a list of {role, content}, both text"),
+    ("too-long", TEXT, "data.max_length=3", "data.max_length=3: none of the 4 train | from 11 to 11 tokens"),
+    ("no-responses", lines({"instruction": "a", "output": " \n"}), "", "1 without a response | expected a resp"),
 ]
-TEMPLATES: list[Bad] = [
-    ("role", {"d.jsonl": lines(chat(("tool", "a"), ("assistant", "b")))}, LINES,
-     [*ROW, "unknown role tool", "expected system"]),
-    ("tool-calls", {"d.jsonl": lines({"messages": [CALL]})}, LINES,
-     [*ROW, "leaves out tool_calls", "expected rows without"]),
-    ("function-call",
-     {"d.jsonl": lines({"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]})}, LINES,
-     [*ROW, "leaves out function_call", "expected rows without"]),
-    ("reasoning", {"d.jsonl": lines({"messages": [{"role": "assistant", "content": "a", "reasoning_content": "so"}]})},
-     LINES, [*ROW, "leaves out reasoning_content", "expected rows without"]),
-    ("tools", {"d.jsonl": lines(chat(("assistant", "b"), tools=[{"name": "f"}]))}, LINES,
-     [*ROW, "leaves out tools", "expected"]),
-    ("tools-text", {"d.jsonl": lines(chat(("assistant", "b"), tools="f"))}, LINES,
-     [*ROW, "'tools' is not JSON", "expected a"]),
-    ("tools-names", {"d.jsonl": lines(chat(("assistant", "b"), tools=["f"]))}, LINES,
-     [*ROW, "'tools' is not a list of func"]),
-    ("spelled-and-changed",
-     {"d.jsonl": lines(chat(("user", "<|mask|>"), ("assistant", "b"))),
-      **tokenizer("{% for m in messages %}{{ m.content | replace('<|mask|>', '') }}{% endfor %}")},
-     [*LINES, *TOK], [*ROW, "a message spells a special token", "expected a text without '<|mask|>'"]),
-    ("no-response", {"d.jsonl": lines(*GOOD), **tokenizer("{{ messages[0].content }}")}, [*LINES, *TOK],
-     ["data.dataset='d.jsonl'", "4 without a response", "expected a response in at least one"]),
-    ("no-prefix", {"d.jsonl": lines(*GOOD), **tokenizer("{{ messages | length }}{{ messages[0].content }}")},
-     [*LINES, *TOK],
-     [*ROW, "the prompt is not how the whole chat begins", "expected a chat template that only appends"]),
-    ("type-in-template", {"d.jsonl": lines(*GOOD), **tokenizer("{{ messages[0].content + 1 }}")}, [*LINES, *TOK],
-     [*ROW, "the chat template of the tokenizer refuses the chat"]),
-    ("no-jinja", {"d.jsonl": lines(*GOOD), **tokenizer("{% for m in messages %}")}, [*LINES, *TOK],
-     ["model.tokenizer=", "line 1 of its chat template is not Jinja", "expected a tokenizer with a template"]),
+TEMPLATES: list[Row] = [
+    ("role", chat(("tool", "a"), ("assistant", "b")), "", "row 0: the chat template | unknown role tool: expected"),
+    ("tool-calls", lines({"messages": [CALL]}), "", "row 0: | leaves out tool_calls; expected rows without"),
+    ("function-call", said(function_call={"name": "f"}), "", "row 0: | leaves out function_call; expected"),
+    ("reasoning", said(reasoning_content="so"), "", "row 0: | leaves out reasoning_content; expected rows without"),
+    ("thinking", said(thinking="so"), "", "row 0: | leaves out thinking; expected rows without"),
+    ("tools", chat(("assistant", "b"), tools=[{"name": "f"}]), "", "row 0: | leaves out tools; expected rows without"),
+    ("tools-text", chat(("assistant", "b"), tools="f"), "", "field 'tools' is not JSON | expected a list of func"),
+    ("tools-names", chat(("assistant", "b"), tools=["f"]), "", "row 0: field 'tools' is not a list of functions"),
+    ("spelled-and-changed", {"d.jsonl": chat(("user", "<|mask|>"), ("assistant", "b")),
+     **tokenizer("{% for m in messages %}{{ m.content | replace('<|mask|>', '') }}{% endfor %}")}, "",
+     "row 0: a message spells a special token | expected a text without '<|mask|>'"),
+    ("no-response", {"d.jsonl": TEXT, **tokenizer("{{ messages[0].content }}")}, "",
+     "data.dataset='d.jsonl' | 4 without a response | expected a response in at least one"),
+    ("no-prefix", {"d.jsonl": TEXT, **tokenizer("{{ messages | length }}{{ messages[0].content }}")}, "",
+     "row 0: the prompt is not how the whole chat begins | expected a chat template that only appends"),
+    ("type-in-template", {"d.jsonl": TEXT, **tokenizer("{{ messages[0].content + 1 }}")}, "",
+     "row 0: the chat template of the tokenizer refuses the chat: can only"),
+    ("refusal", {"d.jsonl": TEXT, **tokenizer("{{ raise_exception('no\\nway.') }}")}, "", "refuses the chat: no way"),
+    ("no-jinja", {"d.jsonl": TEXT, **tokenizer("{% for m in messages %}\n{{ m.content }")}, "",
+     "model.tokenizer= | line 2 of its chat template is not Jinja | expected a tokenizer with a template"),
 ]
-TOKENIZERS: list[Bad] = [
-    ("number", {}, ["model.tokenizer=5"], ["model.tokenizer=5", "expected text or none"]),
-    ("absent", {}, ["model.tokenizer=./absent"], ["model.tokenizer='./absent'", "no such folder"]),
-    ("absent-home", {}, ["model.tokenizer='~nobody-here/tok'"], ["~nobody-here/tok", "home directory", "expected a"]),
-    ("too-long", {}, ["model.tokenizer=" + "a" * 300], ["model.tokenizer=", "too long", "expected a folder"]),
-    ("hub", {}, ["model.tokenizer=nobody/no-such-model"],
-     ["model.tokenizer='nobody/no-such-model'", "expected a local folder"]),
-    ("hub-letters", {}, ["model.tokenizer='what a name'"],
-     ["model.tokenizer='what a name'", "expected a local folder"]),
-    ("hub-parts", {}, ["model.tokenizer=a/b/c"], ["model.tokenizer='a/b/c'", "expected a local folder"]),
-    ("no-files", {"tok/config.json": "{}"}, TOK, ["model.tokenizer='tok'", "no tokenizer files", "tokenizer.json"]),
-    ("a-file", tokenizer(), ["model.tokenizer=tok/tokenizer.json"],
-     ["model.tokenizer='tok/tokenizer.json'", "is a file; expected a folder"]),
-    ("cut", {**tokenizer(), "tok/tokenizer.json": '{"model":'}, TOK,
-     ["'tok'", "tokenizer.json is not JSON", "expected a"]),
-    ("of-another-program", {**tokenizer(), "tok/tokenizer.json": '{"a": 1}'}, TOK,
-     ["model.tokenizer='tok'", "expected a"]),
-    ("config-cut", {**tokenizer(), "tok/tokenizer_config.json": "{"}, TOK,
-     ["'tok'", "tokenizer_config.json is not JSON", "expected a"]),
-    ("no-end", tokenizer(eos_token=None), TOK,
-     ["model.tokenizer='tok'", "neither an eos nor a pad token", "expected one"]),
-    ("no-template", tokenizer(chat_template=None), TOK,
-     ["model.tokenizer=", "no chat template; expected the tokenizer"]),
-    ("vocabulary-small", {}, ["model.tokenizer_vocab_size=262"],
-     ["model.tokenizer_vocab_size=262: expected at least 263"]),
-    ("vocabulary-text", {}, ["model.tokenizer_vocab_size=big"],
-     ["tokenizer_vocab_size='big'", "expected whole number"]),
-    ("vocabulary-none", {}, ["model.tokenizer_vocab_size=0"], ["model.tokenizer_vocab_size=0: expected at least 263"]),
-    ("vocabulary-larger", {}, ["model.dimensions.vocab_size=9"],
-     ["model.dimensions: vocab_size 9", "expected at least", "263"]),
+TOKENIZERS: list[Row] = [
+    ("number", {}, "model.tokenizer=5", "model.tokenizer=5 | expected text or none"),
+    ("absent", {}, "model.tokenizer=./absent", "model.tokenizer='./absent' | no such folder; expected"),
+    ("absent-home", {}, "model.tokenizer='~nobody-here/tok'", "~nobody-here/tok | no such folder; expected"),
+    ("too-long", {}, "model.tokenizer=" + "a" * 300, "model.tokenizer= | expected a local folder"),
+    ("hub", {}, "model.tokenizer=nobody/no-such-model", "model.tokenizer='nobody/no-such-model' | expected a"),
+    ("hub-letters", {}, "model.tokenizer='what a name'", "model.tokenizer='what a name' | expected a local folder"),
+    ("hub-parts", {}, "model.tokenizer=a/b/c", "model.tokenizer='a/b/c' | expected a local folder"),
+    ("no-files", {"tok/config.json": "{}"}, "", "model.tokenizer='tok' | no tokenizer files (tokenizer.json"),
+    ("a-file", tokenizer(), "model.tokenizer=tok/tokenizer.json", "'tok/tokenizer.json': no such folder; expected one"),
+    ("cut", {**tokenizer(), "tok/tokenizer.json": '{"model":'}, "", "'tok' | tokenizer.json is not JSON | expected a"),
+    ("of-another-program", {**tokenizer(), "tok/tokenizer.json": '{"a": 1}'}, "", "model.tokenizer='tok':"),
+    ("config-cut", {**tokenizer(), "tok/tokenizer_config.json": "{"}, "", "tokenizer_config.json is not JSON"),
+    ("no-end", tokenizer(eos_token=None), "", "model.tokenizer='tok' | neither an eos nor a pad token; expected one"),
+    ("no-template", tokenizer(chat_template=None), "", "model.tokenizer= | no chat template; expected the tokenizer"),
+    ("vocabulary-small", {}, "model.tokenizer_vocab_size=262", "model.tokenizer_vocab_size=262: expected at least 263"),
+    ("vocabulary-text", {}, "model.tokenizer_vocab_size=big", "tokenizer_vocab_size='big' | expected whole number"),
+    ("vocabulary-larger", {}, "model.dimensions.vocab_size=9", "vocab_size 9 | expected at least | 263"),
 ]
-
 # fmt: on
-SETTINGS: list[Bad] = [
-    (name, {}, [f"data.{setting}"], [f"data.{says}"])
+SETTINGS: list[Row] = [
+    (name, {}, f"data.{setting}", f"data.{says}")
     for name, setting, says in [
         ("format", "format=alpaca", "format='alpaca': expected one of auto, instruction, messages"),
         ("fraction-all", "eval_fraction=1", "eval_fraction=1.0: expected in [0, 1)"),
-        ("fraction-negative", "eval_fraction=-0.1", "eval_fraction=-0.1: expected in [0, 1)"),
         ("fraction-text", "eval_fraction=half", "eval_fraction='half': expected number"),
         ("length-none", "max_length=0", "max_length=0: expected at least 1"),
         ("length-number", "max_length=1.5", "max_length=1.5: expected whole number"),
@@ -276,22 +190,30 @@ SETTINGS: list[Bad] = [
         ("processes", "num_proc=0", "num_proc=0: expected at least 1"),
         ("mask", "mask_prompt=1", "mask_prompt=1: expected true or false"),
         ("split", "split=null", "split=None: expected text"),
-        ("words", "needle_words=[]", "needle_words=(): expected at least one length"),
-        ("words-text", "needle_words=many", "needle_words='many': expected list of whole number"),
-        ("paragraphs", "hotpotqa_paragraphs=ten", "hotpotqa_paragraphs='ten': expected one of supporting, all"),
         ("field", "output_field=null", "output_field=None: expected text"),
     ]
 ]
 
+
+def taking(files: dict[str, Any], whole: bool) -> list[str]:
+    """The overrides that take files; `whole` holds none of their rows out."""
+    data = next((name for name in files if not name.startswith("tok/")), None)
+    taken = [f"data.dataset={'./d' if '/' in data else data}"] if data else []
+    taken += ["model.tokenizer=tok"] if any(name.startswith("tok/") for name in files) else []
+    return taken + ["data.eval_fraction=0"] * whole
+
+
+#: Of each row a name, the files to write, the overrides, and the parts of the one line on stderr.
 BAD = [
-    (f"{section}-{name}", files, [*overrides, *more], says)
-    for section, table, more in [
-        ("source", SOURCES, []),
-        ("content", CONTENT, []),
-        ("field", FIELDS, ["data.eval_fraction=0"]),
-        ("template", TEMPLATES, ["data.eval_fraction=0"]),
-        ("tokenizer", TOKENIZERS, []),
-        ("setting", SETTINGS, []),
+    (f"{section}-{name}", files, [*taking(files, whole), *filter(None, [more])], says.split(" | "))
+    for section, table, whole in [
+        ("source", SOURCES, False),
+        ("content", CONTENT, False),
+        ("field", FIELDS, True),
+        ("template", TEMPLATES, True),
+        ("tokenizer", TOKENIZERS, False),
+        ("setting", SETTINGS, False),
     ]
-    for name, files, overrides, says in table
+    for name, given, more, says in table
+    for files in [given if isinstance(given, dict) else {"d.jsonl": given}]
 ]

@@ -240,8 +240,6 @@ EVALUATE: list[Bad] = [
     ("eb_steps_of_a_sampler", "exposure_bias", ["steps=4"], ["steps: a setting of the samplers", "--steps N"]),
     ("eb_too_long", "exposure_bias", ["max_length=3"], ["max_length=3", "expected at least one step and one example"]),
     ("eb_output_long_name", "exposure_bias", ["--output", "x" * 300], ["--output xxx", "name too long", "a file"]),
-    ("needle_output_folder", "needle", ["--output", "folder"], ["--output folder", "a folder; expected a file"]),
-    ("needle_no_rows_left", "needle", [], ["data.eval_size=None", "all 4 rows", "expected fewer"]),
 ]
 # fmt: on
 

@@ -5,9 +5,7 @@ import json
 import pytest
 
 from dllm_memdlm.config import ConfigError, DataConfig
-
-HOTPOTQA = "package:long_context_eval/data/synthetic/json/hotpotqa.json"
-
+from reproduce import prepare
 
 ROWS = [{"instruction": f"say {i}", "input": "", "output": "ab"[i % 2] * (i + 1)} for i in range(20)]
 
@@ -25,14 +23,13 @@ def message_of(call, *args):
     return str(error.value)
 
 
-#: Of HotpotQA, for texts of some length.
-SENTENCES = ["It has two parts, and a preface.", "Bob read it twice.", "He liked the second part best."]
-HOTPOTQA_ROWS = [
-    {
-        "question": f"Who wrote book {i}?",
-        "answer": "Ann",
-        "supporting_facts": [["Ann", 0]],
-        "context": [["Ann", [f"Ann wrote book {i}.", *SENTENCES]]],
-    }
-    for i in range(20)
-]
+def hotpotqa(sentences, **changes):
+    """A row as in HotpotQA's released file, of one paragraph."""
+    row = {"question": " Who? ", "answer": "Ann", "supporting_facts": [["Ann", 0]], "context": [["Ann", sentences]]}
+    return row | changes
+
+
+def needle_rows():
+    """Rows to train on, and to be asked about, as reproduce.prepare writes them."""
+    rest = ["It has two parts, and a preface.", "Bob read it twice.", "He liked the second part best."]
+    return [prepare.needles(hotpotqa([f"Ann wrote book {i}.", *rest]), (40,)) for i in range(20)]

@@ -17,7 +17,7 @@ from small_run import ROWS
 
 from dllm_memdlm import export, generate
 from dllm_memdlm.data import train_tokenizer
-from dllm_memdlm.evaluation import exposure_bias, needle
+from dllm_memdlm.evaluation import exposure_bias
 from dllm_memdlm.inference.arguments import parse
 from dllm_memdlm.launch import exit_code
 from dllm_memdlm.method.fast_weights import FastWeights
@@ -86,7 +86,6 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "generate": lambda row: generate.main(["--model", "base", "--question", "Who?", "--max-new-tokens", "3", *row]),
     "export": lambda row: export.main(["--model", "base", "--out", "out", *row]),
     "exposure_bias": lambda row: exposure_bias.main(["--model", "base", "--output", "out.json", *row]),
-    "needle": lambda row: needle.main(["--model", "base", "--words", "40", "--output", "out.json", *row]),
     "lm_eval": lambda row: exit_code(lambda: lm(",".join(row)), debug=False),
     "task": lambda row: exit_code(lambda: answer(row), debug=False),
     "template": lambda row: exit_code(lambda: lm("pretrained=base").chat_template(row[0]), debug=False),

@@ -15,7 +15,7 @@ import fresh_python
 import matplotlib.image
 import pytest
 from conftest import LAUNCHED
-from data_files import ROWS
+from data_files import needle_rows
 
 from reproduce.__main__ import main
 from reproduce.figures import FIGURES
@@ -23,7 +23,7 @@ from reproduce.scales import RECIPES, SCALES
 
 #: A few steps on a few short texts, all of which is logged.
 SETTINGS = (
-    *("data.format=instruction", "data.eval_size=2", "data.eval_fraction=0.5", "lora.dropout=0"),
+    *("data.eval_size=2", "data.eval_fraction=0.5", "lora.dropout=0"),
     *("training.max_steps=4", "training.eval_steps=2", "training.logging_steps=1", "training.save_steps=4"),
     *("training.per_device_train_batch_size=4", "training.per_device_eval_batch_size=2"),
 )
@@ -43,7 +43,7 @@ def reproduced(folder: Path, *given: str, settings: tuple[str, ...] = SETTINGS) 
 def made(tmp_path_factory) -> tuple[Path, list[str]]:
     """Where it is, and what was printed."""
     folder = tmp_path_factory.mktemp("reproduced")
-    (folder / "rows.json").write_text(json.dumps(ROWS), encoding="utf-8")
+    (folder / "rows.json").write_text(json.dumps(needle_rows()), encoding="utf-8")
     done = reproduced(folder)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout.splitlines()

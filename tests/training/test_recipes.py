@@ -90,10 +90,10 @@ def test_the_small_model_is_adapted_and_tuned_on_other_rows_than_it_is_evaluated
     base, tuned = (load_recipe(RECIPES / f"small/{name}.yaml") for name in ("smollm2_base", "smollm2"))
     assert tuned.model.path == base.training.output_dir
     assert base.training.right_shift_logits and tuned.training.right_shift_logits
-    for name in ("dataset", "split", "eval_split", "eval_fraction", "train_size", "eval_size", "max_length"):
+    for name in ("split", "eval_split", "eval_fraction", "train_size", "eval_size", "max_length"):
         assert getattr(base.data, name) == getattr(tuned.data, name), name
-    assert (base.data.format, base.data.mask_prompt) == ("paragraphs", False)
-    assert (tuned.data.format, tuned.data.hotpotqa_paragraphs, tuned.data.mask_prompt) == ("hotpotqa", "all", True)
+    assert (base.data.dataset, base.data.mask_prompt) == ("data/hotpotqa-texts.jsonl", False)
+    assert (tuned.data.dataset, tuned.data.mask_prompt) == ("data/hotpotqa-all.jsonl", True)
     assert not (base.lora.enabled or base.memory.enabled)
     assert tuned.memory == MemoryConfig()
     assert (tuned.lora.r, tuned.lora.alpha, tuned.lora.dropout) == (32, 64, 0.05)

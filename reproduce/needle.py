@@ -1,0 +1,186 @@
+"""Words planted in real text, and how many of them a model finds in texts that it has not seen, by their length.
+
+python -m reproduce.needle --model runs/mine --memory --words 80 160 --output needle.json
+
+A task for models of a few hundred thousand parameters: keys and their values are drawn afresh for every text, so that
+nothing can be learned by heart; the prompt alone determines the response.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from dllm_memdlm.config import ConfigError, DataConfig
+from dllm_memdlm.evaluation.command import finish, of_a_run, read
+from dllm_memdlm.launch import exit_code, prepare_to_load
+
+if TYPE_CHECKING:
+    from dllm_memdlm.inference.decoding import Decoder
+
+# Each key has values of its own, so that a key finds its value in one step of attention. With values that any key can
+# have, the two layers would have to match the key's own word first; no trial run of a tiny model learned that.
+TABLE = """\
+animal badger beaver camel ferret gazelle hare lynx moose otter panda tapir zebra
+bird crane curlew finch heron kestrel magpie osprey puffin raven sparrow stork wren
+colour beige crimson indigo ivory lilac magenta maroon ochre scarlet teal turquoise violet
+fabric calico cotton denim flannel linen muslin satin silk suede tweed velvet wool
+flower aster begonia clover daisy iris jasmine lily lotus peony poppy tulip zinnia
+fruit apricot fig lemon lime mango melon papaya peach pear plum quince raisin
+herb basil chervil cumin dill fennel mint oregano parsley saffron sage tarragon thyme
+stone agate beryl garnet jade jasper onyx opal pearl quartz ruby topaz zircon
+tool anvil chisel drill hammer lathe mallet pliers rasp saw spanner spade wrench
+tree acacia alder beech birch cedar elm larch maple poplar rowan walnut willow
+"""
+#: The values that each key can have.
+VALUES = {key: tuple(values) for key, *values in map(str.split, TABLE.splitlines())}
+
+NEEDLES = 8  #: in a text
+NEEDLE = "The {} is {}."  #: the sentence of each
+SHORTEST = NEEDLES * len(NEEDLE.split())  #: words of a text that has room for them
+
+
+class Planted(NamedTuple):
+    """One example. `values` are the right ones by key, in the order asked for."""
+
+    prompt: str
+    response: str
+    values: dict[str, str]
+
+    def right(self, answer: str) -> int:
+        """Count the keys to which an answer gives the right value: the first one it names after the key."""
+        named: dict[str, str] = {}
+        for key, value in itertools.pairwise(re.findall(r"\w+", answer)):
+            named.setdefault(key, value)
+        return sum(named.get(key) == value for key, value in self.values.items())
+
+
+def plant(haystack: Sequence[str], words: int, count: int = NEEDLES) -> Planted:
+    """Put `count` needles between the first sentences of a text: exactly `words` words in all, then the question.
+
+    The text is repeated where it is too short, and its last sentence cut. A pure function. Keys, values and their order
+    in the question depend on the haystack alone, so they are the same at every length.
+
+        >>> plant(["Ann wrote a book.", "It has two parts."], words=15, count=2)
+        Planted(prompt="The bird is sparrow. Ann wrote a book. The fruit is peach. It has two\\n\\nName the fruit, "
+                "bird.", response="Named: fruit peach bird sparrow", values={"fruit": "peach", "bird": "sparrow"})
+    """
+    rng = random.Random(" ".join(haystack))
+    values = {key: rng.choice(VALUES[key]) for key in rng.sample([*VALUES], count)}
+    sentences = first_words(haystack, words - count * len(NEEDLE.split()))
+    gaps = [rng.randint(0, len(sentences)) for _ in values]
+    needles = [NEEDLE.format(key, values[key]) for key in rng.sample([*values], count)]
+    text = []
+    for gap in range(len(sentences) + 1):
+        text += [needle for needle, own in zip(needles, gaps, strict=True) if own == gap]
+        text += sentences[gap : gap + 1]
+    # One mark follows each key, as one value does in the response: the two lists run at a constant distance.
+    question = f"Name the {', '.join(values)}."
+    response = "Named: " + " ".join(f"{key} {value}" for key, value in values.items())
+    return Planted(f"{' '.join(text)}\n\n{question}", response, values)
+
+
+def first_words(sentences: Sequence[str], count: int) -> list[str]:
+    """Return the first `count` words as sentences, the last one cut; from the start again where the text ends."""
+    kept: list[str] = []
+    while count > 0:
+        for sentence in sentences:
+            words = sentence.split()[:count]
+            count -= len(words)
+            kept += [" ".join(words)] if words else []
+    return kept
+
+
+def held_out(data: DataConfig, questions: int) -> list[list[str]]:
+    """Return the haystacks of the first `questions` rows behind those that training evaluates on.
+
+    No choice was made by looking at them.
+
+    Raises:
+        ConfigError: there is no such row, or none with a haystack.
+    """
+    from dllm_memdlm.data import load_rows
+
+    _, held = load_rows(replace(data, eval_size=None))
+    rows, first = ([] if held is None else held.rows), data.eval_size
+    if first is None or first >= len(rows):
+        raise ConfigError(
+            f"data.eval_size={first}: training evaluates on all {len(rows)} rows that it holds out of {data.dataset}; "
+            "expected fewer"
+        )
+    if "haystack" not in rows.column_names:
+        fields = ", ".join(rows.column_names)
+        raise ConfigError(f"data.dataset={data.dataset!r}: has the fields {fields}; expected a haystack (`make data`)")
+    return [text.split("\n") for text in rows.select(range(first, min(first + questions, len(rows))))["haystack"]]
+
+
+def found(decoder: Decoder, examples: Sequence[Planted], batch_size: int) -> list[int]:
+    """Count the values that each text's answer gives, with a memory of the text if the decoder has one."""
+    from dllm_memdlm.data.encoding import decode_text, encode_chat
+
+    tokenizer = decoder.pretrained.tokenizer
+    chats = [[{"role": "user", "content": example.prompt}] for example in examples]
+    prompts = [encode_chat(tokenizer, chat, add_generation_prompt=True) for chat in chats]
+    new_tokens = max(len(tokenizer(example.response)["input_ids"]) for example in examples) + 1
+    right = []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        with decoder.recalled(batch):
+            answers = decoder.answers(batch, new_tokens)
+        texts = (decode_text(tokenizer, answer) for answer in answers)
+        right += [example.right(text) for example, text in zip(examples[start:], texts, strict=False)]
+    return right
+
+
+def run(args: argparse.Namespace) -> None:
+    """Ask, and write what was found. Raises ConfigError for what the user can correct."""
+    prepare_to_load()
+    # Trained with full attention, and asked for few words: decoded as LLaDA-MoE is, in one block.
+    parsed, data = read(args, sampler="mdlm")
+    haystacks, decoder = held_out(data, args.questions), parsed.open()
+    console, rows = Console(highlight=False), []
+    for words in track(args.words, "asking", console=console, transient=True):
+        right = found(decoder, [plant(haystack, words) for haystack in haystacks], args.batch_size)
+        rows.append({"words": words, "right": sum(right), "asked": len(right) * NEEDLES})
+    report: dict[str, Any] = {"model": args.model, "memory": decoder.memory is not None, "questions": len(haystacks)}
+    finish(args.output, report | {"scores": rows}, decoder, table(rows), console)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Show a column for each length."""
+    result = Table(title="Values found")
+    for row in rows:
+        result.add_column(f"{row['words']} words", justify="right")
+    result.add_row(*(f"{row['right'] / row['asked']:.1%}" for row in rows))
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns 2 after one line about what the user can correct."""
+    parser = of_a_run("python -m reproduce.needle", "Retrieval by context length.")
+    parser.add_argument("--words", type=int, nargs="+", required=True, metavar="N", help="lengths of the texts")
+    parser.add_argument("--questions", type=int, default=50, metavar="N", help="texts of each length (default: 50)")
+    parser.add_argument("--batch-size", type=int, default=25, metavar="N", help="texts at a time (default: 25)")
+    args = parser.parse_intermixed_args(argv)
+    for name, values, least in (
+        ("words", args.words, SHORTEST),
+        ("questions", [args.questions], 1),
+        ("batch-size", [args.batch_size], 1),
+    ):
+        if min(values) < least:
+            parser.error(f"--{name} {min(values)}: expected at least {least}")
+    return exit_code(lambda: run(args), args.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""Retrieval by context length: a model is asked for the needles in texts it has not seen, and what it finds counted."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fresh_python
+import pytest
+import torch
+from data_files import message_of, needle_rows
+from small_run import RECIPE
+
+from dllm_memdlm.config import DataConfig
+from dllm_memdlm.data import load_rows
+from dllm_memdlm.inference.arguments import parse
+from dllm_memdlm.inference.decoding import Decoder
+from dllm_memdlm.machine import package_versions
+from dllm_memdlm.training import run
+from dllm_memdlm.training.recipe import load_recipe
+from reproduce import needle
+from reproduce.needle import Planted, found, held_out, plant
+
+pytestmark = pytest.mark.usefixtures("caches_of_runs")
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory, caches_of_runs) -> Path:
+    """A model that was trained for two steps, on half of the rows; it evaluates on two of the others."""
+    folder = tmp_path_factory.mktemp("needle")
+    (folder / "rows.json").write_text(json.dumps(needle_rows()), encoding="utf-8")
+    data = f"dataset: {folder / 'rows.json'}, eval_size: 2, eval_fraction: 0.5"
+    (folder / "needle.yaml").write_text(RECIPE.replace("dataset: DATASET, eval_fraction: 0.2", data))
+    torch.set_num_threads(1)
+    run.train(load_recipe(folder / "needle.yaml", [f"training.output_dir={folder / 'run'}", "training.max_steps=2"]))
+    return folder / "run"
+
+
+@pytest.fixture
+def data(run_dir) -> DataConfig:
+    return load_recipe(run_dir / "recipe.yaml").data
+
+
+def asked(data: DataConfig, words: int, questions: int) -> list[Planted]:
+    return [plant(haystack, words) for haystack in held_out(data, questions)]
+
+
+def decoder_of(run_dir: Path, memory: bool = False) -> Decoder:
+    return parse({"pretrained": str(run_dir), "memory": memory, "sampler": "mdlm"}).open()
+
+
+def test_what_is_asked_was_neither_trained_nor_evaluated_on(data):
+    trained, evaluated = ([text.split("\n") for text in source.rows["haystack"]] for source in load_rows(data))
+    rest = held_out(data, 100)
+    assert (len(trained), len(evaluated), len(rest)) == (10, 2, 8), "all that are left"
+    assert len({text[0] for text in trained + evaluated + rest}) == 20
+    whole = load_rows(replace(data, eval_size=None))[1].rows["haystack"][:]
+    assert [text.split("\n") for text in whole] == evaluated + rest, "in their order"
+    assert held_out(data, 3) == rest[:3]
+
+
+@pytest.mark.parametrize("changes", [{"eval_size": 10}, {"eval_size": None}, {"eval_fraction": 0.0}])
+def test_where_no_row_is_left_it_is_said(data, changes):
+    """Behind those that training evaluates on there is none."""
+    assert message_of(held_out, replace(data, **changes), 5).startswith("data.eval_size=")
+
+
+def test_rows_of_another_form_are_refused(data, tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([{"instruction": "?", "output": "!"}] * 20))
+    assert "expected a haystack" in message_of(held_out, replace(data, dataset=str(tmp_path / "rows.json")), 5)
+
+
+def test_an_answer_is_scored_by_key():
+    example = plant(["Ann wrote a book."], 60, 3)
+    (first, value), *rest = example.values.items()
+    assert example.right(example.response) == 3
+    assert example.right(f"{first} {value}") == 1
+    assert example.right(f"Named: {first} {value}s {first} {value}") == 0, "the first value named counts"
+    assert example.right(" ".join(f"{key} {value}" for key, _ in rest)) == example.right("") == 0
+
+
+def answers_from(examples: list[Planted], kept: dict[int, str], monkeypatch) -> list[list[str]]:
+    """Decoding answers some of the examples, by number, with a text; the others with nothing. → the batches."""
+    batches, held, whole = [], [], Decoder.recalled
+
+    def recalled(self, prompts):
+        held.append(prompts)
+        return whole(self, prompts)
+
+    def answers(self, prompts, new_tokens):
+        tokenizer = self.pretrained.tokenizer
+        assert held[-1] == prompts, "each with its own memory"
+        texts = [tokenizer.decode(prompt) for prompt in prompts]
+        numbers = [next((n for n, example in enumerate(examples) if example.prompt in t), None) for t in texts]
+        batches.append(texts)
+        tokens = [tokenizer(kept.get(number, ""))["input_ids"] for number in numbers]
+        assert all(len(own) < new_tokens for own in tokens), "there is room for the end"
+        return [[*own, tokenizer.eos_token_id] for own in tokens]
+
+    monkeypatch.setattr(Decoder, "recalled", recalled)
+    monkeypatch.setattr(Decoder, "answers", answers)
+    return batches
+
+
+@pytest.mark.parametrize(("batch_size", "sizes"), [(2, [2, 2, 1]), (25, [5])])
+def test_right_answers_count_for_the_text_they_are_of(run_dir, data, monkeypatch, batch_size, sizes):
+    examples = asked(data, 40, 5)
+    first_value = next(iter(examples[3].values.items()))
+    kept = {0: examples[0].response, 3: " ".join(first_value), 4: examples[2].response}
+    batches = answers_from(examples, kept, monkeypatch)
+    expected = [8, 0, 0, 1, examples[4].right(examples[2].response)]
+    assert expected[4] < 8
+    assert found(decoder_of(run_dir), examples, batch_size) == expected
+    assert [len(batch) for batch in batches] == sizes
+    for example, text in zip(examples, itertools.chain(*batches), strict=True):
+        assert text.startswith("<|user|>") and text.endswith("<|assistant|>") and example.prompt in text
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_a_text_is_answered_with_the_memory_of_itself(run_dir, data, monkeypatch, memory):
+    examples, seen, answers = asked(data, 40, 2), [], Decoder.answers
+    decoder, other, plain = (decoder_of(run_dir, given) for given in (memory, memory, False))
+
+    def spy(self, prompts, new_tokens):
+        with other.recalled(prompts):
+            logits = [d.pretrained.model(torch.tensor(prompts)).logits for d in (self, other, plain)]
+        seen.append((torch.equal(logits[0], logits[1]), torch.equal(logits[0], logits[2])))
+        return answers(self, prompts, 4)
+
+    monkeypatch.setattr(Decoder, "answers", spy)
+    assert len(found(decoder, examples, 1)) == 2
+    assert seen == [(True, not memory)] * 2
+
+
+def report_of(run_dir: Path, output: Path, *arguments: str) -> dict[str, Any]:
+    given = ["--model", str(run_dir), "--output", str(output), "--questions", "5", "--batch-size", "2"]
+    assert needle.main([*given, *arguments]) == 0
+    assert [path.name for path in output.parent.iterdir()] == [output.name], "nothing half-written is left"
+    return json.loads(output.read_text())
+
+
+def test_the_report_has_what_was_found(run_dir, data, tmp_path, monkeypatch, capsys):
+    examples, path = asked(data, 40, 5), tmp_path / "new" / "needle.json"
+    answers_from(examples, {1: examples[1].response, 2: examples[2].response}, monkeypatch)
+    report = report_of(run_dir, path, "--words", "40", "50")
+    scores = [{"words": 40, "right": 16, "asked": 40}, {"words": 50, "right": 0, "asked": 40}]
+    told = {"model": str(run_dir), "memory": False, "questions": 5, "scores": scores, "versions": package_versions()}
+    assert report == told
+    out = capsys.readouterr().out
+    assert "40 words" in out and "40.0%" in out and out.rstrip().endswith(str(path))
+    report = report_of(run_dir, path, "memory_inner_lr=0.0", "--words", "40", "--questions", "100")
+    assert report["scores"] == [{"words": 40, "right": 16, "asked": 8 * 8}] and report["questions"] == 8, "what is left"
+    assert report["memory"] is True, "a setting of the memory asks for it"
+    assert report["memory_tally"]["written"] == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["temprature=1"], "unknown model argument 'temprature'; did you mean"),
+        (["--model", "nowhere"], "nowhere/recipe.yaml: no such recipe file"),
+        (["--output", "."], "--output .: a folder"),
+    ],
+)
+def test_what_the_user_can_correct_is_one_line(run_dir, tmp_path, monkeypatch, capsys, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    assert needle.main(["--model", str(run_dir), "--words", "40", "--output", "needle.json", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith(f"error: {says}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--words", "31"], ["--words", "40", "--questions", "0"], ["--words", "40", "--batch-size", "0"], []]
+)
+def test_what_makes_no_sense_is_refused_before_anything_is_loaded(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        needle.main(["--model", "nowhere", "--output", "needle.json", *arguments])
+    assert stopped.value.code == 2 and "usage: python -m reproduce.needle " in capsys.readouterr().err
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import json, sys; import reproduce.needle; print(json.dumps('torch' in sys.modules))"
+    assert fresh_python.printed(fresh_python.run("-c", code)) is False

