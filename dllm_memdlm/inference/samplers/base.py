@@ -171,11 +171,15 @@ class RowNoise:
             row[:count].uniform_(generator=generator)
         return drawn
 
-    def choose(self, probabilities: Tensor, idle: Sequence[bool]) -> Tensor:
-        """Draw one token from each distribution, 0 for all of an idle row of its own seed. [B, M, V] → [B, M] int64."""
+    def choose(self, probabilities: Tensor, idle: Tensor) -> Tensor:
+        """Draw a token from each distribution. probabilities [B, M, V], idle [B, 1] → [B, M] int64.
+
+        Rows that are idle draw nothing from their own generators, as they would not if they were alone; nor does the
+        global one if all are.
+        """
+        chosen, idle = torch.zeros(probabilities.shape[:2], dtype=torch.long, device=self.device), idle[:, 0].tolist()
         if self.generators is None:
-            return torch.multinomial(probabilities.flatten(0, 1), 1).view(probabilities.shape[:2])
-        chosen = torch.zeros(probabilities.shape[:2], dtype=torch.long, device=self.device)
+            return chosen if all(idle) else torch.multinomial(probabilities.flatten(0, 1), 1).view_as(chosen)
         for row, own, generator, left_out in zip(chosen, probabilities, self.generators, idle, strict=True):
             if not left_out:
                 row.copy_(torch.multinomial(own, 1, generator=generator)[:, 0])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -50,63 +50,56 @@ class LLaDA21SamplerConfig(SamplerConfig):
     )
 
 
-class Step(NamedTuple):
-    """What a step did to the block of one row."""
+class Rows:
+    """How far each prompt of a batch is: a tensor [B, 1] for each fact."""
 
-    masks_before: int
-    masks_after: int
-    changed: bool
-    edited: bool
-
-
-@dataclass
-class Row:
-    """How far one prompt of the batch is."""
-
-    prompt: int  #: tokens
-    blocks: int  #: of its canvas, prompt included
-    block: int  #: the one that is filled in now
-    block_steps: int | None  #: the most that a block takes
-    steps: int = 0  #: in this block
-    post_steps: int = 0  #: those among them since it had no mask left
-    barred: bool = False  #: the mask token may not be chosen in this block any more
-    stale: bool = False  #: ended by an edit: its keys and values are computed once more before the next block
-    done: bool = False
-
-    @classmethod
-    def of(cls, prompt: int, settings: LLaDA21SamplerConfig) -> Row:
-        """Return the row of a prompt of so many tokens, before its first step."""
-        new, size = settings.new_tokens(prompt), settings.block_size
-        steps = None if settings.block_steps is None else min(settings.block_steps, new)
-        return cls(prompt, -(-(prompt + new) // size), prompt // size, steps)
+    def __init__(self, prompts: list[int], settings: LLaDA21SamplerConfig, device: torch.device) -> None:
+        self.settings, size = settings, settings.block_size
+        new = [settings.new_tokens(prompt) for prompt in prompts]
+        self.prompt, new = torch.tensor([prompts, new], device=device)[..., None]  #: tokens
+        self.last = (self.prompt + new - 1) // size  #: block of the canvas, prompt included
+        self.block = self.prompt // size  #: the one that is filled in now
+        self.most = None if settings.block_steps is None else new.clamp(max=settings.block_steps)  #: steps of a block
+        self.steps = torch.zeros_like(new)  #: in this block
+        self.post_steps = torch.zeros_like(new)  #: those among them since it had no mask left
+        self.barred, self.stale, self.done = torch.zeros(3, *new.shape, dtype=torch.bool, device=device)
+        # barred: the mask token may not be chosen in this block any more
+        # stale: ended by an edit: its keys and values are computed once more before the next block
 
     @property
-    def idle(self) -> bool:
-        return self.done or self.stale
+    def idle(self) -> Tensor:
+        return self.done | self.stale
 
-    def note(self, step: Step, settings: LLaDA21SamplerConfig) -> bool:
-        """Count a step; return whether the block has ended with it."""
-        self.steps += 1
-        if step.masks_after:
-            # Every step commits a mask. Where masks come back, or stay although nothing is left to chance, the model
-            # chooses the mask token itself, and would do so forever.
-            no_change = settings.temperature == 0 and not step.changed
-            self.barred = self.barred or no_change or self.steps >= 2 * settings.block_size
-            return False
-        if not step.masks_before and not step.edited:
-            return True
-        self.post_steps += 1
-        return settings.editing_threshold is None or self.post_steps > settings.max_post_steps
+    def quota(self) -> Tensor:
+        """Return the fewest masks that the next step commits. [B, 1]."""
+        size, fewest = self.settings.block_size, self.settings.num_to_transfer
+        if self.most is None:
+            return torch.full_like(self.block, fewest)
+        return (size // self.most + (self.steps < size % self.most)).clamp(min=fewest)
 
-    def quota(self, settings: LLaDA21SamplerConfig) -> int:
-        """Return the fewest masks that the next step commits."""
-        if self.block_steps is None:
-            return settings.num_to_transfer
-        share, more = divmod(settings.block_size, self.block_steps)
-        return max(settings.num_to_transfer, share + (self.steps < more))
+    def note(self, masked: Tensor, left: Tensor, changed: Tensor, edited: Tensor, text_ends: Tensor) -> None:
+        """Count a step of the rows that are not idle; where their blocks have ended with it, go to the next ones.
 
-    def next_block(self) -> None:
-        self.block, self.post_steps, self.steps, self.barred, self.stale = self.block + 1, 0, 0, False, False
+        Args, [B, 1] bool: whether a block had masks before the step, has some left, was changed, and was edited; and
+        whether the text ends in it.
+        """
+        settings, active = self.settings, ~self.idle
+        self.steps += active
+        # Every step commits a mask. Where masks come back, or stay although nothing is left to chance, the model
+        # chooses the mask token itself, and would do so forever.
+        stuck = self.steps >= 2 * settings.block_size
+        self.barred |= left & (stuck if settings.temperature > 0 else stuck | ~changed)
+        settled = ~masked & ~edited
+        self.post_steps += active & ~left & ~settled
+        most = 0 if settings.editing_threshold is None else settings.max_post_steps
+        ended = active & ~left & (settled | (self.post_steps > most))
+        self.done |= ended & (text_ends | (self.block == self.last))
+        again = ended & ~self.done & changed & settings.use_cache
+        move = self.stale | (ended & ~self.done & ~again)
+        self.stale = again
+        self.block += move
+        for state in (self.steps, self.post_steps, self.barred):
+            state.masked_fill_(move, 0)
 
 
 @dataclass
@@ -126,34 +119,28 @@ class LLaDA21Sampler(CanvasSampler):
     @torch.no_grad()
     def _decode(self, prompts: list[Tensor], settings: LLaDA21SamplerConfig, noise: RowNoise) -> Iterator[Tensor]:
         size = settings.block_size
-        rows = [Row.of(len(prompt), settings) for prompt in prompts]
-        canvas = self._canvas(prompts, [row.blocks * size for row in rows])
+        rows = Rows([len(prompt) for prompt in prompts], settings, self.model.device)
+        canvas = self._canvas(prompts, (size * (1 + rows.last))[:, 0].tolist())
         yield canvas
         cache = CanvasCache(self.layers, canvas.shape[1]) if settings.use_cache else None
         if cache is not None:
-            self._prefill(canvas, cache, size * max(row.block for row in rows), size)
-        while not all(row.done for row in rows):
-            first = torch.tensor([row.block * size for row in rows], device=canvas.device)[:, None]
-            window = first + torch.arange(size, device=canvas.device)
-            logits = self._logits(canvas, window, cache, size, rows)
-            for_cache_alone = all(row.idle for row in rows)
-            steps = [None] * len(rows) if for_cache_alone else self._step(canvas, window, logits, rows, settings, noise)
-            for line, row, step in zip(canvas, rows, steps, strict=True):
-                if row.stale:
-                    row.next_block()
-                elif not row.done and row.note(step, settings):
-                    ended = settings.eos_early_stop and self._ends(line[row.prompt : (row.block + 1) * size])
-                    row.done = ended or row.block + 1 == row.blocks
-                    row.stale = not row.done and step.changed and settings.use_cache
-                    if not row.idle:
-                        row.next_block()
+            self._prefill(canvas, cache, size * int(rows.block.max()), size)
+        while True:
+            last, quota = rows.block.max(), rows.quota()
+            level = (rows.done | (rows.block == last)).all()
+            facts = torch.stack([rows.done.all(), rows.idle.all(), level, last, quota.max()])
+            done, for_cache_alone, level, last, most = facts.tolist()  # once a step, this waits for the device
+            if done:
+                return
+            window = size * rows.block + torch.arange(size, device=canvas.device)
+            logits = self._logits(canvas, window, cache, size, last, level)
+            self._step(canvas, window, logits, rows, quota, most, noise)
             if not for_cache_alone:
                 yield canvas
 
     def _prefill(self, canvas: Tensor, cache: CanvasCache, length: int, size: int) -> None:
         """Compute keys and values of the prompts' full blocks, a bounded number of tokens at a time."""
         chunk = max(1, PREFILL // size) * size
-        nothing = torch.zeros(len(canvas), 1, dtype=torch.long, device=canvas.device)
         for start in range(0, length, chunk):
             end = min(start + chunk, length)
             positions = torch.arange(start, end, device=canvas.device)[None]
@@ -163,71 +150,61 @@ class LLaDA21Sampler(CanvasSampler):
                 attention_mask=block_causal(positions, end, size),
                 position_ids=positions,
                 cache=cache,
-                positions=nothing,  # the last layer's output is not wanted
+                positions=torch.zeros_like(canvas[:, :1]),  # the last layer's output is not wanted
                 project=False,
             )
 
-    def _logits(self, canvas: Tensor, window: Tensor, cache: CanvasCache | None, size: int, rows: list[Row]) -> Tensor:
-        """Return the logits of each row's block. window [B, size] → [B, size, V]."""
-        last = max(row.block for row in rows)
+    def _logits(
+        self, canvas: Tensor, window: Tensor, cache: CanvasCache | None, size: int, last: int, level: int
+    ) -> Tensor:
+        """Return the logits of each row's block, all of them the `last` one if `level`. [B, size] → [B, size, V]."""
         end = size * (1 + last)
         if cache is None:
             return self.model(input_ids=canvas[:, :end], attention_mask=size, positions=window).logits
         cache.visible = end
-        mask = block_causal(window[:, :1], end, size)  # all of a block sees the same
-        if all(row.done or row.block == last for row in rows):  # everything: attention has its fastest kernel
-            mask = None
+        # All of a block sees the same; where that is everything, attention has its fastest kernel.
+        mask = None if level else block_causal(window[:, :1], end, size)
         tokens = canvas.gather(1, window)
         return self.model(input_ids=tokens, attention_mask=mask, position_ids=window, cache=cache).logits
 
     def _step(
-        self,
-        canvas: Tensor,
-        window: Tensor,
-        logits: Tensor,
-        rows: list[Row],
-        settings: LLaDA21SamplerConfig,
-        noise: RowNoise,
-    ) -> list[Step]:
-        """Commit and edit tokens in each row's block."""
-        mask_id = self.tokenizer.mask_token_id
-        facts = [(row.prompt, row.idle, row.barred, row.quota(settings)) for row in rows]
-        prompt, idle, barred, quota = torch.tensor(facts, device=canvas.device).T[:, :, None]
-        logits[:, :, mask_id] = logits[:, :, mask_id].masked_fill(barred.bool(), -torch.inf)
-        tokens, probability = self._choose(logits, rows, settings, noise)
-        before = canvas.gather(1, window)
-        own = window >= prompt  # a mask token of the prompt is text, and stays
-        masked = (before == mask_id) & own
-
-        confidence = probability.masked_fill(~masked, -torch.inf)
-        sure = (confidence > settings.threshold) & masked
-        order = confidence.topk(min(max(fact[-1] for fact in facts), settings.block_size)).indices
-        rank = torch.arange(order.shape[1], device=canvas.device)
-        best = torch.zeros_like(masked).scatter_(1, order, rank < quota) & masked
-        committed = torch.where(sure.sum(1, keepdim=True) >= quota, sure, best)
-        edits = torch.inf if settings.editing_threshold is None else settings.editing_threshold
-        edited = ~masked & own & (probability > edits) & (tokens != before)
-        after = torch.where((committed | edited) & ~idle.bool(), tokens, before)
-        canvas.scatter_(1, window, after)
-        seen = [masked.sum(1), ((after == mask_id) & own).sum(1), (after != before).any(1), edited.any(1)]
-        return [Step(*row) for row in torch.stack(seen, dim=1).tolist()]
-
-    def _choose(
-        self, logits: Tensor, rows: list[Row], settings: LLaDA21SamplerConfig, noise: RowNoise
-    ) -> tuple[Tensor, Tensor]:
-        """Return a token for each position, the likeliest at temperature 0, and its probability. [B, M, V] → [B, M].
-
-        Rows that are idle draw nothing, as they would not if they were alone.
-        """
+        self, canvas: Tensor, window: Tensor, logits: Tensor, rows: Rows, quota: Tensor, most: int, noise: RowNoise
+    ) -> None:
+        """Commit and edit tokens in each row's block; `most` is the largest quota."""
+        settings, mask, idle = rows.settings, self.tokenizer.mask_token_id, rows.idle
+        logits[..., mask] = logits[..., mask].masked_fill(rows.barred, -torch.inf)
         if settings.temperature > 0:
             logits = keep_likeliest(logits / settings.temperature, settings.top_k, settings.top_p)
         probabilities = logits.softmax(-1)
-        greedy = settings.temperature == 0
-        tokens = probabilities.argmax(-1) if greedy else noise.choose(probabilities, [row.idle for row in rows])
-        return tokens, probabilities.gather(-1, tokens[..., None])[..., 0]
+        tokens = noise.choose(probabilities, idle) if settings.temperature > 0 else probabilities.argmax(-1)
+        probability = probabilities.gather(-1, tokens[..., None])[..., 0]
 
-    def _ends(self, answer: Tensor) -> bool:
-        return bool((answer != self.tokenizer.mask_token_id).all() and (answer == self.tokenizer.eos_token_id).any())
+        before, own = canvas.gather(1, window), window >= rows.prompt  # a mask token of the prompt is text, and stays
+        masked = own & (before == mask)
+        confidence = probability.masked_fill(~masked, -torch.inf)
+        sure = masked & (confidence > settings.threshold)
+        order = confidence.topk(min(most, settings.block_size)).indices
+        ranked = torch.arange(order.shape[1], device=canvas.device) < quota
+        surest = masked & torch.zeros_like(masked).scatter_(1, order, ranked)
+        committed = torch.where(sure.sum(1, keepdim=True) >= quota, sure, surest)
+        edits = torch.inf if settings.editing_threshold is None else settings.editing_threshold
+        edited = own & ~masked & (probability > edits) & (tokens != before)
+        after = tokens.where((committed | edited) & ~idle, before)
+        canvas.scatter_(1, window, after)
+
+        left = own & (after == mask)
+        seen = [fact.any(1, keepdim=True) for fact in (masked, left, after != before, edited)]
+        rows.note(*seen, self._text_ends(canvas, rows))
+
+    def _text_ends(self, canvas: Tensor, rows: Rows) -> Tensor:
+        """Tell whether the text ends in a row's block, where generation is to stop then. [B, 1]."""
+        place, size = torch.arange(canvas.shape[1], device=canvas.device), rows.settings.block_size
+        answer = canvas.masked_fill((place < rows.prompt) | (place >= size * (rows.block + 1)), -1)
+        masked, ends = (
+            (answer == token).any(1, keepdim=True)
+            for token in (self.tokenizer.mask_token_id, self.tokenizer.eos_token_id)
+        )
+        return ends & ~masked & rows.settings.eos_early_stop
 
 
 def keep_likeliest(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
