@@ -13,7 +13,8 @@ from conftest import tiny
 from saved_models import decoder_with
 
 from dllm_memdlm.evaluation.generation import read_prompts
-from dllm_memdlm.inference.samplers.llada21 import Row
+import torch
+from dllm_memdlm.inference.samplers.llada21 import Rows
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "recipes" / "eval"
@@ -116,10 +117,11 @@ def test_the_papers_decoding_of_llada21(name, new_tokens, steps):
     (prompt,) = read_prompts([("", asked)], [None], **encode)
     config = decoder.config_for(prompt.new_tokens, **prompt.changes)
     assert (config.editing_threshold, config.block_size, config.threshold) == (None, 32, 0.95)
-    row = Row(prompt=1, blocks=9, block=0, block_steps=min(config.block_steps, new_tokens))
+    rows = Rows([1], config, torch.device("cpu"))
     shares = []
-    for row.steps in range(steps):
-        shares.append(row.quota(config))
+    for _ in range(steps):
+        shares.append(int(rows.quota()))
+        rows.steps += 1
     assert sum(shares) == 32 and max(shares) - min(shares) <= 1
     assert decoder.config_for(new_tokens).editing_threshold == 0.9
 
