@@ -71,7 +71,7 @@ class Texts:
         return (self._encoder.prompt("").ids or [self.tokenizer.bos_token_id])[-1]
 
     def pair(self, context: str, continuation: str) -> Pair:
-        """Return the tokens of both. Spaces between them, and a token that holds some of both, are the continuation's."""
+        """Return both as tokens. Spaces between them, and a token that holds some of both, go to the continuation."""
         spaces = len(context) - len(context.rstrip())
         if spaces:
             context, continuation = context[:-spaces], context[-spaces:] + continuation

@@ -203,7 +203,9 @@ def test_no_mask_token(base, tmp_path):
 
 def test_values_that_no_argument_takes(base):
     assert message(base, dtype="int8") == "model.dtype='int8': expected one of auto, float32, bfloat16, float16"
-    assert message(base, attn_implementation="x").startswith("model.attn_implementation='x': expected one of sdpa, eager,")
+    assert message(base, attn_implementation="x").startswith(
+        "model.attn_implementation='x': expected one of sdpa, eager,"
+    )
 
 
 def test_an_adapter_that_is_not_there(base, tmp_path):
