@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import tiny
 from saved_models import decoder_with
 
 from dllm_memdlm.evaluation.generation import read_prompts
-import torch
 from dllm_memdlm.inference.samplers.llada21 import Rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,6 +67,9 @@ def test_lm_eval_takes_every_key(path):
     assert given["output_path"] == f"runs/eval/{path.stem}"
     # --model_args replaces those of the file as a whole, so that any would be lost without a word
     assert "model_args" not in given
+    first, _, rest = text_of(path.stem).partition("\n")  # its command
+    assert re.findall(r"^# .*lm_eval run --config (\S+).*pretrained=", first) == [str(path.relative_to(ROOT))]
+    assert rest.startswith("#\n")
 
 
 @every_file
@@ -78,14 +81,6 @@ def test_lm_eval_knows_every_task(path, manager):
     for asked in given.get("samples", {}).values():
         # out of order, lm-eval logs the answers under each other's numbers
         assert asked == sorted(set(asked))
-
-
-@every_file
-def test_its_command_comes_first(path):
-    first, _, rest = text_of(path.stem).partition("\n")
-    commands = re.findall(r"lm_eval run --config (\S+)", first)
-    assert first.startswith("# ") and commands == [str(path.relative_to(ROOT))]
-    assert "pretrained=" in first and rest.startswith("#\n")
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -126,12 +121,9 @@ def test_the_papers_decoding_of_llada21(name, new_tokens, steps):
     assert decoder.config_for(new_tokens).editing_threshold == 0.9
 
 
-def test_babilongs_command_runs_every_length():
+def test_babilong_runs_every_length_and_the_tasks_that_come_at_each(manager):
     first = text_of("babilong").partition("\n")[0]
     assert "for n in 1k 2k 4k 8k 16k 32k; do " in first and "--metadata max_seq_lengths=$n " in first
-
-
-def test_babilongs_group_is_the_tasks_that_come_at_every_length(manager):
     group = manager.task_index["babilong_longctx"].cfg
     assert group["task"] == [f"babilong_qa{number}" for number in range(1, 6)]
 
