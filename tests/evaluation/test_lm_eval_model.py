@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import random
-import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import EOS
-from saved_models import BYTES, byte_tokenizer, ending, save_model
+from saved_models import BYTES, byte_tokenizer, save_model
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'dllm-memdlm[eval]'")
 
@@ -27,14 +24,11 @@ from local_tasks import (
     generate,
     responses,
     rolling,
-    save_uniform,
     score,
     values,
     write_tasks,
 )
 
-from dllm_memdlm.config import ConfigError
-from dllm_memdlm.data import train_tokenizer
 from dllm_memdlm.evaluation import plugin
 from dllm_memdlm.evaluation.likelihood import log_likelihoods, states
 from dllm_memdlm.evaluation.lm_eval_model import MemDLMEvalLM
@@ -45,7 +39,6 @@ from dllm_memdlm.method.prompt_memory import Tally, save_snapshot
 
 MEMORY = {"rank": 4, "alpha": 8.0, "layer_fraction": 0.4, "inner_lr": 1.0}
 TEXTS = [row["question"] for row in ROWS]
-TOKEN = -math.log(BYTES)  #: the log-likelihood of a token to a model that knows nothing
 LETTERS = [*range(7), *range(100, BYTES)]  #: tokens that are none
 with_and_without_memory = pytest.mark.parametrize(
     "memory", [{}, {"memory": True}, {"memory": True, "memory_scope": "prefix"}], ids=["off", "prompt", "prefix"]
@@ -73,12 +66,6 @@ def tasks(tmp_path_factory):
 def model(folder):
     """Builds the model with these arguments."""
     return lambda **arguments: MemDLMEvalLM(**{"pretrained": folder, "device": "cpu", "mc_num": 4, **arguments})
-
-
-@pytest.fixture(scope="module")
-def uniform(tmp_path_factory):
-    """A model that knows nothing: each token costs the same, so what is scored shows in the value."""
-    return MemDLMEvalLM(pretrained=save_uniform(tmp_path_factory.mktemp("uniform")), mc_num=5, max_length=16)
 
 
 # === whole evaluations ===
@@ -250,14 +237,6 @@ def test_masks_that_are_left_are_said(model, caplog):
     assert any("2 of 2 answers have masks left" in message for message in caplog.messages)
 
 
-def test_a_chat_template_that_is_not_there_is_said(tmp_path):
-    lm = MemDLMEvalLM(pretrained=save_model(tmp_path, "llama"), mc_num=2)
-    for asked in (lambda: lm.chat_template(True), lambda: lm.apply_chat_template([{"role": "user", "content": "w5"}])):
-        with pytest.raises(ConfigError, match=r"^--apply_chat_template: tokenizer='.*' has no chat template 'default'"):
-            asked()
-    assert lm.chat_template(False) is None
-
-
 # === likelihoods ===
 
 
@@ -273,14 +252,6 @@ def test_whether_a_continuation_is_the_models_own(memory, model):
     assert values(blind, *own, *others, (TEXTS[0], "")) == [value for value, _ in found]
 
 
-def test_a_continuation_may_end_the_text(tmp_path):
-    """The likeliest token of a model that knows nothing is the first one: here the tokenizer's end of sequence."""
-    lm = MemDLMEvalLM(pretrained=save_uniform(tmp_path, byte_tokenizer()), mc_num=2, check_greedy=True)
-    first = lm.tokenizer.eos_token_id = lm.tokenizer.pad_token_id = EOS
-    monkey = [([5, 6], [first, first]), ([5, 6], [first, 7])]
-    assert lm._is_greedy(monkey, quiet=True) == [True, False]
-
-
 def test_the_tally_counts_prompts(model):
     """Not the masks from which their likelihood is estimated; and whole texts have no prompt to adapt to."""
     lm = model(memory=True, mc_num=16, batch_size=4)
@@ -292,48 +263,3 @@ def test_the_tally_counts_prompts(model):
     lm = model(memory=True, max_length=40)
     assert rolling(lm, TEXTS[0], "Ada") == rolling(model(max_length=40), TEXTS[0], "Ada")
     assert lm.memory.tally == Tally()
-
-
-def test_where_the_continuation_begins_and_the_context_is_cut(model, caplog):
-    lm = model(mc_num=8)
-    assert values(lm, ("Ada lives ", "here")) == values(lm, ("Ada lives", " here"))
-    assert len({*values(lm, ("", "here")), *values(lm, ("Ada", "here")), *values(lm, (" ", "here"))}) == 3
-    with caplog.at_level("WARNING", "lm_eval"):
-        assert score(lm, ("Ada", ""), ("Ada", "a"))[0] == (0.0, False)
-    assert any("1 of 2 continuations are empty" in message for message in caplog.messages)
-    lm, long = model(max_length=30, mc_num=8), "x" * 50 + "Ada lives by the river and"
-    assert values(lm, (long, " so")) == values(lm, (long[-27:], " so"))
-    assert values(model(max_length=30, mc_num=8, memory=True), (long, " so")) == values(lm, (long, " so"))
-    assert values(lm, ("Ada", "y" * 10 + "z" * 30)) == values(lm, ("", "z" * 30))
-
-
-def test_every_token_is_counted_once(uniform, tmp_path):
-    """The first token stands before a text, and is no part of it; nor of a continuation."""
-    pairs = [("Ada", " here"), ("x" * 40, "ab"), ("", "here")]
-    assert values(uniform, *pairs) == pytest.approx([5 * TOKEN, 2 * TOKEN, 4 * TOKEN])
-    texts = ["here", "x" * 15, "x" * 16, "x" * 100]
-    assert rolling(uniform, *texts) == pytest.approx([len(text) * TOKEN for text in texts])
-    tokenizer = train_tokenizer(["hello world"] * 9, 280)  # which takes " world" for one token
-    lm = MemDLMEvalLM(pretrained=save_uniform(tmp_path, tokenizer), mc_num=2)
-    token = -math.log(len(tokenizer))
-    assert values(lm, ("hello wor", "ld"), ("hello wor", "zq")) == pytest.approx([token, 2 * token])
-
-
-def test_windows_hold_all_of_a_text_and_no_more_than_the_model_takes(model, monkeypatch):
-    lm, windows, text = model(max_length=10), [], "twenty-three characters"
-    monkeypatch.setattr(lm, "_log_likelihoods", lambda pairs, *_, **__: windows.extend(pairs) or [0.0] * len(pairs))
-    rolling(lm, text)
-    assert [token for _, continuation in windows for token in continuation] == lm.tokenizer(text)["input_ids"]
-    assert max(len(context) + len(continuation) for context, continuation in windows) == lm.max_length
-    assert windows[0][0] == [lm.tokenizer.bos_token_id]
-
-
-def test_an_end_that_the_tokenizer_appends_changes_nothing(folder, tmp_path):
-    """Neither likelihoods nor answers: the end stands behind no prompt and in no context."""
-    ended = shutil.copytree(folder, tmp_path / "ended")
-    ending(byte_tokenizer()).save_pretrained(ended)
-    plain, other = (MemDLMEvalLM(pretrained=str(path), mc_num=2) for path in (folder, ended))
-    assert other.tokenizer("a")["input_ids"][-1] == other.tokenizer.eos_token_id
-    pairs = [("Ada lives", " here"), ("", "here")]
-    assert score(other, *pairs) == score(plain, *pairs) and rolling(other, "here") == rolling(plain, "here")
-    assert generate(other, "Ada lives") == generate(plain, "Ada lives")
