@@ -1,4 +1,4 @@
-"""What `--model_args` may hold: every name and value is checked before a model is loaded."""
+"""What `--model_args` may hold: all is checked before a model is loaded. Other refusals: helpers/bad_inference.py."""
 
 from __future__ import annotations
 
@@ -34,23 +34,11 @@ def test_defaults():
         ({"max_gen_tokens": 1}, ["'max_gen_tokens'", "did you mean max_gen_toks?"]),
         ({"zzz": 1}, ["'zzz'", "known: adapter, attn_implementation", "memory_inner_lr", "editing_threshold"]),
         *(({name: 1}, [f"'{name}'"]) for name in ("memory_enabled", "memory_dropout", "max_new_tokens")),
-        ({"pretrained": ""}, ["model_args.pretrained=''", "folder or hub name"]),
-        ({"pretrained": 5}, ["model_args.pretrained=5"]),
         *(({"batch_size": size}, [f"batch_size={size!r}", "or auto"]) for size in (0, "-1", "many", "auto:x")),
-        ({"max_batch_size": 0}, ["model_args.max_batch_size=0", "at least 1"]),
-        ({"max_length": 1}, ["model_args.max_length=1", "at least 2"]),
-        ({"seed": 2**80}, [f"model_args.seed={2**80}", "62 bits"]),
-        ({"max_gen_toks": 0}, ["model_args.max_gen_toks=0", "at least 1"]),
         ({"mc_num": "many"}, ["model_args.mc_num='many'", "whole number"]),
-        ({"check_greedy": "yes"}, ["model_args.check_greedy='yes'", "true or false"]),
-        ({"dtype": "int8"}, ["model_args.dtype='int8'", "auto, float32, bfloat16, float16"]),
-        ({"sampler": "ddim"}, ["model_args.sampler='ddim'", "auto, mdlm, llada21"]),
-        ({"memory_scope": "all"}, ["model_args.memory_scope='all'", "prompt, prefix"]),
         ({"memory_scope": "prefix"}, ["model_args.memory_scope='prefix'", "memory=true"]),
         ({"memory_scope": "prefix", "fast_weights": "a"}, ["memory_scope", "memory=true"]),
-        ({"memory_attention": "causal"}, ["model_args.memory_attention='causal'", "full, block_causal"]),
         ({"memory_rank": 4, "fast_weights": "a"}, ["model_args.", "fast_weights"]),
-        ({"memory": True, "fast_weights": "a"}, ["model_args.", "fast_weights"]),
     ],
 )
 def test_what_does_not_fit_is_refused(values, parts):

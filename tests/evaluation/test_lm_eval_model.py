@@ -159,12 +159,8 @@ def test_the_batch_size_changes_nothing(memory, model):
 
 
 def test_where_an_answer_ends(model):
-    lm = model()
-    (whole,) = generate(lm, TEXTS[0])
-    for until in (whole[2], ["zzz", "", whole[2]]):
-        assert generate(lm, TEXTS[0], until=until) == [whole[: whole.index(whole[2])]]
-    for until in ("", None, ["zzz"]):
-        assert generate(lm, TEXTS[0], until=until) == [whole]
+    (whole,) = generate(model(), TEXTS[0])
+    assert generate(model(), TEXTS[0], until=["zzz", "", whole[2]]) == [whole[: whole.index(whole[2])]]
     lm = model(max_gen_toks=5, batch_size=4, suppress_tokens=LETTERS)  # a letter a token
     requests = asking(TEXTS[0], max_gen_toks=9) + asking(TEXTS[1], max_gen_toks=None)
     assert [len(answer) for answer in lm.generate_until(requests, disable_tqdm=True)] == [9, 5]

@@ -13,7 +13,6 @@ pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'dllm-memdlm[e
 
 from local_tasks import generate, rolling, save_uniform, score, values
 
-from dllm_memdlm.config import ConfigError
 from dllm_memdlm.data import train_tokenizer
 from dllm_memdlm.evaluation.lm_eval_model import MemDLMEvalLM
 
@@ -81,11 +80,3 @@ def test_a_continuation_may_end_the_text(tmp_path):
     """The likeliest token of a model that knows nothing is the first one: here the tokenizer's end of sequence."""
     lm = MemDLMEvalLM(pretrained=save_uniform(tmp_path, word_tokenizer()), mc_num=2, check_greedy=True)
     assert lm._is_greedy([([5, 6], [EOS, EOS]), ([5, 6], [EOS, 7])], quiet=True) == [True, False]
-
-
-def test_a_chat_template_that_is_not_there_is_said(tmp_path):
-    lm = MemDLMEvalLM(pretrained=save_model(tmp_path, "llama"), mc_num=2)
-    for asked in (lambda: lm.chat_template(True), lambda: lm.apply_chat_template([{"role": "user", "content": "w5"}])):
-        with pytest.raises(ConfigError, match=r"^--apply_chat_template: tokenizer='.*' has no chat template 'default'"):
-            asked()
-    assert lm.chat_template(False) is None

@@ -1,15 +1,16 @@
-"""lm-eval finds `memdlm`: the import hook on stand-ins of lm-eval and on itself, and its stock commands."""
+"""lm-eval finds `memdlm`: the import hook on stand-ins of lm-eval and on itself, its stock commands, and our own."""
 
 from __future__ import annotations
 
 import configparser
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from fresh_python import MODELS, REGISTRY, ROOT, UNKNOWN, known_models, needs_lm_eval, printed, run, write_lm_eval
 
-from dllm_memdlm import cli
+from dllm_memdlm import cli, evaluate
 from dllm_memdlm.evaluation import memdlm_for_torch, plugin
 
 #: The start and the end of what runs in an interpreter of its own.
@@ -213,3 +214,48 @@ COMMANDS = {
 def test_the_stock_command_knows_the_model(command, installed):
     known = known_models(run(*command, *UNKNOWN, paths=(installed,)))
     assert {"dummy", "hf", "memdlm"} <= set(known)
+
+
+# === our own command: python -m dllm_memdlm.evaluate ===
+
+
+@needs_lm_eval
+@pytest.mark.slow
+def test_our_command_knows_the_model_where_torch_loads_nothing_of_others(tmp_path):
+    off = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    known = known_models(run("-m", "dllm_memdlm.evaluate", *UNKNOWN, paths=(tmp_path, ROOT), **off))
+    assert {"dummy", "hf", "memdlm"} <= set(known)
+
+
+def test_our_command_is_lm_evals_with_the_model_and_offline_without_a_hub(tmp_path):
+    """The stand-in prints its arguments, what it knows, and whether it was offline when it was imported."""
+    main = """
+import json, sys
+import lm_eval, lm_eval.models
+from lm_eval.api.registry import model_registry
+def cli_evaluate():
+    print(json.dumps([sys.argv[1:], sorted(model_registry), lm_eval.offline]))
+"""
+    start = "import os; offline = os.environ.get('HF_HUB_OFFLINE')"
+    write_lm_eval(tmp_path, **{"__init__.py": start, "__main__.py": main})
+    no_hub = {"HF_HUB_OFFLINE": "", "HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "*", "no_proxy": "*"}
+    done = run("-m", "dllm_memdlm.evaluate", "ls", "tasks", paths=(tmp_path, ROOT), **no_hub)
+    assert printed(done) == [["ls", "tasks"], ["dummy", "memdlm"], "1"]
+
+
+def test_without_lm_eval_our_command_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setattr(evaluate, "prepare_to_load", lambda: pytest.fail("asked the hub"))
+    finders = list(sys.meta_path)
+    assert evaluate.main() == 2
+    assert capsys.readouterr() == ("", "error: lm_eval is not installed: pip install 'lm_eval[ruler]==0.4.13'\n")
+    assert sys.meta_path == finders
+
+
+@needs_lm_eval
+def test_a_wrong_model_argument_is_one_line(tmp_path):
+    arguments = ("--model", "memdlm", "--model_args", "pretrained=nowhere,memry=true", "--tasks", "arc_easy")
+    done = run("-m", "dllm_memdlm.evaluate", *arguments, paths=(ROOT,), HF_HUB_OFFLINE="1")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: unknown model argument 'memry'; did you mean memory?"
+    assert "Traceback" not in done.stderr

@@ -230,12 +230,3 @@ def test_the_command_says_where_it_is(llama, tmp_path, capsys):
     assert command.main([*arguments, "--out", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out == f"saved to {tmp_path / 'out'}\n"
     assert {tensor.dtype for tensor in weights_of(tmp_path / "out").values()} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize(
-    "arguments", [["--model", "x"], ["--out", "x"], ["--model", "x", "--out", "y", "--dtype", "int8"]]
-)
-def test_a_command_that_says_too_little_is_refused(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
-        command.main(arguments)
-    assert stop.value.code == 2 and "usage: memdlm export" in capsys.readouterr().err

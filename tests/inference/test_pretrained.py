@@ -158,13 +158,6 @@ def test_recipes_with_empty_sections_and_of_before_layers_were_always_the_last(r
     assert load_pretrained(str(folder)).memory.rank == rank
 
 
-@pytest.mark.parametrize("recipe", ["memory: {layers: first}", "memory: [1]", "training: 1", "- memory", "memory: ["])
-def test_a_recipe_that_cannot_be_read(recipe, base, copy_of):
-    folder = copy_of(base)
-    (folder / "recipe.yaml").write_text(recipe)
-    assert message(str(folder)).startswith(f"{folder}/recipe.yaml: not a ")
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_dtype_is_the_checkpoints_or_the_one_asked_for(dtype, tmp_path):
     folder = save_model(tmp_path, "llama", dtype=dtype)
@@ -172,15 +165,6 @@ def test_the_dtype_is_the_checkpoints_or_the_one_asked_for(dtype, tmp_path):
     assert {p.dtype for p in load_pretrained(folder, dtype="float32").model.parameters()} == {torch.float32}
     edit(tmp_path / "config.json", dtype=None)
     assert {p.dtype for p in load_pretrained(folder).model.parameters()} == {torch.float32}
-
-
-def test_an_adapter_without_its_base(adapter, copy_of):
-    folder = copy_of(adapter)
-    edit(folder / "adapter_config.json", base_model_name_or_path=None)
-    assert f"pretrained='{folder}': an adapter that does not name its base" in message(str(folder))
-    edit(folder / "adapter_config.json", base_model_name_or_path="/gone")
-    assert message(str(folder)).startswith("pretrained='/gone': no such folder")
-    assert message(adapter, adapter).startswith(f"pretrained='{adapter}': a folder without"), "it is no base either"
 
 
 @pytest.mark.parametrize(

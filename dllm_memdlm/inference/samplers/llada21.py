@@ -62,9 +62,9 @@ class Rows:
         self.most = None if settings.block_steps is None else new.clamp(max=settings.block_steps)  #: steps of a block
         self.steps = torch.zeros_like(new)  #: in this block
         self.post_steps = torch.zeros_like(new)  #: those among them since it had no mask left
-        self.barred, self.stale, self.done = torch.zeros(3, *new.shape, dtype=torch.bool, device=device)
-        # barred: the mask token may not be chosen in this block any more
-        # stale: ended by an edit: its keys and values are computed once more before the next block
+        self.done = torch.zeros_like(new, dtype=torch.bool)
+        self.barred = self.done.clone()  #: the mask token may not be chosen in this block any more
+        self.stale = self.done.clone()  #: ended by an edit: keys and values are computed anew before the next block
 
     @property
     def idle(self) -> Tensor:

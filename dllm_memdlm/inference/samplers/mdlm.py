@@ -120,9 +120,7 @@ class _Denoiser:
         """Fill in the blocks, one after the other; yield the canvas before the first step and after each one."""
         yield self.canvas
         for block in blocks:
-            low, high = (
-                torch.tensor(bound, device=self.canvas.device)[:, None] for bound in (block.lowest, block.ends)
-            )
+            low, high = torch.tensor([block.lowest, block.ends], device=self.canvas.device)[..., None]
             self.window = None
             for counts in self._plan(block, math.ceil(self.settings.steps / len(blocks))):
                 masked = (self.canvas == self.mask) & (self.place >= low) & (self.place < high)
