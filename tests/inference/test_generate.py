@@ -17,10 +17,9 @@ from safetensors.torch import load_file, save_file
 from saved_models import byte_tokenizer, save_model
 
 from dllm_memdlm import generate
-from dllm_memdlm.config import MemoryConfig
 from dllm_memdlm.inference import arguments
 from dllm_memdlm.inference.conversation import Conversation
-from dllm_memdlm.method.fast_weights import FastWeights
+from dllm_memdlm.method.prompt_memory import load_snapshot
 
 MEMORY = {"rank": 4, "layer_fraction": 0.4, **AMPLIFIED["llada2"]}
 
@@ -66,8 +65,8 @@ def test_a_kept_memory_gives_the_same_answers_in_a_new_process_and_to_a_copy(ask
     path = str(tmp_path / "memory.safetensors")
     saved = ask("--save-memory", path)
     assert saved == ask("--memory")
-    fast_weights, header = FastWeights.load(path)
-    assert header["model"] == model and MemoryConfig(**header["memory"]).rank == 4 and fast_weights.samples == 1
+    fast_weights, config = load_snapshot(path, model)
+    assert config.rank == 4 and fast_weights.samples == 1
     command = [sys.executable, "-m", "dllm_memdlm.generate", "--model", model, "--prompt-file", document]
     more = ["--question", "Who?", "--max-new-tokens", "10", "--load-memory", path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
