@@ -72,7 +72,8 @@ def _free_folder(out: str | Path) -> Path:
     out = Path(out).expanduser().absolute()
     above = next(folder for folder in (out, *out.parents) if os.path.exists(folder))
     if not above.is_dir():
-        raise ConfigError(f"--out {out}: {above} is a file; expected a folder that is empty or not there yet")
+        found = "a file" if above == out else f"{above} is a file"
+        raise ConfigError(f"--out {out}: {found}; expected a folder that is empty or not there yet")
     if not os.access(above, os.W_OK):
         raise ConfigError(f"--out {out}: {above} may not be written to; expected a folder that may")
     if above == out and any(out.iterdir()):
