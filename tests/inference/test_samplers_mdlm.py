@@ -179,7 +179,7 @@ def test_masks_that_the_model_chooses_stay_masks(tokenizer):
     with torch.no_grad():
         model.lm_head.weight[MASK] = 1.1 * model.lm_head.weight[42]
     row = [MASK] * 3 + prompts(5)[0] + [MASK] * 9
-    sampler, plain = MDLMSampler(model, tokenizer), naive(model, settings_of(block_size=4, steps=8))
+    sampler, plain = MDLMSampler(model, tokenizer), naive(model, settings_of(block_size=4, steps=4))
     sampled, filled = plain.sample(row, NEW), plain.infill(row, len(row))
     assert [c[0].tolist() for c in sampler.sample([row], plain.settings).histories] == sampled
     assert [c[0].tolist() for c in sampler.infill([row], plain.settings).histories] == filled
