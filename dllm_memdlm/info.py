@@ -38,8 +38,8 @@ def model_arguments() -> list[Key]:
     from .inference.decoding import ONE_BLOCK, SAMPLERS, sampler_settings  # imports torch and transformers
 
     keys = _keys("", EvalArguments)
-    for name, (_, config) in SAMPLERS.items():
-        for key in _keys("", config, sampler_settings(name)):
+    for name, sampler in SAMPLERS.items():
+        for key in _keys("", sampler.CONFIG, sampler_settings(name)):
             default = "tokens of the answer" if name == "mdlm" and key.name in ONE_BLOCK else key.default
             keys.append(key._replace(default=default, help=f"{name}: {key.help}"))
     return keys + _keys("memory_", MemoryConfig, {f.name for f in dataclasses.fields(MemoryConfig)} - TRAINING_ONLY)

@@ -36,38 +36,43 @@ BUNDLED: dict[str, type[PreTrainedModel]] = {
 }
 
 
-def model_class(architecture: str) -> type[PreTrainedModel]:
-    """The class for an architecture name. Raises ConfigError naming the known ones."""
+def model_class(architecture: str, where: str = "model.architecture") -> type[PreTrainedModel]:
+    """The class for an architecture name. Raises ConfigError naming the known ones; its message begins with `where`."""
     if architecture in BUNDLED:
         return BUNDLED[architecture]
     if architecture in DECODERS:
         return bidirectional(architecture)
     known = ", ".join([*BUNDLED, *DECODERS])
-    raise ConfigError(f"model.architecture={architecture!r}: no backbone for it; known: {known}")
+    raise ConfigError(f"{where}={architecture!r}: no backbone for it; known: {known}")
 
 
-def read_config(path: str, architecture: str | None = None) -> PretrainedConfig:
+def read_config(path: str, architecture: str | None = None, where: str | None = None) -> PretrainedConfig:
     """config.json of a hub name or a local folder, as the class that its `architectures` entry asks for.
 
     `model_type` and `auto_map` are not looked at: the published LLaDA checkpoints carry a `model_type` that other
     libraries use for other models. `architecture` stands in where config.json names none; the config then names it.
 
     Raises:
-        ConfigError: there is no such folder, hub name or network; or the architecture is not known.
+        ConfigError: there is no such folder, hub name or network; or the architecture is not known. The message
+            begins with `where`, which is model.path by default.
     """
+    named = "model.architecture" if where is None else f"{where}: architecture"
+    where = where or f"model.path={path!r}"
     try:
         values, _ = ({}, None) if os.path.isfile(path) else PretrainedConfig.get_config_dict(path)
     except (OSError, TypeError) as error:  # not there or not JSON, not a mapping
-        raise ConfigError(f"model.path={path!r}: {missing_reason(path)}") from error
+        raise ConfigError(f"{where}: {missing_reason(path)}") from error
     if not isinstance(values, dict) or not values:
-        raise ConfigError(f"model.path={path!r}: {missing_reason(path)}")
+        raise ConfigError(f"{where}: {missing_reason(path)}")
     names = values.get("architectures") or [architecture]
     if not isinstance(names, list):
-        raise ConfigError(f"model.path={path!r}: its config.json has architectures={names!r}; expected a list")
+        raise ConfigError(f"{where}: its config.json has architectures={names!r}; expected a list")
     architecture = names[0]
     if architecture is None:
-        raise ConfigError(f"model.path={path!r}: its config.json names no architecture; set model.architecture")
-    cls = model_class(architecture)
+        raise ConfigError(
+            f"{where}: its config.json names no architecture; expected one there, or model.architecture in the recipe"
+        )
+    cls = model_class(architecture, named)
     values["architectures"] = [architecture]
     values.pop("auto_map", None)
     values.pop("model_type", None)
@@ -75,7 +80,7 @@ def read_config(path: str, architecture: str | None = None) -> PretrainedConfig:
         return cls.config_class.from_dict(config_values(values, cls.config_class))
     except (*REFUSED, AttributeError, KeyError) as error:
         reason = f"a config.json that makes no {cls.__name__} ({_first_line(error)})"
-        raise ConfigError(f"model.path={path!r}: {reason}") from error
+        raise ConfigError(f"{where}: {reason}") from error
 
 
 def missing_reason(path: str) -> str:
@@ -125,13 +130,19 @@ def build_config(cls: type[PretrainedConfig], dimensions: dict[str, Any]) -> Pre
 
 
 def load_model(
-    model: ModelConfig, config: PretrainedConfig, lora: LoraConfig | None = None, seed: int = 0
+    model: ModelConfig,
+    config: PretrainedConfig,
+    lora: LoraConfig | None = None,
+    seed: int = 0,
+    where: str | None = None,
 ) -> nn.Module:
     """The backbone, with its outer LoRA if enabled: weights from `model.path`, or drawn from `seed`.
 
     Raises:
-        ConfigError: the weights cannot be had, or do not fit the config.
+        ConfigError: the weights cannot be had, or do not fit the config; the message begins with `where`, which is
+            model.path by default.
     """
+    where = where or f"model.path={model.path!r}"
     cls = model_class((config.architectures or [model.architecture])[0])
     dtype = getattr(torch, model.for_training(lora or LoraConfig(enabled=False)).dtype)
     if model.path is None:
@@ -148,7 +159,7 @@ def load_model(
     else:
         if find_adapter_config_file(model.path) is not None:  # transformers would put it on its base, unasked
             raise ConfigError(
-                f"model.path={model.path!r}: holds an adapter (adapter_config.json); expected weights alone, and the "
+                f"{where}: holds an adapter (adapter_config.json); expected weights alone, and the "
                 "adapter by its own name"
             )
         try:
@@ -162,22 +173,20 @@ def load_model(
                 output_loading_info=True,
             )
         except ImportError as error:  # a kernel, or bitsandbytes
-            raise ConfigError(f"model.path={model.path!r}: {_first_line(error)}") from error
+            raise ConfigError(f"{where}: {_first_line(error)}") from error
         except (OSError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
-            raise ConfigError(f"model.path={model.path!r}: no weights ({reason})") from error
+            raise ConfigError(f"{where}: no weights ({reason})") from error
         except RuntimeError as error:
-            raise ConfigError(f"model.path={model.path!r}: weights of another shape ({_first_line(error)})") from error
+            raise ConfigError(f"{where}: weights of another shape ({_first_line(error)})") from error
         except (*REFUSED, AssertionError, AttributeError, KeyError) as error:
             reason = f"a config.json that makes no {cls.__name__} ({_first_line(error)})"
-            raise ConfigError(f"model.path={model.path!r}: {reason}") from error
+            raise ConfigError(f"{where}: {reason}") from error
         if model.load_in_4bit:
             keep_4bit_weights_as_packed(backbone)
         if report["missing_keys"]:
             first = sorted(report["missing_keys"])[0]
-            raise ConfigError(
-                f"model.path={model.path!r}: {len(report['missing_keys'])} weights are missing, {first} the first"
-            )
+            raise ConfigError(f"{where}: {len(report['missing_keys'])} weights are missing, {first} the first")
     return with_lora(backbone, lora) if lora is not None and lora.enabled else backbone
 
 

@@ -164,9 +164,10 @@ def _complete(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedToken
     if tokenizer.mask_token is None:
         mask = next((token for token in MASKS if token in vocabulary), None)
         if mask is None:
+            setting = "model.tokenizer" if where.startswith("model.") else "tokenizer"
             raise ConfigError(
                 f"{where}: declares no mask token, and {' or '.join(MASKS)} is not in its vocabulary; declare "
-                "the model's as mask_token, save the tokenizer to a folder and set model.tokenizer to it"
+                f"the model's as mask_token, save the tokenizer to a folder and set {setting} to it"
             )
         tokenizer.add_special_tokens({"mask_token": mask})
     if getattr(tokenizer, "eot_token", None) is None:

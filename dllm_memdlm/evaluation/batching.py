@@ -32,33 +32,30 @@ class Batches:
         self,
         work: Callable[[list[Item]], list[Any]],
         items: Sequence[Item],
-        length: Callable[[Item], int],
-        alike: Callable[[Item], Any] | None = None,
+        alike: Callable[[Item], Any] = lambda item: None,
     ) -> Iterator[tuple[Item, Any]]:
-        """Do the work batch by batch; each item with its result, in order.
+        """Do the work batch by batch; yield each item with its result, in order.
 
         Args:
             work: gives one result for each item of a batch.
-            items: in the order they are taken; the longest first, so that what does not fit shows at once.
-            length: tokens of an item.
-            alike: if given, a batch ends where this changes.
+            items: of a `length` in tokens, in the order they are taken; the longest first, so that what does not fit
+                shows at once.
+            alike: a batch ends where this changes.
         """
         start = 0
         while start < len(items):
-            longest = length(items[start])
+            longest, kind = items[start].length, alike(items[start])
             size = self.size if self.tokens is None else min(self.size, max(1, self.tokens // longest))
             batch = list(items[start : start + size])
-            if alike is not None:
-                first = alike(batch[0])
-                batch = batch[: next((i for i, item in enumerate(batch) if alike(item) != first), len(batch))]
+            batch = batch[: next((i for i, item in enumerate(batch) if alike(item) != kind), len(batch))]
             try:
                 results = work(batch)
             except RuntimeError as error:
                 if len(batch) == 1 or not should_reduce_batch_size(error):
                     raise
-                self.tokens = len(batch) // 2 * longest
                 results = None
             if results is None:  # outside the handler, whose traceback keeps the tensors of the failed batch
+                self.tokens = len(batch) // 2 * longest
                 torch.cuda.empty_cache()
                 continue
             yield from zip(batch, results, strict=True)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def of_a_run(prog: str, description: str) -> argparse.ArgumentParser:
-    """The arguments of every evaluation; to be read with `parse_intermixed_args`."""
+    """Return a parser with the arguments of every evaluation; to be read with `parse_intermixed_args`."""
     parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("--model", required=True, metavar="DIR", help="a run's folder")
     parser.add_argument("--memory", action="store_true", help="adapt to each prompt")
@@ -33,7 +33,7 @@ def of_a_run(prog: str, description: str) -> argparse.ArgumentParser:
 
 
 def read(args: argparse.Namespace, **defaults: Any) -> tuple[Parsed, DataConfig]:
-    """What was asked for, as the arguments of lm-eval's model, and the data of the run's recipe.
+    """Return what was asked for, as the arguments of lm-eval's model, and the data of the run's recipe.
 
     Raises:
         ConfigError: an argument that does not exist or fit; no recipe beside the model; `--output` cannot be written.

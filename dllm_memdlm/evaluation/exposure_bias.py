@@ -40,6 +40,12 @@ class Example(NamedTuple):
     def length(self) -> int:
         return len(self.prompt) + len(self.response)
 
+    @property
+    def noise_id(self) -> int:
+        """The number by which its mask is drawn: of its tokens, wherever it stands among the others."""
+        digest = hashlib.blake2b(str(tuple(self)).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little", signed=True)
+
     def fits(self, max_length: int) -> bool:
         """Whether there is a response, and no more than `max_length` tokens."""
         return len(self.response) > 0 and self.length <= max_length
@@ -80,7 +86,7 @@ class Prediction(NamedTuple):
 def exposure_bias(
     decoder: Decoder, examples: Sequence[Example], steps: int = 48, batch_size: int | str = 8, seed: int = 0
 ) -> list[DenoisingStep]:
-    """R_EB at each of the steps, of which the paper has 48; the same, up to rounding, for any batches.
+    """Measure R_EB at each of the steps, of which the paper has 48; the same, up to rounding, for any batches.
 
     With a memory, that of each prompt is in place in both trajectories (section 3.4). The random masks depend on the
     seed and the example's tokens alone. `batch_size` is halved where the GPU has no room; auto is as many as fit.
@@ -98,7 +104,7 @@ def exposure_bias(
         )
     batches = Batches(batch_size, None, decoder.pretrained.model.device)
     longest_first = sorted(examples, key=lambda example: -example.length)
-    results = batches.run(lambda batch: _denoise(decoder, batch, steps, seed), longest_first, lambda one: one.length)
+    results = batches.run(lambda batch: _denoise(decoder, batch, steps, seed), longest_first)
     static, sequential, tokens = sum(sums for _, sums in results)  # [S] each
     if not (static + sequential).isfinite().all():
         raise ConfigError("the NLL of some tokens is not finite; dtype=float32 helps where the model's has no range")
@@ -107,7 +113,7 @@ def exposure_bias(
 
 
 def _denoise(decoder: Decoder, batch: Sequence[Example], steps: int, seed: int) -> list[Tensor]:
-    """Both trajectories: for each example its static and sequential NLL and its masked tokens, by step [3, S]."""
+    """Return for each example its static and sequential NLL and its masked tokens, by step [3, S]."""
     import torch
 
     from ..method.trajectory import smallest
@@ -127,7 +133,7 @@ def _denoise(decoder: Decoder, batch: Sequence[Example], steps: int, seed: int) 
 
 
 def _rows(decoder: Decoder, batch: Sequence[Example], steps: int, seed: int) -> Rows:
-    """A batch on the model's device. Steps that reveal nothing in any row share a state."""
+    """Put a batch on the model's device. Steps that reveal nothing in any row share a state."""
     import torch
 
     from ..method import noise
@@ -141,21 +147,15 @@ def _rows(decoder: Decoder, batch: Sequence[Example], steps: int, seed: int) -> 
     visible = place < lengths
     counts = -(-(lengths - prompts) * torch.arange(steps, 0, -1) // steps)  # ceil(n · (1 - s/S)), in exact arithmetic
     counts, state_of = counts.unique_consecutive(dim=1, return_inverse=True)
-    ids = torch.tensor([_noise_id(example) for example in batch])
+    ids = torch.tensor([example.noise_id for example in batch])
     drawn = noise.uniform(noise.example_keys(seed, noise.EVALUATION, ids), noise.ANCHOR, clean.shape[1])
     masks, device = smallest(drawn, visible & (place >= prompts), counts), decoder.pretrained.model.device
     seen = None if visible.all() else visible.to(device)
     return Rows(clean.to(device), masks.to(device), state_of.to(device), seen)
 
 
-def _noise_id(example: Example) -> int:
-    """The number by which an example's mask is drawn: of its tokens, wherever it stands among the others."""
-    digest = hashlib.blake2b(str(tuple(example)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
-
-
 def _predict(decoder: Decoder, rows: Rows, canvas: Tensor, masked: Tensor) -> Prediction:
-    """What the model says of a canvas [B, L] under a mask [B, L]: all see all, as in training, but for padding."""
+    """Ask the model about a canvas [B, L] under a mask [B, L]: all see all, as in training, but for padding."""
     from ..backbones.output import token_nll, widened
     from ..method.losses import positions_of
 
@@ -173,7 +173,7 @@ def _predict(decoder: Decoder, rows: Rows, canvas: Tensor, masked: Tensor) -> Pr
 
 
 def held_out(data: DataConfig, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Example]:
-    """The first `count` examples that a run evaluates on, or all of them.
+    """Return the first `count` examples that a run evaluates on, or all of them.
 
     Raises:
         ConfigError: it holds none out; or as `load_examples`.
@@ -214,7 +214,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def table(steps: Sequence[DenoisingStep]) -> Table:
-    """About eight of the steps, counted back from the last."""
+    """Show about eight of the steps, counted back from the last."""
     result = Table("step", "masked", "L_static", "L_seq", "R_EB", title="Exposure bias (nats a masked token)")
     for step in steps[:: -max(1, len(steps) // 8)][::-1]:
         cells = ("-" if value is None else f"{value:.4f}" for value in (step.static, step.sequential, step.ratio))
@@ -223,10 +223,9 @@ def table(steps: Sequence[DenoisingStep]) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns 2 after one line about what the user can correct."""
-    parser = of_a_run(
-        "python -m dllm_memdlm.evaluation.exposure_bias", "Measure exposure bias, as in figure 11 of the paper."
-    )
+    """Run the command. Returns 2 after one line about what the user can correct."""
+    prog = "python -m dllm_memdlm.evaluation.exposure_bias"
+    parser = of_a_run(prog, "Measure exposure bias, as in figure 11 of the paper.")
     parser.add_argument("--examples", type=int, default=64, metavar="N", help="of those it held out (default: 64)")
     parser.add_argument("--steps", type=int, default=48, metavar="N", help="of denoising (default: 48)")
     parser.add_argument("--batch-size", default="8", metavar="N", help="examples at a time, or auto (default: 8)")

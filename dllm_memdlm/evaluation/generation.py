@@ -41,6 +41,11 @@ class Prompt:
         """Prompts that agree here can be decoded in one batch."""
         return self.new_tokens, tuple(sorted((name, str(value)) for name, value in self.changes.items()))
 
+    @property
+    def memory(self) -> tuple:
+        """Prompts that agree here can share a memory in one batch."""
+        return str(self.settings), tuple(self.text or ())
+
 
 def read_prompts(
     arguments: Sequence[tuple[str, dict[str, Any]]],
@@ -51,14 +56,15 @@ def read_prompts(
     max_length: int,
     seed: int,
 ) -> list[Prompt]:
-    """The prompts of lm-eval's (context, generation settings) pairs. `names` tell the questions apart everywhere.
+    """Return the prompts of lm-eval's (context, generation settings) pairs.
 
-    Of an over-long prompt the last tokens are kept, as lm-eval's own models do.
+    Of an over-long prompt the last tokens are kept, as lm-eval's own models do. `names` tell the questions apart
+    everywhere: a prompt's random numbers depend on its name, its tokens, and how often it was asked before.
 
     Raises:
-        ConfigError: the answers alone are longer than `max_length`.
+        ConfigError: a setting is not what it should be, or the answers alone are longer than `max_length`.
     """
-    prompts, seen, ignored = [], Counter(), set()
+    prompts, seen, ignored, own = [], Counter(), set(), sampler_settings(sampler)
     for number, (context, settings) in enumerate(arguments):
         new_tokens = _number(settings, ("max_gen_toks", "max_new_tokens"), int, default_new_tokens)
         room = max_length - new_tokens
@@ -67,53 +73,44 @@ def read_prompts(
                 f"model_args.max_length={max_length}: answers of {new_tokens} tokens leave no room for a prompt; "
                 "expected a larger one, or --gen_kwargs max_gen_toks=N"
             )
-        own = sampler_settings(sampler)
         changes = {name: as_meant(value, name in NONE_IS_A_CHOICE) for name, value in settings.items() if name in own}
         ignored |= settings.keys() - changes.keys() - TASK_KEYS
         if settings.get("do_sample") is False:
             changes["temperature"] = 0.0
         elif "temperature" in settings or settings.get("do_sample"):
             changes["temperature"] = _number(settings, ("temperature",), float, 1.0)
-        tokens = encode(context)
-        name = str((seed, names[number], tokens))
-        digest = hashlib.blake2b(f"{name} {seen[name]}".encode(), digest_size=7).digest()
-        seen[name] += 1  # the n-th time that a question is asked it gets other random numbers
         stops = settings.get("until") or []
         if not isinstance(stops, (str, list, tuple)):
             raise ConfigError(f"gen_kwargs until={stops!r}: expected text or a list of texts")
-        prompts.append(
-            Prompt(
-                number=number,
-                tokens=last(tokens, room),
-                text=tokens if len(tokens) <= room else None,
-                new_tokens=new_tokens,
-                changes=changes,
-                seed=int.from_bytes(digest, "little"),
-                stops=[stops] if isinstance(stops, str) else [str(stop) for stop in stops if stop],
-            )
-        )
+        stops = [stops] if isinstance(stops, str) else [str(stop) for stop in stops if stop]
+        tokens = encode(context)
+        name = str((seed, names[number], tokens))
+        digest = hashlib.blake2b(f"{name} {seen[name]}".encode(), digest_size=7).digest()
+        seen[name] += 1
+        text = tokens if len(tokens) <= room else None
+        own_seed = int.from_bytes(digest, "little")
+        prompts.append(Prompt(number, last(tokens, room), text, new_tokens, changes, own_seed, stops))
     if ignored:
         _logger.warning("ignored, as the %s sampler has no such setting: %s", sampler, ", ".join(sorted(ignored)))
     return prompts
 
 
 def last(tokens: list[int], count: int) -> list[int]:
-    """The last `count` tokens, or all where there are fewer."""
+    """Return the last `count` tokens, or all where there are fewer."""
     return tokens[max(0, len(tokens) - count) :]
 
 
 def _number(settings: dict[str, Any], names: Sequence[str], kind: type, default: Any) -> Any:
-    """The first of these settings that is there. Raises ConfigError unless it is a number; of tokens, at least 1."""
+    """Return the first of these settings that is there. Raises ConfigError unless it is a number; of tokens, >= 1."""
     name = next((name for name in names if settings.get(name) is not None), None)
     if name is None:
         return default
     try:
-        value = float(settings[name])
-        value = kind(value)
-        whole = value == float(settings[name])
+        number = float(settings[name])
+        value = kind(number)
     except (TypeError, ValueError, OverflowError):
-        whole = False
-    if not whole or isinstance(settings[name], bool):
+        number = value = None
+    if value is None or value != number or isinstance(settings[name], bool):
         expected = "a whole number" if kind is int else "a number"
         raise ConfigError(f"gen_kwargs {name}={settings[name]!r}: expected {expected}")
     if kind is int and value < 1:
@@ -130,23 +127,18 @@ def share_prefixes(prompts: list[Prompt]) -> None:
 
 
 def in_order(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Longest first, so that what does not fit shows at once; prompts that share a memory side by side."""
-
-    def memory(prompt: Prompt) -> tuple:
-        return str(prompt.settings), tuple(prompt.text or ())
-
+    """Sort: longest first, so that what does not fit shows at once; prompts that share a memory side by side."""
     longest: dict[tuple, int] = {}
     for prompt in prompts:
-        longest[memory(prompt)] = max(longest.get(memory(prompt), 0), prompt.length)
+        longest[prompt.memory] = max(longest.get(prompt.memory, 0), prompt.length)
 
     def place(prompt: Prompt) -> tuple:
-        settings, text = memory(prompt)
-        return settings, -longest[settings, text], text, -prompt.length, prompt.number
+        settings, text = prompt.memory
+        return settings, -longest[prompt.memory], text, -prompt.length, prompt.number
 
     return sorted(prompts, key=place)
 
 
 def cut(answer: str, stops: Sequence[str]) -> str:
-    """The answer up to the first stop string in it."""
-    ends = [end for stop in stops if (end := answer.find(stop)) >= 0]
-    return answer[: min(ends)] if ends else answer
+    """Return the answer up to the first stop string in it."""
+    return answer[: min((end for stop in stops if (end := answer.find(stop)) >= 0), default=len(answer))]

@@ -31,14 +31,11 @@ class Masked(NamedTuple):
 
 
 def draw_masks(length: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Masks of a continuation of `length` tokens, and what the masked tokens of each weigh in the estimate.
+    """Draw masks of `length` tokens: [U, length] bool, and what the masked tokens of each weigh: [U] float64.
 
     The numbers of masked tokens are spread evenly over 1 … length, as in LLaDA's estimator, but over all `count` masks,
-    so that the estimate does not depend on a batch size. Masks drawn more than once, as those of short continuations
-    are, come once, with their weights added.
-
-    Returns:
-        Masks [U, length] bool and weights [U] float64, U ≤ count.
+    so that the estimate does not depend on a batch size. A mask that is drawn more than once, as those of short
+    continuations are, comes once, with its weights added: U ≤ count.
     """
     keys = noise.example_keys(seed, noise.EVALUATION, torch.arange(count))
     offset = noise.uniform(keys[:1], noise.TIME, 1).double()[0]
@@ -50,7 +47,7 @@ def draw_masks(length: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def states(request: int, prompt: list[int], continuation: list[int], count: int, seed: int) -> Iterator[Masked]:
-    """The masked states from which the likelihood of one continuation is estimated; none for an empty one."""
+    """Yield the masked states from which the likelihood of one continuation is estimated; none for an empty one."""
     if continuation:
         for mask, weight in zip(*draw_masks(len(continuation), count, seed), strict=True):
             yield Masked(request, prompt, continuation, mask, float(weight))
@@ -60,7 +57,7 @@ def states(request: int, prompt: list[int], continuation: list[int], count: int,
 def log_likelihoods(
     model: nn.Module, batch: Sequence[Masked], mask_token_id: int, right_shift_logits: bool = False
 ) -> list[float]:
-    """What each state adds to the log-likelihood of its continuation, in nats.
+    """Return what each state adds to the log-likelihood of its continuation, in nats.
 
     The continuations attend to everything, as in training; padding is hidden.
     """

@@ -9,7 +9,7 @@ import atexit
 import dataclasses
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -43,20 +43,18 @@ class MemDLMEvalLM(LM):
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
         with _random_state_kept():  # tasks such as RULER's draw their data after this
-            self._set_up(arguments)
-
-    def _set_up(self, given: dict[str, Any]) -> None:
-        parsed = parse(given)
-        arguments = self.arguments = parsed.arguments
-        state = accelerate.PartialState(cpu=not torch.cuda.is_available())
-        self._rank, self._world_size = state.process_index, state.num_processes
-        atexit.register(state.destroy_process_group)  # lm-eval leaves it open, and gloo's threads may abort at the end
-        self.decoder = parsed.open(state.device if self._world_size > 1 else None)
+            parsed = parse(arguments)
+            self.arguments = parsed.arguments
+            state = accelerate.PartialState(cpu=not torch.cuda.is_available())
+            self._rank, self._world_size = state.process_index, state.num_processes
+            # lm-eval leaves the group open, and gloo's threads may abort at the end
+            atexit.register(state.destroy_process_group)
+            self.decoder = parsed.open(state.device if self._world_size > 1 else None)
         self.pretrained, self.memory = self.decoder.pretrained, self.decoder.memory
         self.tokenizer, self.max_length = self.pretrained.tokenizer, self.decoder.max_length
         self.texts = Texts(self.tokenizer)
-        self._device = next(self.pretrained.model.parameters()).device
-        self.batches = Batches(arguments.batch_size, arguments.max_batch_size, self._device)
+        self._device = self.pretrained.model.device
+        self.batches = Batches(self.arguments.batch_size, self.arguments.max_batch_size, self._device)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Decode an answer to every prompt, and cut it at the first of its stop strings."""
@@ -101,13 +99,11 @@ class MemDLMEvalLM(LM):
         for number, request in enumerate(requests):
             tokens = self.texts.whole(request.args[0])
             windows = get_rolling_token_windows(tokens, self.texts.first(), self.max_length - 1, context_len=1)
-            for window in windows:
-                pairs.append(make_disjoint_window(window))
-                owners.append(number)
+            pairs += map(make_disjoint_window, windows)
+            owners += [number] * (len(pairs) - len(owners))
         totals = [0.0] * len(requests)
-        for owner, value in zip(
-            owners, self._log_likelihoods(pairs, "rolling", disable_tqdm, adapt=False), strict=True
-        ):
+        values = self._log_likelihoods(pairs, "rolling", disable_tqdm, adapt=False)
+        for owner, value in zip(owners, values, strict=True):
             totals[owner] += value
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -118,20 +114,21 @@ class MemDLMEvalLM(LM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The chat as text. From here on contexts are such texts; see `texts`."""
+        """Return the chat as text. From here on contexts are such texts; see `texts`."""
         return self.texts.render(chat_history, begun=not add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template that is used from here on, which lm-eval keeps with the results; true is the usual one."""
+        """Return the template that is used from here on; true is the usual one. lm-eval keeps it with the results."""
         if not chat_template:
             return None
         return self.texts.use_template(chat_template if isinstance(chat_template, str) else "default")
 
     def get_model_info(self) -> dict[str, Any]:
-        """Settings, and what became of this process's memories; lm-eval keeps it with the results."""
+        """Return settings, and what became of this process's memories; lm-eval keeps it with the results."""
+        model = self.pretrained.model
         info: dict[str, Any] = {
-            "model_num_parameters": sum(parameter.numel() for parameter in self.pretrained.model.parameters()),
-            "model_dtype": str(next(self.pretrained.model.parameters()).dtype),
+            "model_num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "model_dtype": str(model.dtype),
             "sampler": self.decoder.sampler,
             "sampler_settings": self.decoder.settings,
             "answers_left_masked": self.decoder.left_masked,
@@ -145,7 +142,7 @@ class MemDLMEvalLM(LM):
         return accelerate.utils.gather(tensor.reshape(-1)) if self.world_size > 1 else tensor
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """What every process has, on process `dst`; none on the others."""
+        """Return what every process has, on process `dst`; none on the others."""
         gathered = accelerate.utils.gather_object([obj]) if self.world_size > 1 else [obj]
         return gathered if self.rank == dst else None
 
@@ -154,22 +151,19 @@ class MemDLMEvalLM(LM):
 
     def _answers(
         self, prompts: Sequence[Prompt], title: str, quiet: bool, whole: bool = False
-    ) -> Iterator[tuple[Prompt, list[int]]]:
-        """Each prompt with the tokens that follow it: with `whole` all of them, else up to the end of the text."""
+    ) -> Iterable[tuple[Prompt, list[int]]]:
+        """Decode; give each prompt with the tokens that follow it: with `whole` all, else up to the end of the text."""
 
         def decode(batch: list[Prompt]) -> list[list[int]]:
-            first, tokens = batch[0], [prompt.tokens for prompt in batch]
+            first, tokens, seeds = batch[0], [prompt.tokens for prompt in batch], [prompt.seed for prompt in batch]
             with self.decoder.recalled([prompt.text for prompt in batch]):
-                return self.decoder.answers(
-                    tokens, first.new_tokens, [prompt.seed for prompt in batch], whole=whole, **first.changes
-                )
+                return self.decoder.answers(tokens, first.new_tokens, seeds, whole=whole, **first.changes)
 
         def alike(prompt: Prompt) -> tuple:
-            shared = prompt.text if self.arguments.memory_scope == "prefix" else None
-            return prompt.settings, shared
+            return prompt.settings, prompt.text if self.arguments.memory_scope == "prefix" else None
 
-        results = self.batches.run(decode, in_order(prompts), lambda prompt: prompt.length, alike)
-        yield from tqdm(results, title, total=len(prompts), disable=quiet or self.rank != 0)
+        results = self.batches.run(decode, in_order(prompts), alike)
+        return tqdm(results, title, total=len(prompts), disable=quiet or self.rank != 0)
 
     def _log_likelihoods(self, pairs: Sequence[Pair], title: str, quiet: bool, adapt: bool = True) -> list[float]:
         items, texts = [], []
@@ -179,31 +173,25 @@ class MemDLMEvalLM(LM):
             texts.append(context if len(context) <= room else None)
             items += states(number, last(context, room), kept, self.arguments.mc_num, self.arguments.seed)
         items.sort(key=lambda item: (-item.length, item.prompt, item.request))
-
-        counted: set[int] = set()
-        fixed = self.memory is not None and self.memory.fixed is not None
+        counted: set[int] = set()  #: requests that the memory's tally has seen
+        adapt = adapt or (self.memory is not None and self.memory.fixed is not None)
 
         def score(batch: list[Masked]) -> list[float]:
             requests = [item.request for item in batch]
             first = [number not in requests[:row] and number not in counted for row, number in enumerate(requests)]
             counted.update(requests)
-            recalled = self.decoder.recalled([texts[number] for number in requests], first)
-            with recalled if adapt or fixed else nullcontext():
-                return log_likelihoods(
-                    self.pretrained.model,
-                    batch,
-                    self.tokenizer.mask_token_id,
-                    self.pretrained.right_shift_logits,
-                )
+            with self.decoder.recalled([texts[number] for number in requests], first) if adapt else nullcontext():
+                mask, shift = self.tokenizer.mask_token_id, self.pretrained.right_shift_logits
+                return log_likelihoods(self.pretrained.model, batch, mask, shift)
 
         totals = [0.0] * len(pairs)
-        results = self.batches.run(score, items, lambda item: item.length)
+        results = self.batches.run(score, items)
         for item, value in tqdm(results, title, total=len(items), disable=quiet or self.rank != 0):
             totals[item.request] += value
         return totals
 
     def _is_greedy(self, pairs: Sequence[Pair], quiet: bool) -> list[bool]:
-        """Whether the tokens that decoding gives are those of the continuation."""
+        """Tell whether the tokens that decoding gives are those of the continuation."""
         prompts = []
         for number, (context, continuation) in enumerate(pairs):
             room = max(0, self.max_length - len(continuation))
@@ -223,7 +211,7 @@ class MemDLMEvalLM(LM):
 
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Python's, numpy's and torch's global generators go on as if nothing had been drawn."""
+    """Let Python's, numpy's and torch's global generators go on as if nothing had been drawn."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):  # no task draws on a GPU
         yield

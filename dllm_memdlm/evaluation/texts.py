@@ -38,7 +38,7 @@ class Texts:
         return self.template
 
     def render(self, chat: list[dict[str, str]], begun: bool) -> str:
-        """A chat as text, up to where its answer begins, or goes on if it has `begun`.
+        """Return a chat as text, up to where its answer begins, or goes on if it has `begun`.
 
         Raises:
             ConfigError: there is no chat template, or it refuses the chat.
@@ -55,7 +55,7 @@ class Texts:
             ) from error
 
     def context(self, text: str, continuation: str = "") -> Tokens:
-        """The tokens of a context, and of what follows it; without those that the tokenizer appends to a text."""
+        """Return the tokens of a context and what follows it, without those that the tokenizer appends to a text."""
         if self.template is None:
             return self._encoder.prompt(text + continuation)
         tokens = self._encoder.encode(text + self._encoder.marked(continuation))
@@ -63,15 +63,15 @@ class Texts:
         return tokens if text.startswith(self.tokenizer.bos_token) else self._encoder.begun(tokens)
 
     def whole(self, text: str) -> list[int]:
-        """The tokens of a text that stands alone, without any that the tokenizer adds."""
+        """Return the tokens of a text that stands alone, without any that the tokenizer adds."""
         return self._encoder.text(text, add_special_tokens=False).ids
 
     def first(self) -> int:
-        """The token that stands before a whole text."""
+        """Return the token that stands before a whole text."""
         return (self._encoder.prompt("").ids or [self.tokenizer.bos_token_id])[-1]
 
     def pair(self, context: str, continuation: str) -> Pair:
-        """Spaces between the two belong to the continuation, and so does a token that holds some of both."""
+        """Return both as tokens. Spaces between them, and a token that holds some of both, go to the continuation."""
         spaces = len(context) - len(context.rstrip())
         if spaces:
             context, continuation = context[:-spaces], context[-spaces:] + continuation

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import jinja2
 
 from ..config import ConfigError
-from ..data import encode_chat
 from ..data.encoding import Encoder, decode_text
 from ..method.prompt_memory import shared_length
 from .decoding import Decoder
@@ -45,13 +44,17 @@ class Conversation:
     seed: int = 0
     turns: list[tuple[str, str]] = field(default_factory=list)  #: questions and answers so far
 
+    def __post_init__(self) -> None:
+        self.tokenizer = self.decoder.pretrained.tokenizer
+        self._encoder = Encoder(self.tokenizer)
+
     def ask(self, question: str) -> Iterator[Progress]:
-        """The answer as it is decoded; once it has ended, it is the last of `turns`.
+        """Yield the answer as it is decoded; once it has ended, it is the last of `turns`.
 
         Raises:
             ConfigError: the prompt is too long, or a chat goes on without a chat template.
         """
-        prompt = self._encode(question)
+        prompt = self.prompt(question, self.turns)
         length = len(prompt) + self.new_tokens
         if length > self.decoder.max_length:
             raise ConfigError(
@@ -62,52 +65,51 @@ class Conversation:
         with self.decoder.recalled([self.memory_text(question)]):
             canvases = self.decoder.stream([prompt], self.new_tokens, seeds=[self.seed + len(self.turns)])
             for steps, canvas in enumerate(canvases):
-                tokens = canvas[0, len(prompt) : len(prompt) + self.new_tokens].tolist()
+                tokens = canvas[0, len(prompt) : length].tolist()
                 yield Progress(tokens, steps)
         self.turns.append((question, self.text_of(tokens).strip()))
 
     def memory_text(self, question: str) -> list[int]:
-        """The tokens of the document as the prompts begin with it; of the whole prompt if there is no document."""
+        """Return the tokens of the document as the prompts begin with it; the whole prompt if there is no document."""
         if not self.document:
-            return self._encode(question)
+            return self.prompt(question, self.turns)
         # Tokens may straddle the border, so it is where the prompts of two different questions part.
-        one, other = (self._render(first, []) for first in ("A", "1"))
+        one, other = (self.prompt(first, []) for first in ("A", "1"))
         return one[: shared_length(one, other)]
 
     def text_of(self, tokens: list[int], mask: str = "") -> str:
-        """An answer as text, up to its end, with something in place of what is still masked."""
-        tokenizer = self.decoder.pretrained.tokenizer
-        ends = (tokenizer.eos_token_id, tokenizer.eot_token_id)
-        tokens = tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
-        parts, run = [], []
-        for token in [*tokens, tokenizer.mask_token_id]:
-            if token != tokenizer.mask_token_id:
+        """Return an answer as text, up to its end, with something in place of what is still masked."""
+        ends = (self.tokenizer.eos_token_id, self.tokenizer.eot_token_id)
+        texts, run = [], []
+        for token in tokens:
+            if token in ends:
+                break
+            if token == self.tokenizer.mask_token_id:
+                texts += [decode_text(self.tokenizer, run), mask]
+                run = []
+            else:
                 run.append(token)
-                continue
-            parts += [decode_text(tokenizer, run), mask]
-            run = []
-        return "".join(parts[:-1])
+        return "".join([*texts, decode_text(self.tokenizer, run)])
 
-    def _encode(self, question: str) -> list[int]:
-        return self._render(question, self.turns)
+    def prompt(self, question: str, turns: list[tuple[str, str]]) -> list[int]:
+        """Return the tokens of a question after these turns.
 
-    def _render(self, question: str, turns: list[tuple[str, str]]) -> list[int]:
-        tokenizer = self.decoder.pretrained.tokenizer
-        questions = [asked for asked, _ in turns] + [question]
-        questions[0] = GAP.join(part for part in (self.document, questions[0]) if part)
-        if tokenizer.chat_template is None:
+        Raises:
+            ConfigError: there are turns but no chat template, or it refuses the chat.
+        """
+        first, *later = [asked for asked, _ in turns] + [question]
+        questions = [GAP.join(part for part in (self.document, first) if part), *later]
+        if self.tokenizer.chat_template is None:
             if turns:
                 raise ConfigError("a chat needs a tokenizer with a chat template; this model takes one question alone")
-            return Encoder(tokenizer).prompt(questions[0] + "\n").ids
-        messages = []
-        for asked, answer in zip(questions, [answer for _, answer in turns] + [None], strict=True):
-            messages.append({"role": "user", "content": asked})
-            if answer is not None:
-                messages.append({"role": "assistant", "content": answer})
+            return self._encoder.prompt(questions[0] + "\n").ids
+        chat = [{"role": "user", "content": questions[0]}]
+        for (_, answer), asked in zip(turns, later, strict=True):
+            chat += [{"role": "assistant", "content": answer}, {"role": "user", "content": asked}]
         try:
-            return encode_chat(tokenizer, messages, add_generation_prompt=True)
+            return self._encoder.encode(self._encoder.render(chat, add_generation_prompt=True)).ids
         except jinja2.TemplateError as error:
             raise ConfigError(
-                f"tokenizer={tokenizer.name_or_path!r}: its chat template refuses a chat of a user "
+                f"tokenizer={self.tokenizer.name_or_path!r}: its chat template refuses a chat of a user "
                 f"({' '.join(str(error).split())}); expected one of a chat model"
             ) from error

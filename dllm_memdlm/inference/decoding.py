@@ -14,10 +14,9 @@ from ..config import ConfigError, require
 from ..method.inner_loop import ParametricMemory
 from ..method.prompt_memory import PromptMemory, Text, at_inference, load_snapshot
 from .pretrained import Pretrained
-from .samplers import LLaDA21Sampler, LLaDA21SamplerConfig, MDLMSampler, MDLMSamplerConfig, completions
+from .samplers import LLaDA21Sampler, MDLMSampler, SamplerConfig, completions
 
-#: The samplers and their settings, by the name that `sampler=` takes.
-SAMPLERS = {"mdlm": (MDLMSampler, MDLMSamplerConfig), "llada21": (LLaDA21Sampler, LLaDA21SamplerConfig)}
+SAMPLERS = {"mdlm": MDLMSampler, "llada21": LLaDA21Sampler}  #: by the name that `sampler=` takes
 
 #: What the number of new tokens decides for each prompt; the rest of a sampler's settings are the user's.
 PER_PROMPT = {"max_new_tokens", "max_length", "return_dict", "right_shift_logits"}
@@ -30,13 +29,13 @@ TOKEN_LISTS = {"suppress_tokens", "begin_suppress_tokens", "cfg_keep_tokens"}
 
 
 def sampler_name(model: Any) -> str:
-    """The sampler that a model was made for: block diffusion for LLaDA2.1, low-confidence remasking for the others."""
+    """Return what a model was made for: block diffusion for LLaDA2.1, low-confidence remasking for the others."""
     return "llada21" if isinstance(staged_backbone(model), LLaDA2MoeModelLM) else "mdlm"
 
 
 def sampler_settings(sampler: str) -> set[str]:
-    """The settings of a sampler that a user may choose."""
-    return {f.name for f in fields(SAMPLERS[sampler][1])} - PER_PROMPT
+    """Return the settings of a sampler that a user may choose."""
+    return {f.name for f in fields(SAMPLERS[sampler].CONFIG)} - PER_PROMPT
 
 
 @dataclass
@@ -61,11 +60,12 @@ class Decoder:
     left_masked: int = field(default=0, init=False)  #: those among them in which a mask is left
 
     def __post_init__(self) -> None:
+        model, tokenizer = self.pretrained.model, self.pretrained.tokenizer
         if self.sampler == "auto":
-            self.sampler = sampler_name(self.pretrained.model)
-        build, self._config = SAMPLERS[self.sampler]
-        self._sampler = build(self.pretrained.model, self.pretrained.tokenizer)
-        self.max_length = self.max_length or self.pretrained.model.config.max_position_embeddings
+            self.sampler = sampler_name(model)
+        self._sampler = SAMPLERS[self.sampler](model, tokenizer)
+        self._ends = tokenizer.eos_token_id, tokenizer.eot_token_id  # of a text, of a turn
+        self.max_length = self.max_length or model.config.max_position_embeddings
         if not isinstance(self.max_length, int) or self.max_length < 2:
             raise ConfigError(
                 f"pretrained={self.pretrained.name!r}: config.json has max_position_embeddings={self.max_length!r}; "
@@ -73,34 +73,29 @@ class Decoder:
             )
         self.config_for(1)  # a wrong setting is refused before anything is decoded
 
-    def config_for(self, new_tokens: int, **changes: Any) -> MDLMSamplerConfig | LLaDA21SamplerConfig:
-        """The sampler's settings for answers of `new_tokens`. Raises ConfigError for a setting it does not have."""
+    def config_for(self, new_tokens: int, **changes: Any) -> SamplerConfig:
+        """Return the sampler's settings for answers of `new_tokens`. Raises ConfigError for one that does not fit."""
         chosen = {"max_new_tokens": new_tokens, **self.settings, **changes}
         if self.sampler == "mdlm":
             shift = self.pretrained.right_shift_logits
             chosen = {**dict.fromkeys(ONE_BLOCK, new_tokens), "right_shift_logits": shift, **chosen}
-        unknown = chosen.keys() - {f.name for f in fields(self._config)}
-        if unknown:
-            known = ", ".join(sorted(sampler_settings(self.sampler)))
-            raise ConfigError(f"{sorted(unknown)[0]}: not a setting of the {self.sampler} sampler; known: {known}")
-        config = self._config(**chosen)
+        config = self._sampler.CONFIG.of(None, chosen)
         vocabulary = self.pretrained.model.config.vocab_size
         for name in TOKEN_LISTS & chosen.keys():
-            for token in getattr(config, name) or ():
-                accepted = f"tokens below the vocabulary's size, {vocabulary}"
-                require("sampler", config, name, 0 <= token < vocabulary, accepted)
+            known = all(0 <= token < vocabulary for token in getattr(config, name) or ())
+            require("sampler", config, name, known, f"tokens below the vocabulary's size, {vocabulary}")
         return config
 
     def recalled(
         self, texts: Sequence[Text | None], counted: Sequence[bool] | None = None
     ) -> AbstractContextManager[None]:
-        """The model with the memory of these texts in place, if there is a memory. See `PromptMemory.recall`."""
+        """Hold the memory of these texts in the model, if there is a memory. See `PromptMemory.recall`."""
         return nullcontext() if self.memory is None else self.memory.recalled(texts, counted)
 
     def stream(
         self, prompts: Sequence[Text], new_tokens: int, seeds: Sequence[int] | None = None, **changes: Any
     ) -> Iterator[Tensor]:
-        """The canvas [B, T] before the first step and after each one. See `CanvasSampler.steps`."""
+        """Yield the canvas [B, T] before the first step and after each one. See `CanvasSampler.steps`."""
         for canvas in self._sampler.steps(prompts, self.config_for(new_tokens, **changes), seeds):
             yield canvas
         self._count(completions(canvas, [len(prompt) for prompt in prompts], new_tokens, self._ends))
@@ -114,10 +109,9 @@ class Decoder:
         whole: bool = False,
         **changes: Any,
     ) -> list[list[int]]:
-        """The tokens that follow each prompt: all of them, or up to the end of the text or of the turn."""
-        tokenizer = self.pretrained.tokenizer
+        """Return the tokens that follow each prompt: all of them, or up to the end of the text or of the turn."""
         if self.pretrained.right_shift_logits:  # the first token is predicted from what stands before it
-            prompts = [prompt if len(prompt) else [tokenizer.bos_token_id] for prompt in prompts]
+            prompts = [prompt if len(prompt) else [self.pretrained.tokenizer.bos_token_id] for prompt in prompts]
         canvas = self._sampler.sample(prompts, self.config_for(new_tokens, **changes), seeds)
         answers = completions(canvas, [len(prompt) for prompt in prompts], new_tokens, () if whole else self._ends)
         if not whole:
@@ -125,18 +119,13 @@ class Decoder:
         return answers
 
     def unfinished(self) -> str:
-        """How many answers have masks left in them, and what to do about it; empty if none has."""
+        """Say how many answers have masks left in them, and what to do about it; nothing if none has."""
         if not self.left_masked:
             return ""
         return (
             f"{self.left_masked} of {self.answered} answers have masks left, which the model chose as tokens and the "
             f"text leaves out; suppress_tokens=[{self.pretrained.tokenizer.mask_token_id}] keeps it from that"
         )
-
-    @property
-    def _ends(self) -> tuple[int, int]:
-        """The tokens that end a text or a turn."""
-        return self.pretrained.tokenizer.eos_token_id, self.pretrained.tokenizer.eot_token_id
 
     def _count(self, answers: list[list[int]]) -> None:
         self.answered += len(answers)
@@ -146,7 +135,7 @@ class Decoder:
 def memory_for(
     pretrained: Pretrained, changes: dict[str, Any], snapshot: str | None = None, **settings: Any
 ) -> PromptMemory:
-    """A memory of prompts with the settings the model was trained with, but for `changes`; or a saved one.
+    """Return a memory of prompts with the settings the model was trained with, but for `changes`; or a saved one.
 
     Args:
         pretrained: the model.
@@ -163,12 +152,8 @@ def memory_for(
             raise ConfigError(f"{snapshot} brings its memory settings along; give no others ({', '.join(changes)})")
         device = next(pretrained.model.parameters()).device
         fast_weights, config = load_snapshot(snapshot, pretrained.name, device)
-    memory = ParametricMemory(
-        pretrained.model,
-        config,
-        pretrained.tokenizer.mask_token_id,
-        right_shift_logits=pretrained.right_shift_logits,
-    )
+    mask, shift = pretrained.tokenizer.mask_token_id, pretrained.right_shift_logits
+    memory = ParametricMemory(pretrained.model, config, mask, right_shift_logits=shift)
     if fast_weights is not None:
         memory.check(fast_weights)
     return PromptMemory(memory, fixed=fast_weights, **settings)

@@ -42,20 +42,17 @@ def export(
         ConfigError: a model or adapter is not there or does not fit, its weights are quantised, or `out` cannot be
             written.
     """
-    if not str(out):
-        raise ConfigError("--out '': expected a folder that is empty or not there yet")
-    out = Path(out).expanduser().absolute()
-    _check_free(out)
+    out = _free_folder(out)
     source = find_source(model, adapter)
     if "quantization_config" in source.config.to_dict():
         raise ConfigError(
             f"pretrained={source.base!r}: quantised weights, which take no sum; give the model that they were made "
             f"from: --model BASE{f' --adapter {source.adapter}' if source.adapter else ''}"
         )
-    own = str(source.config.dtype or torch.float32).removeprefix("torch.")
-    dtype = own if dtype == "auto" else dtype
-    loaded = load_pretrained(model, adapter, dtype=own if dtype == own else "float32", merge_adapter=True)
-    if dtype != own:
+    dtype = source.dtype if dtype == "auto" else dtype
+    own = dtype == source.dtype
+    loaded = load_pretrained(model, adapter, dtype=dtype if own else "float32", merge_adapter=True)
+    if not own:
         loaded.model.to(getattr(torch, dtype))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -63,23 +60,25 @@ def export(
             folder = Path(scratch) / out.name
             _write(folder, loaded, source, dtype, shard_size)
             folder.rename(out)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise ConfigError(f"--out {out}: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"--out {out}: {getattr(error, 'strerror', None) or error}") from error
     return out
 
 
-def _check_free(out: Path) -> None:
-    if os.path.exists(out) and not out.is_dir():
-        raise ConfigError(f"--out {out}: a file; expected a folder that is empty or not there yet")
-    above = next(folder for folder in out.parents if os.path.exists(folder))
+def _free_folder(out: str | Path) -> Path:
+    """Return the whole path of `out`. Raises ConfigError unless it can be made, or is empty."""
+    if not str(out):
+        raise ConfigError("--out '': expected a folder that is empty or not there yet")
+    out = Path(out).expanduser().absolute()
+    above = next(folder for folder in (out, *out.parents) if os.path.exists(folder))
     if not above.is_dir():
-        raise ConfigError(f"--out {out}: {above} is a file")
+        found = "a file" if above == out else f"{above} is a file"
+        raise ConfigError(f"--out {out}: {found}; expected a folder that is empty or not there yet")
     if not os.access(above, os.W_OK):
         raise ConfigError(f"--out {out}: {above} may not be written to; expected a folder that may")
-    if os.path.isdir(out) and any(out.iterdir()):
+    if above == out and any(out.iterdir()):
         raise ConfigError(f"--out {out}: not empty; expected a folder that is empty or not there yet")
+    return out
 
 
 def _write(folder: Path, loaded: Pretrained, source: Source, dtype: str, shard_size: str) -> None:
@@ -90,8 +89,7 @@ def _write(folder: Path, loaded: Pretrained, source: Source, dtype: str, shard_s
     loaded.tokenizer.save_pretrained(folder)
     _keep_conversion(folder / "config.json", source)
     readable_by_both(folder)
-    recipes = (file_beside(place, FILE_NAME) for place in source.folders)
-    for found in (generation, next(filter(None, recipes), None)):
+    for found in (generation, source.recipe_file):
         if found is not None:
             shutil.copyfile(found, folder / found.name)
     home = source.folders[0]
@@ -111,6 +109,7 @@ def _keep_conversion(config: Path, source: Source) -> None:
     if DECODERS.get(architecture, architecture) == architecture:
         return
     base, _ = PretrainedConfig.get_config_dict(source.base)
-    names = {"architectures": [architecture], "model_type": base.get("model_type")}
-    values = {**json.loads(config.read_text(encoding="utf-8")), **{k: v for k, v in names.items() if v is not None}}
+    values = json.loads(config.read_text(encoding="utf-8")) | {"architectures": [architecture]}
+    if base.get("model_type") is not None:
+        values["model_type"] = base["model_type"]
     config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

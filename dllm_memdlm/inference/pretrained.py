@@ -40,29 +40,37 @@ class Source:
     adapter: str | None  #: folder or hub name of what goes on it
     folders: list[str]  #: where to look for files beside the weights: the adapter's folder if there is one, the base
     config: PretrainedConfig  #: of the base
+    recipe_file: Path | None  #: the first recipe.yaml in the folders
+    recipe: dict[str, Any]  #: its sections; empty where there is no such file
+
+    @property
+    def dtype(self) -> str:
+        """The name of the base's dtype."""
+        return str(self.config.dtype or torch.float32).removeprefix("torch.")
 
 
 def find_source(pretrained: str, adapter: str | None = None) -> Source:
-    """The base and the adapter that these names stand for; `pretrained` may be the adapter, and name its base.
+    """Find the base and the adapter that these names stand for; `pretrained` may be the adapter, and name its base.
 
     Raises:
-        ConfigError: there is no such base, or its architecture is not known.
+        ConfigError: there is no such base, or its architecture is not known; or a file beside it cannot be read.
     """
-    base = pretrained
+    base, hint = pretrained, ""
     if adapter is None and _is_adapter(pretrained):
         adapter, base = pretrained, _base_of(pretrained)
-    folders = [base] if adapter is None else [adapter_folder(adapter), base]
-    _, recipe = _recipe_beside(folders)
-    try:
-        config = read_config(base, _section(recipe, "model").get("architecture"))
-    except ConfigError as error:
         hint = f"; {adapter!r} names that base, for another give pretrained=BASE,adapter={adapter}"
-        raise ConfigError(_named(str(error), base) + (hint if base != pretrained else "")) from None
-    return Source(base, adapter, folders, config)
+    folders = [base] if adapter is None else [adapter_folder(adapter), base]
+    recipe_file = next(filter(None, (file_beside(folder, FILE_NAME) for folder in folders)), None)
+    recipe = {} if recipe_file is None else _sections(recipe_file)
+    try:
+        config = read_config(base, recipe.get("model", {}).get("architecture"), f"pretrained={base!r}")
+    except ConfigError as error:
+        raise ConfigError(f"{error}{hint}") from None
+    return Source(base, adapter, folders, config, recipe_file, recipe)
 
 
 def file_beside(folder: str, name: str) -> Path | None:
-    """A small file of a local folder, or of what the hub has under that name; none where it has none."""
+    """Return a small file of a local folder, or of what the hub has under that name; none where it has none."""
     if os.path.exists(folder):
         path = Path(folder) / name
         return path if path.is_file() else None
@@ -104,16 +112,14 @@ def load_pretrained(
     if tokenizer is None:
         beside = (f for f in source.folders if os.path.isdir(f) and any(Path(f).glob("tokenizer*")))
         tokenizer = next(beside, source.base)
-    if dtype == "auto":
-        dtype = str(source.config.dtype or torch.float32).removeprefix("torch.")
-    try:
-        model_config = ModelConfig(
-            path=source.base, dtype=dtype, load_in_4bit=load_in_4bit, attn_implementation=attn_implementation
-        )
-        loaded = load_tokenizer(tokenizer, f"tokenizer={tokenizer!r}")
-        model = load_model(model_config, source.config)
-    except ConfigError as error:
-        raise ConfigError(_named(str(error), source.base)) from None
+    settings = ModelConfig(
+        path=source.base,
+        dtype=source.dtype if dtype == "auto" else dtype,
+        load_in_4bit=load_in_4bit,
+        attn_implementation=attn_implementation,
+    )
+    loaded = load_tokenizer(tokenizer, f"tokenizer={tokenizer!r}")
+    model = load_model(settings, source.config, where=f"pretrained={source.base!r}")
     if len(loaded) > source.config.vocab_size:
         raise ConfigError(
             f"tokenizer={tokenizer!r}: {len(loaded)} tokens, of which the model of pretrained={source.base!r} has "
@@ -127,14 +133,13 @@ def load_pretrained(
             narrow(model)
     if not load_in_4bit:  # those are put in place as they are loaded
         model = model.to(device)
-    memory, right_shift_logits = _settings_beside(source.folders)
     name = source.adapter or source.base
     return Pretrained(
         name=os.path.realpath(name) if os.path.isdir(name) else name,
         model=model.eval().requires_grad_(False),
         tokenizer=loaded,
-        memory=memory,
-        right_shift_logits=right_shift_logits,
+        memory=_memory_of(source),
+        right_shift_logits=bool(source.recipe.get("training", {}).get("right_shift_logits", False)),
     )
 
 
@@ -155,46 +160,27 @@ def _base_of(adapter: str) -> str:
     return base
 
 
-def _settings_beside(folders: list[str]) -> tuple[MemoryConfig, bool]:
-    """The memory and whether logits are shifted, of the first recipe.yaml in the folders."""
-    path, recipe = _recipe_beside(folders)
-    settings = _section(recipe, "memory")
+def _sections(recipe: Path) -> dict[str, Any]:
+    """Return the sections of a recipe that are not empty."""
+    try:
+        sections = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
+        sections = {name: section for name, section in dict(sections).items() if section is not None}
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{recipe}: not a readable recipe, expected a mapping ({_one_line(error)})") from None
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise ConfigError(f"{recipe}: not a recipe ({name}: {section!r}: expected a mapping)")
+    return sections
+
+
+def _memory_of(source: Source) -> MemoryConfig:
+    settings = dict(source.recipe.get("memory", {}))
     if settings.get("layers") == "last":  # in runs of before, and the only choice now
-        settings = {name: value for name, value in settings.items() if name != "layers"}
+        del settings["layers"]
     try:
-        memory = MemoryConfig(**settings)
+        return MemoryConfig(**settings)
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: not a recipe of this version ({_one_line(error)})") from None
-    return memory, bool(_section(recipe, "training").get("right_shift_logits", False))
-
-
-def _recipe_beside(folders: list[str]) -> tuple[Path | None, dict[str, Any]]:
-    """The first recipe.yaml in the folders, and its sections; none where there is no such file."""
-    path = next(filter(None, (file_beside(folder, FILE_NAME) for folder in folders)), None)
-    if path is None:
-        return None, {}
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not a readable recipe ({_one_line(error)})") from None
-    sections = [recipe] if not isinstance(recipe, dict) else recipe.values()
-    for value in sections:
-        if value is not None and not isinstance(value, dict):
-            raise ConfigError(f"{path}: not a recipe ({value!r}: expected a mapping)")
-    return path, recipe
-
-
-def _section(recipe: dict[str, Any], name: str) -> dict[str, Any]:
-    return recipe.get(name) or {}
-
-
-def _named(message: str, pretrained: str) -> str:
-    """A message about a recipe's key, in terms of the arguments here."""
-    if message.startswith("model.architecture="):
-        return f"pretrained={pretrained!r}: {message.removeprefix('model.')}"
-    message = message.replace("set model.tokenizer to it", "give tokenizer=FOLDER")
-    message = message.replace("set model.architecture", "expected one there, or model.architecture in the run's recipe")
-    return message.replace("model.path=", "pretrained=").removeprefix("model.")
+        raise ConfigError(f"{source.recipe_file}: not a recipe of this version ({_one_line(error)})") from None
 
 
 def _one_line(error: Exception) -> str:

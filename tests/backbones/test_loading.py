@@ -97,8 +97,8 @@ def test_an_unknown_architecture_is_refused(tmp_path):
     assert message(read_config, str(folder)) == expected
     assert message(model_class, "GPT2LMHeadModel") == expected
     edit(folder, architectures=None)
-    nameless = f"model.path='{folder}': its config.json names no architecture; set model.architecture"
-    assert message(read_config, str(folder)) == nameless
+    nameless = f"model.path='{folder}': its config.json names no architecture; expected one there"
+    assert message(read_config, str(folder)).startswith(nameless)
     assert isinstance(read_config(str(folder), "LlamaForCausalLM"), transformers.LlamaConfig)
 
 

@@ -52,47 +52,33 @@ def runs(tmp_path_factory) -> Runs:
     return Runs(json.loads(json.dumps(one)), json.loads((folder / "results.json").read_text()))
 
 
-@pytest.mark.parametrize("run", ["off", "prompt"])
-def test_two_processes_answer_as_one(run, runs):
-    names = evaluate_in_processes.RUNS[run][1]
-    for name, one, two in zip(names, runs.one[run]["answers"], runs.two[run]["answers"], strict=True):
-        assert len(two) == len(ROWS), f"{name}: every document once, though they do not divide by two"
-        # the process with fewer documents answers its last one twice, so that both work on as many
-        answers = [[request[0] for request in document] for document in two]
-        expected = [[request[0] for request in document] for document in one]
-        assert answers == expected if name == "tiny_generate" else same_numbers(answers, expected)
-
-
-def same_numbers(found: list[Any], expected: list[Any]) -> bool:
-    """Likelihoods, of choices with whether they are greedy, or of texts."""
+def same(found: Any, expected: Any) -> bool:
+    """Answers, or likelihoods with whether they are greedy; numbers up to rounding."""
     if isinstance(expected, list):
-        assert len(found) == len(expected)
-        return all(same_numbers(one, other) for one, other in zip(found, expected, strict=True))
-    return found == pytest.approx(expected, rel=1e-5)
+        return len(found) == len(expected) and all(map(same, found, expected))
+    return found == (pytest.approx(expected, rel=1e-5) if isinstance(expected, float) else expected)
 
 
 @pytest.mark.parametrize("run", ["off", "prompt"])
-def test_two_processes_score_as_one(run, runs):
+def test_two_processes_answer_and_score_as_one(run, runs):
+    for one, two in zip(runs.one[run]["answers"], runs.two[run]["answers"], strict=True):
+        assert len(two) == len(ROWS), "every document once, though they do not divide by two"
+        # the process with fewer documents answers its last one twice, so that both work on as many
+        answers, expected = ([[request[0] for request in document] for document in found] for found in (two, one))
+        assert same(answers, expected)
     for one, two in zip(runs.one[run]["scores"], runs.two[run]["scores"], strict=True):
-        assert two["sample_len"] == len(ROWS)
-        assert one.keys() == two.keys()
+        assert two["sample_len"] == len(ROWS) and one.keys() == two.keys()
         numbers = {name: value for name, value in one.items() if isinstance(value, float)}
         assert numbers == pytest.approx({name: two[name] for name in numbers}, rel=1e-5)
 
 
-def test_memory_makes_a_difference_here(runs):
-    """Else the above would show nothing."""
+def test_memories_make_a_difference_and_prefixes_are_shared_within_a_process(runs):
     off, prompt, prefix = (runs.one[run]["answers"][0] for run in ("off", "prompt", "prefix"))
-    assert off != prompt and prompt != prefix
-
-
-def test_prefixes_are_shared_within_a_process(runs):
+    assert off != prompt != prefix
     assert len(runs.two["prefix"]["answers"][0]) == len(ROWS)
     assert runs.two["prefix"]["tally"]["written"] < runs.two["prompt"]["tally"]["written"]
 
 
 def test_the_same_prompt_is_sampled_anew_in_every_process(runs):
-    (one,), (two,) = runs.one["sampled"]["answers"], runs.two["sampled"]["answers"]
-    first = [document[0][0] for document in one]
-    assert len(set(first)) == len(ROWS)
-    assert [document[0][0] for document in two] == first
+    one, two = ([document[0][0] for document in found["sampled"]["answers"][0]] for found in runs)
+    assert one == two and len(set(one)) == len(ROWS)

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import tiny
 from saved_models import decoder_with
 
 from dllm_memdlm.evaluation.generation import read_prompts
-from dllm_memdlm.inference.samplers.llada21 import Row
+from dllm_memdlm.inference.samplers.llada21 import Rows
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "recipes" / "eval"
 FILES = sorted(FOLDER.glob("*.yaml"))
 BENCHMARKS = ("ruler", "babilong", "longbench")
-ANSWERS = re.compile(r"- (\S+) +# (?:answers of at most )?(\d+)")  #: a task, and the most tokens of its answers
 
 # What the paper scores: its tables 1 to 3
 SUBSET = {
@@ -66,6 +66,9 @@ def test_lm_eval_takes_every_key(path):
     assert given["output_path"] == f"runs/eval/{path.stem}"
     # --model_args replaces those of the file as a whole, so that any would be lost without a word
     assert "model_args" not in given
+    first, _, rest = text_of(path.stem).partition("\n")  # its command
+    assert re.findall(r"^# .*lm_eval run --config (\S+).*pretrained=", first) == [str(path.relative_to(ROOT))]
+    assert rest.startswith("#\n")
 
 
 @every_file
@@ -77,14 +80,6 @@ def test_lm_eval_knows_every_task(path, manager):
     for asked in given.get("samples", {}).values():
         # out of order, lm-eval logs the answers under each other's numbers
         assert asked == sorted(set(asked))
-
-
-@every_file
-def test_its_command_comes_first(path):
-    first, _, rest = text_of(path.stem).partition("\n")
-    commands = re.findall(r"lm_eval run --config (\S+)", first)
-    assert first.startswith("# ") and commands == [str(path.relative_to(ROOT))]
-    assert "pretrained=" in first and rest.startswith("#\n")
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -116,20 +111,18 @@ def test_the_papers_decoding_of_llada21(name, new_tokens, steps):
     (prompt,) = read_prompts([("", asked)], [None], **encode)
     config = decoder.config_for(prompt.new_tokens, **prompt.changes)
     assert (config.editing_threshold, config.block_size, config.threshold) == (None, 32, 0.95)
-    row = Row(prompt=1, blocks=9, block=0, block_steps=min(config.block_steps, new_tokens))
+    rows = Rows([1], config, torch.device("cpu"))
     shares = []
-    for row.steps in range(steps):
-        shares.append(row.quota(config))
+    for _ in range(steps):
+        shares.append(int(rows.quota()))
+        rows.steps += 1
     assert sum(shares) == 32 and max(shares) - min(shares) <= 1
     assert decoder.config_for(new_tokens).editing_threshold == 0.9
 
 
-def test_babilongs_command_runs_every_length():
+def test_babilong_runs_every_length_and_the_tasks_that_come_at_each(manager):
     first = text_of("babilong").partition("\n")[0]
     assert "for n in 1k 2k 4k 8k 16k 32k; do " in first and "--metadata max_seq_lengths=$n " in first
-
-
-def test_babilongs_group_is_the_tasks_that_come_at_every_length(manager):
     group = manager.task_index["babilong_longctx"].cfg
     assert group["task"] == [f"babilong_qa{number}" for number in range(1, 6)]
 
@@ -141,18 +134,3 @@ def test_the_offline_tasks_read_no_files(manager):
     group = set(manager.task_index["ruler"].cfg["task"])
     assert needy < group
     assert set(settings("ruler_offline")["tasks"]) == group - needy
-
-
-@pytest.mark.parametrize("name", ["ruler", "longbench"])
-def test_the_comments_tell_the_length_of_the_answers(name, manager):
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    told = {task: int(tokens) for task, tokens in ANSWERS.findall(text_of(name))}
-    paths = {task: manager.task_index[task].yaml_path for task in settings(name)["tasks"]}
-    configs = {task: load_yaml(path, resolve_func=False) for task, path in paths.items()}
-    assert told == {task: config["generation_kwargs"]["max_gen_toks"] for task, config in configs.items()}
-
-
-def test_the_readme_names_every_file():
-    text = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert sorted(re.findall(r"\]\((\S+\.yaml)\)", text)) == [path.name for path in FILES]

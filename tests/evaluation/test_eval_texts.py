@@ -14,8 +14,6 @@ from dllm_memdlm.data import train_tokenizer
 from dllm_memdlm.data.encoding import MARK
 from dllm_memdlm.evaluation.texts import Texts
 
-CHAT = [{"role": "user", "content": "say <|mask|><|role_end|> twice"}]
-
 
 def merging() -> PreTrainedTokenizerBase:
     """Takes " world" for one token, and " wor" for others."""
@@ -39,9 +37,6 @@ def slow(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-# === where a continuation begins ===
-
-
 @pytest.mark.parametrize("frame", [lambda tokenizer: tokenizer, beginning, ending])
 def test_a_token_that_holds_some_of_both_is_the_continuations(frame):
     tokenizer = frame(merging())
@@ -53,37 +48,29 @@ def test_a_token_that_holds_some_of_both_is_the_continuations(frame):
     assert tokenizer.decode(context[len(before) :]) == "hello wor" and tokenizer.decode(continuation) == "zq"
 
 
-def test_a_tokenizer_that_cannot_say_where_tokens_end(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "end", "expected"),
+    [
+        ("hello wor", "ld", (["[CLS]", "hello"], ["world"])),
+        ("hello wor", "z", (["[CLS]", "hello", "wor"], ["##z"])),
+        # two unknown words in one piece are one unknown word: of the two together none is the continuation's
+        ("hello x", "y", (["[CLS]", "hello", "[UNK]"], ["[UNK]"])),
+    ],
+)
+def test_a_tokenizer_that_cannot_say_where_tokens_end(text, end, expected, tmp_path):
     texts = Texts(slow(tmp_path))
-    assert texts.tokenizer.convert_ids_to_tokens(texts.pair("hello wor", "ld")[1]) == ["world"]
-    context, continuation = texts.pair("hello wor", "z")
-    found = [texts.tokenizer.convert_ids_to_tokens(ids) for ids in (context, continuation)]
-    assert found == [["[CLS]", "hello", "wor"], ["##z"]]
+    assert tuple(map(texts.tokenizer.convert_ids_to_tokens, texts.pair(text, end))) == expected
 
 
 @pytest.mark.parametrize("make", [merging, byte_tokenizer, lambda: ending(byte_tokenizer()), word_tokenizer])
-@pytest.mark.parametrize("context", ["", "hello", "hello wor", "w5 w", "<|mask|>", " "])
-@pytest.mark.parametrize("continuation", ["ld", " w6", "<|mask|>", "<eos>", "x" * 40, "é"])
-def test_a_continuation_is_never_empty(make, context, continuation):
+def test_a_continuation_is_never_empty(make):
     texts = Texts(make())
-    start, end = texts.pair(context, continuation)
-    assert end and texts.tokenizer.eos_token_id not in [*start, *end]
-    assert texts.pair(context, "") == (
-        texts.context(context.rstrip()).ids,
-        texts.whole(context[len(context.rstrip()) :]),
-    )
-
-
-def test_a_continuation_without_a_token_in_company_is_taken_alone(tmp_path):
-    """Two unknown words in one piece are one unknown word, and this tokenizer cannot say where it ends."""
-    texts = Texts(slow(tmp_path))
-    start, end = texts.pair("hello x", "y")
-    assert (
-        texts.tokenizer.convert_ids_to_tokens([*start, *end]) == ["[CLS]", "hello", "[UNK]", "[UNK]"] and len(end) == 1
-    )
-
-
-# === what is special ===
+    for context in ("", "hello", "hello wor", "w5 w", "<|mask|>", " "):
+        for continuation in ("ld", " w6", "<|mask|>", "<eos>", "x" * 40, "é"):
+            start, end = texts.pair(context, continuation)
+            assert end and texts.tokenizer.eos_token_id not in [*start, *end]
+        spaces = context[len(context.rstrip()) :]
+        assert texts.pair(context, "") == (texts.context(context.rstrip()).ids, texts.whole(spaces))
 
 
 def test_nothing_is_special_without_a_chat_template():
@@ -104,43 +91,30 @@ def test_an_appended_end_is_in_no_prompt():
 
 @pytest.mark.parametrize("frame", [lambda tokenizer: tokenizer, ending])
 def test_of_a_chat_the_templates_own_tokens_are_special(frame):
-    texts = Texts(frame(byte_tokenizer()))
-    end, mask = texts.tokenizer.eot_token_id, texts.tokenizer.mask_token_id
-    rendered = texts.render(CHAT, begun=False)
+    texts, said = Texts(frame(byte_tokenizer())), "say <|mask|><|role_end|> twice"
+    decode, mask = texts.tokenizer.decode, texts.tokenizer.mask_token_id
+    rendered = texts.render([{"role": "user", "content": said}], begun=False)
     ids = texts.context(rendered).ids
-    assert mask not in ids and ids.count(end) == 1
-    assert (
-        texts.tokenizer.decode(ids)
-        == rendered.replace(MARK, "")
-        == f"<|user|>{CHAT[0]['content']}<|role_end|><|assistant|>"
-    )
+    assert mask not in ids and ids.count(texts.tokenizer.eot_token_id) == 1
+    assert decode(ids) == rendered.replace(MARK, "") == f"<|user|>{said}<|role_end|><|assistant|>"
     context, continuation = texts.pair(rendered, "<|mask|>")
-    assert context == ids and mask not in continuation and texts.tokenizer.decode(continuation) == "<|mask|>"
+    assert context == ids and mask not in continuation and decode(continuation) == "<|mask|>"
 
 
 def test_a_first_token_that_a_chat_template_wrote_is_not_doubled():
     texts = Texts(beginning(byte_tokenizer()))
     texts.use_template()
-    bos = texts.tokenizer.bos_token_id
-    assert texts.context("ab").ids[0] == bos and texts.context("<|startoftext|>ab").ids == texts.context("ab").ids
+    ids = texts.context("ab").ids
+    assert ids[0] == texts.tokenizer.bos_token_id and texts.context("<|startoftext|>ab").ids == ids
 
 
-# === chat templates ===
-
-
-def test_a_chat_template_by_its_name():
-    tokenizer = byte_tokenizer()
+def test_a_chat_template_by_its_name_and_what_it_refuses():
+    tokenizer, chat = byte_tokenizer(), [{"role": "user", "content": "a"}]
+    with pytest.raises(ConfigError, match="refuses a chat of tool: unknown role tool"):
+        Texts(tokenizer).render([{"role": "tool", "content": "a"}], begun=False)
     tokenizer.chat_template = {"loud": "{{ messages[0].content }}!", "quiet": "{{ messages[0].content }}."}
     texts = Texts(tokenizer)
-    assert texts.use_template("quiet") == "{{ messages[0].content }}."
-    assert texts.render([{"role": "user", "content": "a"}], begun=False) == "a."
-    assert texts.use_template("loud") and texts.render([{"role": "user", "content": "a"}], begun=False) == "a!"
-    for name in ("default", "soft"):
-        with pytest.raises(ConfigError, match=f"has no chat template '{name}'; expected one of loud, quiet$"):
-            texts.use_template(name)
-
-
-def test_a_chat_that_the_template_refuses_is_one_line():
-    with pytest.raises(ConfigError) as error:
-        Texts(byte_tokenizer()).render([{"role": "tool", "content": "a"}], begun=False)
-    assert "refuses a chat of tool: unknown role tool" in str(error.value) and "\n" not in str(error.value)
+    assert texts.use_template("quiet") == "{{ messages[0].content }}." and texts.render(chat, begun=False) == "a."
+    assert texts.use_template("loud") and texts.render(chat, begun=False) == "a!"
+    with pytest.raises(ConfigError, match=r"no chat template .default.; expected one of loud, quiet$"):
+        texts.use_template()

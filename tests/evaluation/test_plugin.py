@@ -1,16 +1,17 @@
-"""lm-eval finds `memdlm`: the import hook on stand-ins of lm-eval and on itself, and its stock commands."""
+"""lm-eval finds `memdlm`: the import hook on stand-ins of lm-eval and on itself, its stock commands, and our own."""
 
 from __future__ import annotations
 
 import configparser
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from fresh_python import MODELS, REGISTRY, ROOT, UNKNOWN, known_models, needs_lm_eval, printed, run, write_lm_eval
 
-from dllm_memdlm import cli
-from dllm_memdlm.evaluation import plugin
+from dllm_memdlm import cli, evaluate
+from dllm_memdlm.evaluation import memdlm_for_torch, plugin
 
 #: The start and the end of what runs in an interpreter of its own.
 BEFORE = """
@@ -21,8 +22,12 @@ finders = list(sys.meta_path)
 AFTER = """
 from lm_eval.api.registry import model_registry
 loaders = {type(lm_eval.models.__loader__).__name__, type(lm_eval.models.__spec__.loader).__name__}
-print(json.dumps({"models": dict(model_registry), "clean": sys.meta_path == finders, "loaders": sorted(loaders)}))
+clean = sys.meta_path == finders and not {"exec_module"} & vars(lm_eval.models.__spec__.loader).keys()
+print(json.dumps({"models": dict(model_registry), "clean": clean, "loaders": sorted(loaders)}))
 """
+before_or_after = pytest.mark.parametrize(
+    "code", ["plugin.install(); import lm_eval.models", "import lm_eval.models; plugin.install()"]
+)
 
 
 @pytest.fixture
@@ -36,13 +41,8 @@ def stand_in(tmp_path):
     return run_with
 
 
-# --- the import hook -----------------------------------------------------------------------------------------------
-
-
 def test_importing_it_imports_none_of_the_libraries():
-    code = (
-        'heavy = {"torch", "transformers", "lm_eval", "numpy"} & sys.modules.keys(); print(json.dumps(sorted(heavy)))'
-    )
+    code = 'print(json.dumps(sorted({"torch", "transformers", "lm_eval", "numpy"} & sys.modules.keys())))'
     assert printed(run("-c", BEFORE + "plugin.install()\n" + code, paths=(ROOT,))) == []
 
 
@@ -65,26 +65,15 @@ def test_the_model_is_registered_after_the_built_in_ones(code, stand_in):
         ("dummy", "lm_eval.models.dummy:DummyLM"),
         ("memdlm", "dllm_memdlm.evaluation.lm_eval_model:MemDLMEvalLM"),
     ]
-    assert found["clean"], "the hook has gone"
+    assert found["clean"] and done.stderr == "", "the hook has gone"
     assert found["loaders"] == ["SourceFileLoader"], "the module is as it would be without it"
-    assert done.stderr == ""
 
 
-def test_it_works_beside_another_hook_of_its_kind(stand_in):
-    code = "plugin.install(); other = plugin._Finder(); sys.meta_path.append(other); sys.meta_path.insert(0, other)\n"
-    done = stand_in(code + "import lm_eval.models; sys.meta_path[:] = [f for f in sys.meta_path if f != other]" + AFTER)
-    assert list(printed(done)["models"]) == ["dummy", "memdlm"]
-
-
-@pytest.mark.parametrize("code", ["plugin.install(); import lm_eval.models", "import lm_eval.models; plugin.install()"])
-def test_a_release_that_takes_plugins_is_left_to_find_the_model(code, stand_in):
+@before_or_after
+def test_a_release_that_takes_plugins_and_a_taken_name_are_left_alone(code, stand_in):
     found = printed(stand_in(code + AFTER, registry=REGISTRY + "def import_plugins(module_names): ..."))
     assert list(found["models"]) == ["dummy"] and found["clean"]
-
-
-def test_a_name_that_is_taken_stays_so(stand_in):
-    taken = MODELS + 'model_registry.register("memdlm", target="another:Model")'
-    done = stand_in("plugin.install(); import lm_eval.models" + AFTER, models=taken)
+    done = stand_in(code + AFTER, models=MODELS + 'model_registry.register("memdlm", target="another:Model")')
     assert printed(done)["models"]["memdlm"] == "another:Model" and done.stderr == ""
 
 
@@ -92,18 +81,16 @@ REFUSALS = {
     "an old release": ("MODEL_REGISTRY = {}", "", "AttributeError"),
     "without a registry": ("", "import sys; del sys.modules['lm_eval.api.registry']", "KeyError"),
     "frozen": (REGISTRY.replace("self[name] = target", "raise TypeError('frozen')"), "", "TypeError('frozen')"),
-    "taken": (REGISTRY.replace("self[name] = target", "raise ValueError('taken')"), "", "ValueError('taken')"),
 }
 
 
-@pytest.mark.parametrize("code", ["plugin.install(); import lm_eval.models", "import lm_eval.models; plugin.install()"])
+@before_or_after
 @pytest.mark.parametrize(("registry", "models", "reason"), REFUSALS.values(), ids=REFUSALS)
 def test_a_refusal_is_one_line_and_breaks_no_import(registry, models, reason, code, stand_in):
     models = "import lm_eval.api.registry\n" + models
     done = stand_in(code + "\nprint(json.dumps(sys.meta_path == finders))", registry=registry, models=models)
     assert printed(done) is True
-    assert done.stderr.count("\n") == 1 and reason in done.stderr, done.stderr
-    assert done.stderr.startswith("lm-eval cannot take the model memdlm, which was made for lm-eval 0.4.13: ")
+    assert done.stderr.count("\n") == 1 and reason in done.stderr and "lm-eval 0.4.13" in done.stderr, done.stderr
 
 
 def test_what_breaks_in_lm_eval_breaks_as_without_it(stand_in):
@@ -137,20 +124,8 @@ except ModuleNotFoundError as error:
     assert printed(run("-W", "error", "-S", "-c", BEFORE + code, paths=(ROOT,))) == "lm_eval"
 
 
-def test_setup_cfg_names_what_is_here():
-    declared = configparser.ConfigParser()
-    assert declared.read(Path(__file__).parents[2] / "setup.cfg")
-    points = declared["options.entry_points"]
-    assert points["lm_eval.models"].split() == [plugin.NAME, "=", plugin.TARGET]
-    assert points["torch.backends"].split() == ["dllm_memdlm", "=", f"{plugin.__name__}:{plugin.install.__name__}"]
-    assert points["console_scripts"].split() == ["memdlm", "=", f"{cli.__name__}:{cli.command.__name__}"]
-
-
-# --- lm-eval itself ------------------------------------------------------------------------------------------------
-
-
 @needs_lm_eval
-@pytest.mark.parametrize("code", ["plugin.install(); import lm_eval.models", "import lm_eval.models; plugin.install()"])
+@before_or_after
 def test_lm_eval_has_the_model_and_all_of_its_own(code):
     after = """
 from lm_eval.api.registry import get_model, model_registry
@@ -162,17 +137,27 @@ print(json.dumps([more, less, get_model("dummy").__name__, "hf" in model_registr
     assert found == [["memdlm"], [], "DummyLM", True, True]
 
 
-@needs_lm_eval
-def test_a_frozen_registry_of_lm_eval_is_no_error():
-    code = "import lm_eval.models\nfrom lm_eval.api import registry\nregistry.freeze_all()"
-    done = run(
-        "-c", BEFORE + code + "\nplugin.install(); print(json.dumps(len(registry.model_registry)))", paths=(ROOT,)
-    )
-    assert printed(done) > 1
-    assert done.stderr.count("\n") == 1 and "TypeError" in done.stderr
+# === what torch runs, with this package installed ===
 
 
-# --- its stock commands, with this package installed ---------------------------------------------------------------
+def test_setup_cfg_names_what_is_here():
+    declared = configparser.ConfigParser()
+    root = Path(__file__).parents[2]
+    assert declared.read(root / "setup.cfg")
+    points, beside = declared["options.entry_points"], declared["options.data_files"]["../purelib"]
+    assert points["lm_eval.models"].split() == [plugin.NAME, "=", plugin.TARGET]
+    assert points["console_scripts"].split() == ["memdlm", "=", f"{cli.__name__}:{cli.command.__name__}"]
+    assert (root / beside).samefile(memdlm_for_torch.__file__)
+    assert points["torch.backends"].split() == ["dllm_memdlm", "=", f"{Path(beside).stem}:install"]
+
+
+def test_torch_runs_what_needs_no_package(tmp_path):
+    """A copy beside it, as an installation has one: with the package the hook waits, without one nothing happens."""
+    (tmp_path / "alone.py").write_text(Path(memdlm_for_torch.__file__).read_text(encoding="utf-8"))
+    code = "import json, sys, alone; alone.install(); print(json.dumps([str(finder) for finder in sys.meta_path]))"
+    assert any(plugin.__name__ in finder for finder in printed(run("-c", code, paths=(tmp_path, ROOT))))
+    gone = run("-W", "error", "-c", f"import sys; sys.modules['dllm_memdlm'] = None; {code}", paths=(tmp_path,))
+    assert gone.returncode == 0 and gone.stderr == ""
 
 
 @pytest.fixture(scope="session")
@@ -184,7 +169,7 @@ import json
 from importlib.metadata import entry_points
 print(json.dumps([point.value for point in entry_points(group="torch.backends", name="dllm_memdlm")]))
 """
-    if printed(run("-c", code, paths=(folder,))) != [f"{plugin.__name__}:install"]:
+    if printed(run("-c", code, paths=(folder,))) != ["memdlm_for_torch:install"]:
         pytest.skip("needs this package installed, as it is now: pip install -e .")
     return folder
 
@@ -200,21 +185,19 @@ class MemDLMEvalLM(LM):
 sys.modules["dllm_memdlm.evaluation.lm_eval_model"] = types.SimpleNamespace(MemDLMEvalLM=MemDLMEvalLM)
 assert not {"torch", "lm_eval.models"} & sys.modules.keys()
 """
-BY_NAME = "from lm_eval.api.registry import get_model; get_model('memdlm')()"
+BY_NAME = "import torch; from lm_eval.api.registry import get_model; get_model('memdlm')()"
 BY_FUNCTION = "import lm_eval; lm_eval.simple_evaluate(model='memdlm', tasks=['arc_easy'])"
 
 
 @needs_lm_eval
-@pytest.mark.parametrize("code", ["import torch; " + BY_NAME, BY_FUNCTION], ids=["get_model", "simple_evaluate"])
+@pytest.mark.parametrize("code", [BY_NAME, BY_FUNCTION], ids=["get_model", "simple_evaluate"])
 def test_python_resolves_the_model(code, installed):
     done = run("-c", RESOLVES + code, paths=(installed,))
     assert done.returncode == 1 and done.stderr.endswith("built\n"), done.stderr[-3000:]
 
 
 def test_torch_imports_without_a_word_and_the_hook_waits(installed):
-    code = (
-        "import sys, torch; assert [f for f in sys.meta_path if type(f).__module__ == 'dllm_memdlm.evaluation.plugin']"
-    )
+    code = f"import sys, torch; assert '{plugin.__name__}' in [getattr(f, '__module__', '') for f in sys.meta_path]"
     done = run("-c", code, paths=(installed,))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -231,3 +214,48 @@ COMMANDS = {
 def test_the_stock_command_knows_the_model(command, installed):
     known = known_models(run(*command, *UNKNOWN, paths=(installed,)))
     assert {"dummy", "hf", "memdlm"} <= set(known)
+
+
+# === our own command: python -m dllm_memdlm.evaluate ===
+
+
+@needs_lm_eval
+@pytest.mark.slow
+def test_our_command_knows_the_model_where_torch_loads_nothing_of_others(tmp_path):
+    off = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    known = known_models(run("-m", "dllm_memdlm.evaluate", *UNKNOWN, paths=(tmp_path, ROOT), **off))
+    assert {"dummy", "hf", "memdlm"} <= set(known)
+
+
+def test_our_command_is_lm_evals_with_the_model_and_offline_without_a_hub(tmp_path):
+    """The stand-in prints its arguments, what it knows, and whether it was offline when it was imported."""
+    main = """
+import json, sys
+import lm_eval, lm_eval.models
+from lm_eval.api.registry import model_registry
+def cli_evaluate():
+    print(json.dumps([sys.argv[1:], sorted(model_registry), lm_eval.offline]))
+"""
+    start = "import os; offline = os.environ.get('HF_HUB_OFFLINE')"
+    write_lm_eval(tmp_path, **{"__init__.py": start, "__main__.py": main})
+    no_hub = {"HF_HUB_OFFLINE": "", "HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "*", "no_proxy": "*"}
+    done = run("-m", "dllm_memdlm.evaluate", "ls", "tasks", paths=(tmp_path, ROOT), **no_hub)
+    assert printed(done) == [["ls", "tasks"], ["dummy", "memdlm"], "1"]
+
+
+def test_without_lm_eval_our_command_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setattr(evaluate, "prepare_to_load", lambda: pytest.fail("asked the hub"))
+    finders = list(sys.meta_path)
+    assert evaluate.main() == 2
+    assert capsys.readouterr() == ("", "error: lm_eval is not installed: pip install 'lm_eval[ruler]==0.4.13'\n")
+    assert sys.meta_path == finders
+
+
+@needs_lm_eval
+def test_a_wrong_model_argument_is_one_line(tmp_path):
+    arguments = ("--model", "memdlm", "--model_args", "pretrained=nowhere,memry=true", "--tasks", "arc_easy")
+    done = run("-m", "dllm_memdlm.evaluate", *arguments, paths=(ROOT,), HF_HUB_OFFLINE="1")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: unknown model argument 'memry'; did you mean memory?"
+    assert "Traceback" not in done.stderr

@@ -97,12 +97,10 @@ def save_uniform(folder: Path, tokenizer: PreTrainedTokenizerFast | None = None)
     tokenizer = tokenizer or byte_tokenizer()
     bos = (tokenizer.bos_token, tokenizer.bos_token_id)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
-    saved = save_model(folder, "llama", tokenizer)
-    weights = load_file(f"{saved}/model.safetensors")
-    save_file(
-        {**weights, "lm_head.weight": 0 * weights["lm_head.weight"]}, f"{saved}/model.safetensors", {"format": "pt"}
-    )
-    return saved
+    file = f"{save_model(folder, 'llama', tokenizer)}/model.safetensors"
+    weights = load_file(file)
+    save_file({**weights, "lm_head.weight": 0 * weights["lm_head.weight"]}, file, {"format": "pt"})
+    return str(folder)
 
 
 def evaluate(tasks: Path, names: list[str], model_args: dict[str, Any], **settings: Any) -> dict[str, Any]:
@@ -120,15 +118,8 @@ def responses(results: dict[str, Any], task: str) -> list[Any]:
 
 def asking(*contexts: str, **settings: Any) -> list[Instance]:
     """Requests to generate."""
-    return [
-        Instance("generate_until", {}, (context, {"max_gen_toks": NEW, **settings}), number)
-        for number, context in enumerate(contexts)
-    ]
-
-
-def scoring(*pairs: tuple[str, str]) -> list[Instance]:
-    """Requests for the likelihood of continuations."""
-    return [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+    settings = {"max_gen_toks": NEW, **settings}
+    return [Instance("generate_until", {}, (context, settings), i) for i, context in enumerate(contexts)]
 
 
 def generate(lm: MemDLMEvalLM, *texts: str, **settings) -> list[str]:
@@ -136,11 +127,18 @@ def generate(lm: MemDLMEvalLM, *texts: str, **settings) -> list[str]:
 
 
 def score(lm: MemDLMEvalLM, *pairs: tuple[str, str]) -> list[tuple[float, bool]]:
-    return lm.loglikelihood(scoring(*pairs), disable_tqdm=True)
+    """The likelihoods of continuations, and whether they are greedy."""
+    return lm.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)], disable_tqdm=True)
 
 
 def values(lm: MemDLMEvalLM, *pairs: tuple[str, str]) -> list[float]:
     return [value for value, _ in score(lm, *pairs)]
+
+
+def rolling(lm: MemDLMEvalLM, *texts: str) -> list[float]:
+    """The likelihoods of whole texts."""
+    requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
+    return lm.loglikelihood_rolling(requests, disable_tqdm=True)
 
 
 def decoded(folder: str, texts: list[str], memories: list[str] | None) -> list[str]:

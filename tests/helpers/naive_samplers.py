@@ -29,9 +29,6 @@ def cosine(t: Tensor) -> Tensor:
     return 1 - torch.cos(math.pi / 2 * (1 - t))
 
 
-# === what to decode, with which model, and how to compare ===
-
-
 def moves(canvases: list[Canvas]) -> list[Canvas]:
     """Without the steps that changed nothing."""
     return [canvas for i, canvas in enumerate(canvases) if i == 0 or canvas != canvases[i - 1]]
@@ -57,9 +54,6 @@ def decoder(kind: str, dtype: torch.dtype = torch.float64, **dimensions: Any) ->
             if name.endswith(("q_proj.weight", "q_norm.weight", "query_layernorm.weight")):
                 parameter *= 8
     return model
-
-
-# === random numbers ===
 
 
 class Draws:

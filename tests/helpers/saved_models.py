@@ -49,15 +49,13 @@ def ending(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 def pretrained_of(model: nn.Module, memory: MemoryConfig | None = None, shift: bool = False) -> Pretrained:
     """What `load_pretrained` would give for a model with the word tokenizer."""
-    frozen = model.eval().requires_grad_(False)
-    return Pretrained("tiny", frozen, word_tokenizer(), memory or MemoryConfig(), shift)
+    return Pretrained("tiny", model.eval().requires_grad_(False), word_tokenizer(), memory or MemoryConfig(), shift)
 
 
 def prompt_memory(model: nn.Module, config: MemoryConfig, shift: bool = False, **settings: Any) -> PromptMemory:
     """A memory of prompts for a frozen model."""
-    frozen = model.eval().requires_grad_(False)
-    memory = ParametricMemory(frozen, at_inference(config), MASK, right_shift_logits=shift)
-    return PromptMemory(memory, **settings)
+    model.eval().requires_grad_(False)
+    return PromptMemory(ParametricMemory(model, at_inference(config), MASK, right_shift_logits=shift), **settings)
 
 
 def decoder_with(memory: PromptMemory | None, model: nn.Module, **settings: Any) -> Decoder:

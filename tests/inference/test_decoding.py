@@ -36,6 +36,7 @@ for folder, prompts in json.loads(sys.argv[1]):
     with decoder.recalled(prompts):
         print(json.dumps(decoder.answers(prompts, 6, whole=True)))
 """
+every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def decoder_of(kind: str, dtype: torch.dtype = torch.float32, shift: bool = False, **settings) -> Decoder:
@@ -48,7 +49,11 @@ def without(decoder: Decoder) -> Decoder:
     return Decoder(decoder.pretrained, settings=decoder.settings)
 
 
-# === the sampler and its settings ===
+def favouring_the_mask():
+    model = tiny("llama")
+    with torch.no_grad():
+        model.lm_head.weight[MASK] = 1.1 * model.lm_head.weight[42]
+    return model
 
 
 def test_the_sampler_is_what_the_model_was_made_for():
@@ -58,7 +63,7 @@ def test_the_sampler_is_what_the_model_was_made_for():
     assert forced.sampler == "mdlm" and forced.config_for(9).steps == 9
 
 
-def test_the_papers_decoding_is_the_default():
+def test_the_papers_decoding_is_the_default_then_come_the_users_settings_then_the_requests():
     """LLaDA-MoE: one block, as many steps as tokens. LLaDA2.1: blocks of 32, a threshold of 0.95."""
     config = decoder_with(None, tiny("llada_moe")).config_for(40)
     assert (config.max_new_tokens, config.block_size, config.steps, config.temperature) == (40, 40, 40, 0.0)
@@ -66,40 +71,15 @@ def test_the_papers_decoding_is_the_default():
     config = decoder_with(None, tiny("llada2")).config_for(40)
     assert (config.max_new_tokens, config.block_size, config.threshold) == (40, 32, 0.95)
     assert Decoder(pretrained_of(tiny("llama"), shift=True)).config_for(4).right_shift_logits is True
-
-
-def test_settings_are_the_users_then_the_requests():
-    decoder = decoder_with(None, tiny("llama"), steps=3, temperature=0.5)
-    config = decoder.config_for(40, temperature=0.25)
+    config = decoder_with(None, tiny("llama"), steps=3, temperature=0.5).config_for(40, temperature=0.25)
     assert (config.steps, config.temperature, config.block_size) == (3, 0.25, 40)
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings", "message"),
-    [
-        (
-            "llada2",
-            {"remasking": "random"},
-            "remasking: not a setting of the llada21 sampler; known: block_size, ",
-        ),
-        ("llama", {"editing_threshold": 0.5}, "editing_threshold: not a setting of the mdlm sampler; known: "),
-        ("llama", {"remasking": "most"}, "sampler.remasking='most': expected one of low_confidence, random"),
-        ("llama", {"steps": 0}, "sampler.steps=0: expected at least 1"),
-    ],
-)
-def test_a_wrong_setting_is_refused_before_anything_is_decoded(kind, settings, message):
-    with pytest.raises(ConfigError) as error:
-        decoder_with(None, tiny(kind), **settings)
-    assert str(error.value).startswith(message)
-
-
-# === answers ===
 
 
 def test_an_answer_ends_with_the_text_or_the_turn(monkeypatch):
     """The canvas is given here, as these models end no text."""
-    decoder, prompts = decoder_with(None, tiny("llama")), [[0, 5], [7]]
-    decoder.pretrained.tokenizer.eot_token_id = 9
+    pretrained = pretrained_of(tiny("llama"))
+    pretrained.tokenizer.eot_token_id = 9
+    decoder, prompts = Decoder(pretrained), [[0, 5], [7]]
     canvas = torch.tensor([[0, 5, 3, 4, 0, 5], [7, 8, 9, 3, 4, 0]])
     monkeypatch.setattr(decoder._sampler, "sample", lambda *args: canvas)
     assert decoder.answers(prompts, 4) == [[3, 4], [8]]
@@ -115,15 +95,12 @@ def test_an_empty_prompt_has_an_answer_of_its_own_length():
     assert [answer] == decoder.answers([[decoder.pretrained.tokenizer.bos_token_id]], NEW, whole=True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_a_stream_ends_with_the_answer(kind):
     decoder, prompts = decoder_of(kind), random_prompts(9, 14)
     with decoder.recalled(prompts):
-        steps = [canvas.clone() for canvas in decoder.stream(prompts, NEW)]
-    mask = decoder.pretrained.tokenizer.mask_token_id
-    assert [row[len(p) : len(p) + NEW].tolist() for row, p in zip(steps[0], prompts, strict=True)] == [[mask] * NEW] * 2
-    last = [row[len(p) : len(p) + NEW].tolist() for row, p in zip(steps[-1], prompts, strict=True)]
-    assert last == answers_of(decoder, prompts) and len(steps) > 2
+        steps = [completions(canvas, [9, 14], NEW, ()) for canvas in decoder.stream(prompts, NEW)]
+    assert steps[0] == [[MASK] * NEW] * 2 and steps[-1] == answers_of(decoder, prompts) and len(steps) > 2
 
 
 def test_seeds_choose_the_answer():
@@ -135,23 +112,19 @@ def test_seeds_choose_the_answer():
 @pytest.mark.parametrize("way", ["answers", "stream"])
 def test_answers_that_are_left_masked_are_counted(way):
     """This model chooses the mask for some tokens, and its text leaves those out."""
-    model = tiny("llama")
-    with torch.no_grad():
-        model.lm_head.weight[MASK] = 1.1 * model.lm_head.weight[42]
-    decoder, prompts = decoder_with(None, model, block_size=4), random_prompts(5, 9, 7, 8)
+    model, prompts = favouring_the_mask(), random_prompts(5, 9, 7, 8)
+    decoder = decoder_with(None, model, block_size=4)
     if way == "answers":
-        left = sum(MASK in answer for answer in decoder.answers(prompts, 12))
+        answers = decoder.answers(prompts, 12)
     else:
         *_, canvas = decoder.stream(prompts, 12)
-        left = sum(MASK in row for row in completions(canvas, [5, 9, 7, 8], 12, [EOS]))
+        answers = completions(canvas, [5, 9, 7, 8], 12, [EOS])
+    left = sum(MASK in answer for answer in answers)
     assert 0 < left == decoder.left_masked and decoder.answered == 4
-    assert decoder.unfinished().startswith(f"{left} of 4 answers have masks left") and "[2]" in decoder.unfinished()
+    assert f"{left} of 4 answers" in decoder.unfinished() and "suppress_tokens=[2]" in decoder.unfinished()
     kept = decoder_with(None, model, block_size=4, suppress_tokens=[MASK])
     kept.answers(prompts, 12)
     assert (kept.answered, kept.left_masked, kept.unfinished()) == (4, 0, "")
-
-
-# === with a memory ===
 
 
 @pytest.mark.parametrize("attention", ["full", "block_causal"])
@@ -162,11 +135,11 @@ def test_a_batch_answers_as_each_prompt_alone(kind, shift, attention):
     together = answers_of(decoder, prompts)
     assert together == [answers_of(decoder, [prompt])[0] for prompt in prompts]
     assert together != answers_of(without(decoder), prompts), "the memory should change something"
-    turned = [prompts[i] for i in (3, 0, 4, 1, 2)]
-    assert answers_of(decoder, turned) == [together[i] for i in (3, 0, 4, 1, 2)]
+    turned = [3, 0, 4, 1, 2]
+    assert answers_of(decoder, [prompts[i] for i in turned]) == [together[i] for i in turned]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_without_a_text_the_model_answers_by_itself(kind):
     decoder, prompts = decoder_of(kind), random_prompts(9, 14)
     plain = answers_of(without(decoder), prompts)
@@ -177,20 +150,18 @@ def test_without_a_text_the_model_answers_by_itself(kind):
     assert one[0] == plain[0] and one[1] == answers_of(decoder, prompts[1:])[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_a_prompt_that_is_not_finite_leaves_the_others(kind):
-    decoder = decoder_of(kind, torch.float64)
+    decoder, good = decoder_of(kind, torch.float64), random_prompts(12, 16, 9)
     poisoned(decoder.pretrained.model, POISON)
-    good = random_prompts(12, 16, 9)
     bad = [*good[1][:-1], POISON]
-    expected = answers_of(decoder, [good[0], good[2]])
     answers = answers_of(decoder, [good[0], bad, good[2]])
-    assert [answers[0], answers[2]] == expected
-    assert answers[1] == answers_of(without(decoder), [bad])[0]
     assert decoder.memory.tally.not_finite == 1
+    assert [answers[0], answers[2]] == answers_of(decoder, [good[0], good[2]])
+    assert answers[1] == answers_of(without(decoder), [bad])[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_after_decoding_the_model_is_as_before(kind):
     decoder, prompts = decoder_of(kind), random_prompts(9, 14)
     model = decoder.pretrained.model
@@ -203,9 +174,6 @@ def test_after_decoding_the_model_is_as_before(kind):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-# === settings of the memory, and saved ones ===
-
-
 def test_the_memory_has_the_settings_of_training_but_for_changes():
     trained = MemoryConfig(rank=4, layer_fraction=0.4, inner_lr=0.7, dropout=0.5, scope="batch")
     pretrained = pretrained_of(tiny("llama"), trained, shift=True)
@@ -213,10 +181,6 @@ def test_the_memory_has_the_settings_of_training_but_for_changes():
     expected = MemoryConfig(rank=4, layer_fraction=0.4, inner_lr=0.3, weighting="uniform")
     assert memory.memory.config == expected and memory.memory.right_shift_logits
     assert (memory.seed, memory.attention, memory.fixed) == (5, "block_causal", None)
-    with pytest.raises(ConfigError, match=r"memory\.rank=0: expected at least 1"):
-        memory_of(pretrained, {"rank": 0})
-    with pytest.raises(ConfigError, match="nothing_proj"):
-        memory_of(pretrained, {"target_modules": ["nothing_proj"]})
 
 
 def test_a_saved_memory_gives_the_same_answers_in_a_new_process(tmp_path):
@@ -232,13 +196,9 @@ def test_a_saved_memory_gives_the_same_answers_in_a_new_process(tmp_path):
         with memory.memory.holding(fast):
             expected.append(Decoder(pretrained).answers(prompts, NEW, whole=True))
         assert expected[-1] != answers_of(Decoder(pretrained), prompts)
-    found = subprocess.run(
-        [sys.executable, "-c", LOAD_AND_ANSWER, json.dumps(jobs)],
-        env={**os.environ, "PYTHONPATH": str(Path(dllm_memdlm.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(dllm_memdlm.__file__).parents[1])}
+    command = [sys.executable, "-c", LOAD_AND_ANSWER, json.dumps(jobs)]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert [json.loads(line) for line in found.stdout.splitlines()] == expected
 
 
@@ -248,11 +208,10 @@ def test_a_saved_memory_is_for_its_model_and_brings_its_settings(tmp_path):
     written = memory_of(pretrained, {"rank": 3})
     save_snapshot(path, written.recall([text]), "tiny", written.memory.config, text)
     assert memory_of(pretrained, {}, path).memory.config.rank == 3
-    with pytest.raises(ConfigError, match=r"brings its memory settings along; give no others \(rank\)$"):
+    with pytest.raises(ConfigError, match=r"give no others \(rank\)$"):
         memory_of(pretrained, {"rank": 4}, path)
-    deeper = pretrained_of(tiny("llama", num_hidden_layers=5))
     with pytest.raises(ConfigError, match="fast weights for other sites than this model's"):
-        memory_of(deeper, {}, path)
+        memory_of(pretrained_of(tiny("llama", num_hidden_layers=5)), {}, path)
     save_snapshot(path, written.recall([text]), "another", written.memory.config, text)
     with pytest.raises(ConfigError, match="written with the model 'another', not 'tiny'"):
         memory_of(pretrained, {}, path)

@@ -1,8 +1,12 @@
-"""Plain checkpoints: the adapter is in the weights, in ours, in dllm's classes and in stock transformers."""
+"""Plain checkpoints: the adapter is in the weights, in ours, in dllm's classes and in stock transformers.
+
+What `memdlm export` refuses: helpers/bad_inference.py.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import peft
@@ -10,7 +14,7 @@ import pytest
 import torch
 import transformers
 from conftest import KINDS, make_tokenizer
-from saved_models import BYTES, byte_tokenizer, save_model, save_pair, train_adapter, weights_of
+from saved_models import BYTES, byte_tokenizer, save_model, save_pair, save_recipe, train_adapter, weights_of
 from stock_models import (
     bidirectional_logits,
     dllms_model,
@@ -22,7 +26,8 @@ from stock_models import (
 )
 from torch import Tensor
 
-from dllm_memdlm.config import MemoryConfig
+from dllm_memdlm import export as command
+from dllm_memdlm.config import ConfigError, MemoryConfig
 from dllm_memdlm.inference.plain_checkpoint import export
 from dllm_memdlm.inference.pretrained import load_pretrained
 
@@ -32,6 +37,14 @@ pytestmark = pytest.mark.usefixtures("as_from_a_shell")
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> tuple[str, str]:
     return save_pair(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def loaded_logits(folder: str | Path) -> Tensor:
+    return logits(load_pretrained(str(folder)).model)
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def sums(base: str, adapter: str) -> dict[str, Tensor]:
@@ -44,9 +57,6 @@ def sums(base: str, adapter: str) -> dict[str, Tensor]:
     return expected
 
 
-# === what is written ===
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_adapter_is_in_the_weights(kind, tmp_path):
     base, adapter = save_pair(tmp_path, kind)
@@ -55,13 +65,10 @@ def test_the_adapter_is_in_the_weights(kind, tmp_path):
     assert merged.keys() == weights_of(base).keys()
     for name, tensor in merged.items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-6, msg=name)
-    loaded = load_pretrained(str(out))
-    assert not isinstance(loaded.model, peft.PeftModel)
-    torch.testing.assert_close(logits(loaded.model), logits(load_pretrained(adapter).model), atol=1e-4, rtol=1e-4)
-    assert (logits(loaded.model) - logits(load_pretrained(base).model)).abs().max() > 0.1
-    assert torch.equal(
-        logits(load_pretrained(str(export(base, tmp_path / "named", adapter))).model), logits(loaded.model)
-    )
+    assert not isinstance(load_pretrained(str(out)).model, peft.PeftModel)
+    assert_close(loaded_logits(out), loaded_logits(adapter))
+    assert (loaded_logits(out) - loaded_logits(base)).abs().max() > 0.1
+    assert torch.equal(loaded_logits(export(base, tmp_path / "named", adapter)), loaded_logits(out))
 
 
 @pytest.mark.parametrize("own", [torch.float32, torch.bfloat16], ids=str)
@@ -79,10 +86,9 @@ def test_weights_are_summed_in_float32_and_rounded_once(own, wanted, tmp_path):
     assert json.loads((out / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
 
 
-@pytest.mark.parametrize("kind", ["llada2", "llama"])
-def test_the_folder_is_complete(kind, tmp_path):
+def test_the_folder_is_complete(tmp_path):
     """With settings of generation that transformers reads, and would refuse to write."""
-    base, adapter = save_pair(tmp_path, kind)
+    base, adapter = save_pair(tmp_path, "llada2")
     (Path(base) / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": false, "max_new_tokens": 7}')
     tokenizer = make_tokenizer(bos_token="w9", mask_token="<mask>")
     tokenizer.chat_template = "{{ messages[0].content }}"
@@ -104,8 +110,7 @@ def test_large_weights_are_in_several_files(llama, tmp_path):
     out = export(llama[1], tmp_path / "out", shard_size="20KB")
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
-    expected = logits(load_pretrained(llama[1]).model)
-    torch.testing.assert_close(logits(load_pretrained(str(out)).model), expected, atol=1e-4, rtol=1e-4)
+    assert_close(loaded_logits(out), loaded_logits(llama[1]))
 
 
 def test_a_model_without_an_adapter_is_converted(tmp_path):
@@ -119,17 +124,12 @@ def test_a_base_that_names_no_architecture_is_the_one_of_the_recipe(tmp_path):
     """As it was trained, so it is loaded and exported; the folder that is written names it."""
     base = save_model(tmp_path / "base", "llada_moe", byte_tokenizer())
     config = json.loads((Path(base) / "config.json").read_text())
-    name = config.pop("architectures")
+    (name,) = config.pop("architectures")
     (Path(base) / "config.json").write_text(json.dumps(config))
-    adapter = train_adapter(tmp_path, base, f"model.architecture={name[0]}", "training.max_steps=1")
+    adapter = train_adapter(tmp_path, base, f"model.architecture={name}", "training.max_steps=1")
     out = export(adapter, tmp_path / "out")
-    assert json.loads((out / "config.json").read_text())["architectures"] == name
-    torch.testing.assert_close(
-        logits(load_pretrained(str(out)).model), logits(load_pretrained(adapter).model), atol=1e-4, rtol=1e-4
-    )
-
-
-# === in other libraries ===
+    assert json.loads((out / "config.json").read_text())["architectures"] == [name]
+    assert_close(loaded_logits(out), loaded_logits(adapter))
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
@@ -139,8 +139,7 @@ def test_stock_transformers_loads_what_a_run_trained(name, tmp_path):
     out = export(adapter, tmp_path / "out")
     stock = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert type(stock) is getattr(transformers, name)
-    ours = logits(load_pretrained(adapter).model)
-    torch.testing.assert_close(bidirectional_logits(stock), ours, atol=1e-4, rtol=1e-4)
+    assert_close(bidirectional_logits(stock), loaded_logits(adapter))
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     assert tokenizer.mask_token == "<|mask|>" and tokenizer.chat_template
 
@@ -153,13 +152,11 @@ def test_dllm_loads_it(kind, tmp_path):
 
     base = save_stock(tmp_path / "base", dllms_model(kind, vocab_size=BYTES), byte_tokenizer())
     adapter = train_adapter(tmp_path, base)
-    expected = logits(load_pretrained(adapter).model)
     out = export(adapter, tmp_path / "out")
-    arguments = dllm.utils.ModelArguments(model_name_or_path=str(out), dtype="float32")
-    model = dllm.utils.get_model(arguments)
+    model = dllm.utils.get_model(dllm.utils.ModelArguments(model_name_or_path=str(out), dtype="float32"))
     assert type(model) is type(dllms_model(kind))
-    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(logits(type(model).from_pretrained(out)), expected, atol=1e-4, rtol=1e-4)
+    for found in (model, type(model).from_pretrained(out)):
+        assert_close(logits(found), loaded_logits(adapter))
 
 
 @pytest.mark.dllm
@@ -173,12 +170,8 @@ def test_a_decoder_that_dllm_converted_stays_one(tmp_path):
     out = export(adapter, tmp_path / "out")
     model = transformers.AutoModelForMaskedLM.from_pretrained(out)
     assert type(model) is A2DQwen3LMHeadModel
-    expected = logits(load_pretrained(adapter).model)
-    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(logits(load_pretrained(str(out)).model), expected, atol=1e-4, rtol=1e-4)
-
-
-# === embeddings that share a weight ===
+    assert_close(logits(model), loaded_logits(adapter))
+    assert_close(loaded_logits(out), loaded_logits(adapter))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +189,44 @@ def test_an_adapter_on_one_of_two_tied_embeddings(config, tmp_path):
     base = save_stock(tmp_path / "base", stock_decoder("LlamaForCausalLM", tie_word_embeddings=True))
     expected = bidirectional_logits(save_peft(tmp_path / "adapter", stock_llama(base), config))
     out = export(base, tmp_path / "out", str(tmp_path / "adapter"))
-    torch.testing.assert_close(logits(load_pretrained(str(out)).model), expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(bidirectional_logits(stock_llama(str(out))), expected, atol=1e-4, rtol=1e-4)
+    assert_close(loaded_logits(out), expected)
+    assert_close(bidirectional_logits(stock_llama(str(out))), expected)
     apart = config.modules_to_save or {"lm_head", "embed_tokens"} & set(config.target_modules)
     assert ("lm_head.weight" in weights_of(out)) == bool(apart)
+
+
+def test_an_adapter_with_the_config_of_its_base_is_an_adapter(llama, tmp_path):
+    """Other trainers write it beside; what is exported is the base with the adapter all the same."""
+    adapter = shutil.copytree(llama[1], tmp_path / "adapter")
+    shutil.copy(f"{llama[0]}/config.json", adapter)
+    found, expected = (weights_of(export(str(path), tmp_path / str(i))) for i, path in enumerate((adapter, llama[1])))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_an_adapter_trained_in_4_bit_is_added_to_the_full_weights(llama, tmp_path):
+    adapter = shutil.copytree(llama[1], tmp_path / "adapter")
+    save_recipe(adapter, {"model": {"path": llama[0], "load_in_4bit": True}})
+    out = export(str(adapter), tmp_path / "out")
+    assert "was trained on the same weights in 4 bit" in (out / "README.md").read_text()
+    assert {tensor.dtype for tensor in weights_of(out).values()} == {torch.float32}
+
+
+def test_a_refusal_leaves_everything_as_it_was(llama, tmp_path):
+    """The last thing to be written cannot be: a state of the trainer that is broken. Nor is a file overwritten."""
+    adapter = shutil.copytree(llama[1], tmp_path / "adapter")
+    (adapter / "trainer_state.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"trainer_state\.json: not the state"):
+        export(str(adapter), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".hidden").write_text("mine")
+    with pytest.raises(ConfigError, match="not empty; expected a folder that is empty"):
+        export(llama[1], tmp_path / "out")
+    assert (tmp_path / "out" / ".hidden").read_text() == "mine"
+
+
+def test_the_command_says_where_it_is(llama, tmp_path, capsys):
+    arguments = ["--model", llama[0], "--adapter", llama[1], "--dtype", "bfloat16"]
+    assert command.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == f"saved to {tmp_path / 'out'}\n"
+    assert {tensor.dtype for tensor in weights_of(tmp_path / "out").values()} == {torch.bfloat16}

@@ -72,6 +72,11 @@ def assert_same(ours: Any, theirs: Any) -> None:
     assert torch.equal(ours.sequences, theirs.sequences)
 
 
+def seeded(sample: Any, *arguments: Any, **settings: Any) -> Any:
+    torch.manual_seed(3)
+    return sample(*arguments, **settings)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("variant", MDLM_VARIANTS)
 def test_mdlm(name, variant, tokenizer):
@@ -82,15 +87,11 @@ def test_mdlm(name, variant, tokenizer):
     settings = {"max_new_tokens": 19, "steps": 19, "block_size": 19, "return_dict": True, **MDLM_VARIANTS[variant]}
     inputs = [torch.tensor(prompt) for prompt in prompts(7, 12, 3)]
     # Suppressed first tokens are all of confidence 0: a tie, which in dllm falls by how long the batch is.
-    batches = [[prompt] for prompt in inputs] if variant == "suppressed" else [inputs]
     answers = set()
-    for batch in batches:
-        outputs = []
-        for sampler in (Theirs(their_model, tokenizer), MDLMSampler(our_model, tokenizer)):
-            torch.manual_seed(3)
-            outputs.append(sampler.sample(batch, MDLMSamplerConfig(**settings)))
-        assert_same(*outputs)
-        answers.update(outputs[0].sequences[:, 12:].flatten().tolist())
+    for batch in [[prompt] for prompt in inputs] if variant == "suppressed" else [inputs]:
+        theirs = seeded(Theirs(their_model, tokenizer).sample, batch, MDLMSamplerConfig(**settings))
+        assert_same(seeded(MDLMSampler(our_model, tokenizer).sample, batch, MDLMSamplerConfig(**settings)), theirs)
+        answers.update(theirs.sequences[:, 12:].flatten().tolist())
     assert len(answers) > 3, "a canvas of one token would hide mistakes"
 
 
@@ -108,11 +109,8 @@ def test_filling_in(name, changes, tokenizer):
     for row in inputs:
         row[1:4] = MASK
     inputs[0][7:12] = MASK
-    outputs = []
-    for sampler in (Theirs(their_model, tokenizer), MDLMSampler(our_model, tokenizer)):
-        torch.manual_seed(3)
-        outputs.append(sampler.infill(inputs, settings))
-    assert_same(*outputs)
+    theirs = seeded(Theirs(their_model, tokenizer).infill, inputs, settings)
+    assert_same(seeded(MDLMSampler(our_model, tokenizer).infill, inputs, settings), theirs)
 
 
 @pytest.mark.parametrize("name", ["llada2", "llada2 of dllm"])
@@ -123,17 +121,13 @@ def test_llada21(name, variant, tokenizer):
     from dllm.pipelines.llada21.sampler import LLaDA21SamplerConfig
 
     their_model, our_model = decoders(name)
-    settings = LLaDA21SamplerConfig(
-        **{"max_new_tokens": 13, "block_size": 4, "return_dict": True, **LLADA21_VARIANTS[variant]}
-    )
-    inputs = [torch.tensor(prompt) for prompt in prompts(9, 3, 8, 18)]
+    settings = {"max_new_tokens": 13, "block_size": 4, "return_dict": True, **LLADA21_VARIANTS[variant]}
+    settings, inputs = LLaDA21SamplerConfig(**settings), [torch.tensor(prompt) for prompt in prompts(9, 3, 8, 18)]
     sampler, alone = LLaDA21Sampler(our_model, tokenizer), []
     for prompt in inputs:
-        torch.manual_seed(3)
-        theirs = Theirs(their_model, tokenizer).sample([prompt], settings)
+        theirs = seeded(Theirs(their_model, tokenizer).sample, [prompt], settings)
         for cached in (True, False):
-            torch.manual_seed(3)
-            assert_same(sampler.sample([prompt], settings, use_cache=cached), theirs)
+            assert_same(seeded(sampler.sample, [prompt], settings, use_cache=cached), theirs)
         alone.append(theirs.sequences[0])
     if variant != "warm":
         together = sampler.sample(inputs, settings).sequences

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from conftest import EOS, KINDS, MASK
+from conftest import EOS, KINDS, MASK, VOCABULARY, tiny
 from naive_samplers import Canvas, Draws, block_diffusion, decoder, moves, prompts
 from torch import Tensor, nn
 
@@ -19,19 +20,8 @@ from dllm_memdlm.method.inner_loop import ParametricMemory
 NEW, SIZE = 13, 4
 #: Of two blocks and a bit, within the first block, at the end of a block, and longer.
 LENGTHS = (9, 3, 8, 18)
-
-
-def settings_of(**changes: Any) -> LLaDA21SamplerConfig:
-    return LLaDA21SamplerConfig(**{"max_new_tokens": NEW, "block_size": SIZE, "return_dict": True, **changes})
-
-
-def naive(model: nn.Module, prompt: Canvas, settings: LLaDA21SamplerConfig, seed: int | None = None) -> list[Canvas]:
-    return block_diffusion(model, prompt, settings, MASK, EOS, Draws(seed))
-
-
-def of_row(histories: list[Tensor], row: int) -> list[Canvas]:
-    return [canvas[row].tolist() for canvas in histories]
-
+#: Far more steps than a prompt takes to come to an end.
+LIMIT = 600
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "usual": {},
@@ -51,18 +41,27 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "max_length": {"max_new_tokens": None, "max_length": 26},
 }
 WARM = ("warm", "warm_top_k", "warm_top_p")
-
-
 #: All on the fastest backbone, a few on each of the others.
 CASES = [("llama", variant) for variant in VARIANTS] + [
     (kind, variant) for kind in ("llada2", "llada_moe") for variant in ("one_post_step", "warm_top_k")
 ]
+every_case = pytest.mark.parametrize(("kind", "variant"), CASES)
+cached_or_not = pytest.mark.parametrize("cached", [True, False])
 
 
-# === against the reference ===
+def settings_of(**changes: Any) -> LLaDA21SamplerConfig:
+    return LLaDA21SamplerConfig(**{"max_new_tokens": NEW, "block_size": SIZE, "return_dict": True, **changes})
 
 
-@pytest.mark.parametrize(("kind", "variant"), CASES)
+def naive(model: nn.Module, prompt: Canvas, settings: LLaDA21SamplerConfig, seed: int | None = None) -> list[Canvas]:
+    return block_diffusion(model, prompt, settings, MASK, EOS, Draws(seed))
+
+
+def of_row(histories: list[Tensor], row: int = 0, length: int | None = None) -> list[Canvas]:
+    return [canvas[row, :length].tolist() for canvas in histories]
+
+
+@every_case
 def test_every_step_is_the_plain_samplers(kind, variant, tokenizer):
     model, settings = decoder(kind), settings_of(**VARIANTS[variant])
     for prompt in prompts(*LENGTHS[: len(LENGTHS) if kind == "llama" else 1]):
@@ -71,110 +70,74 @@ def test_every_step_is_the_plain_samplers(kind, variant, tokenizer):
         for cached in (True, False):
             torch.manual_seed(5)
             output = LLaDA21Sampler(model, tokenizer).sample([prompt], settings, use_cache=cached)
-            assert of_row(output.histories, 0) == expected
+            assert of_row(output.histories) == expected
             assert output.sequences.tolist() == [expected[-1]]
         assert expected[-1][: len(prompt)] == prompt
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_an_empty_prompt(cached, tokenizer):
-    """All positions are equally sure to begin with, so they are committed together."""
-    model, settings = decoder("llada2"), settings_of(threshold=0.0, editing_threshold=0.3, use_cache=cached)
-    output = LLaDA21Sampler(model, tokenizer).sample([[]], settings)
-    assert of_row(output.histories, 0) == naive(model, [], settings)
-
-
 def test_the_settings_matter(tokenizer):
-    """Each of these variants edits, stops or draws otherwise, or the tests above would show little."""
-    model = decoder("llama")
-    (prompt,) = prompts(9)
+    """Each of these variants edits, stops or draws otherwise, or the test above would show little."""
+    model, (prompt,) = decoder("llama"), prompts(9)
     histories = [str(naive(model, prompt, settings_of(**changes))) for changes in VARIANTS.values()]
     assert len(set(histories)) == len(VARIANTS)
     steps = naive(model, prompt, settings_of(**VARIANTS["editing"]))
     edited = [a for a, b in itertools.pairwise(steps) if any(x not in (y, MASK) for x, y in zip(a, b, strict=True))]
-    assert edited, "no token was ever edited"
-    assert len(set(steps[-1][9:])) > 3
+    assert edited and len(set(steps[-1][9:])) > 3
 
 
-def test_masks_that_a_prompt_brings_along(tokenizer):
-    """They are text and stay, those in the block that is continued too, which dllm fills in."""
-    model, settings = decoder("llada2"), settings_of(editing_threshold=0.3)
-    (prompt,) = prompts(10)
-    prompt[1] = prompt[9] = MASK
-    for cached in (True, False):
-        output = LLaDA21Sampler(model, tokenizer).sample([prompt], settings, use_cache=cached)
+@cached_or_not
+def test_an_empty_prompt_and_one_that_brings_masks_along(cached, tokenizer):
+    """Its masks are text and stay, those in the block that is continued too, which dllm fills in."""
+    model, (masked,) = decoder("llada2"), prompts(10)
+    masked[1] = masked[9] = MASK
+    for prompt, threshold in (([], 0.0), (masked, 0.95)):  # an empty one's positions are all equally sure at first
+        settings = settings_of(threshold=threshold, editing_threshold=0.3, use_cache=cached)
         expected = naive(model, prompt, settings)
-        assert of_row(output.histories, 0) == expected
+        assert of_row(LLaDA21Sampler(model, tokenizer).sample([prompt], settings).histories) == expected
     assert [i for i, token in enumerate(expected[-1]) if token == MASK] == [1, 9]
 
 
-# === a batch ===
-
-
-@pytest.mark.parametrize("cached", [True, False])
-@pytest.mark.parametrize(("kind", "variant"), CASES)
+@cached_or_not
+@every_case
 def test_a_batch_is_as_many_prompts_alone(kind, variant, cached, tokenizer):
-    """Each at its own pace; random numbers included."""
-    sampler, settings = LLaDA21Sampler(decoder(kind), tokenizer), settings_of(**VARIANTS[variant])
-    inputs, seeds = prompts(*LENGTHS), [7, 8, 9, 7]
+    """Each at its own pace; random numbers included, which are the plain sampler's of the same seed."""
+    model, settings = decoder(kind), settings_of(**VARIANTS[variant])
+    sampler, inputs, seeds = LLaDA21Sampler(model, tokenizer), prompts(*LENGTHS), [7, 8, 9, 7]
     together = sampler.sample(inputs, settings, seeds, use_cache=cached)
     for row, (prompt, seed) in enumerate(zip(inputs, seeds, strict=True)):
         alone = sampler.sample([prompt], settings, [seed], use_cache=True)
         length = alone.sequences.shape[1]
         assert set(together.sequences[row, length:].tolist()) <= {EOS}
-        steps = [canvas[:length] for canvas in of_row(together.histories, row)]
-        assert moves(steps) == moves(of_row(alone.histories, 0))
+        assert moves(of_row(together.histories, row, length)) == moves(of_row(alone.histories))
+        if variant in WARM and row == 0:
+            assert of_row(alone.histories) == naive(model, prompt, settings, seed)
     if variant in WARM:
         others = sampler.sample(inputs, settings, [1, 2, 3, 4], use_cache=cached)
         assert not torch.equal(others.sequences, together.sequences)
 
 
-@pytest.mark.parametrize("variant", WARM)
-def test_a_seed_is_the_plain_samplers(variant, tokenizer):
-    model, settings = decoder("llama"), settings_of(**VARIANTS[variant])
-    (prompt,) = prompts(9)
-    output = LLaDA21Sampler(model, tokenizer).sample([prompt], settings, [11])
-    assert of_row(output.histories, 0) == naive(model, prompt, settings, 11)
-
-
-# === where the text ends ===
-
-
-def ending(model: nn.Module, scale: float) -> nn.Module:
-    """Likelier, or less likely, to choose end of sequence."""
-    with torch.no_grad():
-        model.lm_head.weight[EOS] *= scale
-    return model
-
-
-@pytest.mark.parametrize("cached", [True, False])
+@cached_or_not
 def test_early_stop_ends_with_the_block_of_the_end(cached, tokenizer):
-    model = ending(decoder("llama"), 0.7)
-    inputs = prompts(9, 3, 14, 8)
+    model, inputs = decoder("llama"), prompts(9, 3, 14, 8)
+    with torch.no_grad():
+        model.lm_head.weight[EOS] *= 0.7
     inputs[0][2] = EOS  # of the prompt, which ends nothing
     settings = settings_of(max_new_tokens=24, eos_early_stop=True, use_cache=cached)
     together = LLaDA21Sampler(model, tokenizer).sample(inputs, settings)
     stopped = []
     for row, prompt in enumerate(inputs):
         expected = naive(model, prompt, settings)
-        steps = [canvas[: len(expected[0])] for canvas in of_row(together.histories, row)]
-        assert moves(steps) == moves(expected)
+        assert moves(of_row(together.histories, row, len(expected[0]))) == moves(expected)
         stopped.append(MASK in expected[-1])
-        assert stopped[-1] <= (EOS in expected[-1][len(prompt) :])
     assert stopped == [False, False, True, False], "one should end early"
 
 
-# === the cache ===
-
-
-@pytest.mark.parametrize("prefill", [1, 4, 5, 9, 1000])
+@pytest.mark.parametrize("prefill", [1, 5, 9, 1000])
 def test_prompts_of_several_chunks(prefill, tokenizer, monkeypatch):
-    model = decoder("llada2")
+    model, inputs, widths = decoder("llada2"), prompts(19, 40, 3), []
     sampler, settings = LLaDA21Sampler(model, tokenizer), settings_of(editing_threshold=0.2, max_post_steps=2)
-    inputs = prompts(19, 40, 3)
     expected = sampler.sample(inputs, settings, use_cache=False)
     monkeypatch.setattr(llada21, "PREFILL", prefill)
-    widths = []
     model.model.layers[0].register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[1]))
     output = sampler.sample(inputs, settings)
     for row in range(len(inputs)):
@@ -186,8 +149,7 @@ def test_prompts_of_several_chunks(prefill, tokenizer, monkeypatch):
 
 def test_a_block_that_ended_by_an_edit_is_computed_once_more(tokenizer):
     """Its keys and values must be those of its last tokens. The pass is no step."""
-    (prompt,) = prompts(2 * SIZE)
-    extra = {}
+    (prompt,), extra = prompts(2 * SIZE), {}
     for post_steps in (0, 16):
         model, calls = decoder("llada2"), []
         settings = settings_of(max_new_tokens=3 * SIZE, editing_threshold=1.0, max_post_steps=post_steps)
@@ -197,47 +159,28 @@ def test_a_block_that_ended_by_an_edit_is_computed_once_more(tokenizer):
     assert extra == {0: 2, 16: 0}, "every block but the last ends by a change, or none does"
 
 
-class Held(NamedTuple):
-    memory: ParametricMemory
-    fast: FastWeights
-
-
-def held(model: nn.Module, rows: int) -> Held:
-    """Fast weights of each row that change what it decodes."""
-    memory = ParametricMemory(model, MemoryConfig(rank=4, layer_fraction=0.4), mask_token_id=MASK)
-    fast = FastWeights.initial(memory.shapes, memory.config, torch.arange(rows), torch.get_default_device())
-    generator = torch.Generator().manual_seed(2)
-    drawn = {k: torch.randn(v.shape, generator=generator, dtype=torch.float64) * 0.3 for k, v in fast.tensors.items()}
-    return Held(memory, FastWeights(drawn, fast.scaling))
-
-
-def of_sample(fast: FastWeights, sample: int) -> FastWeights:
-    return FastWeights({k: v[..., sample : sample + 1, :, :] for k, v in fast.tensors.items()}, fast.scaling)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_fast_weights_of_each_sample_held(kind, tokenizer):
     """Cached, uncached, in a batch and alone: the tokens of the reference with the row's own fast weights."""
-    model = decoder(kind)
+    model, inputs = decoder(kind), prompts(9, 3)
     sampler, settings = LLaDA21Sampler(model, tokenizer), settings_of(editing_threshold=0.2, max_post_steps=1)
-    inputs = prompts(9, 3)
-    memory, fast = held(model, len(inputs))
+    memory = ParametricMemory(model, MemoryConfig(rank=4, layer_fraction=0.4), mask_token_id=MASK)
+    fast = FastWeights.initial(memory.shapes, memory.config, torch.arange(2), torch.get_default_device())
+    generator = torch.Generator().manual_seed(2)
+    drawn = {k: torch.randn(v.shape, generator=generator, dtype=torch.float64) * 0.3 for k, v in fast.tensors.items()}
+    fast = FastWeights(drawn, fast.scaling)
     with memory.holding(fast):
         together = [sampler.sample(inputs, settings, use_cache=cached).histories for cached in (True, False)]
     plain = sampler.sample(inputs, settings).sequences
     for row, prompt in enumerate(inputs):
-        with memory.holding(of_sample(fast, row)):
+        with memory.holding(fast.select([row])):
             expected = naive(model, prompt, settings)
         for histories in together:
-            steps = [canvas[: len(expected[0])] for canvas in of_row(histories, row)]
-            assert moves(steps) == moves(expected)
+            assert moves(of_row(histories, row, len(expected[0]))) == moves(expected)
             assert plain[row].tolist() != histories[-1][row].tolist()
 
 
-# === what else a caller may rely on ===
-
-
-@pytest.mark.parametrize("cached", [True, False])
+@cached_or_not
 def test_in_bfloat16(cached, tokenizer):
     sampler = LLaDA21Sampler(decoder("llada2", torch.bfloat16), tokenizer)
     settings = settings_of(threshold=0.3, editing_threshold=0.3, use_cache=cached)
@@ -246,27 +189,37 @@ def test_in_bfloat16(cached, tokenizer):
         assert output.sequences.dtype == torch.long and not (output.sequences == MASK)[0].any()
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_steps_yield_the_canvas_as_it_changes(cached, tokenizer):
-    sampler, settings = LLaDA21Sampler(decoder("llada2"), tokenizer), settings_of(use_cache=cached)
-    (prompt,) = prompts(9)
-    canvases = sampler.steps([prompt], settings)
-    first = next(canvases)
-    assert first.tolist() == [prompt + [MASK] * (24 - 9)]
-    assert torch.is_grad_enabled(), "between two steps the caller's own mode holds"
-    seen = [first.clone()]
-    for canvas in canvases:
-        assert canvas is first
-        seen.append(canvas.clone())
-    assert [c.tolist() for c in seen] == [c.tolist() for c in sampler.sample([prompt], settings).histories]
+def with_table(predictions: dict[int, tuple[int, float]]) -> nn.Module:
+    """A model that looks at a position's own token alone: token → (what it predicts, with which probability)."""
+    model = tiny("llama").eval()
+    table = torch.zeros(VOCABULARY, VOCABULARY)
+    for token in range(VOCABULARY):
+        choice, probability = predictions.get(token, (token, 0.99))
+        table[token, choice] = torch.tensor(probability / (1 - probability) * (VOCABULARY - 1)).log()
+
+    def forward(input_ids: Tensor, positions: Tensor | None = None, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=table[input_ids if positions is None else input_ids.gather(1, positions)])
+
+    model.forward = forward
+    return model
 
 
-def test_without_return_dict_the_canvas_alone(tokenizer):
-    sampler = LLaDA21Sampler(decoder("llada2"), tokenizer)
-    alone = sampler.sample(prompts(6), settings_of(return_dict=False))
-    assert torch.equal(alone, sampler.sample(prompts(6), settings_of()).sequences)
-
-
-def test_it_cannot_fill_in(tokenizer):
-    with pytest.raises(TypeError, match=r"MDLMSampler\.infill can"):
-        LLaDA21Sampler(decoder("llada2"), tokenizer).infill(prompts(5))
+@cached_or_not
+@pytest.mark.parametrize(
+    "predictions",
+    [
+        {MASK: (MASK, 0.99)},
+        {MASK: (MASK, 0.3)},
+        {MASK: (5, 0.5), 5: (MASK, 0.99)},
+        {MASK: (5, 0.99), 5: (6, 0.99), 6: (MASK, 0.99)},
+        {MASK: (5, 0.5), 5: (6, 0.99), 6: (5, 0.99)},
+        {MASK: (MASK, 0.99)} | {token: (MASK, 0.99) for token in range(3, VOCABULARY)},
+    ],
+)
+@pytest.mark.parametrize("changes", [{}, {"max_post_steps": 0}, {"temperature": 0.5}, {"num_to_transfer": 3}])
+def test_a_model_that_chooses_the_mask_comes_to_an_end(predictions, changes, cached, tokenizer):
+    sampler = LLaDA21Sampler(with_table(predictions), tokenizer)
+    steps = sampler.steps(prompts(5, 2), seeds=[1, 2], max_new_tokens=13, block_size=4, use_cache=cached, **changes)
+    finished = [canvas.clone() for canvas in itertools.islice(steps, LIMIT)]
+    assert len(finished) < LIMIT, "no end"
+    assert not (finished[-1] == MASK).any()

@@ -15,22 +15,6 @@ from dllm_memdlm.inference.samplers import MDLMSampler, MDLMSamplerConfig, compl
 
 NEW = 13
 
-
-def settings_of(**changes: Any) -> MDLMSamplerConfig:
-    return MDLMSamplerConfig(**{"max_new_tokens": NEW, "block_size": NEW, "steps": NEW, "return_dict": True, **changes})
-
-
-def naive(model: nn.Module, settings: MDLMSamplerConfig, seed: int | None = None, schedule: Any = linear) -> Denoiser:
-    return Denoiser(model, settings, MASK, schedule, Draws(seed))
-
-
-def steps_of_row(histories: list[Tensor], row: int, length: int) -> list[list[int]]:
-    """The canvases of one row of a batch without its padding, and without the steps in which it stood still."""
-    canvases = [canvas[row].tolist() for canvas in histories]
-    assert all(set(canvas[length:]) <= {EOS} for canvas in canvases)
-    return moves([canvas[:length] for canvas in canvases])
-
-
 VARIANTS: dict[str, dict[str, Any]] = {
     "one_block": {},
     "fewer_steps": {"steps": 5},
@@ -63,16 +47,29 @@ CASES = [("llama", variant) for variant in VARIANTS] + [
     for variant in ("blocks", "right_shift_guided", "stochastic", "prefix", "dual_guided")
 ]
 DRAWN = ("warm", "random", "random_warm", "stochastic", "right_shift_guided", "dual_right_shift", "prefix_guided")
+every_case = pytest.mark.parametrize(("kind", "variant"), CASES)
+every_cache = pytest.mark.parametrize("cache", ["prefix", "dual"])
 
 
-# === against the reference ===
+def settings_of(**changes: Any) -> MDLMSamplerConfig:
+    return MDLMSamplerConfig(**{"max_new_tokens": NEW, "block_size": NEW, "steps": NEW, "return_dict": True, **changes})
 
 
-@pytest.mark.parametrize(("kind", "variant"), CASES)
+def naive(model: nn.Module, settings: MDLMSamplerConfig, seed: int | None = None, schedule: Any = linear) -> Denoiser:
+    return Denoiser(model, settings, MASK, schedule, Draws(seed))
+
+
+def of_row(histories: list[Tensor], row: int, length: int) -> list[list[int]]:
+    """The canvases of one row of a batch without its padding, and without the steps in which it stood still."""
+    canvases = [canvas[row].tolist() for canvas in histories]
+    assert all(set(canvas[length:]) <= {EOS} for canvas in canvases)
+    return moves([canvas[:length] for canvas in canvases])
+
+
+@every_case
 def test_every_step_is_the_plain_samplers(kind, variant, tokenizer):
     """With torch's global generator, in the order in which dllm draws from it."""
-    model, settings = decoder(kind), settings_of(**VARIANTS[variant])
-    (prompt,) = prompts(9)
+    model, settings, (prompt,) = decoder(kind), settings_of(**VARIANTS[variant]), prompts(9)
     torch.manual_seed(5)
     expected = naive(model, settings).sample(prompt, NEW)
     torch.manual_seed(5)
@@ -83,30 +80,25 @@ def test_every_step_is_the_plain_samplers(kind, variant, tokenizer):
     assert len(set(expected[-1][9:])) > 2, "a canvas of one token would hide mistakes"
 
 
-@pytest.mark.parametrize(("kind", "variant"), CASES)
+@every_case
 def test_a_batch_is_as_many_prompts_alone(kind, variant, tokenizer):
     """Token for token and step for step, random numbers included; and so is the reference with the same seed."""
     model, settings = decoder(kind), settings_of(**VARIANTS[variant])
-    inputs, seeds = prompts(9, 4, 12), [7, 8, 7]
-    sampler = MDLMSampler(model, tokenizer)
+    sampler, inputs, seeds = MDLMSampler(model, tokenizer), prompts(9, 4, 12), [7, 8, 7]
     together = sampler.sample(inputs, settings, seeds)
     assert together.sequences.shape == (3, 12 + NEW)
     for row, (prompt, seed) in enumerate(zip(inputs, seeds, strict=True)):
-        steps = steps_of_row(together.histories, row, len(prompt) + NEW)
-        alone = sampler.sample([prompt], settings, [seed])
-        assert steps == moves([canvas[0].tolist() for canvas in alone.histories])
+        steps = of_row(together.histories, row, len(prompt) + NEW)
+        assert steps == of_row(sampler.sample([prompt], settings, [seed]).histories, 0, len(prompt) + NEW)
         if row == 1:
             assert steps == moves(naive(model, settings, seed).sample(prompt, NEW))
     if variant in DRAWN:
         others = sampler.sample(inputs, settings, [1, 2, 3])
-        assert not torch.equal(others.sequences, together.sequences) or not all(
-            map(torch.equal, others.histories, together.histories)
-        )
+        assert [h.tolist() for h in others.histories] != [h.tolist() for h in together.histories]
 
 
 def test_the_schedule_says_how_many_tokens_a_step_commits(tokenizer):
-    model, settings = decoder("llama"), settings_of(steps=6)
-    (prompt,) = prompts(5)
+    model, settings, (prompt,) = decoder("llama"), settings_of(steps=6), prompts(5)
     output = MDLMSampler(model, tokenizer, CosineAlphaScheduler()).sample([prompt], settings)
     expected = naive(model, settings, schedule=cosine).sample(prompt, NEW)
     assert [canvas[0].tolist() for canvas in output.histories] == expected
@@ -124,7 +116,7 @@ def test_masks_that_a_prompt_brings_along(seeds, tokenizer):
     output = MDLMSampler(model, tokenizer).sample(inputs, settings, seeds)
     for row, prompt in enumerate(inputs):
         expected = naive(model, settings, seeds and seeds[row]).sample(prompt, NEW)
-        assert steps_of_row(output.histories, row, len(prompt) + NEW) == expected
+        assert of_row(output.histories, row, len(prompt) + NEW) == expected
         assert expected[-1][: len(prompt)] == prompt and MASK not in expected[-1][len(prompt) :]
 
 
@@ -132,43 +124,39 @@ def test_masks_that_a_prompt_brings_along(seeds, tokenizer):
 @pytest.mark.parametrize("shift", [False, True])
 def test_empty_prompts_and_tensors(prompt, shift, tokenizer):
     """In a drawn order: on a canvas of masks alone every position is as sure as any other, up to rounding."""
-    model = decoder("llama")
+    model, start = decoder("llama"), list(map(int, prompt))
     settings = settings_of(right_shift_logits=shift, steps=4, remasking="random", temperature=0.7)
-    start = list(map(int, prompt)) or ([tokenizer.bos_token_id] if shift else [])
     output = MDLMSampler(model, tokenizer).sample([prompt], settings, [3])
-    assert output.sequences[0].tolist() == naive(model, settings, 3).sample(start, NEW)[-1]
+    expected = naive(model, settings, 3).sample(start or [tokenizer.bos_token_id] * shift, NEW)
+    assert output.sequences[0].tolist() == expected[-1]
 
 
 def test_max_length_counts_the_prompt(tokenizer):
     """Of the longest prompt: all prompts get as many new tokens."""
-    sampler, inputs = MDLMSampler(decoder("llama"), tokenizer), prompts(9, 4)
-    settings = {"block_size": 4, "steps": 8}
+    sampler, inputs, settings = MDLMSampler(decoder("llama"), tokenizer), prompts(9, 4), {"block_size": 4, "steps": 8}
     by_length = sampler.sample(inputs, max_new_tokens=None, max_length=20, **settings)
     assert torch.equal(by_length, sampler.sample(inputs, max_new_tokens=11, **settings))
-    assert by_length.shape == (2, 20)
 
 
-# === filling in ===
-
-
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "changes",
+    ("kind", "changes"),
     [
-        {},
-        {"block_size": 4},
-        {"block_size": 7, "steps": 6, "cfg_scale": 0.6},
-        {"temperature": 0.8, "block_size": 5},
-        {"remasking": "random", "stochastic_transfer": True},
-        {"right_shift_logits": True, "block_size": 6},
-        {"threshold": 0.2, "block_size": 6},
+        *((kind, {}) for kind in KINDS),
+        ("llama", {"block_size": 4}),
+        ("llama", {"block_size": 7, "steps": 6, "cfg_scale": 0.6}),
+        ("llada2", {"temperature": 0.8, "block_size": 5}),
+        ("llama", {"remasking": "random", "stochastic_transfer": True}),
+        ("llada_moe", {"right_shift_logits": True, "block_size": 6}),
+        ("llama", {"threshold": 0.2, "block_size": 6}),
     ],
 )
 @pytest.mark.parametrize("seeded", [False, True])
 def test_filling_in_is_the_plain_samplers(kind, changes, seeded, tokenizer):
-    model = decoder(kind)
-    settings = settings_of(**{"block_size": None, "steps": 9, **changes})
-    inputs = prompts(14, 6, 9)
+    model, settings, inputs = (
+        decoder(kind),
+        settings_of(**{"block_size": None, "steps": 9, **changes}),
+        prompts(14, 6, 9),
+    )
     for row in inputs:
         row[2:5] = [MASK] * 3
     inputs[0][8:13] = [MASK] * 5
@@ -179,9 +167,8 @@ def test_filling_in_is_the_plain_samplers(kind, changes, seeded, tokenizer):
         output = MDLMSampler(model, tokenizer).infill(batch, settings, seeds)
         for row, canvas in enumerate(batch):
             torch.manual_seed(2)
-            longest = max(map(len, batch))
-            expected = naive(model, settings, seeds and seeds[row]).infill(canvas, longest)
-            assert steps_of_row(output.histories, row, len(canvas)) == moves(expected)
+            expected = naive(model, settings, seeds and seeds[row]).infill(canvas, max(map(len, batch)))
+            assert of_row(output.histories, row, len(canvas)) == moves(expected)
             assert settings.temperature > 0 or MASK not in expected[-1]
             assert all(a == b for a, b in zip(canvas, expected[-1], strict=True) if a != MASK)
 
@@ -192,22 +179,15 @@ def test_masks_that_the_model_chooses_stay_masks(tokenizer):
     with torch.no_grad():
         model.lm_head.weight[MASK] = 1.1 * model.lm_head.weight[42]
     row = [MASK] * 3 + prompts(5)[0] + [MASK] * 9
-    sampler, plain = MDLMSampler(model, tokenizer), naive(model, settings_of(block_size=4, steps=8))
+    sampler, plain = MDLMSampler(model, tokenizer), naive(model, settings_of(block_size=4, steps=4))
     sampled, filled = plain.sample(row, NEW), plain.infill(row, len(row))
     assert [c[0].tolist() for c in sampler.sample([row], plain.settings).histories] == sampled
     assert [c[0].tolist() for c in sampler.infill([row], plain.settings).histories] == filled
     assert MASK in filled[-1][:12]
 
 
-# === the approximations, and what they have to do with the exact sampler ===
-
-
-def test_both_are_off_by_default():
-    assert (MDLMSamplerConfig().cache, MDLMSamplerConfig().threshold) == ("none", None)
-
-
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@every_cache
 @pytest.mark.parametrize("changes", [{}, {"cfg_scale": 0.7}, {"right_shift_logits": True}])
 def test_a_cache_of_the_first_step_is_exact_in_the_first_step(kind, cache, changes, tokenizer):
     """So with one step a block all are; with more of them they are not, or the cache would go unused."""
@@ -221,51 +201,37 @@ def test_a_cache_of_the_first_step_is_exact_in_the_first_step(kind, cache, chang
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@every_cache
 def test_in_one_layer_nothing_outside_of_a_block_changes(kind, cache, tokenizer):
     """The keys and values of one layer depend on each position's own token alone."""
     dense = {"moe_layer_freq": [1]} if kind == "llada_moe" else {}
     sampler = MDLMSampler(decoder(kind, num_hidden_layers=1, **dense), tokenizer)
     inputs, settings = prompts(9, 5), settings_of(block_size=4, cfg_scale=0.4)
-    exact = sampler.sample(inputs, settings).histories
-    cached = sampler.sample(inputs, settings, cache=cache).histories
+    exact, cached = (sampler.sample(inputs, settings, cache=which).histories for which in ("none", cache))
     assert [c.tolist() for c in cached] == [c.tolist() for c in exact]
 
 
 def test_dual_computes_a_block_and_prefix_all_from_it_on(tokenizer):
+    assert (MDLMSamplerConfig().cache, MDLMSamplerConfig().threshold) == ("none", None), "off by default"
     widths = {}
     for cache in ("none", "prefix", "dual"):
-        model = decoder("llada2")
-        seen = widths[cache] = []
+        model, seen = decoder("llada2"), widths.setdefault(cache, [])
         model.model.layers[0].register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].shape[1]))
         MDLMSampler(model, tokenizer).sample(prompts(10), max_new_tokens=8, block_size=4, steps=6, cache=cache)
     assert widths == {"none": [18] * 6, "prefix": [18, 8, 8, 18, 4, 4], "dual": [18, 4, 4, 18, 4, 4]}
 
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
-def test_a_lower_threshold_takes_fewer_steps(cache, tokenizer):
-    sampler = MDLMSampler(decoder("llada_moe"), tokenizer)
-    counts = []
+def test_a_lower_threshold_takes_fewer_steps_and_none_leaves_a_mask(cache, tokenizer):
+    """However many masks the prompt brings along."""
+    sampler, counts, inputs = MDLMSampler(decoder("llada_moe"), tokenizer), [], prompts(9, 5)
+    inputs[0][1:7] = [MASK] * 6
     for threshold in (1.0, 0.3, 0.1, 0.0):
-        settings = settings_of(threshold=threshold, cache=cache, block_size=5)
-        output = sampler.sample(prompts(9, 5), settings)
+        output = sampler.sample(inputs, settings_of(threshold=threshold, cache=cache, block_size=5))
         counts.append(len(output.histories) - 1)
-        assert not (output.sequences == MASK).any()
+        assert not (output.sequences == MASK)[:, 9:].any()
     assert counts[0] == NEW and counts[-1] == 3, "one token a step, and one step a block"
     assert counts == sorted(counts, reverse=True) and len(set(counts)) > 2
-
-
-@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
-def test_a_threshold_leaves_no_mask_in_the_answer(cache, tokenizer):
-    """However many masks the prompt brings along."""
-    inputs = prompts(9)
-    inputs[0][1:7] = [MASK] * 6
-    settings = settings_of(threshold=1.0, block_size=4, cache=cache)
-    answer = MDLMSampler(decoder("llama"), tokenizer).sample(inputs, settings).sequences[:, 9:]
-    assert not (answer == MASK).any()
-
-
-# === what else a caller may rely on ===
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -277,18 +243,6 @@ def test_in_bfloat16(kind, changes, tokenizer):
     output = sampler.sample(prompts(9, 5), settings, [1, 2])
     assert output.sequences.dtype == torch.long and not (output.sequences == MASK).any()
     assert len(output.histories) == NEW + 1
-
-
-def test_steps_yield_the_canvas_as_it_changes(tokenizer):
-    sampler, settings = MDLMSampler(decoder("llama"), tokenizer), settings_of(steps=4)
-    (prompt,) = prompts(6)
-    canvases = sampler.steps([prompt], settings)
-    first = next(canvases)
-    assert first.tolist() == [prompt + [MASK] * NEW]
-    assert torch.is_grad_enabled(), "between two steps the caller's own mode holds"
-    seen = [first.clone(), *(canvas.clone() for canvas in canvases if canvas is first)]
-    assert [c.tolist() for c in seen] == [c.tolist() for c in sampler.sample([prompt], settings).histories]
-    assert torch.equal(sampler.sample([prompt], settings, return_dict=False), first)
 
 
 def test_completions_end_at_the_first_stop():

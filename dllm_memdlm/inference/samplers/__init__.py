@@ -1,6 +1,6 @@
 """Decoding: low-confidence remasking (LLaDA, LLaDA-MoE) and block diffusion with token editing (LLaDA2.1)."""
 
-from .base import CanvasSampler, completions
+from .base import CanvasSampler, SamplerConfig, completions
 from .llada21 import LLaDA21Sampler, LLaDA21SamplerConfig
 from .mdlm import MDLMSampler, MDLMSamplerConfig
 
@@ -10,5 +10,6 @@ __all__ = [
     "LLaDA21SamplerConfig",
     "MDLMSampler",
     "MDLMSamplerConfig",
+    "SamplerConfig",
     "completions",
 ]

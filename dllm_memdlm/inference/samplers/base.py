@@ -1,27 +1,78 @@
-"""What the samplers share: settings, prompts, random numbers of each row, and the answers on a finished canvas."""
+"""What the samplers share: settings, the canvas, random numbers of each row, and the answers on a finished canvas."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-import difflib
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...backbones import adopt, staged_backbone
 from ...compat.dllm_api import BaseSampler, BaseSamplerConfig, BaseSamplerOutput
-from ...config import ConfigError, require
+from ...config import ConfigError, check_types, knob, require
 from ...method.losses import Positions
 
-Settings = TypeVar("Settings")
+Prompts = Sequence[Tensor | list[int]]
+
+#: The least value of a setting, in whichever sampler has it.
+LEAST = {"max_new_tokens": 1, "block_size": 1, "steps": 1, "block_steps": 1, "num_to_transfer": 1}
+LEAST |= {"max_post_steps": 0, "temperature": 0, "cfg_scale": 0, "top_k": 0}
+
+#: Settings that are shares.
+SHARES = {"threshold", "editing_threshold", "top_p"}
+
+
+@dataclasses.dataclass
+class SamplerConfig(BaseSamplerConfig):
+    """Settings of both samplers. They have dllm's names and defaults, but for those that only we have.
+
+    Raises:
+        ConfigError: a value is of the wrong type, out of range, or not among the choices.
+    """
+
+    NAME: ClassVar[str]  #: of the sampler
+
+    max_new_tokens: int | None = knob(128, "of an answer")
+    max_length: int | None = knob(None, "of prompt and answer together, where max_new_tokens is none")
+    temperature: float = knob(0.0, "0 takes the likeliest token")
+
+    def __post_init__(self) -> None:
+        check_types(self, "sampler")
+        for name, value in vars(self).items():
+            if value is not None and name in LEAST:
+                require("sampler", self, name, value >= LEAST[name], f"at least {LEAST[name]}")
+            if value is not None and name in SHARES:
+                require("sampler", self, name, 0 <= value <= 1, "in [0, 1]")
+
+    @classmethod
+    def of(cls, config: BaseSamplerConfig | None, changes: dict[str, Any]) -> SamplerConfig:
+        """Return `config`, which may be dllm's dataclass of the same fields, with `changes`.
+
+        Raises:
+            ConfigError: there is no such setting.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(changes.keys() - known):
+            accepted = ", ".join(sorted(known))
+            raise ConfigError(f"{unknown[0]}: not a setting of the {cls.NAME} sampler; known: {accepted}")
+        given = {} if config is None else {name: getattr(config, name) for name in known if hasattr(config, name)}
+        return cls(**{**given, **changes})
+
+    def new_tokens(self, longest: int) -> int:
+        """Return how many tokens to generate behind `longest` tokens. Raises ConfigError if there is no room."""
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        room = (self.max_length or 0) - longest
+        require("sampler", self, "max_length", room > 0, f"more than the prompt's {longest} tokens")
+        return room
 
 
 @dataclasses.dataclass
 class CanvasSampler(BaseSampler):
-    """A sampler that fills in a canvas step by step; subclasses write `steps`.
+    """A sampler that fills in a canvas step by step; subclasses write `_decode`.
 
     Args:
         model: a backbone, PEFT's wrapper around one, or a model of dllm's (it gets our forward, `backbones.adopt`).
@@ -33,6 +84,8 @@ class CanvasSampler(BaseSampler):
         ConfigError: the tokenizer has no mask or end-of-sequence token.
     """
 
+    CONFIG: ClassVar[type[SamplerConfig]]
+
     def __post_init__(self) -> None:
         super().__post_init__()
         adopt(self.model)
@@ -41,15 +94,10 @@ class CanvasSampler(BaseSampler):
             if getattr(self.tokenizer, name) is None:
                 raise ConfigError(f"tokenizer without {name}: a canvas is made of both")
 
-    @abc.abstractmethod
     def steps(
-        self,
-        inputs: Sequence[Tensor | list[int]],
-        config: Any = None,
-        seeds: Sequence[int] | None = None,
-        **kwargs: Any,
+        self, inputs: Prompts, config: Any = None, seeds: Sequence[int] | None = None, **kwargs: Any
     ) -> Iterator[Tensor]:
-        """The canvas [B, T] before the first step and after each one; the same tensor, changed in place.
+        """Yield the canvas [B, T] before the first step and after each one: the same tensor, changed in place.
 
         Args:
             inputs: prompts, of any lengths.
@@ -57,66 +105,47 @@ class CanvasSampler(BaseSampler):
             seeds: one for each prompt: its random numbers, so that they do not depend on the rest of the batch. Without
                 them torch's global generator is used, in the order in which dllm uses it.
             kwargs: settings that differ from `config`.
+
+        Raises:
+            ConfigError: there is no prompt, or a setting or the number of seeds does not fit.
         """
+        return self._decode(*self._begin(inputs, config, seeds, kwargs))
 
-    @torch.no_grad()
     def sample(
-        self,
-        inputs: Sequence[Tensor | list[int]],
-        config: Any = None,
-        seeds: Sequence[int] | None = None,
-        **kwargs: Any,
+        self, inputs: Prompts, config: Any = None, seeds: Sequence[int] | None = None, **kwargs: Any
     ) -> BaseSamplerOutput | Tensor:
-        """The finished canvas [B, T], or with `return_dict` that and the canvas after every step. As `steps`."""
-        return self._finished(self.steps(inputs, config, seeds, **kwargs), config, kwargs)
+        """Return the finished canvas [B, T]; with `return_dict` also the canvas after every step. See `steps`."""
+        prompts, settings, noise = self._begin(inputs, config, seeds, kwargs)
+        return finished(self._decode(prompts, settings, noise), settings)
 
-    def _finished(self, steps: Iterator[Tensor], config: Any, kwargs: dict[str, Any]) -> BaseSamplerOutput | Tensor:
-        keep = settings_of(
-            BaseSamplerConfig, config, {k: v for k, v in kwargs.items() if k == "return_dict"}
-        ).return_dict
-        histories = []
-        for canvas in steps:
-            if keep:
-                histories.append(canvas.clone())
-        return BaseSamplerOutput(sequences=canvas, histories=histories) if keep else canvas
+    @abc.abstractmethod
+    def _decode(self, prompts: list[Tensor], settings: Any, noise: RowNoise) -> Iterator[Tensor]: ...
 
-    def _prompts(self, inputs: Sequence[Tensor | list[int]]) -> list[Tensor]:
+    def _begin(
+        self, inputs: Prompts, config: Any, seeds: Sequence[int] | None, changes: dict[str, Any]
+    ) -> tuple[list[Tensor], Any, RowNoise]:
+        settings, device = self.CONFIG.of(config, changes), self.model.device
         if len(inputs) == 0:
             raise ConfigError("no prompt to decode")
-        return [torch.as_tensor(prompt, dtype=torch.long, device=self.model.device) for prompt in inputs]
+        prompts = [torch.as_tensor(prompt, dtype=torch.long, device=device) for prompt in inputs]
+        return prompts, settings, RowNoise(seeds, len(prompts), device)
 
-    def _canvas(self, rows: list[Tensor], length: int) -> Tensor:
-        """The rows, padded to a length with end of sequence. → [B, length]."""
-        canvas = torch.full((len(rows), length), self.tokenizer.eos_token_id, device=self.model.device)
-        for line, row in zip(canvas, rows, strict=True):
-            line[: len(row)] = row
+    def _canvas(self, prompts: list[Tensor], ends: list[int]) -> Tensor:
+        """Return the prompts, each followed by masks up to its end, and padded with end of sequence. [B, T]."""
+        canvas = torch.full((len(prompts), max(ends)), self.tokenizer.eos_token_id, device=self.model.device)
+        for row, prompt, end in zip(canvas, prompts, ends, strict=True):
+            row[: len(prompt)] = prompt
+            row[len(prompt) : end] = self.tokenizer.mask_token_id
         return canvas
 
 
-def settings_of(cls: type[Settings], config: BaseSamplerConfig | None, changes: dict[str, Any]) -> Settings:
-    """The settings of a sampler: `config`, which may be dllm's dataclass of the same fields, with `changes`.
-
-    Raises:
-        ConfigError: there is no such setting.
-    """
-    known = {field.name for field in dataclasses.fields(cls)}
-    for name in changes:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            advice = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
-            raise ConfigError(f"unknown sampler setting {name!r}; {advice}")
-    given = {} if config is None else {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return cls(**{**{k: v for k, v in given.items() if k in known}, **changes})
-
-
-def new_tokens(settings: Any, longest: int) -> int:
-    """Tokens to generate behind a prompt of `longest` tokens. Raises ConfigError if the settings leave none."""
-    if settings.max_new_tokens is not None:
-        require("sampler", settings, "max_new_tokens", settings.max_new_tokens >= 1, "at least 1")
-        return settings.max_new_tokens
-    room = (settings.max_length or 0) - longest
-    require("sampler", settings, "max_length", room > 0, f"more than the prompt's {longest} tokens")
-    return room
+def finished(steps: Iterator[Tensor], settings: SamplerConfig) -> BaseSamplerOutput | Tensor:
+    """Return what `sample` returns, from the canvases that `steps` yields."""
+    histories = []
+    for canvas in steps:
+        if settings.return_dict:
+            histories.append(canvas.clone())
+    return BaseSamplerOutput(sequences=canvas, histories=histories) if settings.return_dict else canvas
 
 
 class RowNoise:
@@ -129,7 +158,7 @@ class RowNoise:
         self.device = device
 
     def uniform(self, shape: tuple[int, ...], positions: Positions, dtype: torch.dtype) -> Tensor:
-        """Uniform numbers for some positions of a canvas. shape (B, T, …), positions [B, M] → [B, M, …].
+        """Draw uniform numbers for some positions of a canvas. shape (B, T, …), positions [B, M] → [B, M, …].
 
         The global generator draws the whole canvas, as dllm does; a row's own draws for the row's positions alone.
         """
@@ -142,30 +171,31 @@ class RowNoise:
             row[:count].uniform_(generator=generator)
         return drawn
 
-    def choose(self, probabilities: Tensor, idle: Sequence[bool]) -> Tensor:
-        """One token for each distribution, 0 for all of an idle row of its own seed. [B, M, V] → [B, M] int64."""
+    def choose(self, probabilities: Tensor, idle: Tensor) -> Tensor:
+        """Draw a token from each distribution. probabilities [B, M, V], idle [B, 1] → [B, M] int64.
+
+        Rows that are idle draw nothing from their own generators, as they would not if they were alone; nor does the
+        global one if all are.
+        """
+        chosen, idle = torch.zeros(probabilities.shape[:2], dtype=torch.long, device=self.device), idle[:, 0].tolist()
         if self.generators is None:
-            return torch.multinomial(probabilities.flatten(0, 1), 1).view(probabilities.shape[:2])
-        chosen = torch.zeros(probabilities.shape[:2], dtype=torch.long, device=self.device)
+            return chosen if all(idle) else torch.multinomial(probabilities.flatten(0, 1), 1).view_as(chosen)
         for row, own, generator, left_out in zip(chosen, probabilities, self.generators, idle, strict=True):
             if not left_out:
                 row.copy_(torch.multinomial(own, 1, generator=generator)[:, 0])
         return chosen
 
     def binomial(self, row: int, count: int, probability: float) -> int:
-        """How many of `count` events happen."""
+        """Draw how many of `count` events happen."""
         n, p = (torch.tensor(value, dtype=torch.float64, device=self.device) for value in (count, probability))
         generator = None if self.generators is None else self.generators[row]
         return int(torch.binomial(n, p, generator=generator))
 
 
-def completions(
-    canvas: Tensor, prompt_lengths: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int]
-) -> list[list[int]]:
-    """The answers on a canvas [B, T]: at most `max_new_tokens` behind each prompt, up to the first of `stop_ids`."""
+def completions(canvas: Tensor, prompt_lengths: Sequence[int], new_tokens: int, ends: Sequence[int]) -> list[list[int]]:
+    """Return the answers on a canvas [B, T]: at most `new_tokens` behind each prompt, up to the first of `ends`."""
     answers = []
     for row, length in zip(canvas.tolist(), prompt_lengths, strict=True):
-        answer = row[length : length + max_new_tokens]
-        end = next((i for i, token in enumerate(answer) if token in stop_ids), len(answer))
-        answers.append(answer[:end])
+        answer = row[length : length + new_tokens]
+        answers.append(answer[: next((i for i, token in enumerate(answer) if token in ends), len(answer))])
     return answers

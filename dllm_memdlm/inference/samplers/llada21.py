@@ -7,34 +7,32 @@ a time and computes everything anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from ...backbones.cache import CanvasCache, block_causal
-from ...compat.dllm_api import BaseSamplerConfig
-from ...config import check_types, knob, require
-from .base import CanvasSampler, RowNoise, new_tokens, settings_of
+from ...config import knob
+from .base import CanvasSampler, RowNoise, SamplerConfig
 
 #: Prompt tokens that one forward pass computes while filling the cache: bounds the memory that a long prompt takes.
 PREFILL = 1024
 
 
 @dataclass
-class LLaDA21SamplerConfig(BaseSamplerConfig):
+class LLaDA21SamplerConfig(SamplerConfig):
     """Settings, with dllm's names and defaults; the last two are ours.
 
     The paper's decoding has no editing, and min(32, answer's tokens) steps a block: `editing_threshold=none` and
     `block_steps=32`, as recipes/eval says.
     """
 
-    max_new_tokens: int | None = knob(128, "of an answer")
-    max_length: int | None = knob(None, "of prompt and answer together, where max_new_tokens is none")
+    NAME = "llada21"
+
     block_size: int = knob(32, "tokens that see each other; blocks are finished one after the other")
-    temperature: float = knob(0.0, "0 takes the likeliest token")
     top_p: float | None = knob(None, "sample among the likeliest tokens that hold this probability")
     top_k: int | None = knob(None, "sample among this many of the likeliest tokens")
     threshold: float = knob(0.95, "masks are committed above this confidence, and at least num_to_transfer of them")
@@ -51,73 +49,57 @@ class LLaDA21SamplerConfig(BaseSamplerConfig):
         "the block (the paper's are 32); none is no limit",
     )
 
-    def __post_init__(self) -> None:
-        check_types(self, "sampler")
-        require("sampler", self, "temperature", self.temperature >= 0, "at least 0")
-        for name in ("threshold", "editing_threshold", "top_p"):
-            value = getattr(self, name)
-            require("sampler", self, name, value is None or 0 <= value <= 1, "in [0, 1]")
-        for name, least in (
-            ("block_size", 1),
-            ("num_to_transfer", 1),
-            ("max_post_steps", 0),
-            ("block_steps", 1),
-            ("top_k", 0),
-        ):
-            value = getattr(self, name)
-            require("sampler", self, name, value is None or value >= least, f"at least {least}")
 
+class Rows:
+    """How far each prompt of a batch is: a tensor [B, 1] for each fact."""
 
-class Step(NamedTuple):
-    """What a step did to the block of one row."""
-
-    masks_before: int
-    masks_after: int
-    changed: bool
-    edited: bool
-
-
-@dataclass
-class Row:
-    """How far one prompt of the batch is."""
-
-    prompt: int  #: tokens
-    blocks: int  #: of its canvas, prompt included
-    block: int  #: the one that is filled in now
-    block_steps: int | None  #: the most that a block takes
-    post_steps: int = 0  #: steps since that had no mask left
-    steps: int = 0  #: in this block
-    barred: bool = False  #: the mask token may not be chosen in this block any more
-    stale: bool = False  #: ended by an edit: its keys and values are computed once more before the next block
-    done: bool = False
+    def __init__(self, prompts: list[int], settings: LLaDA21SamplerConfig, device: torch.device) -> None:
+        self.settings, size = settings, settings.block_size
+        new = [settings.new_tokens(prompt) for prompt in prompts]
+        self.prompt, new = torch.tensor([prompts, new], device=device)[..., None]  #: tokens
+        self.last = (self.prompt + new - 1) // size  #: block of the canvas, prompt included
+        self.block = self.prompt // size  #: the one that is filled in now
+        self.most = None if settings.block_steps is None else new.clamp(max=settings.block_steps)  #: steps of a block
+        self.steps = torch.zeros_like(new)  #: in this block
+        self.post_steps = torch.zeros_like(new)  #: those among them since it had no mask left
+        self.done = torch.zeros_like(new, dtype=torch.bool)
+        self.barred = self.done.clone()  #: the mask token may not be chosen in this block any more
+        self.stale = self.done.clone()  #: ended by an edit: keys and values are computed anew before the next block
 
     @property
-    def idle(self) -> bool:
-        return self.done or self.stale
+    def idle(self) -> Tensor:
+        return self.done | self.stale
 
-    def note(self, step: Step, settings: LLaDA21SamplerConfig) -> bool:
-        """Count a step; whether the block has ended with it."""
-        self.steps += 1
-        if step.masks_after:
-            # Every step commits a mask. Where masks come back, or stay although nothing is left to chance, the model
-            # chooses the mask token itself, and would do so forever.
-            no_change = settings.temperature == 0 and not step.changed
-            self.barred = self.barred or no_change or self.steps >= 2 * settings.block_size
-            return False
-        if not step.masks_before and not step.edited:
-            return True
-        self.post_steps += 1
-        return settings.editing_threshold is None or self.post_steps > settings.max_post_steps
+    def quota(self) -> Tensor:
+        """Return the fewest masks that the next step commits. [B, 1]."""
+        size, fewest = self.settings.block_size, self.settings.num_to_transfer
+        if self.most is None:
+            return torch.full_like(self.block, fewest)
+        return (size // self.most + (self.steps < size % self.most)).clamp(min=fewest)
 
-    def quota(self, settings: LLaDA21SamplerConfig) -> int:
-        """The fewest masks that the next step commits."""
-        if self.block_steps is None:
-            return settings.num_to_transfer
-        share, more = divmod(settings.block_size, self.block_steps)
-        return max(settings.num_to_transfer, share + (self.steps < more))
+    def note(self, masked: Tensor, left: Tensor, changed: Tensor, edited: Tensor, text_ends: Tensor) -> None:
+        """Count a step of the rows that are not idle; where their blocks have ended with it, go to the next ones.
 
-    def next_block(self) -> None:
-        self.block, self.post_steps, self.steps, self.barred, self.stale = self.block + 1, 0, 0, False, False
+        Args, [B, 1] bool: whether a block had masks before the step, has some left, was changed, and was edited; and
+        whether the text ends in it.
+        """
+        settings, active = self.settings, ~self.idle
+        self.steps += active
+        # Every step commits a mask. Where masks come back, or stay although nothing is left to chance, the model
+        # chooses the mask token itself, and would do so forever.
+        stuck = self.steps >= 2 * settings.block_size
+        self.barred |= left & (stuck if settings.temperature > 0 else stuck | ~changed)
+        settled = ~masked & ~edited
+        self.post_steps += active & ~left & ~settled
+        most = 0 if settings.editing_threshold is None else settings.max_post_steps
+        ended = active & ~left & (settled | (self.post_steps > most))
+        self.done |= ended & (text_ends | (self.block == self.last))
+        again = ended & ~self.done & changed & settings.use_cache
+        move = self.stale | (ended & ~self.done & ~again)
+        self.stale = again
+        self.block += move
+        for state in (self.steps, self.post_steps, self.barred):
+            state.masked_fill_(move, 0)
 
 
 @dataclass
@@ -128,63 +110,37 @@ class LLaDA21Sampler(CanvasSampler):
     that it has got stuck in. See `CanvasSampler`.
     """
 
-    @torch.no_grad()
-    def steps(
-        self,
-        inputs: Sequence[Tensor | list[int]],
-        config: LLaDA21SamplerConfig | None = None,
-        seeds: Sequence[int] | None = None,
-        **kwargs: Any,
-    ) -> Iterator[Tensor]:
-        settings = settings_of(LLaDA21SamplerConfig, config, kwargs)
-        size = settings.block_size
-        prompts = self._prompts(inputs)
-        rows = []
-        for prompt in prompts:
-            new = new_tokens(settings, len(prompt))
-            most = None if settings.block_steps is None else min(settings.block_steps, new)
-            blocks = -(-(len(prompt) + new) // size)
-            rows.append(Row(prompt=len(prompt), blocks=blocks, block=len(prompt) // size, block_steps=most))
-        canvas = self._canvas(prompts, size * max(row.blocks for row in rows))
-        for line, row in zip(canvas, rows, strict=True):
-            line[row.prompt : row.blocks * size] = self.tokenizer.mask_token_id
-        noise = RowNoise(seeds, len(rows), canvas.device)
-        yield canvas
-        cache = None
-        if settings.use_cache:
-            cache = CanvasCache(self.layers, canvas.shape[1])
-            self._prefill(canvas, cache, size * max(row.block for row in rows), size)
-        while not all(row.done for row in rows):
-            first = torch.tensor([row.block * size for row in rows], device=canvas.device)[:, None]
-            window = first + torch.arange(size, device=canvas.device)
-            logits = self._logits(canvas, window, cache, size, rows)
-            if all(row.idle for row in rows):  # this pass was for the cache
-                taken = [None] * len(rows)
-            else:
-                taken = self._step(canvas, window, logits, rows, settings, noise)
-            for line, row, step in zip(canvas, rows, taken, strict=True):
-                if row.stale:
-                    row.next_block()
-                elif not row.done and row.note(step, settings):
-                    row.done = row.block + 1 == row.blocks or (settings.eos_early_stop and self._ends(line, row, size))
-                    row.stale = not row.done and step.changed and settings.use_cache
-                    if not row.idle:
-                        row.next_block()
-            if any(step is not None for step in taken):
-                yield canvas
+    CONFIG = LLaDA21SamplerConfig
 
     def infill(self, inputs: Any, config: Any = None, **kwargs: Any) -> NoReturn:
-        """LLaDA2.1 decodes from left to right, block by block; dllm has no infilling for it either.
-
-        Raises:
-            TypeError: always.
-        """
+        """Raise TypeError: LLaDA2.1 decodes from left to right. dllm has no infilling for it either."""
         raise TypeError("LLaDA21Sampler cannot fill in; MDLMSampler.infill can, with full attention")
 
+    @torch.no_grad()
+    def _decode(self, prompts: list[Tensor], settings: LLaDA21SamplerConfig, noise: RowNoise) -> Iterator[Tensor]:
+        size = settings.block_size
+        rows = Rows([len(prompt) for prompt in prompts], settings, self.model.device)
+        canvas = self._canvas(prompts, (size * (1 + rows.last))[:, 0].tolist())
+        yield canvas
+        cache = CanvasCache(self.layers, canvas.shape[1]) if settings.use_cache else None
+        if cache is not None:
+            self._prefill(canvas, cache, size * int(rows.block.max()), size)
+        while True:
+            last, quota = rows.block.max(), rows.quota()
+            level = (rows.done | (rows.block == last)).all()
+            facts = torch.stack([rows.done.all(), rows.idle.all(), level, last, quota.max()])
+            done, for_cache_alone, level, last, most = facts.tolist()  # once a step, this waits for the device
+            if done:
+                return
+            window = size * rows.block + torch.arange(size, device=canvas.device)
+            logits = self._logits(canvas, window, cache, size, last, level)
+            self._step(canvas, window, logits, rows, quota, most, noise)
+            if not for_cache_alone:
+                yield canvas
+
     def _prefill(self, canvas: Tensor, cache: CanvasCache, length: int, size: int) -> None:
-        """Keys and values of the prompts' full blocks, a bounded number of tokens at a time."""
+        """Compute keys and values of the prompts' full blocks, a bounded number of tokens at a time."""
         chunk = max(1, PREFILL // size) * size
-        nothing = torch.zeros(len(canvas), 1, dtype=torch.long, device=canvas.device)
         for start in range(0, length, chunk):
             end = min(start + chunk, length)
             positions = torch.arange(start, end, device=canvas.device)[None]
@@ -194,83 +150,71 @@ class LLaDA21Sampler(CanvasSampler):
                 attention_mask=block_causal(positions, end, size),
                 position_ids=positions,
                 cache=cache,
-                positions=nothing,  # the last layer's output is not wanted
+                positions=torch.zeros_like(canvas[:, :1]),  # the last layer's output is not wanted
                 project=False,
             )
 
-    def _logits(self, canvas: Tensor, window: Tensor, cache: CanvasCache | None, size: int, rows: list[Row]) -> Tensor:
-        """Logits of each row's block. window [B, size] → [B, size, V]."""
-        last = max(row.block for row in rows)
+    def _logits(
+        self, canvas: Tensor, window: Tensor, cache: CanvasCache | None, size: int, last: int, level: int
+    ) -> Tensor:
+        """Return the logits of each row's block, all of them the `last` one if `level`. [B, size] → [B, size, V]."""
         end = size * (1 + last)
         if cache is None:
             return self.model(input_ids=canvas[:, :end], attention_mask=size, positions=window).logits
         cache.visible = end
-        mask = block_causal(window[:, :1], end, size)  # all of a block sees the same
-        if all(row.done or row.block == last for row in rows):  # everything: attention has its fastest kernel
-            mask = None
-        return self.model(
-            input_ids=canvas.gather(1, window), attention_mask=mask, position_ids=window, cache=cache
-        ).logits
+        # All of a block sees the same; where that is everything, attention has its fastest kernel.
+        mask = None if level else block_causal(window[:, :1], end, size)
+        tokens = canvas.gather(1, window)
+        return self.model(input_ids=tokens, attention_mask=mask, position_ids=window, cache=cache).logits
 
     def _step(
-        self,
-        canvas: Tensor,
-        window: Tensor,
-        logits: Tensor,
-        rows: list[Row],
-        settings: LLaDA21SamplerConfig,
-        noise: RowNoise,
-    ) -> list[Step]:
-        """Commit and edit tokens in each row's block."""
-        mask_id = self.tokenizer.mask_token_id
-        facts = [(row.prompt, row.idle, row.barred, row.quota(settings)) for row in rows]
-        prompt, idle, barred, quota = torch.tensor(facts, device=canvas.device).T[:, :, None]
-        logits[:, :, mask_id] = logits[:, :, mask_id].masked_fill(barred.bool(), -torch.inf)
-        tokens, probability = sample_tokens(logits, settings, noise, [row.idle for row in rows])
-        before = canvas.gather(1, window)
-        own = window >= prompt  # a mask token of the prompt is text, and stays
-        masked = (before == mask_id) & own
+        self, canvas: Tensor, window: Tensor, logits: Tensor, rows: Rows, quota: Tensor, most: int, noise: RowNoise
+    ) -> None:
+        """Commit and edit tokens in each row's block; `most` is the largest quota."""
+        settings, mask, idle = rows.settings, self.tokenizer.mask_token_id, rows.idle
+        logits[..., mask] = logits[..., mask].masked_fill(rows.barred, -torch.inf)
+        if settings.temperature > 0:
+            logits = keep_likeliest(logits / settings.temperature, settings.top_k, settings.top_p)
+        probabilities = logits.softmax(-1)
+        tokens = noise.choose(probabilities, idle) if settings.temperature > 0 else probabilities.argmax(-1)
+        probability = probabilities.gather(-1, tokens[..., None])[..., 0]
 
+        before, own = canvas.gather(1, window), window >= rows.prompt  # a mask token of the prompt is text, and stays
+        masked = own & (before == mask)
         confidence = probability.masked_fill(~masked, -torch.inf)
-        sure = (confidence > settings.threshold) & masked
-        order = confidence.topk(min(max(fact[-1] for fact in facts), settings.block_size)).indices
-        rank = torch.arange(order.shape[1], device=canvas.device)
-        best = torch.zeros_like(masked).scatter_(1, order, rank < quota) & masked
-        committed = torch.where(sure.sum(1, keepdim=True) >= quota, sure, best)
+        sure = masked & (confidence > settings.threshold)
+        order = confidence.topk(min(most, settings.block_size)).indices
+        ranked = torch.arange(order.shape[1], device=canvas.device) < quota
+        surest = masked & torch.zeros_like(masked).scatter_(1, order, ranked)
+        committed = torch.where(sure.sum(1, keepdim=True) >= quota, sure, surest)
         edits = torch.inf if settings.editing_threshold is None else settings.editing_threshold
-        edited = ~masked & own & (probability > edits) & (tokens != before)
-        after = torch.where((committed | edited) & ~idle.bool(), tokens, before)
+        edited = own & ~masked & (probability > edits) & (tokens != before)
+        after = tokens.where((committed | edited) & ~idle, before)
         canvas.scatter_(1, window, after)
-        seen = [masked.sum(1), ((after == mask_id) & own).sum(1), (after != before).any(1), edited.any(1)]
-        return [Step(*row) for row in torch.stack(seen, dim=1).tolist()]
 
-    def _ends(self, line: Tensor, row: Row, size: int) -> bool:
-        text = line[row.prompt : (row.block + 1) * size]
-        return bool((text != self.tokenizer.mask_token_id).all() and (text == self.tokenizer.eos_token_id).any())
+        left = own & (after == mask)
+        seen = [fact.any(1, keepdim=True) for fact in (masked, left, after != before, edited)]
+        rows.note(*seen, self._text_ends(canvas, rows))
 
-
-def sample_tokens(
-    logits: Tensor, settings: LLaDA21SamplerConfig, noise: RowNoise, idle: Sequence[bool]
-) -> tuple[Tensor, Tensor]:
-    """A token for each position and its probability: the likeliest one at temperature 0. [B, M, V] → two of [B, M].
-
-    Rows that are idle draw nothing, as they would not if they were alone.
-    """
-    if settings.temperature > 0:
-        logits = _keep_likeliest(logits / settings.temperature, settings.top_k, settings.top_p)
-    probabilities = logits.softmax(-1)
-    tokens = probabilities.argmax(-1) if settings.temperature == 0 else noise.choose(probabilities, idle)
-    return tokens, probabilities.gather(-1, tokens[..., None])[..., 0]
+    def _text_ends(self, canvas: Tensor, rows: Rows) -> Tensor:
+        """Tell whether the text ends in a row's block, where generation is to stop then. [B, 1]."""
+        place, size = torch.arange(canvas.shape[1], device=canvas.device), rows.settings.block_size
+        answer = canvas.masked_fill((place < rows.prompt) | (place >= size * (rows.block + 1)), -1)
+        masked, ends = (
+            (answer == token).any(1, keepdim=True)
+            for token in (self.tokenizer.mask_token_id, self.tokenizer.eos_token_id)
+        )
+        return ends & ~masked & rows.settings.eos_early_stop
 
 
-def _keep_likeliest(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """-inf but for the `top_k` largest logits, and of these the first that hold `top_p` of the probability."""
+def keep_likeliest(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Return -inf but for the `top_k` largest logits, and of these the first that hold `top_p` of the probability."""
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     if top_p is not None and 0 < top_p < 1:
         falling, order = logits.sort(descending=True)
-        beyond = falling.softmax(-1).cumsum(-1) > top_p
-        beyond = torch.cat([torch.zeros_like(beyond[..., :1]), beyond[..., :-1]], dim=-1)  # the one that crosses stays
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter_(-1, order, beyond), -torch.inf)
+        before = falling.softmax(-1).cumsum(-1).roll(1, -1)  # the probability of those that are likelier
+        before[..., 0] = 0
+        logits = logits.masked_fill(torch.zeros_like(before > top_p).scatter_(-1, order, before > top_p), -torch.inf)
     return logits

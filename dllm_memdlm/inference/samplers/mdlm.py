@@ -16,21 +16,20 @@ import torch
 from torch import Tensor
 
 from ...backbones.cache import CanvasCache
-from ...compat.dllm_api import BaseSamplerConfig, BaseSamplerOutput
-from ...config import check_types, knob, require
+from ...compat.dllm_api import BaseSamplerOutput
+from ...config import knob, require
 from ...method.losses import positions_of
-from .base import CanvasSampler, RowNoise, new_tokens, settings_of
+from .base import CanvasSampler, Prompts, RowNoise, SamplerConfig, finished
 
 
 @dataclass
-class MDLMSamplerConfig(BaseSamplerConfig):
+class MDLMSamplerConfig(SamplerConfig):
     """Settings, with dllm's names and defaults; the last two are ours, and change the tokens."""
 
-    max_new_tokens: int | None = knob(128, "of an answer")
-    max_length: int | None = knob(None, "of prompt and answer together, where max_new_tokens is none")
+    NAME = "mdlm"
+
     block_size: int | None = knob(128, "blocks are finished one after the other; none is one block")
     steps: int = knob(128, "of all blocks together")
-    temperature: float = knob(0.0, "0 takes the likeliest token")
     remasking: Literal["low_confidence", "random"] = knob("low_confidence", "which tokens are committed last")
     stochastic_transfer: bool = knob(False, "draw how many tokens a step commits")
     cfg_scale: float = knob(0.0, "classifier-free guidance; costs a second forward pass")
@@ -45,227 +44,172 @@ class MDLMSamplerConfig(BaseSamplerConfig):
     )
     threshold: float | None = knob(None, "commit every token of more confidence, and at least one, whatever steps says")
 
-    def __post_init__(self) -> None:
-        check_types(self, "sampler")
-        for name in ("temperature", "cfg_scale"):
-            require("sampler", self, name, getattr(self, name) >= 0, "at least 0")
-        require("sampler", self, "threshold", self.threshold is None or 0 <= self.threshold <= 1, "in [0, 1]")
-        require("sampler", self, "block_size", self.block_size is None or self.block_size >= 1, "at least 1")
-        require("sampler", self, "steps", self.steps >= 1, "at least 1")
-
 
 class Block(NamedTuple):
-    """The part of each row that is filled in now."""
+    """The part of each row that is filled in now, from `starts` up to `ends`."""
 
     starts: list[int]
     ends: list[int]
-    #: Where a token may be committed: dllm's `sample` also fills masks that blocks before this one have left.
-    lowest: list[int]
-    highest: list[int]
+    lowest: list[int]  #: where a token may be committed first: dllm also fills masks that earlier blocks have left
 
 
 @dataclass
 class MDLMSampler(CanvasSampler):
     """dllm's `MDLMSampler`, but for mask tokens in a prompt, which stay. See `CanvasSampler`."""
 
+    CONFIG = MDLMSamplerConfig
+
     @torch.no_grad()
-    def steps(
-        self,
-        inputs: Sequence[Tensor | list[int]],
-        config: MDLMSamplerConfig | None = None,
-        seeds: Sequence[int] | None = None,
-        **kwargs: Any,
-    ) -> Iterator[Tensor]:
-        settings = settings_of(MDLMSamplerConfig, config, kwargs)
-        prompts = self._with_bos(self._prompts(inputs), settings)
+    def _decode(self, prompts: list[Tensor], settings: MDLMSamplerConfig, noise: RowNoise) -> Iterator[Tensor]:
+        prompts = self._with_bos(prompts, settings)
         lengths = [len(prompt) for prompt in prompts]
-        new = new_tokens(settings, max(lengths))
-        block_size = settings.block_size or new
-        canvas = self._canvas(prompts, max(lengths) + new)
-        for row, length in zip(canvas, lengths, strict=True):
-            row[length : length + new] = self.tokenizer.mask_token_id
+        new = settings.new_tokens(max(lengths))
+        size = settings.block_size or new
+        canvas = self._canvas(prompts, [length + new for length in lengths])
         approximate = settings.cache != "none" or settings.threshold is not None
         blocks = []
-        for first in range(0, new, block_size):
+        for first in range(0, new, size):
             starts = [length + first for length in lengths]
-            ends = [length + min(first + block_size, new) for length in lengths]
-            lowest = starts if approximate else lengths  # a mask token of the prompt is text, and stays
-            blocks.append(Block(starts, ends, lowest, [start + block_size for start in starts]))
-        yield from self._denoise(canvas, [length + new for length in lengths], blocks, settings, seeds)
+            ends = [length + min(first + size, new) for length in lengths]
+            blocks.append(Block(starts, ends, starts if approximate else lengths))
+        yield from _Denoiser(self, settings, noise, canvas, [length + new for length in lengths]).fill(blocks)
 
     @torch.no_grad()
     def infill(
-        self,
-        inputs: Sequence[Tensor | list[int]],
-        config: MDLMSamplerConfig | None = None,
-        seeds: Sequence[int] | None = None,
-        **kwargs: Any,
+        self, inputs: Prompts, config: Any = None, seeds: Sequence[int] | None = None, **kwargs: Any
     ) -> BaseSamplerOutput | Tensor:
         """Fill in the mask tokens of the inputs where they stand; blocks are counted from the start of a row."""
-        settings = settings_of(MDLMSamplerConfig, config, kwargs)
+        rows, settings, noise = self._begin(inputs, config, seeds, kwargs)
         require("sampler", settings, "cache", settings.cache == "none", "none when filling in")
-        rows = self._with_bos(self._prompts(inputs), settings)
+        rows = self._with_bos(rows, settings)
         lengths = [len(row) for row in rows]
-        canvas = self._canvas(rows, max(lengths))
-        block_size = settings.block_size or max(lengths)
+        size = settings.block_size or max(lengths)
         blocks = []
-        for start in range(0, max(lengths), block_size):
-            ends = [max(start, min(start + block_size, length)) for length in lengths]
+        for start in range(0, max(lengths), size):
             starts = [start] * len(rows)
-            blocks.append(Block(starts, ends, starts, ends))
-        return self._finished(self._denoise(canvas, lengths, blocks, settings, seeds), config, kwargs)
+            blocks.append(Block(starts, [max(start, min(start + size, length)) for length in lengths], starts))
+        canvas = self._canvas(rows, lengths)
+        return finished(_Denoiser(self, settings, noise, canvas, lengths).fill(blocks), settings)
 
     def _with_bos(self, rows: list[Tensor], settings: MDLMSamplerConfig) -> list[Tensor]:
+        """Put a first token into empty rows, from which shifted logits can predict."""
         if not settings.right_shift_logits:
             return rows
         return [row if len(row) else row.new_tensor([self.tokenizer.bos_token_id]) for row in rows]
 
-    def _denoise(
-        self,
-        canvas: Tensor,
-        lengths: list[int],
-        blocks: list[Block],
-        settings: MDLMSamplerConfig,
-        seeds: Sequence[int] | None,
-    ) -> Iterator[Tensor]:
-        """Fill in the blocks, one after the other. canvas [B, T] is changed; its rows have `lengths` tokens."""
-        noise = RowNoise(seeds, len(canvas), canvas.device)
-        place = torch.arange(canvas.shape[1], device=canvas.device)
+
+class _Denoiser:
+    """A batch under way: its canvas [B, T], which is changed, and whose rows have `lengths` tokens."""
+
+    def __init__(
+        self, sampler: MDLMSampler, settings: MDLMSamplerConfig, noise: RowNoise, canvas: Tensor, lengths: list[int]
+    ) -> None:
+        self.model, self.scheduler, self.mask = sampler.model, sampler.scheduler, sampler.tokenizer.mask_token_id
+        self.settings, self.noise, self.canvas, self.lengths = settings, noise, canvas, lengths
+        self.place = torch.arange(canvas.shape[1], device=canvas.device)
         ragged = len(set(lengths)) > 1
-        keys = place < torch.tensor(lengths, device=canvas.device)[:, None] if ragged else None
-        forward = _Forward(self, settings, canvas, keys)
-        per_block = math.ceil(settings.steps / len(blocks))
-        yield canvas
+        self.keys = self.place < torch.tensor(lengths, device=canvas.device)[:, None] if ragged else None
+        #: What guidance hides from its second pass: the prompt, but for the tokens to keep [B, T] bool
+        self.given = (canvas != self.mask) & (True if self.keys is None else self.keys)
+        if settings.cfg_keep_tokens:
+            self.given &= ~torch.isin(canvas, torch.tensor(settings.cfg_keep_tokens, device=canvas.device))
+        self.caches = [CanvasCache(sampler.layers, canvas.shape[1]) for _ in range(1 + (settings.cfg_scale > 0))]
+        self.window: Tensor | None = None  #: positions [B, W] that are computed anew; none is all
+
+    def fill(self, blocks: list[Block]) -> Iterator[Tensor]:
+        """Fill in the blocks, one after the other; yield the canvas before the first step and after each one."""
+        yield self.canvas
         for block in blocks:
-            low, high = (torch.tensor(bound, device=canvas.device)[:, None] for bound in (block.lowest, block.highest))
-            inside = (place >= low) & (place < high)
-            forward.begin(block)
-            for counts in self._plan(canvas, block, per_block, settings, noise):
-                masked = (canvas == self.tokenizer.mask_token_id) & inside
-                if counts is None:
-                    if not masked.any():
-                        break
-                    confidence, tokens = self._propose(forward, masked, settings, noise)
-                    best = torch.zeros_like(masked).scatter_(1, confidence.argmax(1, keepdim=True), True)
-                    chosen = (best | (confidence > settings.threshold)) & masked
-                    canvas[chosen] = tokens[chosen]
-                else:
-                    masked &= torch.tensor([[count > 0] for count in counts], device=canvas.device)
-                    confidence, tokens = self._propose(forward, masked, settings, noise)
-                    for row, (count, length) in enumerate(zip(counts, lengths, strict=True)):
-                        # As many entries as the row alone would have, so that ties fall as they do without a batch.
-                        chosen = confidence[row, :length].topk(count).indices
-                        canvas[row, chosen] = tokens[row, chosen]
-                yield canvas
+            low, high = torch.tensor([block.lowest, block.ends], device=self.canvas.device)[..., None]
+            self.window = None
+            for counts in self._plan(block, math.ceil(self.settings.steps / len(blocks))):
+                masked = (self.canvas == self.mask) & (self.place >= low) & (self.place < high)
+                if counts is None and not masked.any():
+                    break
+                self._step(masked, counts)
+                if self.settings.cache != "none" and self.window is None:
+                    self.window = self._window_of(block)
+                yield self.canvas
 
-    def _plan(
-        self, canvas: Tensor, block: Block, steps: int, settings: MDLMSamplerConfig, noise: RowNoise
-    ) -> list[list[int] | None]:
-        """For each step of a block the tokens that each row commits, or none where the threshold decides."""
-        if settings.threshold is not None:
-            return [None] * max(end - start for start, end in zip(block.starts, block.ends, strict=True))
-        counts = self._transfer_counts(canvas, block, steps, settings, noise)
-        return [list(step) for step in itertools.zip_longest(*counts, fillvalue=0)]
-
-    def _transfer_counts(
-        self, canvas: Tensor, block: Block, steps: int, settings: MDLMSamplerConfig, noise: RowNoise
-    ) -> list[list[int]]:
-        """The tokens that each row commits, step by step, steps without any left out."""
+    def _plan(self, block: Block, steps: int) -> list[tuple[int, ...] | None]:
+        """Return for each step of a block how many tokens each row commits; none where the threshold decides."""
+        bounds = list(zip(block.starts, block.ends, strict=True))
+        if self.settings.threshold is not None:
+            return [None] * max(end - start for start, end in bounds)
         counts = []
-        for row, (start, end) in enumerate(zip(block.starts, block.ends, strict=True)):
-            left = int((canvas[row, start:end] == self.tokenizer.mask_token_id).sum())
+        for row, (start, end) in enumerate(bounds):
+            left = int((self.canvas[row, start:end] == self.mask).sum())
             counts.append([])
             for step in range(steps, 0, -1):
                 if left == 0:
                     break
                 reveal = 1 - self.scheduler.reverse_mask_prob(s=(step - 1) / steps, t=step / steps)
-                count = noise.binomial(row, left, reveal) if settings.stochastic_transfer else round(left * reveal)
-                count = min(count, left)
+                drawn = self.settings.stochastic_transfer
+                count = min(left, self.noise.binomial(row, left, reveal) if drawn else round(left * reveal))
                 left -= count
-                if count:
-                    counts[-1].append(count)
-        return counts
+                counts[-1] += [count] * (count > 0)  # steps without any are left out
+        return list(itertools.zip_longest(*counts, fillvalue=0))
 
-    def _propose(
-        self, forward: _Forward, masked: Tensor, settings: MDLMSamplerConfig, noise: RowNoise
-    ) -> tuple[Tensor, Tensor]:
-        """The confidence of the model's token at every masked position, -inf elsewhere, and that token. Both [B, T]."""
-        positions = positions_of(masked)
-        logits = forward(positions.logit_index(settings.right_shift_logits))
+    def _step(self, masked: Tensor, counts: tuple[int, ...] | None) -> None:
+        """Commit tokens at masked positions [B, T]: so many in each row, or all that are sure enough."""
+        if counts is None:
+            confidence, tokens = self._propose(masked)
+            best = torch.zeros_like(masked).scatter_(1, confidence.argmax(1, keepdim=True), True)
+            chosen = (best | (confidence > self.settings.threshold)) & masked
+            self.canvas[chosen] = tokens[chosen]
+            return
+        confidence, tokens = self._propose(masked & (torch.tensor(counts, device=masked.device)[:, None] > 0))
+        for row, (count, length) in enumerate(zip(counts, self.lengths, strict=True)):
+            # As many entries as the row alone would have, so that ties fall as they do without a batch.
+            chosen = confidence[row, :length].topk(count).indices
+            self.canvas[row, chosen] = tokens[row, chosen]
+
+    def _propose(self, masked: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a confidence, -inf where nothing is masked, and the token that the model proposes. Both [B, T]."""
+        settings, positions = self.settings, positions_of(masked)
+        logits = self._logits(positions.logit_index(settings.right_shift_logits))
         if settings.threshold is not None:  # goes on until no mask is left
-            logits[..., self.tokenizer.mask_token_id] = -torch.inf
-        if settings.suppress_tokens:
-            logits[..., settings.suppress_tokens] = -torch.inf
+            logits[..., self.mask] = -torch.inf
+        logits[..., settings.suppress_tokens or []] = -torch.inf
         shape = (*masked.shape, logits.shape[-1])
         if settings.temperature > 0:
             # Gumbel's trick, in float64 as in dllm: in less, small probabilities are cut off.
-            uniform = noise.uniform(shape, positions, torch.float64)
+            uniform = self.noise.uniform(shape, positions, torch.float64)
             found = (logits.double().exp() / (-uniform.log()) ** settings.temperature).argmax(-1)
         else:
             found = logits.argmax(-1)
-        if settings.begin_suppress_tokens:
-            logits[..., settings.begin_suppress_tokens] = -torch.inf
+        logits[..., settings.begin_suppress_tokens or []] = -torch.inf
         if settings.remasking == "low_confidence":
             sure = logits.softmax(-1).gather(-1, found[..., None])[..., 0]
         else:
-            sure = noise.uniform(shape[:2], positions, torch.float32)
+            sure = self.noise.uniform(shape[:2], positions, torch.float32)
         sure = sure.masked_fill(~positions.valid, -torch.inf)
         confidence = sure.new_full(masked.shape, -torch.inf).scatter_(1, positions.index, sure)
         return confidence, torch.zeros_like(masked, dtype=torch.long).scatter_(1, positions.index, found)
 
-
-class _Forward:
-    """Logits of a canvas at chosen positions: guided if asked for, and from cached keys and values if allowed."""
-
-    def __init__(self, sampler: MDLMSampler, settings: MDLMSamplerConfig, canvas: Tensor, keys: Tensor | None) -> None:
-        self.sampler, self.settings, self.canvas, self.keys = sampler, settings, canvas, keys
-        #: What guidance hides from its second pass: the prompt, but for the tokens to keep [B, T] bool
-        self.given = (canvas != sampler.tokenizer.mask_token_id) & (True if keys is None else keys)
-        if settings.cfg_keep_tokens:
-            self.given &= ~torch.isin(canvas, torch.tensor(settings.cfg_keep_tokens, device=canvas.device))
-        guided = settings.cfg_scale > 0
-        self.caches = [CanvasCache(sampler.layers, canvas.shape[1]) for _ in range(1 + guided)]
-        self.window: Tensor | None = None  #: positions [B, W] that are computed anew
-
-    def begin(self, block: Block) -> None:
-        """The next call computes the whole canvas; later ones, with a cache, the block or all from it on."""
-        self.window = None
-        self.block = block
-
-    def __call__(self, positions: Tensor) -> Tensor:
-        """Logits at `positions` [B, M] → [B, M, V]."""
+    def _logits(self, positions: Tensor) -> Tensor:
+        """Return the logits at `positions` [B, M], guided if asked for. → [B, M, V]."""
+        logits = self._forward(self.canvas, positions, self.caches[0])
         if self.settings.cfg_scale <= 0:
-            logits = self._logits(self.canvas, positions, self.caches[0])
-        else:
-            without = self.canvas.masked_fill(self.given, self.sampler.tokenizer.mask_token_id)
-            logits, unguided = (
-                self._logits(tokens, positions, cache)
-                for tokens, cache in zip((self.canvas, without), self.caches, strict=True)
-            )
-            logits = unguided + (self.settings.cfg_scale + 1) * (logits - unguided)
-        if self.settings.cache != "none" and self.window is None:
-            self.window = self._window()
-        return logits
+            return logits
+        unguided = self._forward(self.canvas.masked_fill(self.given, self.mask), positions, self.caches[1])
+        return unguided + (self.settings.cfg_scale + 1) * (logits - unguided)
 
-    def _logits(self, tokens: Tensor, positions: Tensor, cache: CanvasCache) -> Tensor:
-        model = self.sampler.model
+    def _forward(self, tokens: Tensor, positions: Tensor, cache: CanvasCache) -> Tensor:
         if self.settings.cache == "none":
-            return model(input_ids=tokens, attention_mask=self.keys, positions=positions).logits
-        if self.window is None:
-            everywhere = torch.arange(tokens.shape[1], device=tokens.device)[None]
-            return model(
-                input_ids=tokens, attention_mask=self.keys, position_ids=everywhere, positions=positions, cache=cache
-            ).logits
-        return model(
-            input_ids=tokens.gather(1, self.window),
+            return self.model(input_ids=tokens, attention_mask=self.keys, positions=positions).logits
+        window = self.place.expand_as(tokens) if self.window is None else self.window
+        return self.model(
+            input_ids=tokens.gather(1, window),
             attention_mask=self.keys,
-            position_ids=self.window,
-            positions=(positions - self.window[:, :1]).clamp(0, self.window.shape[1] - 1),
+            position_ids=window,
+            positions=(positions - window[:, :1]).clamp(0, window.shape[1] - 1),
             cache=cache,
         ).logits
 
-    def _window(self) -> Tensor:
-        starts, ends = self.block.starts, self.block.ends
+    def _window_of(self, block: Block) -> Tensor:
+        """Return what later steps of a block compute anew, with a cache: the block, or all from it on. [B, W]."""
+        starts, ends = block.starts, block.ends
         if self.settings.cache == "prefix":
             ends = [start + self.canvas.shape[1] - max(starts) for start in starts]  # the end of each row's answer
         if self.settings.right_shift_logits:
