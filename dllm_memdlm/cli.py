@@ -1,14 +1,22 @@
-"""The command `memdlm`, whose parts are modules of the same names: `python -m dllm_memdlm.train` is `memdlm train`."""
+"""The command `memdlm`, and what its parts share: how a command ends, and whether its result can be written.
+
+The parts are modules of the same names: `python -m dllm_memdlm.train` is `memdlm train`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib
+import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
 
 from . import __version__
-from .launch import end
+from .config import ConfigError
 
 COMMANDS = {
     "train": "train a recipe",
@@ -20,28 +28,83 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns its exit code, 2 after one line about what the user can correct."""
-    width = max(map(len, COMMANDS))
+    """Run a command and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="memdlm",
-        usage="memdlm COMMAND …",
-        epilog="\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()),
+        usage=f"memdlm {{{','.join(COMMANDS)}}} …",
+        epilog="\n".join(f"  {name:<9} {what}" for name, what in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument(
-        "command", nargs="?", choices=COMMANDS, metavar="COMMAND", help="one of those below; each has a --help"
-    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below; each has a --help")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.command is None:
-        parser.print_help(sys.stderr)
-        return 2
     return importlib.import_module(f".{args.command}", __package__).main(args.arguments)
 
 
-def command() -> None:
-    """What `memdlm` runs."""
+def exit_code(run: Callable[[], None], debug: bool = False) -> int:
+    """Run a command to its end.
+
+    Returns:
+        0; 2 after one line about what the user can correct (a traceback with `debug`); 130 where it was interrupted.
+    """
+    if not sys.stderr.isatty():  # nobody watches bars; the hub and transformers look at this when they are imported
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        run()
+    except ConfigError as error:
+        if debug:
+            raise
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # on every node, as the next may lack another file
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def end(code: int) -> NoReturn:
+    """End the interpreter; of a process among several, at once.
+
+    DDP keeps gloo's threads alive. One that lets go of a tensor while the interpreter goes aborts the process.
+    """
+    if "LOCAL_RANK" in os.environ:
+        _at_once.append(code)
+    sys.exit(code)
+
+
+_at_once: list[int] = []
+
+
+@atexit.register  # before other libraries have registered anything, hence after all that they do at the end
+def _end_at_once() -> None:
+    if _at_once:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_at_once[0])
+
+
+def check_writable(flag: str, path: str | os.PathLike, make_folder: bool = False) -> None:
+    """Raise ConfigError, naming the argument `flag`, for a file that cannot be written when its content is there.
+
+    With `make_folder` its folder is made.
+    """
+    path = Path(path)
+    try:
+        if make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        with path.open("ab"):
+            pass
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: {error.strerror}; expected a file that can be written") from None
+
+
+def command() -> NoReturn:
+    """Run what `memdlm` stands for."""
     end(main())
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from dllm_memdlm.cli import exit_code
 from dllm_memdlm.config import ConfigError
-from dllm_memdlm.launch import exit_code
 
 #: What can be reproduced, and the name to import: a module or an object with `stages(scale)` and `page(scale, folder)`.
 TARGETS = {

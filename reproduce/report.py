@@ -15,8 +15,8 @@ from pathlib import Path
 import jinja2
 from rich.console import Console
 
+from dllm_memdlm.cli import exit_code
 from dllm_memdlm.config import ConfigError
-from dllm_memdlm.launch import exit_code
 
 from .page import Page, read_page
 

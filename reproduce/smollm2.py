@@ -24,8 +24,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dllm_memdlm.cli import exit_code
 from dllm_memdlm.config import ConfigError
-from dllm_memdlm.launch import exit_code
 from dllm_memdlm.versions import readable_by_both
 
 if TYPE_CHECKING:

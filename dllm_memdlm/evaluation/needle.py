@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from ..cli import exit_code
 from ..config import ConfigError, DataConfig
-from ..launch import exit_code, prepare_to_load
 from .command import finish, of_a_run, read
 
 if TYPE_CHECKING:
@@ -68,7 +68,6 @@ def found(decoder: Decoder, examples: Sequence[Needles], batch_size: int) -> lis
 
 def run(args: argparse.Namespace) -> None:
     """Ask, and write what was found. Raises ConfigError for what the user can correct."""
-    prepare_to_load()
     # Trained with full attention, and asked for few words: decoded as LLaDA-MoE is, in one block.
     parsed, data = read(args, sampler="mdlm")
     decoder = parsed.open()

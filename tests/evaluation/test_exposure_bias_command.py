@@ -105,7 +105,7 @@ def error_of(capsys, folder: str, *arguments: str) -> str:
     ("arguments", "message"),
     [
         (["temprature=1"], "unknown model argument 'temprature'; did you mean temperature?"),
-        (["memory_rank=0"], "memory.rank=0: expected at least 1"),
+        (["memory_rank=0"], "memory.rank=0: expected whole number of at least 1"),
         (["steps=4"], "steps: a setting of the samplers, none of which is used here; steps are --steps N"),
         (["--batch-size", "0"], "model_args.batch_size='0': expected a number of at least 1, or auto"),
         (["max_length=12"], "2 steps of 5 examples, 5 of which have no response or more than max_length=12 tokens"),

@@ -16,10 +16,10 @@ from saved_models import BYTES, byte_tokenizer, save_adapter, save_model
 from small_run import ROWS
 
 from dllm_memdlm import export, generate
+from dllm_memdlm.cli import exit_code
 from dllm_memdlm.data import train_tokenizer
 from dllm_memdlm.evaluation import exposure_bias, needle
 from dllm_memdlm.inference.arguments import parse
-from dllm_memdlm.launch import exit_code
 from dllm_memdlm.method.fast_weights import FastWeights
 from dllm_memdlm.method.prompt_memory import save_snapshot
 

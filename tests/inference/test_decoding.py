@@ -213,7 +213,7 @@ def test_the_memory_has_the_settings_of_training_but_for_changes():
     expected = MemoryConfig(rank=4, layer_fraction=0.4, inner_lr=0.3, weighting="uniform")
     assert memory.memory.config == expected and memory.memory.right_shift_logits
     assert (memory.seed, memory.attention, memory.fixed) == (5, "block_causal", None)
-    with pytest.raises(ConfigError, match=r"memory\.rank=0: expected at least 1"):
+    with pytest.raises(ConfigError, match=r"memory\.rank=0: expected whole number of at least 1"):
         memory_of(pretrained, {"rank": 0})
     with pytest.raises(ConfigError, match="nothing_proj"):
         memory_of(pretrained, {"target_modules": ["nothing_proj"]})

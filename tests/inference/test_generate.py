@@ -143,7 +143,7 @@ def test_the_document_can_come_from_the_standard_input(ask, model, document, cap
         (["temprature=1"], "unknown model argument 'temprature'; did you mean temperature?"),
         (["temperature"], "'temperature': expected name=value, such as temperature=0.7"),
         (["steps=4"], "steps: not a setting of the llada21 sampler; known: block_size"),
-        (["memory_rank=0"], "memory.rank=0: expected at least 1"),
+        (["memory_rank=0"], "memory.rank=0: expected whole number of at least 1"),
         (
             ["--prompt-file", "nowhere.txt"],
             "--prompt-file nowhere.txt: No such file or directory; expected a text file",

@@ -239,7 +239,7 @@ def test_what_is_unknown_is_refused_in_a_line(capsys, tmp_path, monkeypatch):
         assert capsys.readouterr().err.splitlines()[-1] == f"reproduce: error: {message}"
     assert "expected section.key=value" in error_of(capsys, "figure4", "--set", "training.max_steps")
     text = error_of(capsys, "figure4", "--set", "training.max_stepps=4")
-    assert text.endswith("unknown key training.max_stepps; did you mean training.max_steps?")
+    assert text.endswith("unknown key 'training.max_stepps'; did you mean training.max_steps?")
     assert "--scale paper" in error_of(capsys, "dropout", "--scale", "paper", "--commands")
     assert "lm-eval" in error_of(capsys, "table1", "--questions", "5")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

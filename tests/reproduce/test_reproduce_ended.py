@@ -21,7 +21,7 @@ import json, signal, sys
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored from birth where the tests run in the background
 from rich.console import Console
-from dllm_memdlm.launch import exit_code
+from dllm_memdlm.cli import exit_code
 from reproduce.commands import Command, run_missing
 stages = [[Command(Path(folder), tuple(argv)) for folder, argv in stage] for stage in json.loads(sys.argv[2])]
 sys.exit(exit_code(lambda: run_missing(stages, Path(sys.argv[1]), 2, Console()), debug=False))
