@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import functools
 import importlib
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from . import __version__
 from .config import ConfigError
@@ -48,9 +49,12 @@ def exit_code(run: Callable[[], None], debug: bool = False) -> int:
     Returns:
         0; 2 after one line about what the user can correct (a traceback with `debug`); 130 where it was interrupted.
     """
-    if not sys.stderr.isatty():  # nobody watches bars; the hub and transformers look at this when they are imported
+    # These are looked at when the hub's library and `datasets` are imported.
+    if not sys.stderr.isatty():  # nobody watches bars
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # else `datasets` tells a server of each local file
     try:
+        _take_no_network_for_an_answer()
         run()
     except ConfigError as error:
         if debug:
@@ -61,6 +65,40 @@ def exit_code(run: Callable[[], None], debug: bool = False) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+@functools.cache
+def _take_no_network_for_an_answer() -> None:
+    """Go offline, as with HF_HUB_OFFLINE=1, where the first connection to the hub fails.
+
+    Its library would try six times for every file, half a minute each.
+    """
+    import huggingface_hub as hub
+
+    usual = hub.get_session()
+    http = sys.modules[type(usual).__module__.partition(".")[0]]  # requests; since 1.0 httpx
+    names = ("ConnectError", "ConnectTimeout", "ConnectionError")
+    failures = tuple(getattr(http, name) for name in names if hasattr(http, name))
+
+    class Client(type(usual)):
+        reached = False
+
+        def send(self, *args: Any, **settings: Any) -> Any:
+            try:
+                response = super().send(*args, **settings)
+            except failures as error:
+                if Client.reached:
+                    raise
+                hub.constants.HF_HUB_OFFLINE = True
+                raise hub.errors.OfflineModeIsEnabled(str(error)) from error
+            Client.reached = True
+            return response
+
+    if hasattr(hub, "set_client_factory"):
+        hooks = usual.event_hooks
+        hub.set_client_factory(lambda: Client(event_hooks=hooks, follow_redirects=True, timeout=None))
+    elif not hub.constants.HF_HUB_OFFLINE:
+        hub.configure_http_backend(Client)
 
 
 def end(code: int) -> NoReturn:
