@@ -1,4 +1,4 @@
-"""The command line of training: its form, and one line for what the user can correct (more: helpers/bad_training.py)."""
+"""The command line of training: its form, and one line for what the user can correct (also: bad_training.py)."""
 
 from __future__ import annotations
 
