@@ -75,6 +75,8 @@ def _take_no_network_for_an_answer() -> None:
     """
     import huggingface_hub as hub
 
+    if hub.constants.HF_HUB_OFFLINE:
+        return
     usual = hub.get_session()
     http = sys.modules[type(usual).__module__.partition(".")[0]]  # requests; since 1.0 httpx
     names = ("ConnectError", "ConnectTimeout", "ConnectionError")
@@ -97,7 +99,7 @@ def _take_no_network_for_an_answer() -> None:
     if hasattr(hub, "set_client_factory"):
         hooks = usual.event_hooks
         hub.set_client_factory(lambda: Client(event_hooks=hooks, follow_redirects=True, timeout=None))
-    elif not hub.constants.HF_HUB_OFFLINE:
+    else:
         hub.configure_http_backend(Client)
 
 

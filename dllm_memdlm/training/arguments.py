@@ -44,7 +44,7 @@ class MemDLMConfig(MDLMConfig):
     #: Types narrower than transformers' own: what it would take without a word, and then train wrongly or end in a
     #: traceback. Ranges of the optimizer's other arguments are the optimizer's to check.
     narrower: ClassVar[dict[str, Any]] = {
-        "output_dir": str | None,
+        "output_dir": Annotated[str | Path | None, Field(description="text")],
         "accelerator_config": Any,
         "torch_compile": _Never,
         "torch_compile_backend": _Never,
