@@ -54,7 +54,7 @@ def exit_code(run: Callable[[], None], debug: bool = False) -> int:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # else `datasets` tells a server of each local file
     try:
-        _take_no_network_for_an_answer()
+        _go_offline_at_the_first_failure()
         run()
     except ConfigError as error:
         if debug:
@@ -68,19 +68,20 @@ def exit_code(run: Callable[[], None], debug: bool = False) -> int:
 
 
 @functools.cache
-def _take_no_network_for_an_answer() -> None:
+def _go_offline_at_the_first_failure() -> None:
     """Go offline, as with HF_HUB_OFFLINE=1, where the first connection to the hub fails.
 
     Its library would try six times for every file, half a minute each.
     """
     import huggingface_hub as hub
+    from huggingface_hub import constants, errors
 
-    if hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         return
     usual = hub.get_session()
     http = sys.modules[type(usual).__module__.partition(".")[0]]  # requests; since 1.0 httpx
-    names = ("ConnectError", "ConnectTimeout", "ConnectionError")
-    failures = tuple(getattr(http, name) for name in names if hasattr(http, name))
+    names = {"ConnectError", "ConnectTimeout", "ConnectionError"} & vars(http).keys()
+    failures = tuple(getattr(http, name) for name in names)
 
     class Client(type(usual)):
         reached = False
@@ -91,8 +92,8 @@ def _take_no_network_for_an_answer() -> None:
             except failures as error:
                 if Client.reached:
                     raise
-                hub.constants.HF_HUB_OFFLINE = True
-                raise hub.errors.OfflineModeIsEnabled(str(error)) from error
+                constants.HF_HUB_OFFLINE = True
+                raise errors.OfflineModeIsEnabled(str(error)) from error
             Client.reached = True
             return response
 

@@ -163,7 +163,7 @@ def test_a_hub_that_has_answered_is_not_given_up(monkeypatch):
     made = []
     monkeypatch.setattr(huggingface_hub, "set_client_factory", made.append)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    cli._take_no_network_for_an_answer.__wrapped__()
+    cli._go_offline_at_the_first_failure.__wrapped__()
     client = made[0]()
     answers = iter([http.Response(200), http.ConnectError("gone")])
 
