@@ -1,14 +1,23 @@
-"""The command `memdlm`, whose parts are modules of the same names: `python -m dllm_memdlm.train` is `memdlm train`."""
+"""The command `memdlm`, and what its parts share: how a command ends, and whether its result can be written.
+
+The parts are modules of the same names: `python -m dllm_memdlm.train` is `memdlm train`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import atexit
+import functools
 import importlib
+import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 from . import __version__
-from .launch import end
+from .config import ConfigError
 
 COMMANDS = {
     "train": "train a recipe",
@@ -20,28 +29,123 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns its exit code, 2 after one line about what the user can correct."""
-    width = max(map(len, COMMANDS))
+    """Run a command and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="memdlm",
-        usage="memdlm COMMAND …",
-        epilog="\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()),
+        usage=f"memdlm {{{','.join(COMMANDS)}}} …",
+        epilog="\n".join(f"  {name:<9} {what}" for name, what in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument(
-        "command", nargs="?", choices=COMMANDS, metavar="COMMAND", help="one of those below; each has a --help"
-    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below; each has a --help")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.command is None:
-        parser.print_help(sys.stderr)
-        return 2
     return importlib.import_module(f".{args.command}", __package__).main(args.arguments)
 
 
-def command() -> None:
-    """What `memdlm` runs."""
+def exit_code(run: Callable[[], None], debug: bool = False) -> int:
+    """Run a command to its end.
+
+    Returns:
+        0; 2 after one line about what the user can correct (a traceback with `debug`); 130 where it was interrupted.
+    """
+    # These are looked at when the hub's library and `datasets` are imported.
+    if not sys.stderr.isatty():  # nobody watches bars
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # else `datasets` tells a server of each local file
+    try:
+        _go_offline_at_the_first_failure()
+        run()
+    except ConfigError as error:
+        if debug:
+            raise
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # on every node, as the next may lack another file
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+@functools.cache
+def _go_offline_at_the_first_failure() -> None:
+    """Go offline, as with HF_HUB_OFFLINE=1, where the first connection to the hub fails.
+
+    Its library would try six times for every file, half a minute each.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub import constants, errors
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    usual = hub.get_session()
+    http = sys.modules[type(usual).__module__.partition(".")[0]]  # requests; since 1.0 httpx
+    names = {"ConnectError", "ConnectTimeout", "ConnectionError"} & vars(http).keys()
+    failures = tuple(getattr(http, name) for name in names)
+
+    class Client(type(usual)):
+        reached = False
+
+        def send(self, *args: Any, **settings: Any) -> Any:
+            try:
+                response = super().send(*args, **settings)
+            except failures as error:
+                if Client.reached:
+                    raise
+                constants.HF_HUB_OFFLINE = True
+                raise errors.OfflineModeIsEnabled(str(error)) from error
+            Client.reached = True
+            return response
+
+    if hasattr(hub, "set_client_factory"):
+        hooks = usual.event_hooks
+        hub.set_client_factory(lambda: Client(event_hooks=hooks, follow_redirects=True, timeout=None))
+    else:
+        hub.configure_http_backend(Client)
+
+
+def end(code: int) -> NoReturn:
+    """End the interpreter; of a process among several, at once.
+
+    DDP keeps gloo's threads alive. One that lets go of a tensor while the interpreter goes aborts the process.
+    """
+    if "LOCAL_RANK" in os.environ:
+        _at_once.append(code)
+    sys.exit(code)
+
+
+_at_once: list[int] = []
+
+
+@atexit.register  # before other libraries have registered anything, hence after all that they do at the end
+def _end_at_once() -> None:
+    if _at_once:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_at_once[0])
+
+
+def check_writable(flag: str, path: str | os.PathLike, make_folder: bool = False) -> None:
+    """Raise ConfigError, naming the argument `flag`, for a file that cannot be written when its content is there.
+
+    With `make_folder` its folder is made.
+    """
+    path = Path(path)
+    try:
+        if make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        with path.open("ab"):
+            pass
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: {error.strerror}; expected a file that can be written") from None
+
+
+def command() -> NoReturn:
+    """Run what `memdlm` stands for."""
     end(main())
 
 

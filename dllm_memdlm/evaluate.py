@@ -9,29 +9,26 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
+from .cli import exit_code
 from .config import ConfigError
 from .evaluation import plugin
-from .launch import prepare_to_load
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `memdlm evaluate`. Returns 2 after one line about what the user can correct."""
+    """Run `memdlm evaluate` and return its exit code."""
     if argv is not None:
         sys.argv[1:] = argv  # where lm-eval looks
+    return exit_code(run)
+
+
+def run() -> None:
+    """Run lm-eval's own command. Raises ConfigError for what the user can correct."""
     if importlib.util.find_spec("lm_eval") is None:
-        print("error: lm_eval is not installed: pip install 'lm_eval[ruler]==0.4.13'", file=sys.stderr)
-        return 2
-    prepare_to_load()
+        raise ConfigError("lm_eval is not installed: pip install 'lm_eval[ruler]==0.4.13'")
     plugin.install()  # torch has done so already, unless TORCH_DEVICE_BACKEND_AUTOLOAD=0
-    # Here, not above: datasets looks at the offline switch when it is imported.
     from lm_eval.__main__ import cli_evaluate
 
-    try:
-        cli_evaluate()
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    cli_evaluate()
 
 
 if __name__ == "__main__":

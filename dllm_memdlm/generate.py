@@ -16,15 +16,15 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from .cli import check_writable, exit_code
 from .config import ConfigError
-from .launch import check_writable, exit_code, model_arguments, prepare_to_load
 
 #: Ends a chat, beside the end of the input.
 GOODBYE = ("/exit", "/quit")
 
 
 def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line. Exits with 2 where it makes no sense."""
+    """Read the command line. Exits with 2 where it makes no sense."""
     parser = argparse.ArgumentParser(prog="memdlm generate", description="Ask a model about a document.")
     parser.add_argument("--model", required=True, metavar="DIR", help="a run's folder, a hub name, or an adapter")
     parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter for the model")
@@ -59,35 +59,28 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def read_document(path: str | None) -> str:
-    """The document, or nothing. Raises ConfigError if it cannot be read, or is empty."""
-    if path is None:
-        return ""
+def read_document(path: str | None, question: str | None) -> str:
+    """Return the document, or nothing. Raises ConfigError where it or the question is no text, or both say nothing."""
+    text = ""
     try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        (question or "").encode()
+        if path is not None:
+            text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except UnicodeEncodeError:
+        raise ConfigError(f"--question {question!r}: not a text in UTF-8; expected one") from None
     except UnicodeDecodeError:
         raise ConfigError(f"--prompt-file {path}: not a text in UTF-8; expected one") from None
     except OSError as error:
         raise ConfigError(f"--prompt-file {path}: {error.strerror}; expected a text file in UTF-8") from None
-    if not text.strip():
+    if path is not None and not text.strip():
         raise ConfigError(f"--prompt-file {path}: empty; expected a text")
+    if path is None and question is not None and not question.strip():
+        raise ConfigError(f"--question {question!r}: empty; expected a text, or a document in --prompt-file")
     return text
 
 
-def check_question(question: str | None, document: str) -> None:
-    """Raise ConfigError for a question that is no text, or says nothing where there is no document either."""
-    if question is None:
-        return
-    if not (question.strip() or document):
-        raise ConfigError(f"--question {question!r}: empty; expected a text, or a document in --prompt-file")
-    try:
-        question.encode()
-    except UnicodeEncodeError:
-        raise ConfigError(f"--question {question!r}: not a text in UTF-8; expected one") from None
-
-
 def questions(args: argparse.Namespace, console: Console) -> Iterator[str]:
-    """What is asked, one after the other."""
+    """Yield what is asked, one after the other."""
     if args.question is not None:
         yield args.question
     while args.chat:
@@ -120,15 +113,13 @@ def answer(conversation: Any, question: str, out: Console) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Load, adapt if asked to, and answer. Raises ConfigError for what the user can correct."""
-    prepare_to_load()
-    # Here, not above: transformers looks at the offline switch when it is imported.
-    from .inference.arguments import parse
+    # Here, not above: these imports take seconds.
+    from .inference.arguments import from_command_line
     from .inference.conversation import Conversation
     from .method.prompt_memory import save_snapshot
 
-    document = read_document(args.prompt_file)
-    check_question(args.question, document)
-    parsed = parse(model_arguments(args))
+    document = read_document(args.prompt_file, args.question)
+    parsed = from_command_line(args)
     if args.save_memory:
         check_writable("--save-memory", args.save_memory)
     notes, out = Console(stderr=True, highlight=False), Console()
@@ -137,8 +128,7 @@ def run(args: argparse.Namespace) -> None:
     conversation = Conversation(decoder, document, args.max_new_tokens, parsed.arguments.seed)
     if args.save_memory:
         text = conversation.memory_text(args.question or "")
-        fast_weights = decoder.memory.recall([text])
-        config = decoder.memory.memory.config
+        fast_weights, config = decoder.memory.recall([text]), decoder.memory.memory.config
         save_snapshot(args.save_memory, fast_weights, decoder.pretrained.name, config, text)
         notes.print(f"memory of {len(text)} tokens saved to {args.save_memory}", soft_wrap=True)
     for question in questions(args, out):
@@ -150,7 +140,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `memdlm generate`. Returns 2 after one line about what the user can correct."""
+    """Run `memdlm generate` and return its exit code."""
     args = arguments_of(argv)
     return exit_code(lambda: run(args), args.debug)
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import typing
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from .config import DataConfig, LoraConfig, MemoryConfig, ModelConfig, describe_type
+from .config import DataConfig, LoraConfig, MemoryConfig, ModelConfig, declared
 from .machine import devices, package_versions
 
-#: Recipe sections and the dataclasses that declare their keys.
+#: Recipe sections and the dataclasses that declare their keys; those of `training` are for the most part transformers'.
 SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "lora": LoraConfig, "memory": MemoryConfig}
 
 
 class Key(NamedTuple):
-    """One recipe key, `section.name`, as `--keys` prints it."""
+    """One setting as it is printed."""
 
     name: str
     type: str
@@ -28,13 +28,13 @@ class Key(NamedTuple):
 
 
 def recipe_keys() -> list[Key]:
-    """Every key of the sections in SECTIONS, in the order of declaration."""
+    """Return every key of the sections in SECTIONS, in the order of declaration."""
     return [key for section, config in SECTIONS.items() for key in _keys(f"{section}.", config)]
 
 
 def model_arguments() -> list[Key]:
-    """What `lm_eval --model memdlm --model_args` takes, and `memdlm generate` as name=value."""
-    from .inference.arguments import TRAINING_ONLY, EvalArguments
+    """Return what `lm_eval --model memdlm --model_args` takes, and `memdlm generate` as name=value."""
+    from .inference.arguments import MEMORY, EvalArguments
     from .inference.decoding import ONE_BLOCK, SAMPLERS, sampler_settings  # imports torch and transformers
 
     keys = _keys("", EvalArguments)
@@ -42,58 +42,51 @@ def model_arguments() -> list[Key]:
         for key in _keys("", sampler.CONFIG, sampler_settings(name)):
             default = "tokens of the answer" if name == "mdlm" and key.name in ONE_BLOCK else key.default
             keys.append(key._replace(default=default, help=f"{name}: {key.help}"))
-    return keys + _keys("memory_", MemoryConfig, {f.name for f in dataclasses.fields(MemoryConfig)} - TRAINING_ONLY)
+    return keys + _keys("memory_", MemoryConfig, set(MEMORY.values()))
 
 
 def _keys(prefix: str, config: type, among: set[str] | None = None) -> list[Key]:
-    hints = typing.get_type_hints(config)
-    fields = [f for f in dataclasses.fields(config) if among is None or f.name in among]
-    return [Key(prefix + f.name, describe_type(hints[f.name]), _default(f), f.metadata["help"]) for f in fields]
+    """Return the fields of a dataclass, with defaults as a recipe would write them; JSON is a subset of YAML."""
+    keys = []
+    for f in dataclasses.fields(config):
+        if among is None or f.name in among:
+            default: Any = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            written = json.dumps(default, ensure_ascii=False)
+            keys.append(Key(prefix + f.name, declared(config)[f.name][1], written, f.metadata["help"]))
+    return keys
 
 
-def _default(field: dataclasses.Field) -> str:
-    """A field's default as a recipe would write it; JSON is a subset of YAML."""
-    has_factory = field.default_factory is not dataclasses.MISSING
-    value: Any = field.default_factory() if has_factory else field.default
-    return json.dumps(value, ensure_ascii=False)
-
-
-def keys_table(keys: list[Key], title: str = "Recipe keys") -> Table:
-    """The keys as a table, a line between sections."""
+def keys_table(keys: list[Key], title: str) -> Table:
+    """Return the keys as a table, with a line between sections."""
     table = Table(title=title)
     table.add_column("key", no_wrap=True)  # to be copied into a recipe, so never cut
     for name in ("type", "default", "meaning"):
         table.add_column(name)
-    for i, key in enumerate(keys):
-        section, _, _ = key.name.rpartition(".")
-        ends_section = i + 1 < len(keys) and keys[i + 1].name.rpartition(".")[0] != section
-        table.add_row(*key, end_section=ends_section)
+    sections = [key.name.rpartition(".")[0] for key in keys]
+    for key, section, following in zip(keys, sections, [*sections[1:], ""], strict=True):
+        table.add_row(*key, end_section=section != following)
     return table
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of `memdlm info`."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `memdlm info` and return its exit code."""
     parser = argparse.ArgumentParser(prog="memdlm info", description="Show versions, devices and recipe keys.")
     parser.add_argument("--keys", action="store_true", help="list every key a recipe can set, with its default")
     parser.add_argument("--arguments", action="store_true", help="list what lm_eval's --model_args can set")
+    args = parser.parse_args(argv)
     # `markup=False`: brackets in help texts, such as "in [0, 1]", are text
     console = Console(markup=False, highlight=False)
-    args = parser.parse_args(argv)
     if args.arguments:
         console.print(keys_table(model_arguments(), "Arguments of lm_eval --model memdlm, and of memdlm generate"))
-        return 0
-    if args.keys:
-        console.print(keys_table(recipe_keys()))
+    elif args.keys:
+        console.print(keys_table(recipe_keys(), "Recipe keys"))
         console.print("The `training` section takes the fields of dllm_memdlm.MemDLMConfig, documented there.")
-        return 0
+    else:
+        from .compat.dllm_api import describe  # imports torch and, where it is installed, dllm
 
-    from .compat.dllm_api import describe  # imports torch and, where it is installed, dllm
-
-    for name, version in package_versions().items():
-        console.print(f"{name:<13} {version}")
-    console.print(f"{'using':<13} {describe()}", soft_wrap=True)
-    for line in devices():
-        console.print(f"{'device':<13} {line}")
+        lines = [*package_versions().items(), ("using", describe()), *(("device", line) for line in devices())]
+        for name, what in lines:
+            console.print(f"{name:<13} {what}", soft_wrap=True)
     return 0
 
 

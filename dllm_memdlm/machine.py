@@ -14,7 +14,7 @@ PACKAGES = (
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages among PACKAGES."""
+    """Return the versions of Python and of those among PACKAGES that are installed."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -25,13 +25,11 @@ def package_versions() -> dict[str, str]:
 
 
 def devices() -> list[str]:
-    """One line for each device torch can compute on: the accelerators first, then the CPU."""
-    import torch  # seconds to import, and --keys does not need it
+    """Return a line for each device torch can compute on: the accelerators first, then the CPU."""
+    import torch  # takes seconds, and `memdlm info --keys` does not need it
 
-    lines = []
-    for index in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_properties(index)
-        lines.append(f"cuda:{index}: {card.name}, {card.total_memory / 2**30:.0f} GiB")
+    cards = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    lines = [f"cuda:{index}: {card.name}, {card.total_memory / 2**30:.0f} GiB" for index, card in enumerate(cards)]
     if torch.backends.mps.is_available():
         lines.append("mps")
     return [*lines, f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"]

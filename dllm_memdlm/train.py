@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 
+from .cli import end, exit_code
 from .config import ConfigError
-from .launch import check_processes, close_process_group, end, prepare_to_load
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `memdlm train`. Returns 2 where the user can correct something, after one line that says what."""
+    """Run `memdlm train` and return its exit code."""
     parser = argparse.ArgumentParser(prog="memdlm train", description="Train a recipe.")
     parser.add_argument("recipe", help="recipe file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ")
@@ -27,37 +26,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--response-share", help="masked part of an example (with --dry-run; default: 0.25)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_intermixed_args(argv)
-    try:
-        prepare_to_load()
-        # Here, not above: transformers and datasets look at the offline switch when they are imported.
-        from .training.recipe import load_recipe
-        from .training.run import train
-
-        planned = (args.gpus, args.memory, args.response_share)
-        if not args.dry_run and planned != (None, None, None):
-            raise ConfigError("--gpus, --memory and --response-share: expected with --dry-run, to plan for")
-        recipe = load_recipe(args.recipe, args.overrides)
-        if args.dry_run:
-            from .training.dry_run import Machine, dry_run
-
-            dry_run(recipe, Machine.from_arguments(*planned))
-        else:
-            check_processes()
-            train(recipe, args.resume)
-            close_process_group()  # not where something has failed: it would wait for processes that may be gone
-    except ConfigError as error:
-        if args.debug:
-            raise
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # on every node, as the next may lack another file
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(args), args.debug)
 
 
-def command() -> None:
-    """What `python -m dllm_memdlm.train` runs."""
-    end(main())
+def run(args: argparse.Namespace) -> None:
+    """Train, or plan. Raises ConfigError for what the user can correct."""
+    planned = (args.gpus, args.memory, args.response_share)
+    if not args.dry_run and planned != (None, None, None):
+        raise ConfigError("--gpus, --memory and --response-share: expected with --dry-run, to plan for")
+    # Here, not above: these imports take seconds.
+    from .training.recipe import load_recipe
+    from .training.run import train
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    if args.dry_run:
+        from .training.dry_run import Machine, dry_run
+
+        dry_run(recipe, Machine.from_arguments(*planned))
+        return
+    check_processes()
+    trainer = train(recipe, args.resume)
+    trainer.accelerator.end_training()  # not where something has failed: it would wait for processes that may be gone
+
+
+def check_processes() -> None:
+    """Refuse to be one process of several: without a GPU accelerate starts one, whatever it was asked for.
+
+    Raises:
+        ConfigError: it has set the address of a main process, and left this one without a rank.
+    """
+    import torch
+
+    left_alone = {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys() and "RANK" not in os.environ
+    if left_alone and not torch.cuda.is_available():
+        raise ConfigError(
+            "accelerate has started one process of several, as there is no GPU; expected `torchrun --nproc_per_node N "
+            "-m dllm_memdlm.train …`, or, for one process, no MASTER_ADDR in the environment"
+        )
 
 
 if __name__ == "__main__":
-    command()
+    end(main())

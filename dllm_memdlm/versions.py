@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from torch import nn
@@ -72,15 +71,15 @@ class TrainingArguments(transformers.TrainingArguments):
     group_by_length: bool = field(default=False, metadata={"help": "Put examples of similar lengths together."})
 
     def __post_init__(self) -> None:
-        if not 0 <= self.warmup_ratio <= 1:
-            raise ValueError(f"warmup_ratio={self.warmup_ratio}: expected a number in [0,1]")
         ratio = self.warmup_ratio
+        if not 0 <= ratio <= 1:
+            raise ValueError(f"warmup_ratio={ratio}: expected a number in [0,1]")
         if _SINCE_5:  # whose first releases let the ratio win over the steps
             self.warmup_ratio = None
-        if (strategy := getattr(self, "train_sampling_strategy", "random")) != "random":
-            if strategy != "group_by_length":
-                raise ValueError(f"train_sampling_strategy={strategy!r}: expected random or group_by_length")
-            self.group_by_length = True
+        strategy = getattr(self, "train_sampling_strategy", "random")
+        if strategy not in ("random", "group_by_length"):
+            raise ValueError(f"train_sampling_strategy={strategy!r}: expected random or group_by_length")
+        self.group_by_length |= strategy == "group_by_length"
         for name in ("", "_kwargs"):  # the old names still work, with a warning
             if getattr(self, f"activation_checkpointing{name}", ...) is None:
                 setattr(self, f"activation_checkpointing{name}", getattr(self, f"gradient_checkpointing{name}"))
@@ -88,19 +87,19 @@ class TrainingArguments(transformers.TrainingArguments):
         self.warmup_ratio = ratio
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
-        """The steps of the warm-up: `warmup_steps` where given, else the ratio of all."""
+        """Return the steps of the warm-up: `warmup_steps` where given, else the ratio of all."""
         if self.warmup_steps == 0:
             return math.ceil(num_training_steps * self.warmup_ratio)
         return super().get_warmup_steps(num_training_steps)
 
 
 def tied_weights(same_as: dict[str, str]) -> Any:
-    """A model's `_tied_weights_keys`, from the names of weights that may be one with others, and of those."""
+    """Return a model's `_tied_weights_keys`, by the names of weights that may be one with others, and of those."""
     return same_as if _SINCE_5 else list(same_as)
 
 
 def config_values(values: dict[str, Any], config_class: type[PretrainedConfig]) -> dict[str, Any]:
-    """What a config.json of either release holds, in the words of this config class.
+    """Return what a config.json of either release holds, in the words of this config class.
 
     transformers 5 puts all about rotary positions under `rope_parameters`. Classes of 4.57, and the bundled ones, would
     keep that key without reading it, and turn positions by their default frequency.
@@ -112,7 +111,7 @@ def config_values(values: dict[str, Any], config_class: type[PretrainedConfig]) 
 
 
 def _old_rope(rope: dict[str, Any]) -> dict[str, Any]:
-    """The settings of rotary positions in the words of transformers 4."""
+    """Return the settings of rotary positions in the words of transformers 4."""
     names = ("rope_theta", "partial_rotary_factor")
     scaling = {key: value for key, value in rope.items() if key not in names}
     scaled = scaling.get("rope_type", "default") != "default"
@@ -147,9 +146,9 @@ def _both_tokenizers(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_any_tokenizer(name: str, **settings: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name that either release has saved.
+    """Return the tokenizer of a folder or hub name that either release has saved.
 
-    Without what transformers 5 remarks on the config.json beside it, of a model that it does not know.
+    What transformers 5 remarks on the config.json beside it, of a model that it does not know, is not shown.
     """
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
@@ -170,8 +169,8 @@ def load_any_tokenizer(name: str, **settings: Any) -> PreTrainedTokenizerBase:
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
-    """What asking the hub ends with where there is no network, or no right to: of its own, and of its HTTP library."""
-    http = sys.modules[type(huggingface_hub.get_session()).__module__.partition(".")[0]]
+    """Return what asking the hub ends with without network, or a right to: its own errors, its HTTP library's."""
+    http = sys.modules[HfHubHTTPError.__bases__[0].__module__.partition(".")[0]]  # requests; since 1.0 httpx
     failed = http.RequestError if hasattr(http, "RequestError") else http.RequestException
     return HfHubHTTPError, LocalTokenNotFoundError, ConnectionError, failed
 
@@ -188,7 +187,7 @@ def rotate_checkpoints(trainer: transformers.Trainer, output_dir: str | os.PathL
 
 
 def cache_argument(layer: type[nn.Module]) -> str:
-    """The name under which a decoder layer of transformers takes its part of the cache."""
+    """Return the name under which a decoder layer of transformers takes its part of the cache."""
     return "cache" if "cache" in inspect.signature(layer.forward).parameters else "past_key_values"
 
 

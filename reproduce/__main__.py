@@ -20,8 +20,8 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.gpu_check import commit
+from dllm_memdlm.cli import exit_code
 from dllm_memdlm.config import ConfigError
-from dllm_memdlm.launch import exit_code
 from dllm_memdlm.machine import devices, package_versions
 
 from .cases import points_of

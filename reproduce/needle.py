@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from dllm_memdlm.cli import exit_code
 from dllm_memdlm.config import ConfigError, DataConfig
 from dllm_memdlm.evaluation.command import finish, of_a_run, read
-from dllm_memdlm.launch import exit_code, prepare_to_load
 
 if TYPE_CHECKING:
     from dllm_memdlm.inference.decoding import Decoder
@@ -144,7 +144,6 @@ def found(decoder: Decoder, examples: Sequence[Planted], batch_size: int) -> lis
 
 def run(args: argparse.Namespace) -> None:
     """Ask, and write what was found. Raises ConfigError for what the user can correct."""
-    prepare_to_load()
     # Trained with full attention, and asked for few words: decoded as LLaDA-MoE is, in one block.
     parsed, data = read(args, sampler="mdlm")
     haystacks, decoder = held_out(data, args.questions), parsed.open()

@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dllm_memdlm.cli import exit_code
 from dllm_memdlm.config import ConfigError
-from dllm_memdlm.launch import exit_code
 from dllm_memdlm.versions import readable_by_both
 
 Fields = Callable[..., Any]  #: a field of the file by its name; a second argument stands in for one that is missing

@@ -44,13 +44,9 @@ EOS, BOS, MASK = 0, 1, 2
 KINDS = ("llada_moe", "llada2", "llama")
 ARCHITECTURES = {"llada_moe": "LLaDAMoEModelLM", "llada2": "LLaDA2MoeModelLM", "llama": "LlamaForCausalLM"}
 
-COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
+COMMON = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "pad_token_id": EOS} | {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "pad_token_id": EOS,
 }
 #: Every kind of layer that a backbone has: dense and sparse ones, shared experts, grouped queries, a fused projection.
 DIMENSIONS: dict[str, dict[str, Any]] = {
@@ -62,14 +58,8 @@ DIMENSIONS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "moe_layer_freq": [0, 1, 1],
     },
-    "llada2": {
-        "intermediate_size": 48,
-        "moe_intermediate_size": 16,
-        "num_experts": 6,
-        "num_experts_per_tok": 2,
-        "n_group": 3,
-        "topk_group": 2,
-    },
+    "llada2": {"intermediate_size": 48, "moe_intermediate_size": 16, "num_experts": 6, "num_experts_per_tok": 2}
+    | {"n_group": 3, "topk_group": 2},
     "llama": {"intermediate_size": 48},
 }
 CONFIGS = {"llada_moe": LLaDAMoEConfig, "llada2": LLaDA2MoeConfig, "llama": transformers.LlamaConfig}
@@ -100,13 +90,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 #: What launchers set, and accelerate leaves behind in a process: each would change what a launch does.
 LAUNCHED = (
-    "ACCELERATE_USE_CPU",
-    "CCL_WORKER_COUNT",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
+    *("ACCELERATE_USE_CPU", "CCL_WORKER_COUNT", "MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"),
     "OMP_NUM_THREADS",
 )
 
@@ -268,20 +252,10 @@ def make_trainer(
     **training: Any,
 ) -> MemDLMTrainer:
     """A trainer that writes only when asked to; on the CPU, unless tensors are made elsewhere by default."""
-    defaults: dict[str, Any] = {
-        "output_dir": str(folder),
-        "use_cpu": torch.get_default_device().type == "cpu",
-        "bf16": False,
-        "per_device_train_batch_size": 3,
-        "per_device_eval_batch_size": 3,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "learning_rate": 1e-3,
-        "eval_strategy": "no",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "report_to": "none",
-    }
+    defaults: dict[str, Any] = {"output_dir": str(folder), "use_cpu": torch.get_default_device().type == "cpu"}
+    defaults |= {"per_device_train_batch_size": 3, "per_device_eval_batch_size": 3, "max_steps": 2, "logging_steps": 1}
+    defaults |= {"bf16": False, "learning_rate": 1e-3, "disable_tqdm": True, "report_to": "none"}
+    defaults |= {"eval_strategy": "no", "save_strategy": "no"}
     return MemDLMTrainer(
         model,
         MemDLMConfig(**{**defaults, **training}),

@@ -1,13 +1,20 @@
-"""The command `memdlm`: its parts are the modules of the same names."""
+"""The command `memdlm`: its parts are the modules of the same names, and all of them end alike."""
 
 from __future__ import annotations
 
 import importlib
+import json
+import sys
 
+import huggingface_hub
 import pytest
+from command_line import error_of
 from fresh_python import needs_lm_eval, run
 
-from dllm_memdlm import __version__, cli
+from dllm_memdlm import __version__, cli, train
+from dllm_memdlm.config import ConfigError
+
+pytestmark = pytest.mark.usefixtures("as_from_a_shell")
 
 
 @pytest.mark.parametrize("name", sorted(cli.COMMANDS.keys() - {"evaluate"}))
@@ -27,27 +34,162 @@ def test_lm_eval_s_command_line():
     assert done.returncode == 1 and "no-such-task" in done.stdout + done.stderr
 
 
-def test_a_command_tells_its_exit_code(capsys, tmp_path):
-    assert cli.main(["train", str(tmp_path / "none.yaml"), "--dry-run"]) == 2
-    assert capsys.readouterr().err.startswith("error: ")
-    assert cli.main(["info"]) == 0
-    assert "torch" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("argv", "code", "text"), [(["--help"], 0, "export  "), (["--version"], 0, __version__)])
-def test_help_and_version(argv, code, text, capsys):
+@pytest.mark.parametrize(
+    ("argv", "code", "text"),
+    [(["--help"], 0, "export  "), (["--version"], 0, __version__), (["trian"], 2, "'trian'"), ([], 2, "export,info")],
+)
+def test_help_version_and_no_such_command(argv, code, text, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(argv)
-    assert stopped.value.code == code and text in capsys.readouterr().out
+    assert stopped.value.code == code
+    assert text in "".join(capsys.readouterr())
 
 
-def test_no_such_command(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["trian"])
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("memdlm: error: ")
+# === how a command ends ===
 
 
-def test_no_command(capsys):
-    assert cli.main([]) == 2
-    assert "export  " in capsys.readouterr().err
+def ending(error: BaseException | None, debug: bool = False) -> int:
+    def command() -> None:
+        if error is not None:
+            raise error
+
+    return cli.exit_code(command, debug)
+
+
+def test_exit_codes(capsys, monkeypatch):
+    assert (ending(None), ending(KeyboardInterrupt())) == (0, 130)
+    for rank, said in (("0", "error: what, where\n"), ("1", "")):  # one rank of a node speaks
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert ending(ConfigError("what, where")) == 2
+        assert capsys.readouterr() == ("", said)
+    with pytest.raises(RuntimeError):
+        ending(RuntimeError())
+    with pytest.raises(ConfigError):
+        ending(ConfigError(), debug=True)
+
+
+@pytest.mark.parametrize(
+    ("last", "code", "ends_whole"), [("end(0)", 0, False), ("end(2)", 2, False), ("raise RuntimeError", 1, True)]
+)
+def test_a_process_of_several_skips_the_end_of_its_interpreter(last, code, ends_whole):
+    """Where gloo's threads, which DDP keeps alive, may abort it. What other libraries do at the end is done.
+
+    What fails after a command, in a script that calls it, keeps its code.
+    """
+    script = f"""if True:
+        from dllm_memdlm.cli import end
+        import atexit
+        class Last:
+            def __del__(self): print("interpreter ended")
+        kept = Last()
+        atexit.register(lambda: print("handlers run"))
+        {last}
+    """
+    done = run("-c", script, LOCAL_RANK="0")
+    assert done.returncode == code
+    assert done.stdout == "handlers run\n" + "interpreter ended\n" * ends_whole
+
+
+def test_files_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path, tmp_path / "file" / "x", tmp_path / "none" / "x", tmp_path / ("x" * 300)):
+        with pytest.raises(ConfigError) as error:
+            cli.check_writable("--output", path)
+        assert str(error.value).startswith(f"--output {path}: ") and "expected a file" in str(error.value)
+    cli.check_writable("--output", tmp_path / "file")
+    cli.check_writable("--output", tmp_path / "new" / "x", make_folder=True)
+    assert (tmp_path / "file").read_text() == "mine" and not list((tmp_path / "new").iterdir())
+
+
+# === one process of several ===
+
+ONE_OF_SEVERAL = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},  # from a shell
+        {"ACCELERATE_USE_CPU": "True"},  # one process was asked for
+        {"MASTER_ADDR": "127.0.0.1"},
+        {**ONE_OF_SEVERAL, "RANK": "0"},  # started by torchrun: all of them are there
+    ],
+)
+def test_nothing_is_missing_where_all_processes_run(environment, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    train.check_processes()
+
+
+def test_one_process_of_several_is_refused(recipe, capsys, monkeypatch):
+    for name, value in ONE_OF_SEVERAL.items():
+        monkeypatch.setenv(name, value)
+    assert "accelerate has started one process of several" in error_of(capsys, recipe)
+    assert train.main([recipe, "--dry-run"]) == 0, "which needs one process"
+
+
+# === the network ===
+
+ASK = """
+import json, sys, socket
+asked = []
+def no_network(host, *others, **settings):
+    asked.append(str(host))
+    raise socket.gaierror(-2, "Name or service not known")
+socket.getaddrinfo = no_network
+from dllm_memdlm.train import main
+for setting in ("training.max_steps=1", "data.dataset=nobody/nothing"):
+    print(json.dumps([main([sys.argv[1], setting]), asked]))
+"""
+
+
+@pytest.mark.slow
+def test_local_files_ask_nobody_and_no_network_is_found_out_once(recipe, tmp_path):
+    proxies = {f"{name}_proxy": "" for name in ("http", "https", "all")}
+    online = {"HF_HUB_OFFLINE": "", "HF_HOME": str(tmp_path), **proxies, **{k.upper(): "" for k in proxies}}
+    done = run("-c", ASK, recipe, **online)
+    lines = done.stdout.splitlines()
+    assert "[0, []]" in lines, done.stderr
+    assert json.loads(lines[-1]) == [2, ["huggingface.co"]]
+    about = [line for line in done.stderr.splitlines() if "nobody/nothing" in line]
+    assert len(about) == 1 and about[0].startswith("error: data.dataset='nobody/nothing'")
+
+
+def test_a_hub_that_has_answered_is_not_given_up(monkeypatch):
+    """A connection that fails later is for the hub's library to try again."""
+    if not hasattr(huggingface_hub, "set_client_factory"):
+        pytest.skip("before huggingface_hub 1.0")
+    http = sys.modules[type(huggingface_hub.get_session()).__module__.partition(".")[0]]
+    made = []
+    monkeypatch.setattr(huggingface_hub, "set_client_factory", made.append)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    cli._go_offline_at_the_first_failure.__wrapped__()
+    client = made[0]()
+    answers = iter([http.Response(200), http.ConnectError("gone")])
+
+    def send(self, request, **settings):
+        if isinstance(answer := next(answers), Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(http.Client, "send", send)
+    assert client.get("https://hub").status_code == 200
+    with pytest.raises(http.ConnectError):
+        client.get("https://hub")
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize(
+    ("theirs", "expected"),
+    [({}, "30000 None"), ({"GOMP_SPINCOUNT": "9"}, "9 None"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None ACTIVE")],
+)
+def test_threads_that_wait_do_not_spin_long(theirs, expected, monkeypatch):
+    """Set before torch is there, by every command, for its child processes too; what a user sets stays."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    modules = [*(f"dllm_memdlm.{name}" for name in cli.COMMANDS), "reproduce.smollm2"]
+    script = "import os, sys, dllm_memdlm; assert not {'torch', 'pydantic'} & set(sys.modules); import " + (
+        f"{', '.join(modules)}; print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    done = run("-c", script, **theirs)
+    assert done.stdout == f"{expected}\n", done.stderr

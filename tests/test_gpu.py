@@ -63,9 +63,6 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
     return torch.cat([tensors[name].double().cpu().flatten() for name in sorted(tensors)])
 
 
-# === bit for bit ===
-
-
 def test_noise(device):
     assert torch.equal(noise.example_keys(42, 3, torch.arange(5, device=device)).cpu(), KEYS)
     for stream in (noise.TIME, noise.ANCHOR, noise.REVEAL, noise.START):
@@ -80,8 +77,6 @@ def test_fast_weights_to_begin_with(device):
     )
     assert all(torch.equal(value, gpu.tensors[name].cpu()) for name, value in cpu.tensors.items())
 
-
-# === grouped products ===
 
 SIZES = {
     "even": [257] * 16,
@@ -132,9 +127,6 @@ def test_sums_of_a_tokens_rows(device, compare):
     compare("sum", found, rows.double()[back].sum(1), 1e-2)
 
 
-# === experts ===
-
-
 def through(experts: RoutedExperts, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """Outputs and all gradients of experts with LoRA and fast weights, on given routes.
 
@@ -175,9 +167,6 @@ def test_experts(kind, way, device, compare, monkeypatch):
     dtype, tolerance = (torch.float32, 1e-5) if way == "float32" else (torch.bfloat16, 2e-2)
     for name, found in through(experts, device, dtype).items():
         compare(name, found, exact[name], tolerance)
-
-
-# === a step ===
 
 
 def trainer_on(
@@ -251,9 +240,6 @@ def test_nor_does_a_run(device, tokenizer, tmp_path):
     found = watch(trainer_on(device, model, tokenizer, tmp_path, config, **training), lambda found: None)
     assert not found.faults and found.waits is not None
     assert not found.waits, dict(found.waits)
-
-
-# === prompts ===
 
 
 def test_a_saved_memory(device, tmp_path):

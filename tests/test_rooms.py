@@ -9,8 +9,8 @@ import dllm_memdlm
 
 #: From the ground up: a module imports what is named before it, or is in the same room.
 ROOMS = (
-    *("config", "versions", "machine", "launch", "compat", "backbones", "data", "method", "training", "inference"),
-    *("evaluation", "info", "generate", "export", "evaluate", "train", "__init__", "cli"),
+    *("__init__", "config", "cli", "versions", "machine", "compat", "backbones", "data", "method", "training"),
+    *("inference", "evaluation", "info", "generate", "export", "evaluate", "train"),
 )
 PACKAGE = Path(dllm_memdlm.__file__).parent
 

@@ -36,9 +36,6 @@ def training(**values: Any) -> Any:
     ).training
 
 
-# --- private parts -------------------------------------------------------------------------------------------------
-
-
 def look_up(path: str) -> Any:
     parts = path.split(".")
     for length in range(len(parts), 0, -1):
@@ -50,12 +47,12 @@ def look_up(path: str) -> Any:
     raise ImportError(path)
 
 
-@pytest.mark.parametrize("path", versions.PRIVATE)
-def test_a_private_part_is_where_it_was(path):
-    owner, name = path.rpartition(".")[::2]
+def test_private_parts_are_where_they_were():
     objects = {"torch.nn.Module": torch.nn.Module, "transformers.TrainingArguments": training}  # whose own some are
-    look_up(path) if owner not in objects else getattr(objects[owner](), name)
-    assert versions.PRIVATE[path]
+    for path, reason in versions.PRIVATE.items():
+        owner, name = path.rpartition(".")[::2]
+        look_up(path) if owner not in objects else getattr(objects[owner](), name)
+        assert reason, path
 
 
 def private(name: str) -> bool:
@@ -98,9 +95,6 @@ def test_no_other_private_part_is_used():
     used = {path.name: set(used_of_others(tree, own)) for path, tree in trees.items()}
     assert {file: names - listed for file, names in used.items() if names - listed} == {}
     assert listed - set().union(*used.values()) == set()  # and what is listed is used
-
-
-# --- words of both releases ----------------------------------------------------------------------------------------
 
 
 def test_a_recipe_says_warm_up_and_checkpointing_in_the_same_words():

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from ..cli import check_writable
 from ..config import ConfigError, DataConfig
-from ..launch import check_writable, model_arguments
 from ..machine import package_versions
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def of_a_run(prog: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the JSON file to write")
     parser.add_argument("settings", nargs="*", metavar="name=value", help="as memdlm generate takes them")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.set_defaults(adapter=None, save_memory=None, load_memory=None)  # for `model_arguments`
+    parser.set_defaults(adapter=None, save_memory=None, load_memory=None)  # for `from_command_line`
     return parser
 
 
@@ -38,12 +38,12 @@ def read(args: argparse.Namespace, **defaults: Any) -> tuple[Parsed, DataConfig]
     Raises:
         ConfigError: an argument that does not exist or fit; no recipe beside the model; `--output` cannot be written.
     """
-    # Here, not above: transformers looks at the offline switch when it is imported.
-    from ..inference.arguments import parse
+    # Here, not above: these imports take seconds.
+    from ..inference.arguments import from_command_line
     from ..training.recipe import FILE_NAME, load_recipe
 
     check_writable("--output", args.output, make_folder=True)
-    parsed = parse({**defaults, **model_arguments(args)})
+    parsed = from_command_line(args, **defaults)
     folder = parsed.arguments.adapter or parsed.arguments.pretrained
     return parsed, load_recipe(Path(folder) / FILE_NAME).data
 

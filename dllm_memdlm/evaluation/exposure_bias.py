@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from ..cli import exit_code
 from ..config import ConfigError, DataConfig
-from ..launch import exit_code, prepare_to_load
 from .command import finish, of_a_run, read
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used: --help should not wait for it
@@ -190,7 +190,6 @@ def held_out(data: DataConfig, tokenizer: PreTrainedTokenizerBase, count: int) -
 
 def run(args: argparse.Namespace) -> None:
     """Load, measure and write. Raises ConfigError for what the user can correct."""
-    prepare_to_load()
     parsed, data = read(args, batch_size=args.batch_size, seed=args.seed)
     own, console = parsed.arguments, Console(highlight=False)
     if unused := parsed.sampler.keys() - {"block_size"}:  # with which memory_attention=block_causal is written

@@ -6,17 +6,29 @@ Beside the arguments declared here there are the sampler's settings by their own
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import difflib
 import logging
-import os
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import yaml
+from pydantic import Field
 
-from ..config import ConfigError, MemoryConfig, check_types, knob, require
+from ..config import (
+    Attention,
+    ConfigError,
+    Count,
+    DType,
+    MemoryConfig,
+    Place,
+    check_types,
+    knob,
+    refuse_unknown,
+    require,
+)
 from .decoding import SAMPLERS, Decoder, memory_for, sampler_settings
 from .pretrained import load_pretrained
 
@@ -25,32 +37,44 @@ _logger = logging.getLogger("lm_eval.models.memdlm")  # lm-eval shows the messag
 #: Fields of `MemoryConfig` that mean nothing for a prompt, or are declared below in another form.
 TRAINING_ONLY = {"enabled", "dropout", "scope", "sync", "weighting"}
 
+#: The other fields, by the names of their arguments.
+MEMORY = {f"memory_{f.name}": f.name for f in dataclasses.fields(MemoryConfig) if f.name not in TRAINING_ONLY}
+
 #: A number that YAML 1.1 takes for text: it has an exponent, and no point or no sign behind the e.
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 #: Arguments one of whose choices is called none, which is not the same as nothing.
 NONE_IS_A_CHOICE = {"memory_clip", "cache"}
 
+_AtLeastTwo = Annotated[int, Field(ge=2, description="whole number of at least 2")]
+_Seed = Annotated[int, Field(gt=-(2**62), lt=2**62, description="a number of at most 62 bits")]
+_Size = Annotated[str, Field(pattern=r"^(auto(:\d+)?|[1-9]\d*)$")]  # in lm-eval's words
+_BatchSize = Annotated[Count | _Size, Field(description="a number of at least 1, or auto")]
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalArguments:
-    """Raises ConfigError: a value is of the wrong type, out of range, or not among the choices."""
+    """The arguments that are neither the sampler's nor the memory's.
 
-    pretrained: str = knob("", "a run's folder, a hub name, or the folder of an adapter")
-    adapter: str | None = knob(None, "folder or hub name of a PEFT adapter")
+    Raises:
+        ConfigError: a value is of the wrong type, out of range, or not among the choices.
+    """
+
+    pretrained: Place = knob("", "a run's folder, a hub name, or the folder of an adapter")
+    adapter: Place | None = knob(None, "a PEFT adapter")
     merge_adapter: bool = knob(False, "add the adapter to the weights: faster, and rounded to their dtype")
-    tokenizer: str | None = knob(None, "folder or hub name; none takes the adapter's or the model's")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "of the weights; auto is the checkpoint's")
+    tokenizer: Place | None = knob(None, "none takes the adapter's or the model's")
+    dtype: DType = knob("auto", "of the weights; auto is the checkpoint's")
     load_in_4bit: bool = knob(False, "NF4 with double quantisation (extra `quant`)")
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = knob("sdpa", "attention kernel")
+    attn_implementation: Attention = knob("sdpa", "attention kernel")
     device: str | None = knob(None, "cpu, cuda or cuda:N; none is the GPU where there is one")
-    batch_size: int | str = knob(1, "prompts at a time; auto: as many as fit")
-    max_batch_size: int | None = knob(None, "the most that auto tries; none is 64")
-    max_length: int | None = knob(None, "tokens of prompt and answer together; none is the model's")
-    max_gen_toks: int = knob(256, "new tokens where the task does not say")
+    batch_size: _BatchSize = knob(1, "prompts at a time; auto: as many as fit")
+    max_batch_size: Count | None = knob(None, "the most that auto tries; none is 64")
+    max_length: _AtLeastTwo | None = knob(None, "tokens of prompt and answer together; none is the model's")
+    max_gen_toks: Count = knob(256, "new tokens where the task does not say")
     sampler: Literal["auto", "mdlm", "llada21"] = knob("auto", "how to decode; auto is what the model was made for")
-    seed: int = knob(0, "of the memory's masks, of sampling, and of the likelihood's masks")
-    mc_num: int = knob(128, "masks from which a likelihood is estimated")
+    seed: _Seed = knob(0, "of the memory's masks, of sampling, and of the likelihood's masks")
+    mc_num: Count = knob(128, "masks from which a likelihood is estimated")
     check_greedy: bool = knob(False, "decode to see whether a continuation is the model's own (one pass a token)")
 
     memory: bool | None = knob(None, "adapt to each prompt; none: if a memory_ setting is given")
@@ -60,23 +84,10 @@ class EvalArguments:
     memory_attention: Literal["full", "block_causal"] = knob(
         "full", "who sees whom while the memory is written: all (the paper), or as LLaDA2.1 decodes"
     )
-    fast_weights: str | None = knob(None, "a saved memory, in place for every prompt")
+    fast_weights: Place | None = knob(None, "a file with a saved memory, in place for every prompt")
 
     def __post_init__(self) -> None:
         check_types(self, "model_args")
-        for name in ("pretrained", "adapter", "tokenizer", "fast_weights"):
-            value = getattr(self, name)
-            require(
-                "model_args", self, name, value != "", "a file" if name == "fast_weights" else "a folder or hub name"
-            )
-            if value is not None:
-                object.__setattr__(self, name, os.path.expanduser(value))
-        for name, least in (("max_batch_size", 1), ("max_length", 2), ("max_gen_toks", 1), ("mc_num", 1)):
-            value = getattr(self, name)
-            require("model_args", self, name, value is None or value >= least, f"at least {least}")
-        require("model_args", self, "seed", abs(self.seed) < 2**62, "a number of at most 62 bits")
-        fits = re.fullmatch(r"auto(:\d+)?|[1-9]\d*", str(self.batch_size)) is not None
-        require("model_args", self, "batch_size", fits, "a number of at least 1, or auto")
         require("model_args", self, "memory", not (self.memory and self.fast_weights), "false with fast_weights")
 
 
@@ -108,32 +119,27 @@ class Parsed:
         )
         memory = None
         if self.uses_memory or own.fast_weights is not None:
-            memory = memory_for(
-                pretrained,
-                self.memory,
-                own.fast_weights,
-                seed=own.seed,
-                attention=own.memory_attention,
-                block_size=self.sampler.get("block_size") or 32,
-            )
+            block_size = self.sampler.get("block_size") or 32
+            settings = {"seed": own.seed, "attention": own.memory_attention, "block_size": block_size}
+            memory = memory_for(pretrained, self.memory, own.fast_weights, **settings)
         return Decoder(pretrained, own.sampler, self.sampler, memory, own.max_length)
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device asked for; the CPU where a GPU is asked for, as lm-eval does by default, that is not there."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, number = name.partition(":")
-    if name not in ("cpu", "cuda", "mps") and not (kind == "cuda" and number.isdecimal()):
-        raise ConfigError(f"device={name!r}: expected cpu, cuda, cuda:N or mps")
-    if kind == "cuda" and not torch.cuda.is_available():
+    """Return the device asked for; the CPU for a GPU that is not there, as lm-eval asks for one by default."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[
+            device.type
+        ]
+    except (KeyError, RuntimeError):
+        raise ConfigError(f"device={name!r}: expected cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda" and not there:
         _logger.warning("device=%s: there is none; using the CPU", name)
         return torch.device("cpu")
-    if number and int(number) >= torch.cuda.device_count():
-        raise ConfigError(f"device={name!r}: expected one below cuda:{torch.cuda.device_count()}")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError(f"device={name!r}: there is none; expected cpu, cuda or cuda:N")
-    return torch.device(name)
+    if (device.index or 0) >= there:
+        raise ConfigError(f"device={name!r}: there are {there} of that kind; expected one that is there")
+    return device
 
 
 def parse(values: dict[str, Any]) -> Parsed:
@@ -144,29 +150,37 @@ def parse(values: dict[str, Any]) -> Parsed:
     """
     values = {name: as_meant(value, name in NONE_IS_A_CHOICE) for name, value in values.items()}
     own = {f.name for f in dataclasses.fields(EvalArguments)}
-    samplers = set().union(*(sampler_settings(name) for name in SAMPLERS))
-    memory = {f"memory_{f.name}": f for f in dataclasses.fields(MemoryConfig) if f.name not in TRAINING_ONLY}
-    known = own | samplers | memory.keys()
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
-            advice = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
-            raise ConfigError(f"unknown model argument {name!r}; {advice}")
-    arguments = EvalArguments(**{k: v for k, v in values.items() if k in own})
-    changes = {name.removeprefix("memory_"): v for name, v in values.items() if name in memory}
+    samplers = set().union(*map(sampler_settings, SAMPLERS))
+    refuse_unknown("model argument", values, sorted(own | samplers | MEMORY.keys()))
+    arguments = EvalArguments(**{name: value for name, value in values.items() if name in own})
+    changes = {MEMORY[name]: value for name, value in values.items() if name in MEMORY}
     wanted = arguments.memory if arguments.memory is not None else bool(changes)
     if wanted and arguments.fast_weights:
         raise ConfigError("model_args.fast_weights: a saved memory brings its settings along; give no memory_ setting")
     for name, usual in (("memory_scope", "prompt"), ("memory_attention", "full")):
-        value = getattr(arguments, name)
-        if value != usual and not wanted and arguments.memory is None:
-            raise ConfigError(f"model_args.{name}={value!r}: expected memory=true beside it")
-    settings = {k: v for k, v in values.items() if k in samplers}
-    return Parsed(arguments, settings, changes, wanted)
+        useful = getattr(arguments, name) == usual or wanted or arguments.memory is not None
+        require("model_args", arguments, name, useful, "memory=true beside it")
+    return Parsed(arguments, {name: v for name, v in values.items() if name in samplers}, changes, wanted)
+
+
+def from_command_line(args: argparse.Namespace, **defaults: Any) -> Parsed:
+    """Read what `memdlm generate` and the evaluations of a run were given. Raises ConfigError as `parse`."""
+    values = {**defaults, "pretrained": args.model, "adapter": args.adapter, "fast_weights": args.load_memory}
+    for setting in args.settings:
+        name, equals, value = setting.partition("=")
+        try:
+            values[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals:
+            raise ConfigError(f"{setting!r}: expected name=value, such as temperature=0.7 or suppress_tokens=[5, 7]")
+    if args.memory or args.save_memory:
+        values["memory"] = True
+    return parse(values)
 
 
 def as_meant(value: Any, none_is_a_choice: bool = False) -> Any:
-    """A value as it was meant: lm-eval leaves `none` and lists of words as text, and makes 1e3 and -3 floats.
+    """Return a value as it was meant: lm-eval leaves `none` and lists of words as text, and makes 1e3 and -3 floats.
 
     YAML 1.1 takes 5e-2 for text; in a recipe it is a number, and so it is here.
     """

@@ -9,10 +9,8 @@ Command-line overrides (`memory.inner_lr=0.05`) come last. An unknown key is ref
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
-import types
-import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,20 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..config import ConfigError, DataConfig, LoraConfig, MemoryConfig, ModelConfig, describe_type
-from .trainer import MemDLMConfig
+from ..config import ConfigError, DataConfig, LoraConfig, MemoryConfig, ModelConfig, refuse_unknown
+from .arguments import MemDLMConfig
 
 #: The file that stands beside every checkpoint.
 FILE_NAME = "recipe.yaml"
+
+#: The sections of a recipe and the dataclasses that declare their keys.
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "lora": LoraConfig,
+    "data": DataConfig,
+    "memory": MemoryConfig,
+    "training": MemDLMConfig,
+}
 
 
 @dataclass(kw_only=True)
@@ -43,10 +50,9 @@ class Recipe:
         self.model = self.model.for_training(self.lora)
 
     def to_yaml(self) -> str:
-        """Every section with every value; of `training` what the recipe sets. Loading it gives the same recipe."""
-        sections = ("model", "lora", "data", "memory")
-        full = {name: _plain(dataclasses.asdict(getattr(self, name))) for name in sections}
-        return OmegaConf.to_yaml(OmegaConf.create({**full, "training": self.values["training"]}))
+        """Return every section with every value, but `training` as given. Loading it gives the same recipe."""
+        sections = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS if name != "training"}
+        return OmegaConf.to_yaml(OmegaConf.create({**sections, "training": self.values["training"]}))
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write recipe.yaml into a folder."""
@@ -54,7 +60,7 @@ class Recipe:
         (Path(folder) / FILE_NAME).write_text(self.to_yaml(), encoding="utf-8")
 
 
-def load_recipe(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, what it extends, and command-line overrides.
 
     Raises:
@@ -67,12 +73,11 @@ def load_recipe(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] 
         raise ConfigError(f"{path}: {error}") from None
 
 
-def resolve(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
-    """The plain values of a recipe, with `extends` followed and overrides applied."""
+def resolve(path: str | os.PathLike, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the plain values of a recipe, with `extends` followed and overrides applied. Raises ConfigError."""
     merged = _read(Path(path), seen=())
     for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not key:
+        if not override.partition("=")[0] or "=" not in override:
             raise ConfigError(f"override {override!r}: expected section.key=value, such as memory.inner_lr=0.05")
         try:
             change = OmegaConf.from_dotlist([override])
@@ -88,8 +93,7 @@ def resolve(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()
 def _merge(base: DictConfig, change: DictConfig) -> DictConfig:
     for section, value in change.items():
         if isinstance(base.get(section), DictConfig) and not (value is None or isinstance(value, DictConfig)):
-            plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-            raise ConfigError(f"{section}={plain!r}: expected a mapping")
+            raise ConfigError(f"{section}={value}: expected a mapping")
     try:
         return OmegaConf.merge(base, change)
     except (OmegaConfBaseException, TypeError) as error:
@@ -107,37 +111,26 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"not a readable YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(content, DictConfig):
-        raise ConfigError(f"expected a mapping of sections ({', '.join(_sections())})")
+        raise ConfigError(f"expected a mapping of sections ({', '.join(SECTIONS)})")
     base = content.pop("extends", None)
-    if base is None:
-        return content
-    if not isinstance(base, str):
-        plain = OmegaConf.to_container(base) if OmegaConf.is_config(base) else base
-        raise ConfigError(f"extends={plain!r}: expected a file name")
-    return _merge(_read(path.parent / base, (*seen, path)), content)
-
-
-def _sections() -> dict[str, type]:
-    hints = typing.get_type_hints(Recipe)
-    return {f.name: hints[f.name] for f in dataclasses.fields(Recipe) if f.name != "values"}
+    if not isinstance(base, str | None):
+        raise ConfigError(f"extends={base}: expected a file name")
+    return content if base is None else _merge(_read(path.parent / base, (*seen, path)), content)
 
 
 def build_recipe(values: dict[str, Any], default_output_dir: str | None = None) -> Recipe:
-    """A recipe from plain values. Raises ConfigError for whatever does not fit."""
-    sections = _sections()
-    _refuse_unknown(values, list(sections), "")
-    values = {name: {} if values.get(name) is None else values[name] for name in sections}
+    """Make a recipe of plain values. Raises ConfigError for whatever does not fit."""
+    refuse_unknown("key", values, SECTIONS)
+    values = {name: {} if values.get(name) is None else values[name] for name in SECTIONS}
     for name, section in values.items():
         if not isinstance(section, dict):
             raise ConfigError(f"{name}={section!r}: expected a mapping")
-        known = [f.name for f in dataclasses.fields(sections[name]) if f.init]
-        _refuse_unknown(section, known, f"{name}.")
+        refuse_unknown("key", section, (f.name for f in dataclasses.fields(SECTIONS[name]) if f.init), f"{name}.")
     values["training"].setdefault("output_dir", default_output_dir)
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
         if values["training"].get(name) is False:  # a bare `no`, which YAML reads as false
             values["training"][name] = "no"
-    _check_training(values["training"])
-    built = {name: cls(**values[name]) for name, cls in sections.items() if name != "training"}
+    built = {name: cls(**values[name]) for name, cls in SECTIONS.items() if name != "training"}
     if built["lora"].path is not None and built["model"].path is None:
         raise ConfigError(f"lora.path={built['lora'].path!r}: expected a model.path, of the base that it was made for")
     if built["model"].load_in_4bit and not built["lora"].enabled:
@@ -149,39 +142,3 @@ def build_recipe(values: dict[str, Any], default_output_dir: str | None = None) 
     except (ValueError, TypeError) as error:  # transformers' own validation
         raise ConfigError(f"training: {' '.join(str(error).split())}") from None
     return Recipe(**built, training=training, values=values)
-
-
-def _refuse_unknown(values: dict[str, Any], known: list[str], prefix: str) -> None:
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            advice = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
-            raise ConfigError(f"unknown key {prefix}{key}; {advice}")
-
-
-def _check_training(values: dict[str, Any]) -> None:
-    """Check the plain types among transformers' arguments, which transformers itself takes as they come."""
-    hints = typing.get_type_hints(MemDLMConfig)
-    for name, value in values.items():
-        plain = _plain_types(hints[name])
-        if plain and not _fits(value, plain):
-            raise ConfigError(f"training.{name}={value!r}: expected {describe_type(hints[name])}")
-
-
-def _plain_types(hint: Any) -> set[type]:
-    """The types a hint allows if they are all plain ones; empty where it says more than that."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    plain = {bool, int, float, str, type(None)}
-    return set(options) if set(options) <= plain else set()
-
-
-def _fits(value: Any, plain: set[type]) -> bool:
-    if type(value) is int and float in plain:
-        return True
-    return type(value) in plain
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -17,8 +17,6 @@ from typing import Any
 
 import pytest
 
-from dllm_memdlm.launch import close_process_group
-
 #: What the server imports before it forks. No thread may have been started by then.
 PRELOADED = ("dllm_memdlm.train", "dllm_memdlm.training.run", "dllm_memdlm.training.dry_run", "deepspeed")
 
@@ -104,7 +102,8 @@ def _work(group: dict[str, Any], log: Path, target: Callable[..., None], argumen
     torch.set_num_threads(1)
     target(*arguments)
     sys.stdout.flush()
-    close_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _free_port() -> int:

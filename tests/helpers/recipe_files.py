@@ -30,8 +30,7 @@ def message(path: Path, *overrides: str) -> str:
     with pytest.raises(ConfigError) as error:
         load_recipe(path, overrides)
     text = str(error.value)
-    assert "\n" not in text
-    assert text.startswith(f"{path}: ")
+    assert "\n" not in text and text.startswith(f"{path}: ")
     return text.removeprefix(f"{path}: ")
 
 

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
-from bad_training import BAD_TRAINING
+from bad_training import BAD_TRAINING, FILES
 from command_line import error_of
 
 pytestmark = pytest.mark.usefixtures("as_from_a_shell")
 
 
 def test_no_input_is_there_twice():
-    inputs = {repr(row[1:3]) for row in BAD_TRAINING}
-    assert len({row[0] for row in BAD_TRAINING}) == len(inputs) == len(BAD_TRAINING)
+    assert len({row[0] for row in BAD_TRAINING}) == len(BAD_TRAINING) > 120
 
 
-@pytest.mark.parametrize(
-    ("files", "arguments", "says"), [row[1:] for row in BAD_TRAINING], ids=[r[0] for r in BAD_TRAINING]
-)
-def test_bad_input_is_refused_in_one_line(files, arguments, says, recipe, capsys, monkeypatch):
+@pytest.mark.parametrize("row", BAD_TRAINING, ids=lambda row: row[0][:50])
+def test_bad_input_is_refused_in_one_line(row, recipe, capsys):
     """`recipe` is in the folder that this test runs in."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name, content in files.items():
+    for name, content in FILES.items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(content, encoding="utf-8")
-    own = arguments[0].partition("/")[0] in {Path(name).parts[0] for name in files} or arguments[0] == "gone.yaml"
-    text = error_of(capsys, *(arguments if own else [recipe, *arguments]))
-    for piece in says:
-        assert piece in text
+    line, *says = row
+    if short := re.match(r"(\w+)=", line):
+        section = short[1] in ("memory", "lora", "training")
+        line, says = (line, says) if section else (f"training.{line}", [f"training.{short[1]}=", *says])
+    words = line.split(" ")
+    text = error_of(capsys, *([] if Path(words[0]).exists() or words[0].endswith(".yaml") else [recipe]), *words)
+    assert [piece for piece in says if piece not in text] == [], text
