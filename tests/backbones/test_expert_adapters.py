@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dllm_memdlm.backbones import with_lora
 from dllm_memdlm.backbones.adapters import load_adapter
 from dllm_memdlm.backbones.expert_names import split_names
-from dllm_memdlm.backbones.experts import ExpertLora
+from dllm_memdlm.backbones.lora import ExpertLora
 from dllm_memdlm.config import ConfigError, LoraConfig
 
 KINDS = ("llada_moe", "llada2")

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dllm_memdlm.backbones import grouped, moe
 from dllm_memdlm.backbones import routes as moe_routes
-from dllm_memdlm.backbones.experts import ExpertLinear, ExpertLora
+from dllm_memdlm.backbones.experts import ExpertLinear
+from dllm_memdlm.backbones.lora import ExpertLora
 from dllm_memdlm.backbones.moe import RoutedExperts, inner_pass
 from dllm_memdlm.backbones.routes import Routes
 from dllm_memdlm.backbones.site_weights import SiteWeights

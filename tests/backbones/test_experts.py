@@ -20,9 +20,9 @@ from transformers import trainer as transformers_trainer
 from benchmarks.naive_experts import LoopOverExperts
 from dllm_memdlm.backbones import config_of, load_model, model_class, moe
 from dllm_memdlm.backbones.expert_names import split_names, stack_names
-from dllm_memdlm.backbones.experts import experts_apart
 from dllm_memdlm.backbones.layers import GatedMLP
 from dllm_memdlm.backbones.moe import RoutedExperts, stack_experts
+from dllm_memdlm.backbones.stacking import experts_apart
 from dllm_memdlm.config import ConfigError, ModelConfig
 from dllm_memdlm.training.planner.shapes import shape_model
 from dllm_memdlm.training.recipe import load_recipe

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.naive_experts import LoopOverExperts, plain_experts
-from dllm_memdlm.backbones.experts import ExpertLinear, ExpertLora
+from dllm_memdlm.backbones.experts import ExpertLinear
+from dllm_memdlm.backbones.lora import ExpertLora
 from dllm_memdlm.backbones.moe import RoutedExperts
 from dllm_memdlm.backbones.site_weights import SiteWeights
 

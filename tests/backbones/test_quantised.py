@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from dllm_memdlm.backbones import load_model, read_config, staged_backbone
 from dllm_memdlm.backbones.expert_names import split_names
-from dllm_memdlm.backbones.experts import ExpertLora, PackedExpertLinear
+from dllm_memdlm.backbones.experts import PackedExpertLinear
+from dllm_memdlm.backbones.lora import ExpertLora
 from dllm_memdlm.backbones.output import OutputLinear
 from dllm_memdlm.config import ConfigError, ModelConfig
 from dllm_memdlm.training import run
