@@ -91,13 +91,13 @@ class LLaDAMoESparseMoeBlock(nn.Module):
         self.top_k = config.num_experts_per_tok
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = routed_experts(config, config.expert_intermediate_size)
-        if config.moe_router_enable_expert_bias:
-            self.register_buffer("expert_bias", torch.zeros(config.num_experts))
+        bias = torch.zeros(config.num_experts) if config.moe_router_enable_expert_bias else None
+        self.register_buffer("expert_bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = lowered(x)
         probabilities = self.gate(x).softmax(dim=-1, dtype=torch.float32)
-        if hasattr(self, "expert_bias"):
+        if self.expert_bias is not None:
             probabilities = probabilities + self.expert_bias
         weights, chosen = probabilities.topk(self.top_k, dim=-1)
         return self.experts(x, chosen, weights.to(x.dtype))
