@@ -54,8 +54,7 @@ class LLaDA2MoeConfig(SparseConfig):
     ) -> None:
         num_key_value_heads = num_key_value_heads or num_attention_heads
         head_dim = head_dim or hidden_size // num_attention_heads
-        self.keep(locals())
-        super().__init__(pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs)
+        super().__init__(locals())
 
 
 class LLaDA2MoeAttention(nn.Module):

@@ -49,8 +49,7 @@ class LLaDAMoEConfig(SparseConfig):
     ) -> None:
         num_key_value_heads = num_key_value_heads or num_attention_heads
         moe_layer_freq = moe_layer_freq or [1] * num_hidden_layers
-        self.keep(locals())
-        super().__init__(pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs)
+        super().__init__(locals())
 
 
 class LLaDAMoEAttention(nn.Module):

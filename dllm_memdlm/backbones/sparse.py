@@ -18,16 +18,21 @@ from .staged import StagedForward
 
 
 class SparseConfig(PretrainedConfig):
-    """A config of plain dimensions. Those that subclasses name in `__init__` they give to `keep`."""
+    """A config of plain dimensions.
+
+    Args:
+        named: the local variables of a subclass's `__init__`, which names the dimensions.
+    """
 
     rope_scaling: dict[str, Any] | None = None  # no property, which transformers 5 has
 
-    def keep(self, named: dict[str, Any]) -> None:
-        """Set attributes from the local variables of `__init__`."""
+    def __init__(self, named: dict[str, Any]) -> None:
         for name, value in named.items():
             # Without a scaling it is not in config.json, where transformers 5 would remark on it.
             if name not in ("self", "kwargs", "__class__") and (name, value) != ("rope_scaling", None):
                 setattr(self, name, value)
+        given = {name: named[name] for name in ("pad_token_id", "tie_word_embeddings")}
+        super().__init__(**given, **named["kwargs"])
 
 
 class SparseLayer(GradientCheckpointingLayer):
