@@ -20,7 +20,7 @@ from .llada2_moe import (
     LLaDA2MoeSparseMoeBlock,
 )
 from .llada_moe import LLaDAMoEAttention, LLaDAMoEDecoderLayer, LLaDAMoEModelLM, LLaDAMoESparseMoeBlock
-from .moe import RoutedExperts, stack_experts
+from .moe import stack_experts
 from .output import OutputLinear
 from .staged import StagedForward, unwrapped
 from .stock_peft import StockLoraConfig, StockPeftModel
@@ -48,10 +48,12 @@ def adopt(model: nn.Module) -> None:
         return
     if name in _SPARSE:
         cls, *of_layers = _SPARSE[name]
-        _check(inner)
+        try:
+            stack_experts(inner)  # or nothing is changed
+        except ValueError as error:
+            raise ConfigError(f"model of dllm's: {error}") from error
         for index, layer in enumerate(inner.model.layers):
             inner.model.layers[index] = _our_layer(layer, *of_layers)
-        stack_experts(inner)
     elif name.startswith("A2D") and name in DECODERS:
         cls = bidirectional(name)
         for layer in inner.model.layers:
@@ -65,15 +67,6 @@ def adopt(model: nn.Module) -> None:
             if type(config) is peft.LoraConfig:  # PEFT would note our class as that of the base
                 model.peft_config[adapter] = StockLoraConfig.of(config)
         model.__class__ = StockPeftModel
-
-
-def _check(model: nn.Module) -> None:
-    for layer in model.model.layers:
-        if (experts := getattr(layer.mlp, "experts", None)) is not None:
-            try:
-                RoutedExperts.check(experts)
-            except ValueError as error:
-                raise ConfigError(f"model of dllm's: {error}") from error
 
 
 def _our_layer(layer: nn.Module, layer_class: type, attention_class: type, block_class: type) -> nn.Module:

@@ -57,22 +57,11 @@ class RoutedExperts(nn.Module):
 
     @classmethod
     def of(cls, experts: nn.ModuleList) -> RoutedExperts:
-        """From a module an expert, which lose their weights one projection after the other.
-
-        Raises:
-            ValueError: as `check`.
-        """
-        cls.check(experts)
+        """From modules that are alike, which lose their weights one projection after the other."""
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self._set_up(experts[0].act_fn, *(stacked(linears) for linears in _by_projection(experts)))
         return self.train(experts.training)
-
-    @staticmethod
-    def check(experts: nn.ModuleList) -> None:
-        """Raise ValueError for modules that no tensors can stand for, as `check_alike`."""
-        for linears in _by_projection(experts):
-            check_alike(linears)
 
     def __len__(self) -> int:
         return without_adapters(self.gate_proj).experts
@@ -106,11 +95,18 @@ class RoutedExperts(nn.Module):
 
 
 def stack_experts(model: nn.Module) -> None:
-    """Make experts that were built apart tensors of all, a layer after the other."""
-    for module in list(model.modules()):
-        experts = getattr(module, "experts", None)
-        if isinstance(experts, nn.ModuleList):
-            module.experts = RoutedExperts.of(experts)
+    """Make experts that were built apart tensors of all, a layer after the other.
+
+    Raises:
+        ValueError: as `check_alike`, of any layer's; nothing is changed then.
+    """
+    found = [(module, getattr(module, "experts", None)) for module in model.modules()]
+    found = [(module, experts) for module, experts in found if isinstance(experts, nn.ModuleList)]
+    for _, experts in found:
+        for linears in _by_projection(experts):
+            check_alike(linears)
+    for module, experts in found:
+        module.experts = RoutedExperts.of(experts)
 
 
 @contextmanager

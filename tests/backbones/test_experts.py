@@ -21,7 +21,7 @@ from benchmarks.naive_experts import LoopOverExperts
 from dllm_memdlm.backbones import config_of, load_model, model_class, moe
 from dllm_memdlm.backbones.expert_names import split_names, stack_names
 from dllm_memdlm.backbones.layers import GatedMLP
-from dllm_memdlm.backbones.moe import RoutedExperts, stack_experts
+from dllm_memdlm.backbones.moe import stack_experts
 from dllm_memdlm.backbones.stacking import experts_apart
 from dllm_memdlm.config import ConfigError, ModelConfig
 from dllm_memdlm.training.planner.shapes import shape_model
@@ -174,12 +174,15 @@ def adapted(experts: nn.ModuleList, *targets: str, **settings: Any) -> None:
     ],
 )
 def test_modules_that_differ_are_refused(change, words):
-    experts = nn.ModuleList(GatedMLP(8, 4, "silu") for _ in range(3))
-    change(experts)
-    before = dict(experts.named_parameters())
+    layers = nn.ModuleList()
+    for _ in range(2):
+        layers.append(nn.Module())
+        layers[-1].experts = nn.ModuleList(GatedMLP(8, 4, "silu") for _ in range(3))
+    change(layers[1].experts)
+    before = dict(layers.named_parameters())
     with pytest.raises(ValueError, match=f"^experts {words}"):
-        RoutedExperts.of(experts)
-    assert all(p is before[name] for name, p in experts.named_parameters()), "nothing is lost"
+        stack_experts(layers)
+    assert all(p is before[name] for name, p in layers.named_parameters()), "nothing is lost"
 
 
 # === training ===
