@@ -43,7 +43,7 @@ def adopt(model: nn.Module) -> None:
             than a plain LoRA.
     """
     inner = unwrapped(model)
-    name, cls = type(inner).__name__, None
+    name = type(inner).__name__
     if isinstance(inner, StagedForward) or not type(inner).__module__.startswith("dllm."):
         return
     if name in _SPARSE:
