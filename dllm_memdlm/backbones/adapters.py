@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from ..config import ConfigError, LoraConfig
 from .expert_names import split_names
-from .experts import ExpertLinear, ExpertLora
+from .experts import ExpertLinear
+from .lora import ExpertLora
 from .stock_peft import WEIGHTS, StockLoraConfig, StockPeftModel, on_stacked, own_state
 
 
@@ -32,8 +33,8 @@ def with_lora(backbone: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         backbone = peft.prepare_model_for_kbit_training(backbone, use_gradient_checkpointing=False)
     if lora.path is not None and backbone.device.type != "meta":  # where there are only shapes, those are the same
         return _go_on_from(backbone, lora)
-    targets = _all_linear(backbone) if lora.target_modules == "all-linear" else lora.target_modules
-    targets = targets if isinstance(targets, str) else list(targets)
+    targets = _own_names(backbone, "all-linear") if lora.target_modules == "all-linear" else lora.target_modules
+    targets = targets if isinstance(targets, str) else sorted(targets)
     config = StockLoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias=lora.bias, target_modules=targets
     )
@@ -102,12 +103,8 @@ def _go_on_from(backbone: PreTrainedModel, lora: LoraConfig) -> peft.PeftModel:
     config = _read_config(folder, where)
     if config.peft_type != peft.PeftType.LORA:
         raise ConfigError(f"{where}: an adapter of type {config.peft_type.value}, expected LORA")
-    for name, own, made in (
-        ("r", lora.r, config.r),
-        ("alpha", lora.alpha, config.lora_alpha),
-        ("bias", lora.bias, config.bias),
-    ):
-        if own != made:
+    for name, made in (("r", config.r), ("alpha", config.lora_alpha), ("bias", config.bias)):
+        if (own := getattr(lora, name)) != made:
             raise ConfigError(f"lora.{name}={own!r}: the adapter of lora.path was made with {made!r}; set it to that")
     wanted = _own_names(backbone, lora.target_modules)
     config.lora_dropout = lora.dropout
@@ -164,23 +161,17 @@ def _loaded(
 
 
 def _own_names(backbone: PreTrainedModel, target_modules: str | tuple[str, ...]) -> set[str]:
-    """The last names of the linear layers that LoRA is meant for."""
+    """The last names of the layers that LoRA is meant for; all-linear is every linear one but the output, as in PEFT.
+
+    Those of experts, too.
+    """
+    paths = target_modules
     if target_modules == "all-linear":
-        return set(_all_linear(backbone))
-    if isinstance(target_modules, str):  # a pattern of whole paths, for PEFT
-        return {path.rpartition(".")[2] for path in on_stacked(backbone, target_modules)}
-    return {name.rpartition(".")[2] for name in target_modules}
-
-
-def _all_linear(backbone: PreTrainedModel) -> list[str]:
-    """What PEFT means by all-linear, every linear layer but the output one, by own names; those of experts, too."""
-    output = backbone.get_output_embeddings()
-    paths = [
-        path
-        for path, module in backbone.named_modules()
-        if isinstance(module, (nn.Linear, ExpertLinear)) and module is not output
-    ]
-    return sorted({path.rpartition(".")[2] for path in paths})
+        output, linear = backbone.get_output_embeddings(), (nn.Linear, ExpertLinear)
+        paths = [path for path, m in backbone.named_modules() if isinstance(m, linear) and m is not output]
+    elif isinstance(target_modules, str):  # a pattern of whole paths, for PEFT
+        paths = on_stacked(backbone, target_modules)
+    return {path.rpartition(".")[2] for path in paths}
 
 
 def _one_line(error: Exception) -> str:

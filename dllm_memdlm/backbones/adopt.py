@@ -7,8 +7,6 @@ itself, which its user holds, changes class.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import peft
 from torch import nn
 
@@ -22,10 +20,16 @@ from .llada2_moe import (
     LLaDA2MoeSparseMoeBlock,
 )
 from .llada_moe import LLaDAMoEAttention, LLaDAMoEDecoderLayer, LLaDAMoEModelLM, LLaDAMoESparseMoeBlock
-from .moe import RoutedExperts
+from .moe import stack_experts
 from .output import OutputLinear
 from .staged import StagedForward, unwrapped
 from .stock_peft import StockLoraConfig, StockPeftModel
+
+#: Our classes by the name of dllm's model: of the model, of a layer, of its attention and of its sparse block.
+_SPARSE = {
+    "LLaDAMoEModelLM": (LLaDAMoEModelLM, LLaDAMoEDecoderLayer, LLaDAMoEAttention, LLaDAMoESparseMoeBlock),
+    "LLaDA2MoeModelLM": (LLaDA2MoeModelLM, LLaDA2MoeDecoderLayer, LLaDA2MoeAttention, LLaDA2MoeSparseMoeBlock),
+}
 
 
 def adopt(model: nn.Module) -> None:
@@ -40,16 +44,23 @@ def adopt(model: nn.Module) -> None:
     """
     inner = unwrapped(model)
     name = type(inner).__name__
-    if isinstance(inner, StagedForward) or not type(inner).__module__.startswith("dllm.") or name not in _OURS:
+    if isinstance(inner, StagedForward) or not type(inner).__module__.startswith("dllm."):
         return
-    for layer in inner.model.layers:
-        experts = getattr(layer.mlp, "experts", None)
-        if experts is not None:  # before anything is changed
-            try:
-                RoutedExperts.check(experts)
-            except ValueError as error:
-                raise ConfigError(f"model of dllm's: {error}") from error
-    inner.__class__ = _OURS[name](inner)
+    if name in _SPARSE:
+        cls, *of_layers = _SPARSE[name]
+        try:
+            stack_experts(inner)  # or nothing is changed
+        except ValueError as error:
+            raise ConfigError(f"model of dllm's: {error}") from error
+        for index, layer in enumerate(inner.model.layers):
+            inner.model.layers[index] = _our_layer(layer, *of_layers)
+    elif name.startswith("A2D") and name in DECODERS:
+        cls = bidirectional(name)
+        for layer in inner.model.layers:
+            layer.self_attn.is_causal = False
+    else:
+        return
+    inner.__class__ = cls
     OutputLinear.put_into(inner)
     if isinstance(model, peft.PeftModel):
         for adapter, config in model.peft_config.items():
@@ -58,48 +69,21 @@ def adopt(model: nn.Module) -> None:
         model.__class__ = StockPeftModel
 
 
-def _as(cls: type[nn.Module], module: nn.Module) -> nn.Module:
-    """A module of this class with the parts of another."""
+def _our_layer(layer: nn.Module, layer_class: type, attention_class: type, block_class: type) -> nn.Module:
+    name, block = layer_class.attention_name, layer.mlp
+    if hasattr(block, "experts"):
+        block = _as(block_class, block, shared_experts=getattr(block, "shared_experts", None))
+        if block_class is LLaDA2MoeSparseMoeBlock:
+            block.gate = _as(LLaDA2MoeGate, block.gate)
+    shared = getattr(layer, "shared_expert", None)
+    attention = _as(attention_class, getattr(layer, name))
+    return _as(layer_class, layer, shared_expert=shared, mlp=block, **{name: attention})
+
+
+def _as(cls: type[nn.Module], module: nn.Module, **parts: nn.Module | None) -> nn.Module:
+    """A module of this class with the parts of another, but for these."""
     own = cls.__new__(cls)
     vars(own).update(vars(module))
+    for name, part in parts.items():
+        setattr(own, name, part)
     return own
-
-
-def _llada_moe(model: nn.Module) -> type[nn.Module]:
-    layers = model.model.layers
-    for index, layer in enumerate(layers):
-        layers[index] = layer = _as(LLaDAMoEDecoderLayer, layer)
-        layer.shared_expert = getattr(layer, "shared_expert", None)
-        layer.self_attn = _as(LLaDAMoEAttention, layer.self_attn)
-        if type(layer.mlp).__name__ == "LLaDAMoESparseMoeBlock":
-            layer.mlp = _as(LLaDAMoESparseMoeBlock, layer.mlp)
-            layer.mlp.config = model.config
-            layer.mlp.experts = RoutedExperts.of(layer.mlp.experts)
-    return LLaDAMoEModelLM
-
-
-def _llada2_moe(model: nn.Module) -> type[nn.Module]:
-    layers = model.model.layers
-    for index, layer in enumerate(layers):
-        layers[index] = layer = _as(LLaDA2MoeDecoderLayer, layer)
-        layer.attention = _as(LLaDA2MoeAttention, layer.attention)
-        if type(layer.mlp).__name__ == "LLaDA2MoeSparseMoeBlock":
-            layer.mlp = _as(LLaDA2MoeSparseMoeBlock, layer.mlp)
-            layer.mlp.gate = _as(LLaDA2MoeGate, layer.mlp.gate)
-            layer.mlp.shared_experts = getattr(layer.mlp, "shared_experts", None)
-            layer.mlp.experts = RoutedExperts.of(layer.mlp.experts)
-    return LLaDA2MoeModelLM
-
-
-def _decoder(model: nn.Module) -> type[nn.Module]:
-    for layer in model.model.layers:
-        layer.self_attn.is_causal = False
-    return bidirectional(type(model).__name__)
-
-
-#: What makes the parts of a model ours, and returns our class of it.
-_OURS: dict[str, Callable[[nn.Module], type[nn.Module]]] = {
-    "LLaDAMoEModelLM": _llada_moe,
-    "LLaDA2MoeModelLM": _llada2_moe,
-    **{name: _decoder for name in DECODERS if name.startswith("A2D")},
-}

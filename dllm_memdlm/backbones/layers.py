@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,6 +17,23 @@ from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
 from transformers.models.llama.modeling_llama import eager_attention_forward
+
+_constant: ContextVar[bool] = ContextVar("weights_are_constant", default=False)
+
+
+@contextmanager
+def constant_weights() -> Iterator[None]:
+    """The backward pass of what is computed here ends at the fast weights: see `constant`."""
+    token = _constant.set(True)
+    try:
+        yield
+    finally:
+        _constant.reset(token)
+
+
+def constant(weight: Tensor) -> Tensor:
+    """A weight of an autograd function of ours, which computes its gradient only outside of `constant_weights`."""
+    return weight.detach() if _constant.get() else weight
 
 
 def parts(config: Any, whole: str, number: str) -> int:
@@ -157,9 +176,9 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    queries: Tensor | None,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | BlockCausal | None,
-    queries: Tensor | None,
     cache: Any = None,
 ) -> Tensor:
     """Bidirectional attention. query [B, H, M, d], key and value [B, H_kv, L, d] → [B, M, H·d].

@@ -8,20 +8,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..versions import tied_weights
-from .layers import GatedMLP, RMSNorm, attend, lowered, parts, rotary_embedding, take
-from .moe import SparseModel, routed_experts
-from .output import OutputLinear
-from .staged import StagedForward
+from .layers import GatedMLP, RMSNorm, attend, lowered, parts, take
+from .moe import routed_experts
+from .sparse import SparseConfig, SparseLayer, SparseModel
 
 
-class LLaDA2MoeConfig(PretrainedConfig):
+class LLaDA2MoeConfig(SparseConfig):
     """Dimensions; the defaults are those of LLaDA2.1-mini. The first `first_k_dense_replace` layers are dense."""
 
-    rope_scaling: dict[str, Any] | None = None  # no property, which transformers 5 has
     model_type = "llada21_moe"
 
     def __init__(
@@ -56,34 +52,9 @@ class LLaDA2MoeConfig(PretrainedConfig):
         tie_word_embeddings: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads or num_attention_heads
-        self.head_dim = head_dim or hidden_size // num_attention_heads
-        self.num_experts = num_experts
-        self.num_experts_per_tok = num_experts_per_tok
-        self.num_shared_experts = num_shared_experts
-        self.moe_intermediate_size = moe_intermediate_size
-        self.n_group = n_group
-        self.topk_group = topk_group
-        self.routed_scaling_factor = routed_scaling_factor
-        self.first_k_dense_replace = first_k_dense_replace
-        self.use_qk_norm = use_qk_norm
-        self.use_qkv_bias = use_qkv_bias
-        self.use_bias = use_bias
-        self.hidden_act = hidden_act
-        self.attention_dropout = attention_dropout
-        self.rms_norm_eps = rms_norm_eps
-        self.rope_theta = rope_theta
-        if rope_scaling is not None:  # otherwise not in config.json, where transformers 5 would remark on it
-            self.rope_scaling = rope_scaling
-        self.partial_rotary_factor = partial_rotary_factor
-        self.max_position_embeddings = max_position_embeddings
-        self.initializer_range = initializer_range
-        super().__init__(pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs)
+        num_key_value_heads = num_key_value_heads or num_attention_heads
+        head_dim = head_dim or hidden_size // num_attention_heads
+        super().__init__(locals())
 
 
 class LLaDA2MoeAttention(nn.Module):
@@ -101,14 +72,8 @@ class LLaDA2MoeAttention(nn.Module):
             self.query_layernorm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.key_layernorm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
-    def forward(
-        self,
-        x: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        queries: Tensor | None,
-        cache: Any,
-    ) -> Tensor:
+    def forward(self, x: Tensor, queries: Tensor | None, *context: Any) -> Tensor:
+        """As `attend`. x [B, L, D] → [B, M, D]."""
         config = self.config
         heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         sizes = [number * self.head_dim for number in heads]
@@ -118,7 +83,7 @@ class LLaDA2MoeAttention(nn.Module):
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (query, key, value))
         if config.use_qk_norm:
             query, key = self.query_layernorm(query), self.key_layernorm(key)
-        return self.dense(attend(self, query, key, value, position_embeddings, attention_mask, queries, cache))
+        return self.dense(attend(self, query, key, value, queries, *context))
 
 
 class LLaDA2MoeGate(nn.Module):
@@ -168,66 +133,28 @@ class LLaDA2MoeSparseMoeBlock(nn.Module):
         return output if self.shared_experts is None else output + self.shared_experts(x)
 
 
-class LLaDA2MoeDecoderLayer(GradientCheckpointingLayer):
+class LLaDA2MoeDecoderLayer(SparseLayer):
+    attention_name = "attention"
+
     def __init__(self, config: LLaDA2MoeConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.attention = LLaDA2MoeAttention(config)
+        attention = LLaDA2MoeAttention(config)
         if config.num_experts is not None and layer_idx >= config.first_k_dense_replace:
-            self.mlp = LLaDA2MoeSparseMoeBlock(config)
+            mlp = LLaDA2MoeSparseMoeBlock(config)
         else:
-            self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(
-        self,
-        hidden: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: Any = None,
-        queries: Tensor | None = None,
-    ) -> Tensor:
-        normed = lowered(self.input_layernorm(hidden))
-        attended = self.attention(normed, position_embeddings, attention_mask, queries, cache)
-        hidden = attended + (hidden if queries is None else take(hidden, queries))
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+            mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
+        super().__init__(config, attention=attention, mlp=mlp)
 
 
-class LLaDA2MoePreTrainedModel(SparseModel):
+class LLaDA2MoeModelLM(SparseModel):
+    """LLaDA2.1 with its language-model head. See `StagedForward.forward`."""
+
     config_class = LLaDA2MoeConfig
+    layer_class = LLaDA2MoeDecoderLayer
+    embeddings_name = "word_embeddings"
     _no_split_modules = ["LLaDA2MoeDecoderLayer"]
+    _tied_weights_keys = tied_weights({"lm_head.weight": "model.word_embeddings.weight"})
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, LLaDA2MoeGate):
             module.reset_parameters()
-
-
-class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
-    def __init__(self, config: LLaDA2MoeConfig) -> None:
-        super().__init__(config)
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LLaDA2MoeDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = rotary_embedding(config)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.word_embeddings = value
-
-
-class LLaDA2MoeModelLM(StagedForward, LLaDA2MoePreTrainedModel):
-    """LLaDA2.1 with its language-model head. See `StagedForward.forward`."""
-
-    layers_take_queries = True
-    _tied_weights_keys = tied_weights({"lm_head.weight": "model.word_embeddings.weight"})
-
-    def __init__(self, config: LLaDA2MoeConfig) -> None:
-        super().__init__(config)
-        self.model = LLaDA2MoeModel(config)
-        self.lm_head = OutputLinear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()

@@ -6,20 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..versions import tied_weights
-from .layers import GatedMLP, RMSNorm, attend, lowered, parts, rotary_embedding, take
-from .moe import SparseModel, routed_experts
-from .output import OutputLinear
-from .staged import StagedForward
+from .layers import GatedMLP, RMSNorm, attend, lowered, parts, take
+from .moe import routed_experts
+from .sparse import SparseConfig, SparseLayer, SparseModel
 
 
-class LLaDAMoEConfig(PretrainedConfig):
+class LLaDAMoEConfig(SparseConfig):
     """Dimensions; the defaults are those of LLaDA-MoE-7B-A1B. `moe_layer_freq[i]` is 0 where layer i is dense."""
 
-    rope_scaling: dict[str, Any] | None = None  # no property, which transformers 5 has
     model_type = "lladamoe"
 
     def __init__(
@@ -51,31 +47,9 @@ class LLaDAMoEConfig(PretrainedConfig):
         tie_word_embeddings: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads or num_attention_heads
-        self.dense_intermediate_size = dense_intermediate_size
-        self.expert_intermediate_size = expert_intermediate_size
-        self.shared_expert_intermediate_size = shared_expert_intermediate_size
-        self.num_experts = num_experts
-        self.num_experts_per_tok = num_experts_per_tok
-        self.moe_layer_freq = moe_layer_freq or [1] * num_hidden_layers
-        self.moe_router_enable_expert_bias = moe_router_enable_expert_bias
-        self.qk_layernorm = qk_layernorm
-        self.clip_qkv = clip_qkv
-        self.hidden_act = hidden_act
-        self.attention_bias = attention_bias
-        self.attention_dropout = attention_dropout
-        self.rms_norm_eps = rms_norm_eps
-        self.rope_theta = rope_theta
-        if rope_scaling is not None:  # otherwise not in config.json, where transformers 5 would remark on it
-            self.rope_scaling = rope_scaling
-        self.partial_rotary_factor = partial_rotary_factor
-        self.max_position_embeddings = max_position_embeddings
-        self.initializer_range = initializer_range
-        super().__init__(pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs)
+        num_key_value_heads = num_key_value_heads or num_attention_heads
+        moe_layer_freq = moe_layer_freq or [1] * num_hidden_layers
+        super().__init__(locals())
 
 
 class LLaDAMoEAttention(nn.Module):
@@ -93,14 +67,8 @@ class LLaDAMoEAttention(nn.Module):
             self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
-    def forward(
-        self,
-        x: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        queries: Tensor | None,
-        cache: Any,
-    ) -> Tensor:
+    def forward(self, x: Tensor, queries: Tensor | None, *context: Any) -> Tensor:
+        """As `attend`. x [B, L, D] → [B, M, D]."""
         asked = x if queries is None else take(x, queries)
         query, key, value = (
             projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -111,7 +79,7 @@ class LLaDAMoEAttention(nn.Module):
         if self.config.clip_qkv is not None:
             limit = self.config.clip_qkv
             query, key, value = (part.clamp(-limit, limit) for part in (query, key, value))
-        return self.o_proj(attend(self, query, key, value, position_embeddings, attention_mask, queries, cache))
+        return self.o_proj(attend(self, query, key, value, queries, *context))
 
 
 class LLaDAMoESparseMoeBlock(nn.Module):
@@ -119,77 +87,45 @@ class LLaDAMoESparseMoeBlock(nn.Module):
 
     def __init__(self, config: LLaDAMoEConfig) -> None:
         super().__init__()
-        self.config = config
+        self.top_k = config.num_experts_per_tok
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = routed_experts(config, config.expert_intermediate_size)
-        if config.moe_router_enable_expert_bias:
-            self.register_buffer("expert_bias", torch.zeros(config.num_experts))
+        bias = torch.zeros(config.num_experts) if config.moe_router_enable_expert_bias else None
+        self.register_buffer("expert_bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = lowered(x)
         probabilities = self.gate(x).softmax(dim=-1, dtype=torch.float32)
-        if self.config.moe_router_enable_expert_bias:
+        if self.expert_bias is not None:
             probabilities = probabilities + self.expert_bias
-        weights, chosen = probabilities.topk(self.config.num_experts_per_tok, dim=-1)
+        weights, chosen = probabilities.topk(self.top_k, dim=-1)
         return self.experts(x, chosen, weights.to(x.dtype))
 
 
-class LLaDAMoEDecoderLayer(GradientCheckpointingLayer):
+class LLaDAMoEDecoderLayer(SparseLayer):
+    attention_name = "self_attn"
+
     def __init__(self, config: LLaDAMoEConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.self_attn = LLaDAMoEAttention(config)
-        sparse = config.moe_layer_freq[layer_idx] != 0
-        if sparse:
-            self.mlp = LLaDAMoESparseMoeBlock(config)
+        attention, shared = LLaDAMoEAttention(config), None
+        if config.moe_layer_freq[layer_idx]:
+            mlp = LLaDAMoESparseMoeBlock(config)
+            if config.shared_expert_intermediate_size is not None:
+                shared = GatedMLP(config.hidden_size, config.shared_expert_intermediate_size, config.hidden_act)
         else:
-            self.mlp = GatedMLP(config.hidden_size, config.dense_intermediate_size, config.hidden_act)
-        self.shared_expert = None
-        if sparse and config.shared_expert_intermediate_size is not None:
-            self.shared_expert = GatedMLP(config.hidden_size, config.shared_expert_intermediate_size, config.hidden_act)
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            mlp = GatedMLP(config.hidden_size, config.dense_intermediate_size, config.hidden_act)
+        super().__init__(config, self_attn=attention, mlp=mlp, shared_expert=shared)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: Any = None,
-        queries: Tensor | None = None,
-    ) -> Tensor:
-        normed = lowered(self.input_layernorm(hidden))
-        attended = self.self_attn(normed, position_embeddings, attention_mask, queries, cache)
-        hidden = attended + (hidden if queries is None else take(hidden, queries))
-        normed = lowered(self.post_attention_layernorm(hidden))
-        output = self.mlp(normed)
-        if self.shared_expert is not None:
-            output = output + self.shared_expert(normed)
-        return hidden + output
+    def feed_forward(self, x: Tensor) -> Tensor:
+        x = lowered(x)
+        output = self.mlp(x)
+        return output if self.shared_expert is None else output + self.shared_expert(x)
 
 
-class LLaDAMoEPreTrainedModel(SparseModel):
-    config_class = LLaDAMoEConfig
-    _no_split_modules = ["LLaDAMoEDecoderLayer"]
-
-
-class LLaDAMoEModel(LLaDAMoEPreTrainedModel):
-    def __init__(self, config: LLaDAMoEConfig) -> None:
-        super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LLaDAMoEDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = rotary_embedding(config)
-        self.post_init()
-
-
-class LLaDAMoEModelLM(StagedForward, LLaDAMoEPreTrainedModel):
+class LLaDAMoEModelLM(SparseModel):
     """LLaDA-MoE with its language-model head. See `StagedForward.forward`."""
 
-    layers_take_queries = True
+    config_class = LLaDAMoEConfig
+    layer_class = LLaDAMoEDecoderLayer
+    embeddings_name = "embed_tokens"
+    _no_split_modules = ["LLaDAMoEDecoderLayer"]
     _tied_weights_keys = tied_weights({"lm_head.weight": "model.embed_tokens.weight"})
-
-    def __init__(self, config: LLaDAMoEConfig) -> None:
-        super().__init__(config)
-        self.model = LLaDAMoEModel(config)
-        self.lm_head = OutputLinear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()

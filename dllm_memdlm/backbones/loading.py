@@ -25,8 +25,8 @@ from .llada2_moe import LLaDA2MoeModelLM
 from .llada_moe import LLaDAMoEModelLM
 from .staged import StagedForward, unwrapped
 
-#: How a config refuses a value: transformers 5 checks them when it is made, in dataclasses of the hub's library.
-REFUSED = (StrictDataclassError, ArithmeticError, TypeError, ValueError)
+#: How a config or a model refuses a value: transformers 5 checks some in dataclasses of the hub's library.
+REFUSED = (StrictDataclassError, ArithmeticError, AssertionError, AttributeError, KeyError, TypeError, ValueError)
 
 #: Bundled definitions, by the architecture that a checkpoint's config.json names.
 BUNDLED: dict[str, type[PreTrainedModel]] = {
@@ -37,7 +37,7 @@ BUNDLED: dict[str, type[PreTrainedModel]] = {
 
 
 def model_class(architecture: str, where: str = "model.architecture") -> type[PreTrainedModel]:
-    """The class for an architecture name. Raises ConfigError naming the known ones; its message begins with `where`."""
+    """Return the class for an architecture name. Raises ConfigError, which begins with `where`, naming the known ones."""
     if architecture in BUNDLED:
         return BUNDLED[architecture]
     if architecture in DECODERS:
@@ -58,33 +58,24 @@ def read_config(path: str, architecture: str | None = None, where: str | None = 
     """
     named = "model.architecture" if where is None else f"{where}: architecture"
     where = where or f"model.path={path!r}"
-    try:
-        values, _ = ({}, None) if os.path.isfile(path) else PretrainedConfig.get_config_dict(path)
-    except (OSError, TypeError) as error:  # not there or not JSON, not a mapping
-        raise ConfigError(f"{where}: {missing_reason(path)}") from error
+    values: Any = {}
+    if not os.path.isfile(path):
+        with _refusing(where, {OSError: _missing(path), TypeError: _missing(path)}):  # or not JSON, not a mapping
+            values, _ = PretrainedConfig.get_config_dict(path)
     if not isinstance(values, dict) or not values:
-        raise ConfigError(f"{where}: {missing_reason(path)}")
+        raise ConfigError(f"{where}: {_missing(path)}")
     names = values.get("architectures") or [architecture]
     if not isinstance(names, list):
         raise ConfigError(f"{where}: its config.json has architectures={names!r}; expected a list")
-    architecture = names[0]
-    if architecture is None:
-        raise ConfigError(
-            f"{where}: its config.json names no architecture; expected one there, or model.architecture in the recipe"
-        )
-    cls = model_class(architecture, named)
-    values["architectures"] = [architecture]
-    values.pop("auto_map", None)
-    values.pop("model_type", None)
-    try:
-        return cls.config_class.from_dict(config_values(values, cls.config_class))
-    except (*REFUSED, AttributeError, KeyError) as error:
-        reason = f"a config.json that makes no {cls.__name__} ({_first_line(error)})"
-        raise ConfigError(f"{where}: {reason}") from error
+    if names[0] is None:
+        raise ConfigError(f"{where}: its config.json names no architecture; expected one")
+    cls = model_class(names[0], named)
+    values = {name: value for name, value in values.items() if name not in ("auto_map", "model_type")}
+    with _refusing(where, dict.fromkeys(REFUSED, f"a config.json that makes no {cls.__name__} ({{}})")):
+        return cls.config_class.from_dict(config_values({**values, "architectures": names[:1]}, cls.config_class))
 
 
-def missing_reason(path: str) -> str:
-    """Why a model, tokenizer or dataset could not be had, in words."""
+def _missing(path: str) -> str:
     if os.path.isdir(path):
         return "a folder without a readable config.json"
     if os.path.isfile(path):
@@ -123,10 +114,8 @@ def build_config(cls: type[PretrainedConfig], dimensions: dict[str, Any]) -> Pre
         size = dimensions.get(name, 1)
         if type(size) is not int or size < 1:
             raise ConfigError(f"model.dimensions.{name}={size!r}: expected a whole number, at least 1")
-    try:
+    with _refusing("model.dimensions", dict.fromkeys(REFUSED, f"they make no {cls.__name__} ({{}})")):
         return cls(**dimensions)
-    except REFUSED as error:
-        raise ConfigError(f"model.dimensions: they make no {cls.__name__} ({_first_line(error)})") from error
 
 
 def load_model(
@@ -139,55 +128,56 @@ def load_model(
     """The backbone, with its outer LoRA if enabled: weights from `model.path`, or drawn from `seed`.
 
     Raises:
-        ConfigError: the weights cannot be had, or do not fit the config; the message begins with `where`, which is
+        ConfigError: the weights cannot be had, or do not fit the config. The message begins with `where`, which is
             model.path by default.
     """
-    where = where or f"model.path={model.path!r}"
     cls = model_class((config.architectures or [model.architecture])[0])
     dtype = getattr(torch, model.for_training(lora or LoraConfig(enabled=False)).dtype)
+    settings = {"config": config, "dtype": dtype, "attn_implementation": model.attn_implementation}
     if model.path is None:
-        with torch.random.fork_rng(devices=[]), _whole():
-            torch.manual_seed(seed)
-            try:  # not `.to(dtype)`, which would round the rotary frequencies too
-                backbone = cls._from_config(config, dtype=dtype, attn_implementation=model.attn_implementation)
-            except ImportError as error:
-                raise ConfigError(
-                    f"model.attn_implementation={model.attn_implementation!r}: {_first_line(error)}"
-                ) from error
-            except (*REFUSED, AssertionError, RuntimeError) as error:
-                raise ConfigError(f"model.dimensions: they make no {cls.__name__} ({_first_line(error)})") from error
+        backbone = _drawn(cls, model, settings, seed)
     else:
-        if find_adapter_config_file(model.path) is not None:  # transformers would put it on its base, unasked
-            raise ConfigError(
-                f"{where}: holds an adapter (adapter_config.json); expected weights alone, and the "
-                "adapter by its own name"
-            )
-        try:
-            backbone, report = cls.from_pretrained(
-                model.path,
-                config=config,
-                dtype=dtype,
-                attn_implementation=model.attn_implementation,
-                use_safetensors=True,
-                quantization_config=_nf4(dtype) if model.load_in_4bit else None,
-                output_loading_info=True,
-            )
-        except ImportError as error:  # a kernel, or bitsandbytes
-            raise ConfigError(f"{where}: {_first_line(error)}") from error
-        except (OSError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"{where}: no weights ({reason})") from error
-        except RuntimeError as error:
-            raise ConfigError(f"{where}: weights of another shape ({_first_line(error)})") from error
-        except (*REFUSED, AssertionError, AttributeError, KeyError) as error:
-            reason = f"a config.json that makes no {cls.__name__} ({_first_line(error)})"
-            raise ConfigError(f"{where}: {reason}") from error
-        if model.load_in_4bit:
-            keep_4bit_weights_as_packed(backbone)
-        if report["missing_keys"]:
-            first = sorted(report["missing_keys"])[0]
-            raise ConfigError(f"{where}: {len(report['missing_keys'])} weights are missing, {first} the first")
+        backbone = _read(cls, model, settings, where or f"model.path={model.path!r}")
     return with_lora(backbone, lora) if lora is not None and lora.enabled else backbone
+
+
+def _drawn(cls: type[PreTrainedModel], model: ModelConfig, settings: dict[str, Any], seed: int) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]), _whole():
+        torch.manual_seed(seed)
+        no_kernel = _refusing(f"model.attn_implementation={model.attn_implementation!r}", {ImportError: "{}"})
+        reasons = dict.fromkeys((*REFUSED, RuntimeError), f"they make no {cls.__name__} ({{}})")
+        with no_kernel, _refusing("model.dimensions", reasons):
+            return cls._from_config(**settings)  # not `.to(dtype)`, which would round the rotary frequencies too
+
+
+def _read(cls: type[PreTrainedModel], model: ModelConfig, settings: dict[str, Any], where: str) -> PreTrainedModel:
+    if find_adapter_config_file(model.path) is not None:  # transformers would put it on its base, unasked
+        raise ConfigError(
+            f"{where}: holds an adapter (adapter_config.json); expected weights alone, and the adapter by its own name"
+        )
+    reasons = {ImportError: "{}", OSError: "no weights ({})", SafetensorError: "no weights ({})"}  # a kernel is missing
+    reasons |= {RuntimeError: "weights of another shape ({})"}
+    with _refusing(where, reasons | dict.fromkeys(REFUSED, f"a config.json that makes no {cls.__name__} ({{}})")):
+        packing = _nf4(settings["dtype"]) if model.load_in_4bit else None
+        more = {"use_safetensors": True, "quantization_config": packing, "output_loading_info": True}
+        backbone, report = cls.from_pretrained(model.path, **settings, **more)
+    if model.load_in_4bit:
+        keep_4bit_weights_as_packed(backbone)
+    if missing := sorted(report["missing_keys"]):
+        raise ConfigError(f"{where}: {len(missing)} weights are missing, {missing[0]} the first")
+    return backbone
+
+
+@contextmanager
+def _refusing(where: str, reasons: dict[type[Exception], str]) -> Iterator[None]:
+    """Make a ConfigError of exceptions of these kinds: where, and the reason, `{}` in it being the first line."""
+    try:
+        yield
+    except tuple(reasons) as error:
+        reason = next(text for kind, text in reasons.items() if isinstance(error, kind))
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+        raise ConfigError(f"{where}: {reason.format(first)}") from error
 
 
 @contextmanager
@@ -227,11 +217,6 @@ def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True, bnb_4bit_quant_type="nf4"
     )
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def weights_digest(folder: str) -> str | None:

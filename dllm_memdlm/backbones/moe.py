@@ -9,26 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from .expert_ffn import Experts, expert_ffn
-from .expert_names import PROJECTIONS, split_names, stack_on_loading
-from .experts import (
-    ExpertLinear,
-    PackedExpertLinear,
-    are_apart,
-    check_alike,
-    experts_apart,
-    projection,
-    stacked,
-    without_adapters,
-)
+from .expert_ffn import Term, expert_ffn
+from .expert_names import PROJECTIONS, stack_on_loading
+from .experts import ExpertLinear, without_adapters
 from .grouped import MAX_GROUPS
-from .layers import GatedMLP, autocast_dtype
-from .projection import Adapter
+from .layers import GatedMLP, autocast_dtype, constant_weights
+from .lora import terms_of
 from .routes import Routes
 from .site_weights import SiteWeights
+from .stacking import are_apart, check_alike, stacked
 
 #: An expert has few rows if it has no more on average. On a CPU they are padded.
 FEW_ROWS = 32
@@ -56,38 +47,21 @@ class RoutedExperts(nn.Module):
 
     def __init__(self, experts: int, hidden_size: int, width: int, activation: str) -> None:
         super().__init__()
-        self._set_up(
-            ACT2FN[activation],
-            ExpertLinear(experts, hidden_size, width),
-            ExpertLinear(experts, hidden_size, width),
-            ExpertLinear(experts, width, hidden_size),
-        )
+        inner = [ExpertLinear(experts, hidden_size, width) for _ in range(2)]
+        self._set_up(ACT2FN[activation], *inner, ExpertLinear(experts, width, hidden_size))
 
     def _set_up(self, act_fn: nn.Module, gate: nn.Module, up: nn.Module, down: nn.Module) -> None:
         self.gate_proj, self.up_proj, self.down_proj, self.act_fn = gate, up, down, act_fn
-        self.trains = True  #: whether a backward pass goes on to the weights, rather than to the fast ones alone
         self.fast: dict[str, SiteWeights] = {}
         self.register_load_state_dict_pre_hook(stack_on_loading)
 
     @classmethod
     def of(cls, experts: nn.ModuleList) -> RoutedExperts:
-        """From a module an expert, which lose their weights one projection after the other.
-
-        Raises:
-            ValueError: as `check`.
-        """
-        cls.check(experts)
+        """From modules that are alike, which lose their weights one projection after the other."""
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        linears = (stacked([getattr(expert, name) for expert in experts]) for name in PROJECTIONS)
-        self._set_up(experts[0].act_fn, *linears)
+        self._set_up(experts[0].act_fn, *(stacked(linears) for linears in _by_projection(experts)))
         return self.train(experts.training)
-
-    @staticmethod
-    def check(experts: nn.ModuleList) -> None:
-        """Raise ValueError for modules that no tensors can stand for, as `experts.check_alike`."""
-        for name in PROJECTIONS:
-            check_alike([getattr(expert, name) for expert in experts])
 
     def __len__(self) -> int:
         return without_adapters(self.gate_proj).experts
@@ -109,81 +83,54 @@ class RoutedExperts(nn.Module):
 
     def _of(self, x: Tensor, chosen: Tensor, weights: Tensor, fast: dict[str, SiteWeights], samples: int) -> Tensor:
         dtype = autocast_dtype(x) or x.dtype
-        parts = []
-        for name in PROJECTIONS:
-            part = projection(getattr(self, name), dtype)
-            part = part if self.trains else part.detached()
-            parts.append(part.under(_fast(fast[name], dtype)) if name in fast else part)
+        projections = [terms_of(getattr(self, name), dtype) for name in PROJECTIONS]
+        for name, terms in zip(PROJECTIONS, projections, strict=True):
+            if name in fast:
+                terms.append(_fast_term(fast[name], dtype))
         routes = Routes.of(chosen, len(self), samples)
         if x.device.type == "cpu" and chosen.numel() <= FEW_ROWS * len(self):  # whose threads share a batched product
             routes = routes.padded(self.gate_proj.in_features * self.gate_proj.out_features)
-        output = expert_ffn(x.flatten(0, 1), weights.flatten(0, 1), routes, Experts(*parts, self.act_fn), dtype)
+        output = expert_ffn(x.flatten(0, 1).to(dtype), weights.flatten(0, 1), routes, projections, self.act_fn)
         return output.to(x.dtype).view_as(x)
 
 
-class SparseModel(PreTrainedModel):
-    """What models with routed experts share: tensors of all experts in memory, a matrix an expert in files."""
-
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' method. Beside the model there is room for one projection of a layer's experts."""
-        if kwargs.get("state_dict") is not None:
-            kwargs["state_dict"] = split_names(kwargs["state_dict"])
-        with experts_apart():
-            loaded = super().from_pretrained(*args, **kwargs)
-        stack_experts(loaded[0] if isinstance(loaded, tuple) else loaded)
-        return loaded
-
-    def save_pretrained(
-        self, save_directory: Any, is_main_process: bool = True, state_dict: dict | None = None, **kwargs: Any
-    ) -> None:
-        """As transformers' method. Raises ValueError for weights in 4 bit."""
-        if any(isinstance(module, PackedExpertLinear) for module in self.modules()):
-            raise ValueError("experts in 4 bit are not saved; load the model without load_in_4bit")
-        whole = self.state_dict() if state_dict is None else state_dict
-        parts = split_names(whole)  # copied to the host here: of views transformers would make copies on the device
-        state_dict = {n: value if n in whole else value.to("cpu", copy=True) for n, value in parts.items()}
-        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, ExpertLinear):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-
-
 def stack_experts(model: nn.Module) -> None:
-    """Make experts that were built apart tensors of all, a layer after the other."""
-    for module in list(model.modules()):
-        experts = getattr(module, "experts", None)
-        if isinstance(experts, nn.ModuleList):
-            module.experts = RoutedExperts.of(experts)
+    """Make experts that were built apart tensors of all, a layer after the other.
+
+    Raises:
+        ValueError: as `check_alike`, of any layer's; nothing is changed then.
+    """
+    found = [(module, getattr(module, "experts", None)) for module in model.modules()]
+    found = [(module, experts) for module, experts in found if isinstance(experts, nn.ModuleList)]
+    for _, experts in found:
+        for linears in _by_projection(experts):
+            check_alike(linears)
+    for module, experts in found:
+        module.experts = RoutedExperts.of(experts)
 
 
 @contextmanager
-def inner_pass(parts: Iterable[nn.Module]) -> Iterator[None]:
+def inner_pass(experts: Iterable[RoutedExperts]) -> Iterator[None]:
     """Forward passes whose backward pass ends at the fast weights.
 
-    Weights are constants in them, to `parts` (those that say whether they train), and the experts' backward hooks are
-    left out: ZeRO-3 takes the first backward pass through such a module for the one that brings its parameters'
-    gradients. This one brings none.
+    The backward hooks of these experts are left out: ZeRO-3 takes the first backward pass through such a module for the
+    one that brings its parameters' gradients. This one brings none.
     """
-    held = [(part, part._backward_hooks) for part in parts]
-    for part, _ in held:
-        part.trains = False
-        if isinstance(part, RoutedExperts):
-            part._backward_hooks = OrderedDict()
+    held = [(module, module._backward_hooks) for module in experts]
     try:
-        yield
+        for module, _ in held:
+            module._backward_hooks = OrderedDict()
+        with constant_weights():
+            yield
     finally:
-        for part, hooks in held:
-            part._backward_hooks, part.trains = hooks, True
+        for module, hooks in held:
+            module._backward_hooks = hooks
 
 
-def _fast(site: SiteWeights, dtype: torch.dtype) -> Adapter:
+def _by_projection(experts: nn.ModuleList) -> Iterator[list[nn.Module]]:
+    return ([getattr(expert, name) for expert in experts] for name in PROJECTIONS)
+
+
+def _fast_term(site: SiteWeights, dtype: torch.dtype) -> Term:
     down, up = (m if m is None else m.flatten(0, 1).to(dtype) for m in (site.down, site.up))
-    return Adapter(down, up, site.scaling, dtype, per_sample=True)
+    return Term(dtype, up, down, site.scaling, per_sample=True)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .layers import autocast_dtype
+from .layers import autocast_dtype, constant
 
 #: Logits that are there at a time, by device: 128 MiB in float32. A GPU reads the matrix anew for each part.
 CHUNK = {"cpu": 2**25, "cuda": 2**27}
@@ -19,7 +19,6 @@ CHUNK = {"cpu": 2**25, "cuda": 2**27}
 class OutputLinear(nn.Linear):
     """A projection to the vocabulary. Where tokens are given, it returns their negative log-likelihood instead."""
 
-    trains = True  #: as in RoutedExperts
     chunk: int | None = None  #: logits at a time, if not those of the device
 
     @classmethod
@@ -37,9 +36,8 @@ class OutputLinear(nn.Linear):
         if self.bias is not None:
             return token_nll(super().forward(x), tokens)
         dtype = autocast_dtype(x) or x.dtype
-        weight = self.weight if self.trains else self.weight.detach()
         chunk = self.chunk or CHUNK.get(x.device.type, CHUNK["cuda"])
-        return _LinearNLL.apply(x.flatten(0, -2), weight, tokens.flatten(), dtype, chunk).view_as(tokens)
+        return _LinearNLL.apply(x.flatten(0, -2), constant(self.weight), tokens.flatten(), dtype, chunk).view_as(tokens)
 
 
 class _LinearNLL(torch.autograd.Function):

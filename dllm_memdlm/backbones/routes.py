@@ -44,6 +44,10 @@ class Routes(NamedTuple):
         offsets = fast_offsets[samples - 1 :: samples].contiguous()  # CUDA's kernel takes no notice of strides
         return cls(order, None, tokens, back.view(-1, top_k), offsets, fast_offsets)
 
+    def ends(self, per_sample: bool) -> Tensor | None:
+        """Where the rows of each expert end, or of each expert and sample; none if padded."""
+        return self.fast_offsets if per_sample else self.offsets
+
     def weights(self, weights: Tensor) -> Tensor:
         """Those of the rows [T, 1], of fillers 0: nothing goes through them. weights of the pairs [N, k]."""
         weights = weights.flatten().index_select(0, self.order)

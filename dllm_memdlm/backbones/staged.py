@@ -10,7 +10,7 @@ stages pass through the outermost module's `forward`, so that PEFT, DDP, ZeRO an
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -125,15 +125,19 @@ class StagedForward:
             for layer in self.layers[:boundary]:
                 hidden = layer(hidden, **context)
             return StageOutput(hidden=hidden)
-        if stage == "full" and positions is None:
-            for layer, own in zip(self.layers, contexts, strict=True):
+        if positions is not None and self.layers_take_queries:
+            contexts[-1] = {**contexts[-1], "queries": positions}
+        first = boundary if stage == "head" else 0
+        with nullcontext() if stage == "full" and positions is None else _not_checkpointed(self.layers):
+            for layer, own in zip(self.layers[first:], contexts[first:], strict=True):
                 hidden = layer(hidden, **own)
-        else:
-            first = boundary if stage == "head" else 0
-            hidden = self._head(hidden, first, positions, contexts)
+        if positions is not None and not self.layers_take_queries:
+            hidden = take(hidden, positions)
         hidden = self.model.norm(hidden)
         if tokens is not None:
-            return StageOutput(hidden=hidden, nll=self._nll(hidden, tokens))
+            whole = isinstance(self.lm_head, OutputLinear)  # and not under an adapter of its own
+            nll = self.lm_head(hidden, tokens) if whole else token_nll(self.lm_head(hidden), tokens)
+            return StageOutput(hidden=hidden, nll=nll)
         logits = self.lm_head(hidden) if project else None
         return MaskedLMOutput(logits=logits) if stage == "full" else StageOutput(hidden=hidden, logits=logits)
 
@@ -146,24 +150,6 @@ class StagedForward:
             length = hidden.shape[1]
             attention_mask = block_causal(torch.arange(length, device=hidden.device)[None], length, attention_mask)
         return additive_mask(attention_mask, hidden.dtype)
-
-    def _nll(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        if isinstance(self.lm_head, OutputLinear):
-            return self.lm_head(hidden, tokens)
-        return token_nll(self.lm_head(hidden), tokens)  # under an adapter of its own
-
-    def _head(self, hidden: Tensor, first: int, positions: Tensor | None, contexts: list[dict]) -> Tensor:
-        layers = self.layers[first:]
-        with _not_checkpointed(layers):
-            *inner, last = zip(layers, contexts[first:], strict=True)
-            for layer, context in inner:
-                hidden = layer(hidden, **context)
-            layer, context = last
-            if positions is None:
-                return layer(hidden, **context)
-            if self.layers_take_queries:
-                return layer(hidden, queries=positions, **context)
-            return take(layer(hidden, **context), positions)
 
 
 @contextmanager

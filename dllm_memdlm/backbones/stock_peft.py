@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .decoder import DECODERS
-from .dense_lora import dense_lora
 from .expert_names import is_stacked, split_name, split_names, stack_names
-from .experts import ExpertLinear, ExpertLora, without_adapters
+from .experts import ExpertLinear, without_adapters
+from .lora import ExpertLora, custom_module
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -49,7 +49,7 @@ class StockLoraConfig(peft.LoraConfig):
         Raises:
             ValueError: the targets, or the patterns of ranks, mean some experts of a layer and not others.
         """
-        self._register_custom_module({ExpertLinear: ExpertLora, nn.Linear: dense_lora})
+        self._register_custom_module({ExpertLinear: ExpertLora, nn.Linear: custom_module})
         ways = dict.fromkeys(("target_modules", "exclude_modules"), on_stacked)
         ways |= dict.fromkeys(("rank_pattern", "alpha_pattern"), _patterns_on_stacked)
         self._as_saved = {name: getattr(self, name) for name in ways}

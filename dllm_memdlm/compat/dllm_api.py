@@ -28,7 +28,7 @@ if HAS_DLLM:
         ImportError,
         AttributeError,
         RuntimeError,
-    ) as error:  # a missing dependency of dllm, or another dllm than the one we know
+    ) as error:  # a dependency is missing, or another dllm
         HAS_DLLM = False
         _reason = f"{type(error).__name__}: {error}".splitlines()[0]
         _description = f"bundled subset (dllm at {_spec.origin} is not usable: {_reason}; known to work: {DLLM_COMMIT})"

@@ -16,9 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones import StageOutput, adapted_layers, find_sites, staged_backbone
-from ..backbones.dense_lora import FusedLora
 from ..backbones.moe import RoutedExperts, inner_pass
-from ..backbones.output import OutputLinear
 from ..backbones.site_weights import SiteWeights
 from ..config import ConfigError, MemoryConfig
 from . import global_batch
@@ -63,9 +61,8 @@ class ParametricMemory:
         adapted = adapted_layers(len(backbone.layers), config)
         #: The first layer that carries fast weights; those below are the trunk.
         self.boundary = adapted.start
-        head = (*(backbone.layers[index] for index in adapted), backbone.get_output_embeddings())
-        kinds = (RoutedExperts, OutputLinear, FusedLora)
-        self._parts = [part for module in head for part in module.modules() if isinstance(part, kinds)]
+        head = [part for index in adapted for part in backbone.layers[index].modules()]
+        self._experts = [part for part in head if isinstance(part, RoutedExperts)]
         self._held = False
 
     @property
@@ -139,7 +136,7 @@ class ParametricMemory:
             with torch.no_grad(), self.holding(fast):
                 teacher = view(next_trunk)
         leaves = fast.leaves()
-        with torch.enable_grad(), self.holding(leaves), inner_pass(self._parts):
+        with torch.enable_grad(), self.holding(leaves), inner_pass(self._experts):
             # 2. The loss of each token [B, M].
             if objective is not None:
                 losses = objective.loss(view(trunk), teacher)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import peft
@@ -97,11 +96,9 @@ def test_a_runs_adapter_on_dllms_model(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
 def test_no_config_of_an_adapter_names_this_package(kind, tmp_path):
-    base = save_model(tmp_path / "base", kind)
-    folder = save_adapter(tmp_path / "adapter", base, tiny(kind))
-    name = tiny(kind).__class__.__name__
+    folder = save_adapter(tmp_path / "adapter", save_model(tmp_path / "base", kind), tiny(kind))
+    name = type(tiny(kind)).__name__
     assert config_of(folder)["auto_mapping"] == {"base_model_class": name, "parent_library": MODULES[name]}
-    assert "dllm_memdlm" not in (Path(folder) / "adapter_config.json").read_text()
 
 
 # === those of others, in ours ===
@@ -160,84 +157,68 @@ def test_an_adapter_of_another_kind(what, tied, tmp_path):
 def test_settings_of_a_later_peft_are_passed_over(llama, tmp_path):
     config = peft.LoraConfig(target_modules=["q_proj"])
     expected = bidirectional_logits(save_peft(tmp_path, stock_llama(llama), config))
-    edit(tmp_path, alora_invocation_tokens=None, peft_version="0.99.0")
+    edit(tmp_path, a_later_setting=None, peft_version="0.99.0")
     torch.testing.assert_close(logits(load_pretrained(llama, str(tmp_path)).model), expected, atol=1e-5, rtol=1e-5)
 
 
-def refusal(*args: Any, **arguments: Any) -> str:
-    with pytest.raises(ConfigError) as error:
-        load_pretrained(*args, **arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+def prompts(folder: Path, llama: str) -> None:
+    save_peft(folder, stock_llama(llama), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
 
 
-def test_an_adapter_of_prompts_is_refused(llama, tmp_path):
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    save_peft(tmp_path, stock_llama(llama), config)
-    expected = f"adapter='{tmp_path}': an adapter of type PROMPT_TUNING, expected one of weights, such as LORA"
-    assert refusal(llama, str(tmp_path)) == expected
-    (tmp_path / "adapter_config.json").write_text("{}")
-    assert refusal(llama, str(tmp_path)) == expected.replace("PROMPT_TUNING", "None")
-
-
-def test_weights_that_have_no_place_are_refused(llama, tmp_path):
+def more_weights(folder: Path, llama: str) -> None:
     """PEFT would leave them out without a word."""
-    save_peft(tmp_path, stock_llama(llama), peft.LoraConfig(target_modules=["q_proj"]))
-    path = tmp_path / "adapter_model.safetensors"
-    left = "base_model.model.model.layers.2.mlp.up_proj.base_layer.mem_inner_A"
-    save_file({**load_file(path), left: torch.zeros(2, 2)}, path, {"format": "pt"})
-    assert refusal(llama, str(tmp_path)) == (
-        f"adapter='{tmp_path}': made for another model; {left} is in the adapter only"
-    )
+    path = folder / "adapter_model.safetensors"
+    more = {"base_model.model.model.layers.2.mlp.up_proj.base_layer.mem_inner_A": torch.zeros(2, 2)}
+    save_file({**load_file(path), **more}, path, {"format": "pt"})
 
 
-def test_pickled_adapters_are_not_read(llama, tmp_path):
+def pickled(folder: Path, llama: str) -> None:
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+
+
+REFUSED = {
+    "an adapter of type PROMPT_TUNING, expected one of weights, such as LORA": prompts,
+    "an adapter of type None, expected": lambda folder, _: (folder / "adapter_config.json").write_text("{}"),
+    "no readable adapter_config.json (": lambda folder, _: (folder / "adapter_config.json").write_text("["),
+    "made for another model; base_model.model.model.layers.2.mlp.up_proj.base_layer.mem_inner_A is in": more_weights,
+    "no adapter_model.safetensors": pickled,
+    "no adapter for this model (": lambda folder, _: edit(folder, target_modules=["c_attn"]),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_folder_that_is_no_adapter_is_refused(reason, llama, tmp_path):
     save_peft(tmp_path, stock_llama(llama), peft.LoraConfig(target_modules=["q_proj"]))
-    path = tmp_path / "adapter_model.safetensors"
-    torch.save(load_file(path), tmp_path / "adapter_model.bin")
-    path.unlink()
-    assert refusal(llama, str(tmp_path)) == f"adapter='{tmp_path}': no adapter_model.safetensors"
+    REFUSED[reason](tmp_path, llama)
+    with pytest.raises(ConfigError) as error:
+        load_pretrained(llama, str(tmp_path))
+    assert str(error.value).startswith(f"adapter='{tmp_path}': {reason}") and "\n" not in str(error.value)
 
 
 def test_a_base_on_somebody_elses_disk_is_said_so(llama, tmp_path):
     folder = save_adapter(tmp_path, llama, tiny("llama"))
     edit(folder, base_model_name_or_path="/cache/LLaDA")
-    assert refusal(folder) == (
-        f"pretrained='/cache/LLaDA': no such folder; '{folder}' names that base, for another give "
-        f"pretrained=BASE,adapter={folder}"
-    )
+    with pytest.raises(ConfigError, match=r"^pretrained='/cache/LLaDA': no such folder; .*pretrained=BASE,adapter="):
+        load_pretrained(folder)
     assert logits(load_pretrained(llama, folder).model).shape == (2, 9, 48)
 
 
 # === from the hub's cache ===
 
 
-COMMIT = "0" * 40
-
-
-def put_in_cache(cache: Path, name: str, folder: str) -> None:
-    """What downloading a repository leaves there."""
-    repository = cache / f"models--{name.replace('/', '--')}"
-    shutil.copytree(folder, repository / "snapshots" / COMMIT, ignore=shutil.ignore_patterns("checkpoint-*"))
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(COMMIT)
-
-
-@pytest.fixture
-def published(tmp_path, monkeypatch) -> str:
-    """The name of an adapter that has been downloaded, with its own tokenizer and recipe, and the folder it is from."""
+def test_a_published_adapter_is_loaded_by_its_name(tmp_path, monkeypatch):
+    """With its own tokenizer and recipe, as downloading a repository leaves it in the cache."""
     base = save_model(tmp_path / "base", "llada_moe", tokenizer=make_tokenizer())
-    recipe = {"memory": {"rank": 5}}
-    folder = save_adapter(tmp_path / "adapter", base, tiny("llada_moe"), recipe)
+    folder = save_adapter(tmp_path / "adapter", base, tiny("llada_moe"), {"memory": {"rank": 5}})
     make_tokenizer(bos_token="w9", mask_token="<mask>").save_pretrained(folder)
-    put_in_cache(tmp_path / "hub", "somebody/adapter", folder)
+    repository, commit = tmp_path / "hub" / "models--somebody--adapter", "0" * 40
+    shutil.copytree(folder, repository / "snapshots" / commit, ignore=shutil.ignore_patterns("checkpoint-*"))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return "somebody/adapter"
-
-
-def test_a_published_adapter_is_loaded_by_its_name(published, tmp_path):
-    expected = logits(load_pretrained(str(tmp_path / "adapter")).model)
-    for names in ((published,), (str(tmp_path / "base"), published)):
+    expected = logits(load_pretrained(folder).model)
+    for names in (("somebody/adapter",), (base, "somebody/adapter")):
         loaded = load_pretrained(*names)
-        assert torch.equal(logits(loaded.model), expected) and loaded.name == published
+        assert torch.equal(logits(loaded.model), expected) and loaded.name == "somebody/adapter"
         assert (loaded.memory.rank, loaded.tokenizer.bos_token) == (5, "w9")

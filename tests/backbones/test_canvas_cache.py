@@ -37,17 +37,11 @@ def before(block: int) -> Tensor:
     return block_causal(EVERYWHERE[:, : block * SIZE], block * SIZE, SIZE)
 
 
-# === who sees whom ===
-
-
 def test_block_causal_says_who_sees_whom():
     mask = block_causal(torch.tensor([[0, 1, 2, 3], [5, 4, 7, 2]]), 6, 2)
     assert mask.shape == (2, 1, 4, 6) and mask.dtype == torch.bool
     rows = [["110000", "110000", "111100", "111100"], ["111111", "111111", "111111", "111100"]]
     assert [["".join(str(int(x)) for x in query) for query in row[0]] for row in mask.tolist()] == rows
-
-
-# === the whole canvas at once ===
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -65,9 +59,6 @@ def test_filling_a_cache_changes_nothing(kind, attention):
     cache = CanvasCache(len(model.layers), LENGTH)
     out = model(input_ids=tokens(), position_ids=EVERYWHERE, attention_mask=hidden, cache=cache).logits
     close(out, model(input_ids=tokens(), attention_mask=hidden).logits)
-
-
-# === windows ===
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -112,19 +103,12 @@ def test_what_is_written_again_stands(kind):
 def test_rows_at_different_blocks(kind):
     """What lies behind a row's own block, or was never written, is not seen."""
     model, canvas = wide(kind), tokens()
-    canvas_of_prefill = canvas.clone()
-    canvas_of_prefill[:, SIZE:] = 7  # what a prefill of the longest row writes into the others
+    prefilled = canvas[:, : 2 * SIZE].clone()
+    prefilled[:2, SIZE:] = 7  # what a prefill of the longest row writes into the others
     cache = CanvasCache(len(model.layers), LENGTH)
     cache.visible = 2 * SIZE
-    canvas_of_prefill[2, : 2 * SIZE] = canvas[2, : 2 * SIZE]
-    model(
-        input_ids=canvas_of_prefill[:, : 2 * SIZE],
-        position_ids=EVERYWHERE[:, : 2 * SIZE],
-        attention_mask=before(2),
-        cache=cache,
-        positions=torch.zeros(BATCH, 1, dtype=torch.long),
-        project=False,
-    )
+    where = {"position_ids": EVERYWHERE[:, : 2 * SIZE], "attention_mask": before(2), "cache": cache}
+    model(input_ids=prefilled, positions=torch.zeros(BATCH, 1, dtype=torch.long), project=False, **where)
     blocks = torch.tensor([1, 1, 2])
     window = blocks[:, None] * SIZE + torch.arange(SIZE)
     cache.visible = 3 * SIZE

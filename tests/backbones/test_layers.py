@@ -33,9 +33,7 @@ def test_norm(autocast, dtype, tolerance):
     for kind in (LlamaRMSNorm, RMSNorm):
         norm = kind(16, eps=1e-5)
         x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
-        with torch.no_grad():
-            norm.weight.copy_(torch.linspace(0.5, 1.5, 16))
-        norm.to(dtype)
+        norm.weight.data = torch.linspace(0.5, 1.5, 16).to(dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             output = norm(x)
         output.float().square().sum().backward()

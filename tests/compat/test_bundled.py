@@ -23,70 +23,42 @@ from dllm_memdlm.compat.bundled import (
     prepend_bos,
 )
 
-SCHEDULERS = ["LinearAlphaScheduler", "CosineAlphaScheduler"]
-TIMES = torch.linspace(0, 1, 101)
-
-# --- schedules ---
-
-
-def test_linear_schedule():
-    schedule = LinearAlphaScheduler()
-    assert schedule(0.25) == schedule.alpha(0.25) == 0.75
-    assert schedule.alpha_derivative(0.25) == -1
-    assert torch.equal(schedule(TIMES), 1 - TIMES)
-    assert torch.equal(schedule.alpha_derivative(TIMES), -torch.ones(101))
-    torch.testing.assert_close(schedule.weight(TIMES[1:]), 1 / TIMES[1:], rtol=2e-4, atol=0)
-    assert schedule.weight(0.5) == pytest.approx(2, rel=1e-5)
+#: By name: α(t).
+SCHEDULERS = {
+    "LinearAlphaScheduler": lambda t: 1 - t,
+    "CosineAlphaScheduler": lambda t: 1 - math.cos(math.pi / 2 * (1 - t)),
+}
 
 
-def test_cosine_schedule():
-    schedule = CosineAlphaScheduler()
-    for t in (0.0, 0.3, 0.5, 1.0):
-        assert schedule(t) == pytest.approx(1 - math.cos(math.pi / 2 * (1 - t)), abs=1e-6)
-        assert schedule.alpha_derivative(t) == pytest.approx(-math.pi / 2 * math.sin(math.pi / 2 * (1 - t)), abs=1e-6)
-    assert schedule.weight(0.5) == pytest.approx(math.pi / 2, rel=1e-5)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedules(name):
+    """α, its slope, the weight, and how probable a masked token was masked earlier; floats for floats."""
+    schedule, alpha = make_alpha_scheduler(name), SCHEDULERS[name]
+    for t in (0.01, 0.3, 0.5, 0.99):
+        slope = (alpha(t + 1e-6) - alpha(t - 1e-6)) / 2e-6
+        assert schedule(t) == schedule.alpha(t) == pytest.approx(alpha(t), abs=1e-6)
+        assert schedule.alpha_derivative(t) == pytest.approx(slope, abs=1e-4)
+        assert schedule.weight(t) == pytest.approx(-slope / (1 - alpha(t)), rel=1e-3)
+        assert schedule.reverse_mask_prob(0.0, t) == pytest.approx((1 - alpha(0)) / (1 - alpha(t)), abs=1e-6)
     assert (schedule(0.0), schedule(1.0)) == (pytest.approx(1), pytest.approx(0))
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_derivative_and_weight_follow_from_alpha(name):
-    schedule = make_alpha_scheduler(name)
-    step = 1e-2
-    t = torch.linspace(step, 1 - step, 50)
-    slope = (schedule(t + step) - schedule(t - step)) / (2 * step)
-    torch.testing.assert_close(schedule.alpha_derivative(t), slope, atol=1e-3, rtol=0)
-    torch.testing.assert_close(schedule.weight(t), -schedule.alpha_derivative(t) / (1 - schedule(t)), rtol=5e-3, atol=0)
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_types_in_and_out(name):
-    schedule = make_alpha_scheduler(name)
-    for function in (schedule, schedule.alpha, schedule.alpha_derivative, schedule.weight):
-        assert type(function(0.5)) is float
-        out = function(torch.full((2, 3), 0.5))
-        assert out.dtype == torch.float32 and out.shape == (2, 3)
-
-
-@pytest.mark.parametrize("t", [-0.1, 1.1, math.nan])
-def test_times_outside_are_refused(t):
-    schedule = LinearAlphaScheduler()
     for function in (schedule, schedule.alpha_derivative, schedule.weight):
-        with pytest.raises(ValueError, match=r"expected a time in \[0, 1\]"):
-            function(t)
-        with pytest.raises(ValueError, match=r"expected a time in \[0, 1\]"):
-            function(torch.tensor([0.5, t]))
-    with pytest.raises(ValueError) as error:
-        schedule(1.5)
-    assert str(error.value) == "t=1.5: expected a time in [0, 1]"
+        out = function(torch.full((2, 3), 0.5))
+        assert type(function(0.5)) is float and (out.dtype, out.shape) == (torch.float32, (2, 3))
+        for outside in (-0.1, 1.1, math.nan, torch.tensor([0.5, 1.5])):
+            with pytest.raises(ValueError, match=r"expected a time in \[0, 1\]"):
+                function(outside)
+    both = schedule.reverse_mask_prob(torch.tensor([0.125, 0.25]), torch.tensor([0.5, 0.5])).tolist()
+    assert both == pytest.approx([(1 - alpha(s)) / (1 - alpha(0.5)) for s in (0.125, 0.25)], rel=1e-5)
+    with pytest.raises(ValueError, match="expected s < t"):
+        schedule.reverse_mask_prob(s=0.5, t=0.5)
 
 
 def test_schedules_by_name():
-    for name in ("LinearAlphaScheduler", "linearalphascheduler", "LINEARALPHASCHEDULER"):
+    for name in ("LinearAlphaScheduler", "linearalphascheduler"):
         assert type(make_alpha_scheduler(name)) is LinearAlphaScheduler
     assert type(make_alpha_scheduler("CosineAlphaScheduler")) is CosineAlphaScheduler
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=r"'sigmoid': expected one of CosineAlphaScheduler, LinearAlphaScheduler"):
         make_alpha_scheduler("sigmoid")
-    assert str(error.value) == "scheduler 'sigmoid': expected one of CosineAlphaScheduler, LinearAlphaScheduler"
 
 
 def test_new_schedules_are_found_by_name():
@@ -102,27 +74,12 @@ def test_new_schedules_are_found_by_name():
 
     try:
         schedule = make_alpha_scheduler("poweralphascheduler", power=3.0)
-        assert schedule(0.5) == 0.875
-        assert schedule.weight(0.5) == pytest.approx(6, rel=1e-4)
+        assert schedule(0.5) == 0.875 and schedule.weight(0.5) == pytest.approx(6, rel=1e-4)
     finally:
         del BaseAlphaScheduler.registry["poweralphascheduler"]
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_masked_token_is_masked_earlier_with_this_probability(name):
-    """(1 - α(s)) / (1 - α(t)), in floats for floats and in tensors for tensors."""
-    scheduler = make_alpha_scheduler(name)
-    s, t = 0.125, 0.5
-    exact = (1 - scheduler.alpha(s)) / (1 - scheduler.alpha(t))
-    assert scheduler.reverse_mask_prob(s=s, t=t) == pytest.approx(exact)
-    assert name != "LinearAlphaScheduler" or exact == pytest.approx(0.25)
-    both = scheduler.reverse_mask_prob(torch.tensor([0.0, s]), torch.tensor([t, t]))
-    assert both.tolist() == pytest.approx([(1 - scheduler.alpha(0.0)) / (1 - scheduler.alpha(t)), exact], abs=1e-6)
-    with pytest.raises(ValueError, match="expected s < t"):
-        scheduler.reverse_mask_prob(s=t, t=t)
-
-
-# --- collator wrappers ---
+# === collator wrappers ===
 
 
 @dataclasses.dataclass
@@ -156,43 +113,29 @@ FEATURES = [{"input_ids": [1, 2], "attention_mask": [1, 1]}, {"input_ids": [3, 4
 
 def test_wrappers_nest():
     trace: list[str] = []
-    collator = Note(Note(Stack(("input_ids", "outer", "inner")), "inner", trace), "outer", trace)
-    batch = collator(FEATURES)
+    batch = Note(Note(Stack(("input_ids", "outer", "inner")), "inner", trace), "outer", trace)(FEATURES)
     assert trace == ["before outer", "before inner", "after inner", "after outer"]
-    assert {name: value.tolist() for name, value in batch.items()} == {
-        "input_ids": [[1, 2], [3, 4]],
-        "outer": [1, 1],
-        "inner": [1, 1],
-    }
+    assert (batch["input_ids"].tolist(), batch["outer"].tolist(), batch["inner"].tolist()) == (
+        [[1, 2], [3, 4]],
+        [1, 1],
+        [1, 1],
+    )
+    assert list(NoAttentionMaskWrapper(Stack())(FEATURES)) == ["input_ids"]
 
 
-def test_no_attention_mask_wrapper():
-    batch = NoAttentionMaskWrapper(Stack())(FEATURES)
-    assert list(batch) == ["input_ids"]
-    assert list(NoAttentionMaskWrapper(Stack(("input_ids",)))(FEATURES)) == ["input_ids"]
-
-
-def test_attributes_are_delegated():
-    collator = NoAttentionMaskWrapper(Note(Stack(), "middle"))
-    assert collator.name == "middle" and collator.names == ("input_ids", "attention_mask")
-    with pytest.raises(AttributeError) as error:
-        _ = Stack().missing
-    with pytest.raises(AttributeError):
-        _ = collator.missing
-    assert "missing" in str(error.value)
-    assert not hasattr(collator, "__len__")
-
-
-def test_wrappers_are_pickled_and_copied():
+def test_attributes_are_delegated_in_copies_too():
     collator = NoAttentionMaskWrapper(Note(Stack(), "middle"))
     copies = [pickle.loads(pickle.dumps(collator)), copy.copy(collator), copy.deepcopy(collator)]
-    assert all(again == collator and again.name == "middle" for again in copies)
-    for again in copies:
+    assert all(again == collator for again in copies)
+    for again in (collator, *copies):
+        assert (again.name, again.names) == ("middle", ("input_ids", "attention_mask"))
         assert again(FEATURES)["input_ids"].tolist() == [[1, 2], [3, 4]]
-    assert copy.deepcopy(collator).collator is not collator.collator
+        with pytest.raises(AttributeError, match="missing"):
+            _ = again.missing
+        assert not hasattr(again, "__len__")
 
 
-# --- begin of sequence ---
+# === begin of sequence ===
 
 
 def bos_batch(*names: str) -> dict[str, Any]:
@@ -207,52 +150,29 @@ def bos_batch(*names: str) -> dict[str, Any]:
 def test_prepend_bos():
     batch = bos_batch("input_ids", "labels", "attention_mask")
     out = prepend_bos(batch, 2)
-    assert out is batch
+    assert out is batch and out["attention_mask"].dtype == torch.int32
     assert {name: value.tolist() for name, value in out.items()} == {
         "input_ids": [[2, 5, 6], [2, 7, 8]],
         "labels": [[-100, 5, 6], [-100, -100, 8]],
         "attention_mask": [[1, 1, 1], [1, 1, 0]],
     }
-    assert out["attention_mask"].dtype == torch.int32
     assert prepend_bos(bos_batch("input_ids", "labels"), 2, -1)["labels"].tolist() == [[-1, 5, 6], [-1, -100, 8]]
-
-
-def test_prepend_bos_takes_what_is_there():
     out = prepend_bos(bos_batch("input_ids") | {"labels": None}, 2)
-    assert out["input_ids"].tolist() == [[2, 5, 6], [2, 7, 8]]
     assert out["labels"] is None and "attention_mask" not in out
 
 
-# --- training arguments ---
+# === training arguments, and the seam ===
 
 
-def test_defaults_of_the_training_arguments():
-    defaults = {f.name: f.default for f in dataclasses.fields(MDLMConfig)}
-    expected = {
-        "time_epsilon": 1e-3,
-        "loss_weight_type": "scheduler",
-        "loss_norm_type": "token",
-        "right_shift_logits": False,
-        "learning_rate": 2e-5,
-        "lr_scheduler_type": "cosine",
-        "warmup_ratio": 0.1,
-        "eval_steps": 0.1,
-        "seed": 42,
-    }
-    assert {name: defaults[name] for name in expected} == expected
-
-
-def test_run_name_follows_the_output_folder(tmp_path):
+def test_training_arguments(tmp_path):
     settings = {"use_cpu": True, "bf16": False, "report_to": "none"}
-    assert MDLMConfig(output_dir=str(tmp_path), **settings).run_name == str(tmp_path)
+    args = MDLMConfig(output_dir=str(tmp_path), **settings)
+    assert (args.time_epsilon, args.loss_weight_type, args.loss_norm_type) == (1e-3, "scheduler", "token")
+    assert (args.learning_rate, args.warmup_ratio, args.seed, args.run_name) == (2e-5, 0.1, 42, str(tmp_path))
     assert MDLMConfig(output_dir=str(tmp_path), run_name="mine", **settings).run_name == "mine"
 
 
-# --- the seam ---
-
-
 def test_the_seam_says_which_is_in_use():
-    names = set(dllm_api.__all__) - {"DLLM_COMMIT", "HAS_DLLM", "describe"}
-    for name in names:
+    for name in set(dllm_api.__all__) - {"DLLM_COMMIT", "HAS_DLLM", "describe"}:
         assert (getattr(dllm_api, name) is getattr(bundled, name)) != dllm_api.HAS_DLLM, name
     assert dllm_api.describe().startswith("dllm at " if dllm_api.HAS_DLLM else "bundled subset (")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dllm_memdlm.backbones import projection
+from dllm_memdlm.backbones import expert_ffn
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,7 +56,7 @@ def products(monkeypatch) -> set[torch.dtype]:
         return computed
 
     for name in ("grouped_linear", "grouped_outer"):
-        monkeypatch.setattr(projection, name, seeing(getattr(projection, name)))
+        monkeypatch.setattr(expert_ffn, name, seeing(getattr(expert_ffn, name)))
     return seen
 
 

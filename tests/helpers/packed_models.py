@@ -13,7 +13,8 @@ from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from torch import nn
 
 from dllm_memdlm.backbones import load_model, read_config
-from dllm_memdlm.backbones.experts import ExpertLinear, ExpertLora
+from dllm_memdlm.backbones.experts import ExpertLinear
+from dllm_memdlm.backbones.lora import ExpertLora
 from dllm_memdlm.config import LoraConfig, ModelConfig
 
 #: Packed in blocks of 64 weights.
