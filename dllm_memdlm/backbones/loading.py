@@ -37,7 +37,7 @@ BUNDLED: dict[str, type[PreTrainedModel]] = {
 
 
 def model_class(architecture: str, where: str = "model.architecture") -> type[PreTrainedModel]:
-    """Return the class for an architecture name. Raises ConfigError, which begins with `where`, naming the known ones."""
+    """Return the class for an architecture name. Raises ConfigError: `where`, and the known names."""
     if architecture in BUNDLED:
         return BUNDLED[architecture]
     if architecture in DECODERS:

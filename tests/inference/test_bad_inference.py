@@ -18,10 +18,11 @@ from small_run import ROWS
 from dllm_memdlm import export, generate
 from dllm_memdlm.cli import exit_code
 from dllm_memdlm.data import train_tokenizer
-from dllm_memdlm.evaluation import exposure_bias, needle
+from dllm_memdlm.evaluation import exposure_bias
 from dllm_memdlm.inference.arguments import parse
 from dllm_memdlm.method.fast_weights import FastWeights
 from dllm_memdlm.method.prompt_memory import save_snapshot
+from reproduce import needle
 
 pytestmark = pytest.mark.usefixtures("as_from_a_shell")
 

@@ -12,8 +12,8 @@ from data_files import hotpotqa
 from dllm_memdlm.data import load_examples, load_rows, train_tokenizer, training_texts
 from dllm_memdlm.training.recipe import load_recipe
 from reproduce import prepare
-from reproduce.demo import RECIPE_FOLDER
 from reproduce.needle import VALUES, plant
+from reproduce.scales import RECIPES as RECIPE_FOLDER
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
