@@ -54,7 +54,8 @@ class MemDLMConfig(MDLMConfig):
             self.accelerator_config = {"non_blocking": True} | (self.accelerator_config or {})
         require("training", self, "engine", self.engine in engines.ENGINES, f"one of {', '.join(engines.ENGINES)}")
         engines.prepare(self)
-        super().__post_init__()
+        with engines.in_force(self):
+            super().__post_init__()
         if self.n_gpu > 1:
             self._n_gpu = 1  # one process uses one GPU; nn.DataParallel's replicas would share the fast weights
         for name, known in (("loss_norm_type", tuple(NORMS)), ("loss_weight_type", ("scheduler", "uniform"))):

@@ -23,10 +23,10 @@ from ..data import load_examples, tokenizer_for, training_texts
 from ..versions import hub_errors
 from . import engines
 from .arguments import MemDLMConfig
+from .checkpoints import CONTENTS, last_checkpoint, read_contents
 from .example_ids import digest_of
 from .model_card import write_run_card
 from .recipe import FILE_NAME, Recipe
-from .run_folder import check_engine, check_whole, has_checkpoints, last_checkpoint
 from .trainer import MemDLMTrainer
 
 #: Tokenizers that were trained for runs, so that runs on the same texts share one.
@@ -123,17 +123,18 @@ def train(recipe: Recipe, resume: bool = False) -> MemDLMTrainer:
     output_dir = recipe.training.output_dir
     if checkpoint is None and resume:
         checkpoint = last_checkpoint(output_dir)
-    elif checkpoint is None and has_checkpoints(output_dir) and accelerate.PartialState().is_main_process:
+    elif (
+        checkpoint is None and any(Path(output_dir).glob(f"*/{CONTENTS}")) and accelerate.PartialState().is_main_process
+    ):
         print(f"{output_dir} has checkpoints of an earlier run; from now on --resume goes on with this one")
     if checkpoint is not None:
-        made = check_whole(checkpoint)
+        made = read_contents(checkpoint)
         check_recipe(checkpoint, recipe, made.get("made_of", {}).get("weights", {}))
         recipe.training.eval_on_start = False  # it was evaluated at this step before
         if accelerate.PartialState().is_main_process:
             print(f"going on from {checkpoint}", flush=True)
     trainer = build_trainer(recipe)
     if checkpoint is not None:
-        check_engine(checkpoint, made["made_by"], engines.describe(trainer.accelerator))
         check_examples(checkpoint, recipe, made.get("made_of", {}).get("data"), trainer.made_of["data"])
     trainer.train(resume_from_checkpoint=checkpoint)
     steps = trainer.state.global_step

@@ -20,12 +20,12 @@ from ..method.inner_loop import ParametricMemory, Written
 from ..method.trajectory import Trajectory
 from . import engines
 from .arguments import MemDLMConfig
+from .checkpoints import WholeCheckpoints
 from .collator import AnchorTrajectoryCollator
 from .epoch_order import EpochSampler, LongestFirst
 from .evaluating import Evaluation, check_best_metric
 from .example_ids import lengths_of, with_example_ids
 from .logs import Averages, EpochClock
-from .resume import WholeCheckpoints
 
 
 class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
@@ -119,9 +119,9 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
     # === engines ===
 
     def create_accelerator_and_postprocess(self) -> None:
-        engines.allow_fsdp_on_cpus()
-        super().create_accelerator_and_postprocess()
-        engines.check(self.accelerator)
+        with engines.in_force(self.args):
+            super().create_accelerator_and_postprocess()
+        engines.check(self.accelerator, self.args)
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args)

@@ -14,10 +14,9 @@ import torch
 from processes import Launch, launch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers.trainer_utils import get_last_checkpoint
 
 from dllm_memdlm.train import main
-from dllm_memdlm.training.resume import UNFINISHED
+from dllm_memdlm.training.checkpoints import CONTENTS, last_checkpoint
 
 #: LoRA dropout and memory dropout draw random numbers, accumulated batches end epochs in the middle of a step, and
 #: examples of several lengths are sorted: whatever a resumed run could get wrong.
@@ -65,8 +64,13 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 def last_step(folder: Path) -> int:
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    checkpoint = last_checkpoint(folder)
     return int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+
+
+def saving(folder: Path) -> bool:
+    """Whether there is a checkpoint that is not whole."""
+    return any(not (path / CONTENTS).exists() for path in folder.glob("checkpoint-*"))
 
 
 def killed_run(
@@ -79,14 +83,14 @@ def killed_run(
         running = Launch(count, folder / f"logs{number}", train, str(recipe), settings)
         while running.alive() and last_step(folder) <= before:
             time.sleep(0.005)
-        while running.alive() and number % 2 and not (folder / UNFINISHED).exists():
+        while running.alive() and number % 2 and not saving(folder):
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.02 if number % 2 else 0.2))
         alive = running.alive()
         running.kill()
         assert alive, f"it ended before kill {number + 1}: {running.logs[0].read_text()[-2000:]}"
         killed.kills += 1
-        killed.while_saving += (folder / UNFINISHED).exists()
+        killed.while_saving += saving(folder)
     launch(count, folder / "logs", train, str(recipe), settings)
     return killed
 
@@ -119,4 +123,4 @@ def test_killed_runs_end_at_the_same_bits(kind, kills, tmp_path, record_property
         for folder in (straight, again)
     ]
     assert len(losses[0]) == 40 and losses[0] == losses[1], f"seed {seed}"
-    assert not (again / UNFINISHED).exists()
+    assert not saving(again)
