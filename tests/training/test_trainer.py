@@ -241,7 +241,7 @@ def test_a_pinned_batch_is_copied_without_waiting(given, expected, tmp_path, mon
     ],
 )
 def test_accumulated_parts_are_one_batch(kind, memory, norm, sizes, tokenizer, tmp_path):
-    """2 × 2 examples or 4 × 1, and 1 × 4. The batch norm does not depend on which meet; under the other all are alike."""
+    """As 2 × 2 examples or 4 × 1. The batch norm does not depend on which meet; under the other all are alike."""
     weights, logs = [], []
     rows = examples(8, shortest=14, longest=14, spread=0 if norm == "token" else 3)
     for size, accumulation in ((4, 1), sizes):
