@@ -147,12 +147,9 @@ def test_names_are_set_where_dllm_has_no_registry(stand_in):
 def test_a_trainer_registry_is_used_where_dllm_has_one(stand_in):
     registered = {}
 
-    def register_trainer(name: str, trainer: type, config: type) -> None:
-        registered[name] = (trainer, config)
-
-    stand_in.core.trainers.register_trainer = register_trainer
+    stand_in.core.trainers.register_trainer = lambda name, **classes: registered.update({name: classes})
     assert registry.register() is True
-    assert registered == {"memdlm": (MemDLMTrainer, MemDLMConfig)}
+    assert registered == {"memdlm": {"trainer": MemDLMTrainer, "config": MemDLMConfig}}
     assert stand_in.core.trainers.MemDLMTrainer is MemDLMTrainer
 
 
