@@ -41,8 +41,9 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
         ConfigError: there are checkpoints of earlier runs alone.
     """
     found = [(contents, path) for contents, path in _by_age(Path(output_dir)) if contents]
-    run = _newest_run(Path(output_dir))
-    own = [path for contents, path in found if run in (None, contents.get("run"))]
+    # No name is there where the folder was put together by hand, or by an earlier version.
+    run = path.read_text(encoding="utf-8") if (path := Path(output_dir, RUN)).is_file() else ""
+    own = [path for contents, path in found if run in ("", contents.get("run"))]
     if found and not own:
         raise ConfigError(
             f"{output_dir}: the newest run there has written no checkpoint, and {found[-1][1].name} is of an "
@@ -56,12 +57,6 @@ def _by_age(output_dir: Path) -> list[tuple[dict[str, Any], Path]]:
     folders = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name[11:].isdecimal()]
     found = [(contents_of(path), path) for path in folders]
     return sorted(found, key=lambda one: (one[0].get("written", 0), int(one[1].name[11:])))
-
-
-def _newest_run(output_dir: Path) -> str | None:
-    """Its name; none where the folder was put together by hand, or by an earlier version."""
-    path = output_dir / RUN
-    return path.read_text(encoding="utf-8") or None if path.is_file() else None
 
 
 def contents_of(checkpoint: str | os.PathLike) -> dict[str, Any]:
@@ -96,16 +91,9 @@ def read_contents(checkpoint: str | os.PathLike) -> dict[str, Any]:
 
 
 def check_fits(checkpoint: str | os.PathLike, contents: dict[str, Any], trained: list[str], engine: str) -> None:
-    """Refuse a checkpoint whose parts would not fit.
+    """Refuse what another engine or number of processes has made, or a version for which experts were no tensors.
 
-    Args:
-        checkpoint: its folder.
-        contents: what it says of itself.
-        trained: names of the tensors that train.
-        engine: in use, as `engines.describe` puts it.
-
-    Raises:
-        ConfigError: made by another engine or number of processes, or before experts were tensors.
+    `trained` are the names of the tensors that train; `engine` is in use, as `engines.describe` puts it.
     """
     if contents["made_by"] != engine:
         raise ConfigError(
@@ -200,7 +188,7 @@ class _Marks(transformers.TrainerCallback):
         The folder may have moved since, or be a copy, or be reached from another working directory.
         """
         folder, run, resumed = Path(args.output_dir), self.trainer.run, self.trainer.resumed
-        if args.should_save and run != _newest_run(folder):
+        if args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / RUN).write_text(run or "", encoding="utf-8")
         if resumed is None:

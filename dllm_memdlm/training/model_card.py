@@ -80,15 +80,10 @@ def write_run_card(folder: str | Path) -> None:
 def write_card(
     folder: Path, name: str, what: str, training: Training, base: str | None, is_adapter: bool = False
 ) -> None:
-    """Write README.md.
+    """Write README.md into a folder.
 
-    Args:
-        folder: where to write it.
-        name: the title.
-        what: a sentence that says what the weights are.
-        training: how they were trained.
-        base: folder or hub name of the model they come from; none for one from scratch.
-        is_adapter: whether the weights are an adapter on that base.
+    `name` is its title, `what` a sentence that says what the weights are. `base` is the folder or hub name of the model
+    that they come from, or are an adapter for; none for one from scratch.
     """
     on_hub, dataset = _hub_name(base), _hub_name(training.section("data").get("dataset"))
     data = ModelCardData(

@@ -164,15 +164,10 @@ def check_recipe(
     here: dict[str, Any],
     ignored: tuple[str, ...] = (),
 ) -> None:
-    """Refuse a checkpoint that another recipe has made.
+    """Refuse a checkpoint that another recipe has made, by some of its sections; of `training` only `ORDER` counts.
 
-    Args:
-        checkpoint: its folder.
-        recipe: of this run.
-        sections: those to compare; of `training` only `ORDER` counts.
-        made: digests of contents that the checkpoint was made of, by the setting that names them.
-        here: those of this run. What has the same digest may lie elsewhere.
-        ignored: beginnings of settings that may differ.
+    `made` and `here` are digests of contents, then and now, by the setting that names them: what has the same one may
+    lie elsewhere. Settings that begin as one of `ignored` may differ.
     """
     ignored += tuple(f"{name}=" for name in here if here[name] == made.get(name))
     change = next((c for c in _changes(checkpoint, recipe, sections) if not c.startswith(ignored)), None)

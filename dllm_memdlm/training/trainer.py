@@ -103,8 +103,7 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
                 time_epsilon=self.time_epsilon,
                 bos_token_id=tokenizer.bos_token_id if self.right_shift_logits else None,
             )
-        # Whether transformers counts the maskable tokens of a whole optimizer step, for the loss to be divided by. It
-        # divides by the number of accumulated batches otherwise.
+        # Whether the loss is divided by the maskable tokens of a whole optimizer step, or by the accumulated batches.
         self.model_accepts_loss_kwargs = self.loss_norm_type == "token"
         self.memory_config, self.memory = memory, None
         if memory.enabled:
@@ -170,8 +169,9 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
                 self._note(step, written)
             fast = written.fast_weights
             del written  # memory dropout leaves nothing of it
-            if training and self.memory_config.dropout > 0:
-                fast = fast.keep(self._kept(trajectory))
+            if training and self.memory_config.dropout > 0:  # which sets of fast weights stay [S]
+                drawn = noise.uniform(self.memory.keys_of(trajectory), noise.DROPOUT, 1)[:, 0]
+                fast = fast.keep(drawn >= self.memory_config.dropout)
         # 3. The outer loss, with them in place. It is divided by the maskable tokens of a whole optimizer step in all
         # processes, whose gradients will be averaged.
         count = num_items_in_batch
@@ -191,10 +191,6 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
     @torch.no_grad()
     def _memory_off(self, step: BilevelStep) -> tuple[Tensor, Tensor]:
         return step.loss(step.model)
-
-    def _kept(self, trajectory: Trajectory) -> Tensor:
-        """Memory dropout: which sets of fast weights stay in place. → [S] bool."""
-        return noise.uniform(self.memory.keys_of(trajectory), noise.DROPOUT, 1)[:, 0] >= self.memory_config.dropout
 
     # === order ===
 

@@ -30,7 +30,6 @@ ZERO = ("zero1", "zero2", "zero3")
 #: DeepSpeed's stage 3 lets go of weights only beyond so many elements (stage3_max_live_parameters, its default).
 LIVE_ELEMENTS = 10**9
 
-
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -113,16 +112,11 @@ def make_plans(
     device: str = "cuda",
     model: nn.Module | None = None,
 ) -> dict[bool, Plan]:
-    """The plans of a recipe without memory and with it, by whether it has one.
+    """Return the plans of a recipe without memory and with it, by whether it has one.
 
-    Args:
-        recipe: what is to be trained.
-        config: of its model.
-        gpus: processes, each with a GPU.
-        response_share: masked tokens of an example over all of them; 1 where the prompt is masked too. All examples
-            are taken to be of `data.max_length` tokens, and every response to be masked whole, as it is at worst.
-        device: whose way of computing is followed, cuda or cpu (which differ in what autocast and dropout keep).
-        model: `shape_model(recipe, config)`, if it is there already; its tensors are used up.
+    All examples are taken to be of `data.max_length` tokens, and the last `response_share` of each, or all of it where
+    the prompt is masked too, to be masked whole, as it is at worst. cuda and cpu differ in what autocast and dropout
+    keep: `device` says whose way is followed. `model`, if it is there already, is used up.
     """
     args, model = recipe.training, shape_model(recipe, config) if model is None else model
     engine = "none" if gpus == 1 else "ddp" if args.engine == "auto" else args.engine
@@ -147,24 +141,14 @@ def make_plans(
     with disable_input_dtype_casting(model, active=low is not None):  # as in training
         steps = {on: step(model, mode, memory if on else None, sizes, held.stays) for on in (False, True)}
     micro_batches = args.gradient_accumulation_steps * gpus
-    return {
-        on: Plan(
-            engine,
-            gpus,
-            *counts,
-            memory.fast_parameters if on else 0,
-            sizes.batch,
-            args.gradient_accumulation_steps,
-            length,
-            sizes.masked,
-            steps[False].flops * micro_batches,
-            steps[True].flops * micro_batches,
-            _with_share(live.highest, held),
-            _with_share(live.largest, held),
-            live.highest_moment,
-        )
-        for on, live in steps.items()
-    }
+    flops = [steps[on].flops * micro_batches for on in (False, True)]
+    plans = {}
+    for on, live in steps.items():
+        fast = memory.fast_parameters if on else 0
+        step_sizes = (sizes.batch, args.gradient_accumulation_steps, length, sizes.masked)
+        by_use = [_with_share(step, held) for step in (live.highest, live.largest)]
+        plans[on] = Plan(engine, gpus, *counts, fast, *step_sizes, *flops, *by_use, live.highest_moment)
+    return plans
 
 
 def _with_share(step: Counter[str], held: Share) -> dict[str, int]:

@@ -64,16 +64,10 @@ def step(
     stays: float = 1.0,
     watch: AbstractContextManager[Any] | None = None,
 ) -> LiveBytes:
-    """Take the forward and the backward pass of one micro-batch.
+    """Take the forward and the backward pass of one micro-batch of a model that `fake_model` has prepared.
 
-    Args:
-        model: what `fake_model` has prepared.
-        mode: what it returned.
-        memory: of the model; none for plain MDLM.
-        sizes: as given to it.
-        stays: which part of a weight's gradient is still there when the backward pass is over; the rest is with the
-            other GPUs.
-        watch: another mode of torch's that is to see every operator.
+    Without `memory` it is a step of plain MDLM. `stays` is the part of a weight's gradient that is still there when the
+    backward pass is over; the rest is with the other GPUs. `watch` is another mode that is to see every operator.
     """
     live = LiveBytes(_kinds(model, memory, sizes))
     for tensor in (*model.parameters(), *model.buffers()):
