@@ -44,21 +44,12 @@ class KilledAt(transformers.TrainerCallback):
             raise Killed
 
 
-def killed(monkeypatch: pytest.MonkeyPatch, step: int, recipe: Any) -> None:
+def killed(step: int, recipe: Any) -> None:
     """A run of a recipe that ends in the middle of a step."""
-
-    def build(recipe: Any) -> MemDLMTrainer:
-        trainer = run_build(recipe)
-        trainer.add_callback(KilledAt(step))
-        return trainer
-
-    run_build = run.build_trainer
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(run, "build_trainer", build)
-        run.train(recipe)
-
-
-# === going on ===
+    trainer = run.build_trainer(recipe)
+    trainer.add_callback(KilledAt(step))
+    with pytest.raises(Killed):
+        trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
 
 
 def test_a_resumed_run_ends_at_the_same_bits(finished, recipe_file, tmp_path):
@@ -111,20 +102,17 @@ def test_a_run_that_has_lost_its_numbers_says_so(recipe_file, tmp_path, capsys):
     assert "the loss is not finite at step 3, the first of 1 such logs" in capsys.readouterr().out
 
 
-# === several runs in one folder ===
-
-
-def test_an_older_runs_checkpoints_are_not_gone_on_from(finished, recipe_file, tmp_path, monkeypatch, capsys):
+def test_an_older_runs_checkpoints_are_not_gone_on_from(finished, recipe_file, tmp_path, capsys):
     """Of the older run there is one of more steps. Killed, and resumed, the new run ends as if it was never stopped."""
     run.train(recipe_for(recipe_file, tmp_path / "whole", *OTHER_RATE))
     folder = tmp_path / "used"
     shutil.copytree(finished, folder)
-    recipe = recipe_for(recipe_file, folder, *OTHER_RATE)
-    killed(monkeypatch, 1, recipe)  # nothing is lost: the older run's can be gone on from by its name
+    killed(
+        1, recipe_for(recipe_file, folder, *OTHER_RATE)
+    )  # nothing is lost: the older run's can be gone on from by its name
     text = message(run.train, recipe_for(recipe_file, folder, *OTHER_RATE), True)
     assert text.startswith(f"{folder}: the newest run there has written no checkpoint, and checkpoint-4 is of an ")
-    assert f"{folder} has checkpoints of an earlier run" in capsys.readouterr().out
-    killed(monkeypatch, 3, recipe_for(recipe_file, folder, *OTHER_RATE))
+    killed(3, recipe_for(recipe_file, folder, *OTHER_RATE))
     assert last_checkpoint(folder) == f"{folder}/checkpoint-2"
     run.train(recipe_for(recipe_file, folder, *OTHER_RATE), resume=True)
     assert f"going on from {folder}/checkpoint-2" in capsys.readouterr().out
@@ -145,36 +133,14 @@ def test_a_second_run_does_not_rename_the_first(recipe_file, tmp_path):
     assert "the newest run there has written no checkpoint" in message(last_checkpoint, tmp_path)
 
 
-def test_a_run_that_goes_on_from_an_earlier_checkpoint_is_the_newest(recipe_file, tmp_path, monkeypatch):
+def test_a_run_that_goes_on_from_an_earlier_checkpoint_is_the_newest(recipe_file, tmp_path):
     """It is named, and the run is killed after its next one: that is the last, though another has more steps."""
     run.train(recipe_for(recipe_file, tmp_path, "training.max_steps=6"))
     assert last_checkpoint(tmp_path) == f"{tmp_path}/checkpoint-6"
     (tmp_path / "checkpoint-2").rename(tmp_path / "kept")
     named = (f"training.resume_from_checkpoint={tmp_path / 'kept'}", "training.max_steps=6", *OTHER_RATE)
-    killed(monkeypatch, 5, recipe_for(recipe_file, tmp_path, *named))
+    killed(5, recipe_for(recipe_file, tmp_path, *named))
     assert last_checkpoint(tmp_path) == f"{tmp_path}/checkpoint-4"
-
-
-def test_a_trainer_takes_the_same_one(tokenizer, tmp_path):
-    """`resume_from_checkpoint=True`, without a recipe."""
-
-    def trainer(**settings: Any) -> Any:
-        model = tiny("llama")
-        return make_trainer(model, tokenizer, tmp_path, data=examples(6), save_strategy="steps", **settings)
-
-    trainer(max_steps=6, save_steps=6).train()
-    second = trainer(max_steps=6, save_steps=2)
-    second.add_callback(KilledAt(3))
-    with pytest.raises(Killed):
-        second.train()
-    third = trainer(max_steps=2, save_steps=2)
-    third.train(resume_from_checkpoint=True)
-    assert third.state.global_step == 2
-    with pytest.raises(ConfigError, match="no checkpoint to go on from"):
-        make_trainer(tiny("llama"), tokenizer, tmp_path / "empty").train(resume_from_checkpoint=True)
-
-
-# === what is refused ===
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(finished, recipe_file):
@@ -250,9 +216,6 @@ def test_examples_and_a_base_may_move_but_not_change(tmp_path, capsys):
     )
 
 
-# === saves ===
-
-
 def save_two(folder: Path, tokenizer: Any, cut: bool = False, **settings: Any) -> MemDLMTrainer:
     """Two steps with a checkpoint after each; the second save may be cut off, which leaves the trainer as it is."""
     settings = {"data": examples(6), "save_strategy": "steps", "save_steps": 1, **settings}
@@ -283,6 +246,8 @@ def test_a_save_that_is_cut_off_leaves_the_checkpoint_before(tokenizer, tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", RUN}
     assert last_checkpoint(tmp_path) == f"{tmp_path}/checkpoint-2"
     assert not (tmp_path / "checkpoint-2" / "old").exists()
+    with pytest.raises(ConfigError, match="no checkpoint to go on from"):
+        make_trainer(tiny("llama"), tokenizer, tmp_path / "empty").train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_loses_its_mark_before_it_is_written_to(tokenizer, tmp_path, monkeypatch):
@@ -309,8 +274,6 @@ def test_an_upload_follows_each_save(tokenizer, tmp_path, monkeypatch):
     save_two(tmp_path, tokenizer, push_to_hub=True)
     assert folders == [str(tmp_path / f"checkpoint-{step}") for step in (1, 2)]
 
-
-# === the best checkpoint ===
 
 BEST = ("training.load_best_model_at_end=true", "training.save_steps=2", "training.eval_steps=2")
 

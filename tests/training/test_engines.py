@@ -55,9 +55,6 @@ def set_by(engine: str, **settings: Any) -> dict[str, str]:
     return found
 
 
-# === what an engine sets ===
-
-
 def test_one_process_has_nothing_to_share_out(tmp_path):
     for engine in engines.ENGINES:
         args = MemDLMConfig(str(tmp_path), bf16=False, engine=engine)
@@ -95,9 +92,6 @@ def test_another_run_does_not_inherit_bfloat16(launched, tokenizer, tmp_path, mo
         trainer = make_trainer(tiny("llama"), tokenizer, tmp_path, bf16=low)
         assert trainer.accelerator.mixed_precision == ("bf16" if low else launched or "no")
     assert os.environ.get("ACCELERATE_MIXED_PRECISION") == launched
-
-
-# === what is refused ===
 
 
 @pytest.mark.parametrize(
@@ -174,9 +168,6 @@ def test_hooks_of_experts_are_left_out_and_come_back():
     assert calls == []
     model(input_ids=tokens).logits.sum().backward()
     assert len(calls) == len(experts) > 0
-
-
-# === the commands that users type ===
 
 
 def run_command(folder: Path, command: list[str], code: int = 0, **environment: str) -> str:
