@@ -54,9 +54,10 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
 
 def _by_age(output_dir: Path) -> list[tuple[dict[str, Any], Path]]:
     """What all checkpoints of a folder say of themselves, and their folders, the newest last; unmarked ones first."""
-    folders = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name[11:].isdecimal()]
-    found = [(contents_of(path), path) for path in folders]
-    return sorted(found, key=lambda one: (one[0].get("written", 0), int(one[1].name[11:])))
+    steps = {path: path.name.rpartition("-")[2] for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    found = [(contents_of(path), int(step), path) for path, step in steps.items() if step.isdecimal()]
+    found.sort(key=lambda one: (one[0].get("written", 0), one[1]))
+    return [(contents, path) for contents, _, path in found]
 
 
 def contents_of(checkpoint: str | os.PathLike) -> dict[str, Any]:
@@ -217,7 +218,7 @@ class _Marks(transformers.TrainerCallback):
         for write in trainer.beside_checkpoints:
             write(folder)
         for path in filter(Path.is_file, folder.rglob("*")):
-            with path.open("rb+") as file:  # on the disk before the mark is
+            with path.open("rb") as file:  # on the disk before the mark is
                 os.fsync(file.fileno())
         older = [(contents, path) for contents, path in _by_age(folder.parent) if path != folder]
         contents = {
