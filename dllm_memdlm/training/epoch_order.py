@@ -36,16 +36,3 @@ class EpochSampler(Sampler[int]):
         if self.lengths is None:
             return iter(torch.randperm(self.size, generator=generator).tolist())
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
-
-
-class LongestFirst(Sampler[int]):
-    """By length, longest first: the same batches in every evaluation, with hardly any padding."""
-
-    def __init__(self, lengths: Sequence[int]) -> None:
-        self.order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.order)

@@ -22,7 +22,7 @@ from . import engines
 from .arguments import MemDLMConfig
 from .checkpoints import WholeCheckpoints
 from .collator import AnchorTrajectoryCollator
-from .epoch_order import EpochSampler, LongestFirst
+from .epoch_order import EpochSampler
 from .evaluating import Evaluation, check_best_metric
 from .example_ids import lengths_of, with_example_ids
 from .logs import Averages, EpochClock
@@ -217,10 +217,12 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
             )
         return loader
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | list[int] | None:
         if not self.args.group_by_length or eval_dataset is None or not has_length(eval_dataset):
             return super()._get_eval_sampler(eval_dataset)
-        return LongestFirst(lengths_of(eval_dataset))
+        # The longest first: the same batches in every evaluation, with hardly any padding.
+        lengths = lengths_of(eval_dataset)
+        return sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
     # === logs ===
 

@@ -10,7 +10,7 @@ import torch
 from conftest import examples, make_trainer, tiny
 from steps import OFF, memory_for
 
-from dllm_memdlm.training.epoch_order import EpochSampler, LongestFirst
+from dllm_memdlm.training.epoch_order import EpochSampler
 from dllm_memdlm.training.example_ids import lengths_of, with_example_ids
 
 LENGTHS = [int(n) for n in torch.randint(5, 500, (256,), generator=torch.Generator().manual_seed(0))]
@@ -39,10 +39,13 @@ def test_every_epoch_and_seed_has_an_order_of_its_own_and_keeps_it():
     assert list(sampler) == order(epoch=3) != first
 
 
-def test_similar_lengths_come_together():
+def test_similar_lengths_come_together(tokenizer, tmp_path):
+    """In an evaluation the longest come first."""
     assert spread(order(lengths=LENGTHS)) < 0.35 * spread(order())
-    assert [LENGTHS[i] for i in LongestFirst(LENGTHS)] == sorted(LENGTHS, reverse=True)
-    assert list(LongestFirst([3, 5, 3, 5])) == [1, 3, 0, 2]  # equal ones as they stand
+    rows = examples(9, shortest=10, longest=40)
+    trainer = make_trainer(tiny("llama"), tokenizer, tmp_path, OFF, rows, rows, group_by_length=True)
+    widths = [batch["input_ids"].shape[1] for batch in trainer.get_eval_dataloader()]
+    assert widths == sorted((len(row["labels"]) for row in rows), reverse=True)[::3]
 
 
 def batches_of(trainer: Any) -> list[dict[str, Any]]:
