@@ -75,7 +75,7 @@ def read_contents(checkpoint: str | os.PathLike) -> dict[str, Any]:
     if not folder.is_dir():
         raise ConfigError(f"{checkpoint}: no such checkpoint")
     if not contents:
-        raise ConfigError(f"{checkpoint}: not a whole checkpoint of this trainer (no readable {CONTENTS})")
+        raise ConfigError(f"{checkpoint}: not a checkpoint of this trainer, or not whole (no readable {CONTENTS})")
     here = transformers.__version__
     made = contents.get("transformers", "4.57")  # before it was noted
     if made.partition(".")[0] != here.partition(".")[0]:
@@ -102,10 +102,11 @@ def check_fits(checkpoint: str | os.PathLike, contents: dict[str, Any], trained:
             "processes"
         )
     # An earlier version did not say how many tensors it trained; without experts they are the same.
-    made = contents.get("trained", "other" if any(map(is_stacked, trained)) else len(trained))
+    made = contents.get("trained", None if any(map(is_stacked, trained)) else len(trained))
     if made != len(trained):
+        count = "a matrix an expert" if made is None else f"{made} tensors"
         raise ConfigError(
-            f"{checkpoint}: its optimizer has {made} tensors, this model trains {len(trained)} tensors; resume with "
+            f"{checkpoint}: its optimizer has {count}, this model trains {len(trained)} tensors; resume with "
             "the version that made it, or start from the weights (model.path, lora.path)"
         )
 

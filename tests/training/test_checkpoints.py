@@ -163,7 +163,7 @@ def test_what_is_no_whole_checkpoint_is_refused(finished, recipe_file, tmp_path)
         (tmp_path / name / CONTENTS).unlink() if contents is None else (tmp_path / name / CONTENTS).write_text(contents)
     shutil.copytree(finished / "checkpoint-2", tmp_path / "weights")
     (tmp_path / "weights" / "scheduler.pt").unlink()
-    whole = "not a whole checkpoint of this trainer"
+    whole = "not a checkpoint of this trainer, or not whole"
     for folder, why in (
         (tmp_path / "none", "no such checkpoint"),
         (finished / "recipe.yaml", "no such checkpoint"),
