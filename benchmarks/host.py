@@ -20,19 +20,19 @@ import torch
 import yaml
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from dllm_memdlm.backbones import layers, model_class, moe
 from dllm_memdlm.config import ModelConfig
 from dllm_memdlm.data import tokenizer_for
+from dllm_memdlm.method.inner_loop import ParametricMemory
 from dllm_memdlm.training.planner.live import grouped_output
-from dllm_memdlm.training.planner.shapes import materialise, shape_model
+from dllm_memdlm.training.planner.shapes import shape_model
+from dllm_memdlm.training.planner.step import Sizes, fake_model, step
 from dllm_memdlm.training.recipe import Recipe, load_recipe
-from dllm_memdlm.versions import checkpoint_activations
 
-from . import steps
 from .device import PRODUCTS
 from .full_size import trained
 from .random_models import ALONE, random_model
@@ -161,29 +161,26 @@ def step_traffic(name: str, bits: int, memory: bool, dimensions: dict[str, Any])
     config = model_class(architecture).config_class(**dimensions)
     config.architectures = [architecture]
     config._attn_implementation = recipe.model.attn_implementation
-    mode, model = FakeTensorMode(allow_non_fake_inputs=True), shape_model(recipe, config)
-    with mode:
-        materialise(model)
+    return _count(recipe, shape_model(recipe, config), memory)
+
+
+def _count(recipe: Recipe, model: nn.Module, memory: bool) -> Traffic:
+    """The planner's step with all operators counted. An eighth of every example is masked."""
+    args = recipe.training
+    sizes = Sizes(
+        batch=args.train_batch_size,
+        length=recipe.data.max_length,
+        masked=recipe.data.max_length // 8,
+        norm=args.loss_norm_type,
+        amp=torch.bfloat16 if args.bf16 else None,
+        checkpointing=args.gradient_checkpointing,
+    )
+    own = ParametricMemory(model, recipe.memory, mask_token_id=0) if memory else None
+    mode, counted = fake_model(model, sizes), Traffic()
     _FusedNorm.put_into(model)
-    return _count(recipe, model, memory, mode)
-
-
-def _count(recipe: Recipe, model: nn.Module, memory: bool, mode: FakeTensorMode) -> Traffic:
-    args, settings = recipe.training, dataclasses.replace(recipe.memory, enabled=memory)
-    vocabulary = model.get_base_model().config.vocab_size
-    batch = steps.batch_of(vocabulary, [recipe.data.max_length] * args.train_batch_size, 7, settings)
-    model.to = lambda *_, **__: model  # fake tensors cannot be swapped
-    with tempfile.TemporaryDirectory() as folder:
-        args.output_dir = folder
-        trainer = steps.trainer_of(model, settings, args)
-    if args.gradient_checkpointing:
-        checkpoint_activations(model.train(), True, preserve_rng_state=False)  # fake random numbers have no state
     few, moe.FEW_ROWS = moe.FEW_ROWS, 0  # as on a GPU
-    with mode:
-        given = {key: mode.from_tensor(value) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        trainer.accelerator.prepare_model(model)
-        with disable_input_dtype_casting(model), Traffic() as counted:  # as in `train`
-            trainer.compute_loss(trainer.model, given).backward()
+    with disable_input_dtype_casting(model):  # as in `train`
+        step(model, mode, own, sizes, watch=counted)
     moe.FEW_ROWS = few
     return counted
 

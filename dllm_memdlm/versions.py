@@ -26,9 +26,6 @@ _SINCE_5 = int(transformers.__version__.partition(".")[0]) >= 5
 #: Private parts of other libraries that are used, for want of a public way, each with its reason. When one of them has
 #: moved, tests/test_versions.py says so; it also refuses those that are not listed here.
 PRIVATE = {
-    "transformers.Trainer._save_checkpoint": "checkpoints are written aside and renamed when whole",
-    "transformers.Trainer._get_output_dir": "the same",
-    "transformers.Trainer._push_from_checkpoint": "the same: an upload begins after the renaming",
     "transformers.Trainer._load_from_checkpoint": "FSDP2's adapters: accelerate restores their first part alone",
     "transformers.Trainer._load_best_model": "the same",
     "transformers.Trainer._get_train_sampler": "an order of examples that is the same after a resume",
@@ -44,7 +41,6 @@ PRIVATE = {
     "transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref": "a model drawn whole under ZeRO-3",
     "peft.LoraConfig._register_custom_module": "a LoRA on layers that PEFT does not know: those of all experts",
     "peft.tuners.tuners_utils.BaseTunerLayer._move_adapter_to_device_of_base_layer": "that LoRA where its layer is",
-    "accelerate.PartialState._shared_state": "FSDP on CPUs, which accelerate overlooks",
     "torch.nn.Module._apply": "the planner's models without memory",
     "torch.nn.Module._backward_hooks": "an expert's own hooks are set aside while all experts run as one function",
     "torch.nn.Module._backward_pre_hooks": "whether anybody waits for a LoRA's own layers to be called",
@@ -59,8 +55,6 @@ PRIVATE = {
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu": "the FLOPs of attention",
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward": "the same",
 }
-if hasattr(transformers.Trainer, "_rotate_checkpoints"):
-    PRIVATE["transformers.Trainer._rotate_checkpoints"] = "a function in later releases"
 
 
 @dataclass
@@ -173,17 +167,6 @@ def hub_errors() -> tuple[type[Exception], ...]:
     http = sys.modules[HfHubHTTPError.__bases__[0].__module__.partition(".")[0]]  # requests; since 1.0 httpx
     failed = http.RequestError if hasattr(http, "RequestError") else http.RequestException
     return HfHubHTTPError, LocalTokenNotFoundError, ConnectionError, failed
-
-
-def rotate_checkpoints(trainer: transformers.Trainer, output_dir: str | os.PathLike) -> None:
-    """Remove the oldest checkpoints beyond `save_total_limit`, but never the best or the newest."""
-    if hasattr(trainer, "_rotate_checkpoints"):
-        trainer._rotate_checkpoints(use_mtime=True, output_dir=output_dir)
-        return
-    from transformers.trainer_utils import rotate_checkpoints
-
-    limit, best = trainer.args.save_total_limit, trainer.state.best_model_checkpoint
-    rotate_checkpoints(str(output_dir), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
 
 
 def cache_argument(layer: type[nn.Module]) -> str:

@@ -89,7 +89,7 @@ def used_of_others(tree: ast.AST, own: set[str]) -> Iterator[str]:
 
 
 def test_no_other_private_part_is_used():
-    listed = {path.rpartition(".")[2] for path in versions.PRIVATE} | {"_rotate_checkpoints"}  # in 4.57
+    listed = {path.rpartition(".")[2] for path in versions.PRIVATE}
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
     own = {name for tree in trees.values() for name in own_names(tree)}
     used = {path.name: set(used_of_others(tree, own)) for path, tree in trees.items()}

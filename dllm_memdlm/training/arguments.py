@@ -83,7 +83,8 @@ class MemDLMConfig(MDLMConfig):
             # A copy that the host waits for would end its running ahead, once for every tensor of a batch.
             self.accelerator_config = {"non_blocking": True} | (self.accelerator_config or {})
         engines.prepare(self)
-        super().__post_init__()
+        with engines.in_force(self):
+            super().__post_init__()
         if self.n_gpu > 1:
             self._n_gpu = 1  # one process uses one GPU; nn.DataParallel's replicas would share the fast weights
         folders = (Path(self.output_dir), *Path(self.output_dir).parents)

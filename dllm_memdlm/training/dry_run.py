@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,24 +53,31 @@ def dry_run(recipe: Recipe, machine: Machine | None = None, console: Console | N
     Raises:
         ConfigError: something that training needs is missing. What could be printed has been.
     """
-    console, machine = console or Console(highlight=False, markup=False), machine or Machine()
-    console.print(recipe.to_yaml(), soft_wrap=True)
+    console, machine = console or Console(highlight=False, markup=False, soft_wrap=True), machine or Machine()
+    console.print(recipe.to_yaml())
     config, source = find_config(recipe)
     model = shape_model(recipe, config)
     if recipe.memory.enabled:
         memory = ParametricMemory(model, recipe.memory, mask_token_id=0)
         linears = sum(shape.experts or 1 for shape in memory.shapes)
         where = f"from layer {memory.boundary} of {len(staged_backbone(model).layers)} on"
-        console.print(f"Fast weights: {len(memory.shapes)} sites, {linears:,} linear layers, {where}", soft_wrap=True)
-        console.print(sites_table(memory))
+        console.print(f"Fast weights: {len(memory.shapes)} sites, {linears:,} linear layers, {where}")
+        rows = [
+            (s.name, s.experts or "-", f"{s.in_features} → {s.out_features}", f"{s.numel(memory.config):,}")
+            for s in memory.shapes
+        ]
+        console.print(_table(("site", "experts", "in → out", "fast weights"), rows))
     plan = make_plans(recipe, config, machine.gpus, machine.response_share, model=model)[recipe.memory.enabled]
-    console.print(f"Parameters ({source})", soft_wrap=True)
-    console.print(parameters_table(plan))
+    console.print(f"Parameters ({source})")
+    counts = {"all": plan.parameters, "active": plan.active, "trainable": plan.trainable}
+    fast = f"{plan.fast:,}" if plan.fast else "0 (memory is off)"
+    rows = [*((name, f"{count:,}") for name, count in counts.items()), ("fast weights, each sample", fast)]
+    console.print(_table(("what", "number"), rows))
     _print_plan(console, plan, recipe)
-    missing, rows = missing_parts(recipe)
-    console.print(f"Steps: {steps_of(recipe, plan, rows)}", soft_wrap=True)
+    missing, examples = missing_parts(recipe)
+    console.print(f"Steps: {steps_of(recipe, plan, examples)}")
     if machine.memory is not None:
-        console.print(verdict(plan, recipe, machine.memory), soft_wrap=True)
+        console.print(verdict(plan, recipe, machine.memory))
     if missing:
         raise ConfigError("missing: " + "; ".join(missing))
     console.print("nothing is missing")
@@ -77,31 +85,42 @@ def dry_run(recipe: Recipe, machine: Machine | None = None, console: Console | N
 
 def _print_plan(console: Console, plan: Plan, recipe: Recipe) -> None:
     gpus = "1 GPU" if plan.gpus == 1 else f"{plan.gpus} GPUs, {plan.engine}"
-    console.print(f"Memory of a GPU in GiB ({gpus}; most at once: {plan.moment})", soft_wrap=True)
-    console.print(memory_table(plan))
+    console.print(f"Memory of a GPU in GiB ({gpus}; most at once: {plan.moment})")
+    sizes = {name: (size, plan.largest[name]) for name, size in plan.at_peak.items() if plan.largest[name]}
+    rows = [(name, f"{now / GIB:,.3f}", f"{highest / GIB:,.3f}") for name, (now, highest) in sizes.items()]
+    rows.append(("together", f"{plan.peak / GIB:,.3f}", ""))
+    console.print(_table(("what", "at the peak", "at its own highest"), rows))
     console.print(
         f"Each step: {plan.tokens:,} tokens, {plan.samples} examples of {plan.length:,}; "
         f"{plan.flops_mdlm / 1e12:,.4g} TFLOP with MDLM, {plan.flops_memdlm / 1e12:,.4g} with MemDLM "
-        f"(× {plan.flops_memdlm / plan.flops_mdlm:.2f})",
-        soft_wrap=True,
+        f"(× {plan.flops_memdlm / plan.flops_mdlm:.2f})"
     )
     answer = f"the last {plan.response:,} masked" if recipe.data.mask_prompt else "all masked"
     console.print(
         f"Assumed: every example has {plan.length:,} tokens, {answer}; experts get equal numbers of tokens. "
-        "Not included: CUDA's own memory and fragmentation (allow 2 GiB).",
-        soft_wrap=True,
+        "Not included: CUDA's own memory and fragmentation (allow 2 GiB)."
     )
 
 
-def steps_of(recipe: Recipe, plan: Plan, rows: int | None) -> str:
-    """Optimizer steps, in words. `rows`: training examples before the length filter, if they are at hand."""
+def _table(columns: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> Table:
+    """Names on the left, numbers on the right."""
+    table = Table()
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=not number)
+    for row in rows:
+        table.add_row(*map(str, row))
+    return table
+
+
+def steps_of(recipe: Recipe, plan: Plan, examples: int | None) -> str:
+    """Optimizer steps, in words. `examples`: those to train on, before the length filter, if they are at hand."""
     args = recipe.training
     if args.max_steps > 0:
         return f"{args.max_steps:,}"
-    if rows is None:
+    if examples is None:
         return "unknown: training.max_steps is not set, and the data is not at hand"
-    steps = math.ceil(args.num_train_epochs * max(1, rows // plan.samples))
-    return f"about {steps:,} ({args.num_train_epochs:g} epochs of {rows:,} examples; long ones would be dropped)"
+    steps = math.ceil(args.num_train_epochs * max(1, examples // plan.samples))
+    return f"about {steps:,} ({args.num_train_epochs:g} epochs of {examples:,} examples; long ones would be dropped)"
 
 
 def verdict(plan: Plan, recipe: Recipe, memory: int) -> str:
@@ -128,46 +147,8 @@ def find_config(recipe: Recipe) -> tuple[PretrainedConfig, str]:
         return config_of(stand_in), f"known dimensions of {model.architecture}, as config.json is out of reach"
 
 
-def parameters_table(plan: Plan) -> Table:
-    """Parameters of the model, those a token passes through, those that train, and the fast weights of one sample."""
-    table = Table()
-    table.add_column("what")
-    table.add_column("number", justify="right")
-    table.add_row("all", f"{plan.parameters:,}")
-    table.add_row("active", f"{plan.active:,}")
-    table.add_row("trainable", f"{plan.trainable:,}")
-    table.add_row("fast weights, each sample", f"{plan.fast:,}" if plan.fast else "0 (memory is off)")
-    return table
-
-
-def memory_table(plan: Plan) -> Table:
-    """Bytes of one GPU by what they are for."""
-    table = Table()
-    table.add_column("what", no_wrap=True)
-    table.add_column("at the peak", justify="right")
-    table.add_column("at its own highest", justify="right")
-    for name, size in plan.at_peak.items():
-        if plan.largest[name] == 0:
-            continue
-        table.add_row(name, f"{size / GIB:,.3f}", f"{plan.largest[name] / GIB:,.3f}")
-    table.add_row("together", f"{plan.peak / GIB:,.3f}", "")
-    return table
-
-
-def sites_table(memory: ParametricMemory) -> Table:
-    """Where the fast weights are."""
-    table = Table()
-    table.add_column("site", no_wrap=True)
-    for name in ("experts", "in → out", "fast weights"):
-        table.add_column(name, justify="right")
-    for shape in memory.shapes:
-        sizes = f"{shape.in_features} → {shape.out_features}"
-        table.add_row(shape.name, str(shape.experts or "-"), sizes, f"{shape.numel(memory.config):,}")
-    return table
-
-
 def missing_parts(recipe: Recipe) -> tuple[list[str], int | None]:
-    """What training would not find, in words: weights, tokenizer, data, packages; and the training rows, if at hand."""
+    """What training would not find, in words, and the number of rows to train on, if they are at hand."""
     model, missing, rows = recipe.model, [], None
     if model.path is not None and not _at_hand(model.path, "model.safetensors", "model.safetensors.index.json"):
         missing.append(f"weights of model.path={model.path!r}")

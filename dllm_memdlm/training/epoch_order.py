@@ -17,12 +17,8 @@ class EpochSampler(Sampler[int]):
     transformers' samplers follow torch's global generator, or a count of their own that accelerate sets back when it
     resumes within an epoch: the rest of that epoch then has another order than in a run that was never stopped.
 
-    Args:
-        size: number of examples.
-        seed: seed of the shuffle.
-        epoch: gives the epoch that begins.
-        lengths: length of every example, to put similar ones into a batch (`group_by_length`); none shuffles freely.
-        batch_size: examples in one optimizer step of one process, among which lengths shall be similar.
+    `epoch` gives the epoch that begins. With `lengths` of all examples, similar ones come together (`group_by_length`)
+    in the `batch_size` of one optimizer step of one process.
     """
 
     def __init__(
@@ -40,16 +36,3 @@ class EpochSampler(Sampler[int]):
         if self.lengths is None:
             return iter(torch.randperm(self.size, generator=generator).tolist())
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
-
-
-class LongestFirst(Sampler[int]):
-    """By length, longest first: the same batches in every evaluation, with hardly any padding."""
-
-    def __init__(self, lengths: Sequence[int]) -> None:
-        self.order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.order)

@@ -72,48 +72,37 @@ def write_run_card(folder: str | Path) -> None:
     base = training.section("model").get("path")
     is_adapter = (folder / "adapter_config.json").is_file()
     kind = "A PEFT LoRA adapter" if is_adapter else "A full model"
-    if base is None:
-        what = f"{kind}, trained from scratch."
-    else:
-        what = f"{kind} for {label(base)}." if is_adapter else f"{kind}, trained from {label(base)}."
+    origin = ", trained from scratch" if base is None else f"{' for' if is_adapter else ', trained from'} {label(base)}"
+    what = f"{kind}{origin}."
     write_card(folder, folder.resolve().name, what, training, base, is_adapter)
 
 
 def write_card(
     folder: Path, name: str, what: str, training: Training, base: str | None, is_adapter: bool = False
 ) -> None:
-    """Write README.md.
+    """Write README.md into a folder.
 
-    Args:
-        folder: where to write it.
-        name: the title.
-        what: a sentence that says what the weights are.
-        training: how they were trained.
-        base: folder or hub name of the model they come from; none for one from scratch.
-        is_adapter: whether the weights are an adapter on that base.
+    `name` is its title, `what` a sentence that says what the weights are. `base` is the folder or hub name of the model
+    that they come from, or are an adapter for; none for one from scratch.
     """
+    on_hub, dataset = _hub_name(base), _hub_name(training.section("data").get("dataset"))
     data = ModelCardData(
-        base_model=_hub_name(base),
-        base_model_relation=("adapter" if is_adapter else "finetune") if _hub_name(base) else None,
-        datasets=[hub] if (hub := _hub_name(training.section("data").get("dataset"))) else None,
+        base_model=on_hub,
+        base_model_relation=("adapter" if is_adapter else "finetune") if on_hub else None,
+        datasets=[dataset] if dataset else None,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["dllm", "masked-diffusion", *(["memdlm"] if training.uses_memory else []), *["lora"] * is_adapter],
+        tags=["dllm", "masked-diffusion", *["memdlm"] * training.uses_memory, *["lora"] * is_adapter],
     )
-    sections = [f"# {name}", _introduction(what, training), *_results(training), _use(training, is_adapter)]
+    method = f"with {PAPER}" if training.uses_memory else "with plain masked diffusion (MDLM), without memory,"
+    trained = f" Trained {method} by dllm-memdlm." if training.recipe else ""
+    kind = "It is a masked diffusion language model; attention is bidirectional."
+    sections = [f"# {name}", f"{what} {kind}{trained}", *_results(training), _use(training, is_adapter)]
     if training.recipe_text:
         sections.append(f"## Recipe\n\n```yaml\n{training.recipe_text.rstrip()}\n```")
     versions = "\n".join(f"- {package} {version}" for package, version in package_versions().items())
     sections.append(f"## Versions\n\n{versions}")
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n").save(folder / "README.md")
-
-
-def _introduction(what: str, training: Training) -> str:
-    how = "a masked diffusion language model; attention is bidirectional"
-    if not training.recipe:
-        return f"{what} It is {how}."
-    method = f"with {PAPER}" if training.uses_memory else "with plain masked diffusion (MDLM), without memory,"
-    return f"{what} It is {how}. Trained {method} by dllm-memdlm."
 
 
 def _results(training: Training) -> list[str]:

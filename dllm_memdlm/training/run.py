@@ -23,18 +23,15 @@ from ..data import load_examples, tokenizer_for, training_texts
 from ..versions import hub_errors
 from . import engines
 from .arguments import MemDLMConfig
+from .checkpoints import CONTENTS, last_checkpoint, read_contents
 from .example_ids import digest_of
 from .model_card import write_run_card
 from .recipe import FILE_NAME, Recipe
-from .run_folder import check_engine, check_whole, has_checkpoints, last_checkpoint
 from .trainer import MemDLMTrainer
 
 #: Tokenizers that were trained for runs, so that runs on the same texts share one.
 TOKENIZER_CACHE = Path(huggingface_hub.constants.HF_HOME) / "dllm-memdlm" / "tokenizers"
 
-
-#: What to do about a checkpoint that another recipe has made.
-ELSE = "change it back, or train to another training.output_dir"
 
 #: Training arguments on which the noise and the order of the examples depend, with their defaults.
 ORDER = {
@@ -119,81 +116,74 @@ def train(recipe: Recipe, resume: bool = False) -> MemDLMTrainer:
 
     With `resume` it goes on from the last checkpoint in the output folder, if there is one.
     """
-    checkpoint = recipe.training.resume_from_checkpoint
-    output_dir = recipe.training.output_dir
+    args, main = recipe.training, accelerate.PartialState().is_main_process
+    checkpoint, output_dir = args.resume_from_checkpoint, args.output_dir
     if checkpoint is None and resume:
         checkpoint = last_checkpoint(output_dir)
-    elif checkpoint is None and has_checkpoints(output_dir) and accelerate.PartialState().is_main_process:
+    elif checkpoint is None and any(Path(output_dir).glob(f"*/{CONTENTS}")) and main:
         print(f"{output_dir} has checkpoints of an earlier run; from now on --resume goes on with this one")
     if checkpoint is not None:
-        made = check_whole(checkpoint)
-        check_recipe(checkpoint, recipe, made.get("made_of", {}).get("weights", {}))
-        recipe.training.eval_on_start = False  # it was evaluated at this step before
-        if accelerate.PartialState().is_main_process:
+        made_of = read_contents(checkpoint).get("made_of", {})
+        sections = ("model", "lora", "memory", "training")
+        check_recipe(checkpoint, recipe, sections, made_of.get("weights", {}), _weights_of(recipe))
+        args.eval_on_start = False  # it was evaluated at this step before
+        if main:
             print(f"going on from {checkpoint}", flush=True)
     trainer = build_trainer(recipe)
-    if checkpoint is not None:
-        check_engine(checkpoint, made["made_by"], engines.describe(trainer.accelerator))
-        check_examples(checkpoint, recipe, made.get("made_of", {}).get("data"), trainer.made_of["data"])
+    if checkpoint is not None and made_of.get("data") != trainer.made_of["data"]:
+        made = {"data.dataset": made_of["data"]} if "data" in made_of else {}  # not by an earlier version
+        here = {"data.dataset": trainer.made_of["data"]}
+        check_recipe(checkpoint, recipe, ("data",), made, here, ("data.num_proc=", "data.eval_s"))
     trainer.train(resume_from_checkpoint=checkpoint)
-    steps = trainer.state.global_step
-    if checkpoint is not None and Path(checkpoint).name == f"checkpoint-{steps}" and trainer.is_world_process_zero():
+    steps, logs = trainer.state.global_step, trainer.state.log_history
+    if checkpoint is not None and Path(checkpoint).name == f"checkpoint-{steps}" and main:
         print(f"all {steps} steps were done: nothing was left to train", flush=True)
-    broken = [row["step"] for row in trainer.state.log_history if not math.isfinite(row.get("loss", 0.0))]
-    if broken and trainer.is_world_process_zero():
+    broken = [row["step"] for row in logs if not math.isfinite(row.get("loss", 0.0))]
+    if broken and main:
         print(
             f"the loss is not finite at step {broken[0]}, the first of {len(broken)} such logs: what is saved may not "
             "work; try a smaller training.learning_rate",
             flush=True,
         )
-    evaluated = {row["step"] for row in trainer.state.log_history if "eval_loss" in row}
-    if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated:
+    if trainer.eval_dataset is not None and steps not in {row["step"] for row in logs if "eval_loss" in row}:
         trainer.evaluate()
     trainer.save_model()
     trainer.save_state()
-    if trainer.is_world_process_zero():
+    if main:
         recipe.save(output_dir)
         write_run_card(output_dir)
         print(f"saved to {output_dir}", flush=True)
     return trainer
 
 
-def check_recipe(checkpoint: str, recipe: Recipe, weights: dict[str, str]) -> None:
-    """Refuse a checkpoint that another recipe has made.
+def check_recipe(
+    checkpoint: str,
+    recipe: Recipe,
+    sections: tuple[str, ...],
+    made: dict[str, Any],
+    here: dict[str, Any],
+    ignored: tuple[str, ...] = (),
+) -> None:
+    """Refuse a checkpoint that another recipe has made, by some of its sections; of `training` only `ORDER` counts.
 
-    Of its training section only `ORDER` counts, of its data the examples that they come to (`check_examples`), and of
-    weights in a folder their own digests, wherever it lies (`weights`: by `model.path` and `lora.path`).
+    `made` and `here` are digests of contents, then and now, by the setting that names them: what has the same one may
+    lie elsewhere. Settings that begin as one of `ignored` may differ.
     """
-    here = _weights_of(recipe)
-    same = [name for name in here if here[name] == weights.get(name)]
-    changes = _changes(checkpoint, recipe, ("model", "lora", "memory", "training"))
-    change = next((c for c in changes if c.partition("=")[0] not in same), None)
-    if change is None and (name := next((n for n in weights if n in here and n not in same), None)) is not None:
-        section, key = name.split(".")
-        change = (
-            f"another content of {name}={getattr(getattr(recipe, section), key)!r}, which has been written to since"
-        )
+    ignored += tuple(f"{name}=" for name in here if here[name] == made.get(name))
+    change = next((c for c in _changes(checkpoint, recipe, sections) if not c.startswith(ignored)), None)
+    other = next((name for name in made if name in here and here[name] != made[name]), None)
+    if change is None and other is not None:
+        section, key = other.split(".")
+        value = getattr(getattr(recipe, section), key)
+        change = f"another content of {other}={value!r}, which has been written to since"
     if change is not None:
-        raise ConfigError(f"{checkpoint}: made with {change}; {ELSE}")
+        raise ConfigError(f"{checkpoint}: made with {change}; change it back, or train to another training.output_dir")
 
 
 def _weights_of(recipe: Recipe) -> dict[str, str]:
     """Digests of the weights that a run starts from, of those that lie in a folder, by their setting's name."""
     paths = {"model.path": recipe.model.path, "lora.path": recipe.lora.path}
     return {name: digest for name, path in paths.items() if path and (digest := weights_digest(path)) is not None}
-
-
-def check_examples(checkpoint: str, recipe: Recipe, made_of: dict[str, Any] | None, here: dict[str, Any]) -> None:
-    """Refuse a checkpoint of a run on other training examples, wherever they lie."""
-    if made_of == here:
-        return
-    changes = _changes(checkpoint, recipe, ("data",))
-    change = next((c for c in changes if not c.startswith(("data.num_proc=", "data.eval_s"))), None)
-    if change is None and made_of is None:  # made without a recipe, or by an earlier version
-        return
-    if change is None:
-        change = f"another content of data.dataset={recipe.data.dataset!r}, which has been written to since"
-    raise ConfigError(f"{checkpoint}: made with {change}; {ELSE}")
 
 
 def _changes(checkpoint: str, recipe: Recipe, sections: tuple[str, ...]) -> Iterator[str]:

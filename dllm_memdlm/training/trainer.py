@@ -20,12 +20,12 @@ from ..method.inner_loop import ParametricMemory, Written
 from ..method.trajectory import Trajectory
 from . import engines
 from .arguments import MemDLMConfig
+from .checkpoints import WholeCheckpoints
 from .collator import AnchorTrajectoryCollator
-from .epoch_order import EpochSampler, LongestFirst
+from .epoch_order import EpochSampler
 from .evaluating import Evaluation, check_best_metric
 from .example_ids import lengths_of, with_example_ids
 from .logs import Averages, EpochClock
-from .resume import WholeCheckpoints
 
 
 class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
@@ -103,8 +103,7 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
                 time_epsilon=self.time_epsilon,
                 bos_token_id=tokenizer.bos_token_id if self.right_shift_logits else None,
             )
-        # Whether transformers counts the maskable tokens of a whole optimizer step, for the loss to be divided by. It
-        # divides by the number of accumulated batches otherwise.
+        # Whether the loss is divided by the maskable tokens of a whole optimizer step, or by the accumulated batches.
         self.model_accepts_loss_kwargs = self.loss_norm_type == "token"
         self.memory_config, self.memory = memory, None
         if memory.enabled:
@@ -119,9 +118,9 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
     # === engines ===
 
     def create_accelerator_and_postprocess(self) -> None:
-        engines.allow_fsdp_on_cpus()
-        super().create_accelerator_and_postprocess()
-        engines.check(self.accelerator)
+        with engines.in_force(self.args):
+            super().create_accelerator_and_postprocess()
+        engines.check(self.accelerator, self.args)
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args)
@@ -170,8 +169,9 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
                 self._note(step, written)
             fast = written.fast_weights
             del written  # memory dropout leaves nothing of it
-            if training and self.memory_config.dropout > 0:
-                fast = fast.keep(self._kept(trajectory))
+            if training and self.memory_config.dropout > 0:  # which sets of fast weights stay [S]
+                drawn = noise.uniform(self.memory.keys_of(trajectory), noise.DROPOUT, 1)[:, 0]
+                fast = fast.keep(drawn >= self.memory_config.dropout)
         # 3. The outer loss, with them in place. It is divided by the maskable tokens of a whole optimizer step in all
         # processes, whose gradients will be averaged.
         count = num_items_in_batch
@@ -191,10 +191,6 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
     @torch.no_grad()
     def _memory_off(self, step: BilevelStep) -> tuple[Tensor, Tensor]:
         return step.loss(step.model)
-
-    def _kept(self, trajectory: Trajectory) -> Tensor:
-        """Memory dropout: which sets of fast weights stay in place. → [S] bool."""
-        return noise.uniform(self.memory.keys_of(trajectory), noise.DROPOUT, 1)[:, 0] >= self.memory_config.dropout
 
     # === order ===
 
@@ -221,10 +217,12 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
             )
         return loader
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | list[int] | None:
         if not self.args.group_by_length or eval_dataset is None or not has_length(eval_dataset):
             return super()._get_eval_sampler(eval_dataset)
-        return LongestFirst(lengths_of(eval_dataset))
+        # The longest first: the same batches in every evaluation, with hardly any padding.
+        lengths = lengths_of(eval_dataset)
+        return sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
     # === logs ===
 

@@ -100,10 +100,29 @@ def _work(group: dict[str, Any], log: Path, target: Callable[..., None], argumen
     import torch
 
     torch.set_num_threads(1)
+    _allow_fsdp_on_cpus()
     target(*arguments)
     sys.stdout.flush()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _allow_fsdp_on_cpus() -> None:
+    """accelerate has DDP in its place there, unless it takes the processes for GPUs'."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    from dllm_memdlm.training.trainer import MemDLMTrainer
+
+    create = MemDLMTrainer.create_accelerator_and_postprocess
+
+    def as_on_gpus(trainer: MemDLMTrainer) -> None:
+        state = PartialState._shared_state
+        if trainer.args.engine == "fsdp2" and state["distributed_type"] == DistributedType.MULTI_CPU:
+            state["distributed_type"] = DistributedType.MULTI_GPU
+        create(trainer)
+
+    MemDLMTrainer.create_accelerator_and_postprocess = as_on_gpus
 
 
 def _free_port() -> int:

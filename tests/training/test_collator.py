@@ -7,9 +7,9 @@ import pickle
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
+from conftest import seq2seq
 from torch.utils.data import DataLoader
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
+from transformers import DataCollatorForSeq2Seq
 
 from dllm_memdlm.compat.dllm_api import NoAttentionMaskWrapper, make_alpha_scheduler
 from dllm_memdlm.config import ConfigError, MemoryConfig
@@ -17,30 +17,16 @@ from dllm_memdlm.method import noise
 from dllm_memdlm.method.trajectory import build_trajectory
 from dllm_memdlm.training.collator import EXAMPLE_ID, AnchorTrajectoryCollator
 
-EOS, BOS = 1, 2
+EOS, BOS = 0, 1
 NOISE_FIELDS = {
     *("maskable", "noise_level", "noise_weight", "anchor_mask", "inner_masks", "inner_ratios", "inner_weights"),
     *("noise_keys", "loss_index_0", "loss_index_1", "loss_index_2"),
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {"<unk>": 0, "<eos>": EOS, "<bos>": BOS, "<mask>": 3} | {f"w{i}": i for i in range(4, 100)}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")),
-        unk_token="<unk>",
-        eos_token="<eos>",
-        pad_token="<eos>",
-        bos_token="<bos>",
-        mask_token="<mask>",
-        padding_side="right",
-    )
-
-
 @pytest.fixture
 def pad(tokenizer) -> DataCollatorForSeq2Seq:
-    return DataCollatorForSeq2Seq(tokenizer, return_tensors="pt", label_pad_token_id=EOS)
+    return seq2seq(tokenizer)
 
 
 def feature(example: int, prompt: int = 3, response: int = 9) -> dict:
@@ -56,9 +42,6 @@ def assert_same(a: dict, b: dict) -> None:
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
-
-
-# --- values ---
 
 
 def test_docstring_example(pad):
@@ -101,14 +84,6 @@ def test_noise_is_that_of_seed_epoch_and_example(pad):
     assert torch.equal(batch["anchor_mask"], expected.anchor_mask)
 
 
-def test_noise_level_is_uniform_from_epsilon_to_one(pad):
-    collator = AnchorTrajectoryCollator(pad, time_epsilon=0.2)
-    batch = {"input_ids": torch.zeros(20_000, 1).long(), "labels": torch.zeros(20_000, 1).long()}
-    t = collator.add_noise(batch, torch.arange(20_000))["noise_level"]
-    assert 0.2 <= t.min() < 0.2002 and 0.9998 < t.max() < 1
-    assert t.mean().item() == pytest.approx(0.6, abs=0.005)
-
-
 def test_masks_follow_the_schedule(pad):
     """Under the cosine schedule a token is masked with probability cos(π/2 · (1 - t))."""
     collator = AnchorTrajectoryCollator(pad, scheduler=make_alpha_scheduler("cosinealphascheduler"))
@@ -130,21 +105,6 @@ def test_padding_is_end_of_sequence_labelled_and_maskable(pad):
     assert padding.any()
 
 
-def test_features_are_left_as_they_were(pad):
-    given = features(3)
-    before = copy.deepcopy(given)
-    AnchorTrajectoryCollator(pad)(given)
-    assert given == before
-
-
-def test_memory_off_draws_the_same_anchor(pad):
-    on = AnchorTrajectoryCollator(pad)(features(8))
-    off = AnchorTrajectoryCollator(pad, MemoryConfig(enabled=False))(features(8))
-    assert off["inner_masks"].shape[1] == 1 and off["inner_ratios"].shape == (8, 0)
-    for name in ("input_ids", "labels", "noise_level", "anchor_mask", "noise_keys"):
-        assert torch.equal(on[name], off[name])
-
-
 def test_examples_do_not_depend_on_their_batch(pad):
     collator = AnchorTrajectoryCollator(pad, MemoryConfig(steps=3))
     same_length = [feature(i) for i in range(5)]
@@ -160,9 +120,6 @@ def test_examples_do_not_depend_on_their_batch(pad):
         assert_same(alone, expected)
 
 
-# --- composition ---
-
-
 def test_wrapper_of_the_attention_mask_inside_and_outside(pad):
     config = MemoryConfig()
     plain = AnchorTrajectoryCollator(pad, config)(features(4))
@@ -174,26 +131,6 @@ def test_wrapper_of_the_attention_mask_inside_and_outside(pad):
     assert_same(outside, plain)
 
 
-def test_attributes_of_wrapped_collators_are_reached(pad, tokenizer):
-    collator = NoAttentionMaskWrapper(AnchorTrajectoryCollator(NoAttentionMaskWrapper(pad), seed=5))
-    assert collator.tokenizer is tokenizer
-    assert collator.seed == 5
-    collator.set_epoch(3)
-    assert collator.epoch == 3
-    with pytest.raises(AttributeError, match="no_such_attribute"):
-        _ = collator.no_such_attribute
-
-
-def test_copies_keep_their_settings(pad):
-    collator = AnchorTrajectoryCollator(pad, MemoryConfig(steps=4), seed=3)
-    collator.set_epoch(5)
-    expected = collator(features(4))
-    for again in (pickle.loads(pickle.dumps(collator)), copy.deepcopy(collator)):
-        assert_same(again(features(4)), expected)
-        again.set_epoch(6)
-        assert collator.epoch == 5
-
-
 def test_bos_is_put_ahead_before_masking(pad):
     collator = AnchorTrajectoryCollator(pad, bos_token_id=BOS)
     given = [feature(i, prompt=0 if i == 0 else 2, response=30) for i in range(3)]
@@ -202,34 +139,13 @@ def test_bos_is_put_ahead_before_masking(pad):
     assert (batch["input_ids"][:, 0] == BOS).all() and (batch["labels"][:, 0] == -100).all()
     assert torch.equal(batch["input_ids"][:, 1:], without["input_ids"])
     assert torch.equal(batch["labels"][:, 1:], without["labels"])
-    assert (batch["attention_mask"][:, 0] == 1).all()
     assert not batch["maskable"][:, 0].any() and not batch["inner_masks"][:, :, 0].any()
     assert batch["anchor_mask"].shape == batch["input_ids"].shape == (3, without["input_ids"].shape[1] + 1)
     # the noise belongs to the position in the sequence as it is masked, BOS included
     u = noise.uniform(batch["noise_keys"], noise.ANCHOR, batch["input_ids"].shape[1])
     assert torch.equal(batch["anchor_mask"], (u < batch["noise_level"][:, None]) & batch["maskable"])
-
-
-def test_bos_only_where_some_first_token_is_in_the_loss(pad):
-    collator = AnchorTrajectoryCollator(pad, bos_token_id=BOS)
-    prompts = [feature(i, prompt=1 + i) for i in range(3)]
+    prompts = [feature(i, prompt=1 + i) for i in range(3)]  # none of whose first tokens is in the loss
     assert_same(collator(prompts), AnchorTrajectoryCollator(pad)(prompts))
-
-
-# --- epochs ---
-
-
-def test_epochs_change_the_noise(pad):
-    collator = AnchorTrajectoryCollator(pad)
-    assert collator.epoch == 0
-    first = collator(features(8))
-    collator.set_epoch(1)
-    second = collator(features(8))
-    assert torch.equal(first["input_ids"], second["input_ids"])
-    assert not (first["noise_level"] == second["noise_level"]).any()
-    assert not torch.equal(first["anchor_mask"], second["anchor_mask"])
-    collator.set_epoch(0)
-    assert_same(collator(features(8)), first)
 
 
 def test_evaluation_noise_never_changes(pad):
@@ -246,52 +162,36 @@ def test_evaluation_noise_never_changes(pad):
     assert collator.epoch == 2
 
 
-# --- data loader workers ---
-
-# Newer Pythons warn of any fork in a process with threads, which a data loader does by default.
-may_fork = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-
-
-def loaded(loader: DataLoader) -> list[dict]:
-    return [{name: value.clone() for name, value in batch.items()} for batch in loader]
-
-
-@may_fork
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # newer Pythons', of any fork
 @pytest.mark.parametrize("persistent", [False, True])
 def test_epochs_reach_the_workers(pad, persistent):
-    collator = AnchorTrajectoryCollator(pad, MemoryConfig(steps=3))
-    data = features(14)
+    collator, data = AnchorTrajectoryCollator(pad, MemoryConfig(steps=3)), features(14)
     here = DataLoader(data, batch_size=3, collate_fn=collator)
     away = DataLoader(data, batch_size=3, collate_fn=collator, num_workers=2, persistent_workers=persistent)
     seen = []
     for epoch in (0, 1, 2):
         collator.set_epoch(epoch)
-        expected = loaded(here)
-        for a, b in zip(loaded(away), expected, strict=True):
+        expected = list(here)
+        for a, b in zip(away, expected, strict=True):
             assert_same(a, b)
         seen.append(torch.cat([batch["noise_level"] for batch in expected]))
     assert not (seen[0] == seen[1]).any() and not (seen[1] == seen[2]).any()
 
 
-@may_fork
-def test_evaluation_in_workers(pad):
-    evaluation = AnchorTrajectoryCollator(pad).for_evaluation()
-    data = features(8)
-    away = DataLoader(data, batch_size=4, collate_fn=evaluation, num_workers=2)
-    for a, b in zip(loaded(away), loaded(DataLoader(data, batch_size=4, collate_fn=evaluation)), strict=True):
-        assert_same(a, b)
-
-
-# --- errors ---
+def test_copies_keep_their_settings(pad):
+    collator = AnchorTrajectoryCollator(pad, MemoryConfig(steps=4), seed=3)
+    collator.set_epoch(5)
+    given = features(4)
+    expected = collator(given)
+    assert given == features(4), "features are left as they were"
+    for again in (pickle.loads(pickle.dumps(collator)), copy.deepcopy(collator)):
+        assert_same(again(given), expected)
+        again.set_epoch(6)
+        assert collator.epoch == 5
 
 
 def test_features_without_their_index(pad):
-    nameless = [feature(0), {name: value for name, value in feature(1).items() if name != EXAMPLE_ID}]
-    with pytest.raises(ConfigError) as error:
-        AnchorTrajectoryCollator(pad)(nameless[1:])
-    assert str(error.value) == (
-        "AnchorTrajectoryCollator: features without 'example_id' (fields: input_ids, labels); "
-        "pass the dataset to MemDLMTrainer, or add each example's index under that name"
-    )
-    with pytest.raises(ConfigError, match="features without 'example_id'"):
-        AnchorTrajectoryCollator(pad)(nameless)
+    nameless = {name: value for name, value in feature(1).items() if name != EXAMPLE_ID}
+    for given in ([nameless], [feature(0), nameless]):
+        with pytest.raises(ConfigError, match=r"features without 'example_id' \(fields: input_ids, labels"):
+            AnchorTrajectoryCollator(pad)(given)

@@ -15,6 +15,7 @@ import recipe_files
 import small_run
 import torch
 import yaml
+from conftest import DIMENSIONS
 from processes import launch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,54 +27,30 @@ ENGINES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero1": "ZeRO-1", "zero2": "ZeRO-2",
 #: Five steps. Plain SGD: AdamW divides a rounding error of a vanishing gradient by itself. A large inner learning rate,
 #: so that a wrong inner loop shows.
 COMMON = (
-    "training.max_steps=5",
-    "training.optim=sgd",
-    "training.learning_rate=0.05",
-    "training.warmup_ratio=0.0",
-    "training.save_strategy='no'",
-    "training.eval_steps=3",
-    "memory.inner_lr=10",
-    "memory.grad_clip=0.2",
+    *("training.max_steps=5", "training.optim=sgd", "training.learning_rate=0.05", "training.warmup_ratio=0.0"),
+    *("training.save_strategy='no'", "training.eval_steps=3", "memory.inner_lr=10", "memory.grad_clip=0.2"),
 )
+CHECKPOINTING, ACCUMULATION = "training.gradient_checkpointing=true", "training.gradient_accumulation_steps=2"
 LORA = ("lora.enabled=true", "lora.r=4", "lora.alpha=8", "lora.dropout=0.0")
 #: A first layer that is dense, then routed and shared experts.
-LLADA2 = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "num_experts": 6,
-    "num_experts_per_tok": 2,
-    "n_group": 3,
-    "topk_group": 2,
-}
+LLADA2 = {"hidden_size": 32, **DIMENSIONS["llada2"]}
+LLADA2 |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
 #: What is trained, by name. Every case has its own reference in one process.
 CASES: dict[str, tuple[str, ...]] = {
     "LLaDA-MoE, LoRA": LORA,
-    "LLaDA-MoE, LoRA, checkpointing, accumulation": (
-        *LORA,
-        "training.gradient_checkpointing=true",
-        "training.gradient_accumulation_steps=2",
-    ),
+    "LLaDA-MoE, LoRA, checkpointing, accumulation": (*LORA, CHECKPOINTING, ACCUMULATION),
     "LLaDA-MoE, all weights, AdamW": (
-        "training.optim=adamw_torch",
-        "training.learning_rate=1e-3",
-        "training.adam_epsilon=1e-3",
+        *("training.optim=adamw_torch", "training.learning_rate=1e-3", "training.adam_epsilon=1e-3"),
     ),
     "LLaDA-MoE, LoRA, MDLM": (*LORA, "memory.enabled=false"),
     "LLaDA-MoE, LoRA, one φ for all (memory.sync)": (*LORA, "memory.scope=batch", "memory.sync=true"),
     "LLaDA2.1, LoRA, two adapted layers, K = 3, KL": (
-        *LORA,
-        "memory.layer_fraction=0.67",
-        "memory.steps=3",
-        "memory.objective=kl",
+        *(*LORA, "memory.layer_fraction=0.67", "memory.steps=3", "memory.objective=kl"),
     ),
-    "LLaDA2.1, all weights, checkpointing": ("training.gradient_checkpointing=true",),
+    "LLaDA2.1, all weights, checkpointing": (CHECKPOINTING,),
     # with a seed of 42 rounding sends a token through another expert: 3e-4 apart, under every engine
-    "LLaDA2.1, all weights, accumulation": ("training.gradient_accumulation_steps=2", "training.seed=7"),
-    "LLaDA2.1, LoRA, checkpointing": (*LORA, "training.gradient_checkpointing=true"),
+    "LLaDA2.1, all weights, accumulation": (ACCUMULATION, "training.seed=7"),
+    "LLaDA2.1, LoRA, checkpointing": (*LORA, CHECKPOINTING),
     "a checkpoint, LoRA": LORA,
     "4 bit, LoRA": (*LORA, "model.load_in_4bit=true"),
 }

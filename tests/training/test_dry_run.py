@@ -31,13 +31,6 @@ def test_a_dry_run_of_a_local_recipe_misses_nothing(recipe, tmp_path, capsys):
     assert not (tmp_path / "runs").exists(), "nothing is written"
 
 
-def test_a_dry_run_without_memory_shows_no_sites(recipe, capsys):
-    assert train.main([recipe, "--dry-run", "memory.enabled=false"]) == 0
-    out = capsys.readouterr().out
-    assert cell(out, "fast weights, each sample") == "0 (memory is off)"
-    assert "sites" not in out
-
-
 def test_a_dry_run_of_a_saved_model_reads_its_config(recipe, tmp_path, capsys):
     folder = tmp_path / "model"
     model = tiny("llada2")
@@ -122,11 +115,12 @@ def test_a_dry_run_says_whether_it_fits(recipe, capsys):
     )
 
 
-def test_without_a_size_of_memory_there_is_no_verdict(recipe, capsys):
-    assert train.main([recipe, "--dry-run", "training.max_steps=-1", "training.num_train_epochs=2"]) == 0
+def test_without_memory_or_a_size_of_it_there_is_less_to_say(recipe, capsys):
+    settings = ("memory.enabled=false", "training.max_steps=-1", "training.num_train_epochs=2")
+    assert train.main([recipe, "--dry-run", *settings]) == 0
     out = capsys.readouterr().out
-    assert "fit" not in out
-    assert "(1 GPU; most at once: " in out
+    assert cell(out, "fast weights, each sample") == "0 (memory is off)"
+    assert "sites" not in out and "fit" not in out and "(1 GPU; most at once: " in out
     assert "Steps: about 8 (2 epochs of 16 examples; long ones would be dropped)\n" in out
 
 

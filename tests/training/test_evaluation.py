@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
-from conftest import (
-    KINDS,
-    examples,
-    make_trainer,
-    tiny,
-)
+from conftest import KINDS, examples, make_trainer, tiny
 from steps import OFF, memory_for, plain_loss
 
 # dllm's meter computes both splits when an evaluation ends, and torchmetrics says so of the one without tokens
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The ``compute`` method of metric (NLL|PPL)Metric was called before:UserWarning"
 )
-
-
-# === evaluation ===
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -46,6 +37,14 @@ def test_evaluation_reports_both_losses(kind, tokenizer, tmp_path):
             total += plain_loss(model, batch).item() * batch["maskable"].sum().item()
         tokens += batch["maskable"].sum().item()
     assert metrics["eval_loss_memory_off"] == pytest.approx(total / tokens, rel=1e-5)
+    meter = {
+        name: value
+        for log in trainer.state.log_history
+        for name, value in log.items()
+        if "nll" in name or "ppl" in name
+    }
+    assert meter["eval_nll"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
+    assert meter["eval_ppl"] == pytest.approx(math.exp(metrics["eval_loss"]), rel=1e-4)
     assert not any(p.grad is not None for p in model.parameters())
 
 
@@ -64,23 +63,6 @@ def test_evaluation_repeats_itself(tokenizer, tmp_path):
     assert trainer.data_collator.epoch == 3
 
 
-def test_evaluation_does_not_move_training(tokenizer, tmp_path):
-    """Evaluations in between, and their number of batches, leave no mark on the weights."""
-    weights = []
-    for every, batch_size in ((0, 3), (1, 2)):
-        model = tiny("llama", lora=True)  # a data loader moves the generator that dropout draws from
-        settings: dict[str, Any] = {"per_device_eval_batch_size": batch_size}
-        if every:
-            settings |= {"eval_strategy": "steps", "eval_steps": every}
-        trainer = make_trainer(
-            model, tokenizer, tmp_path, memory_for("llama"), eval_data=examples(4), max_steps=4, **settings
-        )
-        trainer.train()
-        assert len([log for log in trainer.state.log_history if "eval_loss" in log]) == (4 if every else 0)
-        weights.append(model.state_dict())
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
 def test_several_evaluation_sets(tokenizer, tmp_path):
     data = {"short": examples(3), "long": examples(3, shortest=20, longest=24)}
     metrics = make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama"), eval_data=data).evaluate()
@@ -90,32 +72,17 @@ def test_several_evaluation_sets(tokenizer, tmp_path):
     assert metrics["eval_long_loss_memory_off"] == pytest.approx(alone["eval_loss_memory_off"])
 
 
-def test_logging_does_not_move_training(tokenizer, tmp_path):
-    """`loss_memory_off` is one more forward with dropout, whose draws must not move those of training."""
+def test_neither_evaluations_nor_logs_move_training(tokenizer, tmp_path):
+    """They leave no mark on the weights: `loss_memory_off` is one more forward with dropout, and loaders draw, too."""
+    evaluating = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2}
     weights = []
-    for every in (1, 100):
-        model = tiny("llama", lora=0.3)
-        trainer = make_trainer(
-            model, tokenizer, tmp_path, memory_for("llama"), max_steps=4, logging_steps=every, logging_first_step=False
-        )
+    for lora, settings in ((True, {}), (True, evaluating), (0.3, {"logging_steps": 100}), (0.3, {})):
+        model = tiny("llama", lora=lora)
+        settings = {"logging_first_step": False, "max_steps": 4, **settings}
+        trainer = make_trainer(model, tokenizer, tmp_path, memory_for("llama"), eval_data=examples(4), **settings)
         trainer.train()
+        evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
+        assert len(evaluations) == (4 if "eval_steps" in settings else 0)
         weights.append(model.state_dict())
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
-# === the meter ===
-
-
-def test_the_meter_reports_the_mean_over_tokens(tokenizer, tmp_path):
-    trainer = make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama"), eval_data=examples(5))
-    trainer.evaluate()
-    logged = {name: value for log in trainer.state.log_history for name, value in log.items()}
-    collator, total, tokens = trainer.data_collator.for_evaluation(), 0.0, 0
-    trainer.model.eval()
-    for indices in ((0, 1, 2), (3, 4)):
-        batch = dict(collator([trainer.eval_dataset[i] for i in indices]))
-        with torch.no_grad():
-            total += trainer.compute_loss(trainer.model, batch).item() * int(batch["maskable"].sum())
-        tokens += int(batch["maskable"].sum())
-    assert logged["eval_nll"] == pytest.approx(total / tokens, rel=1e-5)
-    assert logged["eval_ppl"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
+    for one, other in (weights[:2], weights[2:]):
+        assert all(torch.equal(one[name], other[name]) for name in one)

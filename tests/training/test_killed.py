@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,24 +13,16 @@ import torch
 from processes import Launch, launch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers.trainer_utils import get_last_checkpoint
 
 from dllm_memdlm.train import main
-from dllm_memdlm.training.resume import UNFINISHED
+from dllm_memdlm.training.checkpoints import CONTENTS, last_checkpoint
 
 #: LoRA dropout and memory dropout draw random numbers, accumulated batches end epochs in the middle of a step, and
 #: examples of several lengths are sorted: whatever a resumed run could get wrong.
 SETTINGS = (
-    "training.max_steps=40",
-    "training.save_steps=1",
-    "training.save_total_limit=2",
-    "training.eval_steps=15",
-    "training.per_device_train_batch_size=2",
-    "training.gradient_accumulation_steps=2",
-    "training.group_by_length=true",
-    "lora.enabled=true",
-    "lora.r=4",
-    "lora.dropout=0.3",
+    *("training.max_steps=40", "training.save_steps=1", "training.save_total_limit=2", "training.eval_steps=15"),
+    *("training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=2", "lora.dropout=0.3"),
+    *("training.group_by_length=true", "lora.enabled=true", "lora.r=4"),
 )
 #: Processes, kills and settings, by the name in the table.
 KINDS: dict[str, tuple[int, int, tuple[str, ...]]] = {
@@ -49,12 +40,6 @@ ROWS = [{"instruction": "?" * (5 + 3 * i % 20), "output": chr(97 + i) * (6 + i %
 TABLE = "Runs of 40 steps, killed with SIGKILL and resumed, against one that was never stopped"
 
 
-@dataclass
-class Killed:
-    kills: int = 0
-    while_saving: int = 0  #: kills that left an unfinished checkpoint
-
-
 def train(recipe: str, settings: tuple[str, ...]) -> None:
     assert main([recipe, *settings, "--resume", "--debug"]) == 0
 
@@ -65,30 +50,37 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 def last_step(folder: Path) -> int:
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    checkpoint = last_checkpoint(folder)
     return int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+
+
+def saving(folder: Path) -> bool:
+    """Whether there is a checkpoint that is not whole."""
+    return any(not (path / CONTENTS).exists() for path in folder.glob("checkpoint-*"))
 
 
 def killed_run(
     recipe: Path, folder: Path, count: int, settings: tuple[str, ...], kills: int, rng: random.Random
-) -> Killed:
-    """A run that is killed `kills` times after its next checkpoint: anywhere, or in the save that follows."""
-    killed = Killed()
+) -> int:
+    """A run that is killed `kills` times after its next checkpoint: anywhere, or in the save that follows.
+
+    Returns how many kills left an unfinished checkpoint.
+    """
+    while_saving = 0
     for number in range(kills):
         before = last_step(folder)
         running = Launch(count, folder / f"logs{number}", train, str(recipe), settings)
         while running.alive() and last_step(folder) <= before:
             time.sleep(0.005)
-        while running.alive() and number % 2 and not (folder / UNFINISHED).exists():
+        while running.alive() and number % 2 and not saving(folder):
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.02 if number % 2 else 0.2))
         alive = running.alive()
         running.kill()
         assert alive, f"it ended before kill {number + 1}: {running.logs[0].read_text()[-2000:]}"
-        killed.kills += 1
-        killed.while_saving += (folder / UNFINISHED).exists()
+        while_saving += saving(folder)
     launch(count, folder / "logs", train, str(recipe), settings)
-    return killed
+    return while_saving
 
 
 @pytest.mark.parametrize(
@@ -105,13 +97,13 @@ def test_killed_runs_end_at_the_same_bits(kind, kills, tmp_path, record_property
     launch(count, straight / "logs", train, str(recipe), (*settings, f"training.output_dir={straight}"))
     seed = random.randrange(1 << 30)  # another moment every time; a failure tells which
     settings = (*settings, f"training.output_dir={again}")
-    killed = killed_run(recipe, again, count, settings, kills, random.Random(seed))
+    while_saving = killed_run(recipe, again, count, settings, kills, random.Random(seed))
 
     expected, actual = weights(straight), weights(again)
     assert expected.keys() == actual.keys()
     off = max((actual[name] - expected[name]).abs().max().item() for name in expected)
-    record_property("table", (TABLE, kind, "kills", str(killed.kills)))
-    record_property("table", (TABLE, kind, "of which in a save", str(killed.while_saving)))
+    record_property("table", (TABLE, kind, "kills", str(kills)))
+    record_property("table", (TABLE, kind, "of which in a save", str(while_saving)))
     record_property("table", (TABLE, kind, "largest difference of a weight", f"{off:g}"))
     assert [name for name in expected if not torch.equal(expected[name], actual[name])] == [], f"seed {seed}"
     losses = [
@@ -119,4 +111,4 @@ def test_killed_runs_end_at_the_same_bits(kind, kills, tmp_path, record_property
         for folder in (straight, again)
     ]
     assert len(losses[0]) == 40 and losses[0] == losses[1], f"seed {seed}"
-    assert not (again / UNFINISHED).exists()
+    assert not saving(again)

@@ -57,27 +57,31 @@ def test_a_runs_adapter_has_our_card_and_not_pefts_draft(adapter):
     assert card.data.tags == ["dllm", "masked-diffusion", "memdlm", "lora"]
     assert card.data.base_model is None and card.data.datasets is None, "local ones mean nothing to others"
     assert "base_model" not in card.data.to_dict() and "/tmp" not in card.data.to_yaml()
-
-
-def test_it_shows_the_losses_as_logged(adapter):
-    text = card_of(adapter).text
     for name in ("loss", "loss_memory_off", "eval_loss", "eval_loss_memory_off"):
-        assert f"| `{name}` | {last(adapter, name):.4f} |" in text
-    assert "After 3 steps (0.75 epochs)" in text
-    assert "fitted to the very tokens being scored" in text
-
-
-def test_it_holds_the_recipe_and_the_versions(adapter):
-    text = card_of(adapter).text
-    assert fenced(text, "yaml") == (Path(adapter) / "recipe.yaml").read_text()
+        assert f"| `{name}` | {last(adapter, name):.4f} |" in card.text
+    assert "After 3 steps (0.75 epochs)" in card.text and "fitted to the very tokens being scored" in card.text
+    assert fenced(card.text, "yaml") == (Path(adapter) / "recipe.yaml").read_text()
     for package, version in package_versions().items():
-        assert f"- {package} {version}\n" in text
-
-
-def test_its_python_runs(adapter):
+        assert f"- {package} {version}\n" in card.text
     scope: dict[str, Any] = {}
-    exec(fenced(card_of(adapter).text, "python").replace("FOLDER", adapter), scope)
+    exec(fenced(card.text, "python").replace("FOLDER", adapter), scope)  # its Python runs
     assert torch.isfinite(scope["logits"]).all() and scope["logits"].shape[-1] == 263
+
+
+def test_names_of_the_hub_are_in_the_metadata_and_local_ones_are_not(adapter):
+    assert (label("/secret/model"), label("inclusionAI/LLaDA2.1-mini")) == ("`model`", "`inclusionAI/LLaDA2.1-mini`")
+    edit_recipe(adapter, model={"path": None})
+    for dataset in ("rows.jsonl", "package:long_context_eval/x.json", "/data/rows", "~/rows", "a/b/c"):
+        edit_recipe(adapter, data={"dataset": dataset})
+        write_run_card(adapter)
+        assert card_of(adapter).data.datasets is None
+    assert "A PEFT LoRA adapter, trained from scratch." in card_of(adapter).text
+    edit_recipe(adapter, model={"path": "inclusionAI/LLaDA2.1-mini"}, data={"dataset": "Yukang/LongAlpaca-12k"})
+    write_run_card(adapter)
+    data = card_of(adapter).data.to_dict()
+    assert (data["base_model"], data["base_model_relation"]) == ("inclusionAI/LLaDA2.1-mini", "adapter")
+    assert data["datasets"] == ["Yukang/LongAlpaca-12k"]
+    assert "A PEFT LoRA adapter for `inclusionAI/LLaDA2.1-mini`." in card_of(adapter).text
 
 
 def test_plain_mdlm_has_no_word_of_memory(tmp_path):
@@ -89,40 +93,6 @@ def test_plain_mdlm_has_no_word_of_memory(tmp_path):
     prose = card.text.partition("## Recipe")[0]
     assert f"| `eval_loss` | {last(tmp_path / 'mdlm', 'eval_loss'):.4f} |" in prose
     assert "memory_off" not in prose and "--memory" not in prose and "fast weights" not in prose
-
-
-def test_an_adapter_on_weights_drawn_at_random(adapter):
-    edit_recipe(adapter, model={"path": None})
-    write_run_card(adapter)
-    assert "A PEFT LoRA adapter, trained from scratch." in card_of(adapter).text
-
-
-def test_names_of_the_hub_are_in_the_metadata(adapter):
-    edit_recipe(adapter, model={"path": "inclusionAI/LLaDA2.1-mini"}, data={"dataset": "Yukang/LongAlpaca-12k"})
-    write_run_card(adapter)
-    data = card_of(adapter).data.to_dict()
-    assert (data["base_model"], data["base_model_relation"]) == ("inclusionAI/LLaDA2.1-mini", "adapter")
-    assert data["datasets"] == ["Yukang/LongAlpaca-12k"]
-    assert "A PEFT LoRA adapter for `inclusionAI/LLaDA2.1-mini`." in card_of(adapter).text
-
-
-@pytest.mark.parametrize("dataset", ["rows.jsonl", "package:long_context_eval/x.json", "/data/rows", "~/rows", "a/b/c"])
-def test_local_data_is_not_called_a_dataset_of_the_hub(dataset, adapter):
-    edit_recipe(adapter, data={"dataset": dataset})
-    write_run_card(adapter)
-    assert card_of(adapter).data.datasets is None
-
-
-def test_a_label_tells_nothing_of_a_disk(tmp_path):
-    assert label(str(tmp_path / "secret" / "model")) == "`model`"
-    assert label("inclusionAI/LLaDA2.1-mini") == "`inclusionAI/LLaDA2.1-mini`"
-
-
-def test_a_run_without_evaluation_has_the_training_loss_alone(tmp_path):
-    base = save_model(tmp_path / "base", "llada_moe", byte_tokenizer())
-    folder = train_adapter(tmp_path, base, "data.eval_fraction=0")
-    table = card_of(folder).text.partition("## Results")[2].partition("`loss` and")[0]
-    assert f"| `loss` | {last(folder, 'loss'):.4f} |" in table and "eval_loss" not in table
 
 
 def test_an_exports_card(adapter, tmp_path):

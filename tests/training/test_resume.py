@@ -34,69 +34,44 @@ def losses(trainer: Any) -> list[float]:
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
-def assert_resumes(folder: Path, tokenizer: Any, kind: str, stop: int = 3, **settings: Any) -> None:
+def assert_resumes(folder: Path, tokenizer: Any, kind: str, stop: int = 3, **settings: Any) -> tuple[Any, Any]:
+    """The same losses and weights, bit by bit, of a run that never stopped and one that did."""
     straight = run(folder / "straight", tokenizer, kind, save_steps=stop, **settings)
     checkpoint = folder / "straight" / f"checkpoint-{stop}"
     resumed = run(folder / "resumed", tokenizer, kind, resume=str(checkpoint), save_steps=stop, **settings)
-    files = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
-    assert files <= {path.name for path in checkpoint.iterdir()}
     assert resumed.state.global_step == 6
-    assert losses(resumed) == losses(straight)
+    assert losses(resumed) == losses(straight) or "logging_steps" in settings  # means of other steps, then
     expected, actual = weights(straight), weights(resumed)
     assert expected.keys() == actual.keys()
     assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
-    start = weights_at_start(kind, settings.get("lora", 0.3))
+    start = dict(tiny(kind, lora=settings.get("lora", 0.3)).named_parameters())
     assert sum(not torch.equal(expected[name], start[name]) for name in expected) > 0.5 * len(expected)
+    return straight, resumed
 
 
-def weights_at_start(kind: str, lora: Any) -> dict[str, torch.Tensor]:
-    return {name: p.detach() for name, p in tiny(kind, lora=lora).named_parameters()}
+#: With six rows an epoch has two steps: stops in the first one, at its end, and in the second.
+GROUPED = {"gradient_accumulation_steps": 2, "group_by_length": True, "per_device_train_batch_size": 2, "rows": 18}
 
 
-@pytest.mark.parametrize("kind", ["llada_moe", "llada2", "llama"])
-def test_resuming_in_the_middle_of_an_epoch(kind, tokenizer, tmp_path):
-    assert_resumes(tmp_path, tokenizer, kind)
-
-
-@pytest.mark.parametrize(("workers", "stop"), [(0, 1), (2, 2), (0, 3)])
-def test_resuming_around_an_epoch_boundary(workers, stop, tokenizer, tmp_path):
-    """Two steps an epoch: in the first epoch, at its end, and in the second."""
-    assert_resumes(tmp_path, tokenizer, "llama", stop=stop, rows=6, dataloader_num_workers=workers)
-
-
-def test_resuming_full_fine_tuning(tokenizer, tmp_path):
-    assert_resumes(tmp_path, tokenizer, "llada_moe", lora=False)
-
-
-def test_resuming_with_accumulation_and_grouping(tokenizer, tmp_path):
-    settings = {"gradient_accumulation_steps": 2, "group_by_length": True, "per_device_train_batch_size": 2}
-    assert_resumes(tmp_path, tokenizer, "llama", rows=18, **settings)
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llada_moe", {}),
+        ("llada2", {}),
+        ("llama", {"rows": 6, "stop": 1}),
+        ("llama", {"rows": 6, "stop": 2, "dataloader_num_workers": 2}),
+        ("llama", {"rows": 6}),
+        ("llada_moe", {"lora": False}),
+        ("llama", GROUPED),
+    ],
+)
+def test_a_resumed_run_ends_at_the_same_bits(kind, settings, tokenizer, tmp_path):
+    assert_resumes(tmp_path, tokenizer, kind, **settings)
 
 
 def test_resuming_with_evaluations_and_sparse_logs(tokenizer, tmp_path):
-    def with_evaluation(folder: Path, resume: str | None = None) -> Any:
-        model = tiny("llama", lora=0.3)
-        trainer = make_trainer(
-            model,
-            tokenizer,
-            folder,
-            MEMORY,
-            examples(12),
-            examples(3, seed=1),
-            max_steps=6,
-            save_strategy="steps",
-            save_steps=3,
-            eval_strategy="steps",
-            eval_steps=2,
-            logging_steps=4,
-        )
-        trainer.train(resume_from_checkpoint=resume)
-        return trainer
-
-    straight = with_evaluation(tmp_path / "straight")
-    resumed = with_evaluation(tmp_path / "resumed", str(tmp_path / "straight" / "checkpoint-3"))
-    expected, actual = weights(straight), weights(resumed)
-    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    evaluated = {"eval_data": examples(3, seed=1), "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 4}
+    straight, resumed = assert_resumes(tmp_path, tokenizer, "llama", **evaluated)
     logs = [[log for log in t.state.log_history if "eval_loss" in log] for t in (straight, resumed)]
     evaluations = [[(log["eval_loss"], log["eval_loss_memory_off"]) for log in part] for part in logs]
     assert evaluations[0] == evaluations[1] and len(evaluations[0]) == 3

@@ -28,8 +28,7 @@ class _Storage:
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all storages that ops make while it is on, until they are freed. Views cost nothing.
 
-    Args:
-        kind_of: what a tensor is for; all are of one kind by default.
+    `kind_of` says what a tensor is for; all are of one kind by default.
     """
 
     def __init__(self, kind_of: Callable[[Tensor], str] = lambda tensor: "") -> None:
@@ -102,7 +101,7 @@ def grouped_flops(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> int:
 def attention_flops(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
     """Of scores and of the sum over values. query [B, H, M, d]; key, value [B, H or a divisor of it, L, d].
 
-    Not torch's own formula: that of 2.11 refuses fewer heads of keys and values than of queries.
+    torch's own formula (2.11) refuses fewer heads of keys and values than of queries.
     """
     return 2 * query.shape[:3].numel() * key.shape[2] * (query.shape[3] + value.shape[3])
 

@@ -17,15 +17,55 @@ from ...backbones import staged_backbone
 from ...config import ConfigError
 from ...method.inner_loop import ParametricMemory
 from ..recipe import Recipe
-from .shapes import active_count, parameter_count, shape_model
-from .shares import SHARES_WEIGHTS, ZERO, Share, share
+from .shapes import active_count, held_bytes, parameter_count, shape_model
 from .step import ACTIVATIONS, FAST, GRADIENTS, LOGITS, Sizes, fake_model, step
 
 #: Of an example's tokens, if nothing is said.
 RESPONSE_SHARE = 0.25
 
+#: Engines that share out the weights themselves, and those of DeepSpeed.
+SHARES_WEIGHTS = ("zero3", "fsdp2")
+ZERO = ("zero1", "zero2", "zero3")
+
+#: DeepSpeed's stage 3 lets go of weights only beyond so many elements (stage3_max_live_parameters, its default).
+LIVE_ELEMENTS = 10**9
+
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True)
+class Share:
+    """Bytes on one GPU that are there in every pass."""
+
+    weights: int
+    optimizer: int
+    buffers: int = 0  #: gradients in flight, and the room an engine keeps for them
+    gathered: int = 0  #: weights of the layers under way, put together from all GPUs
+    stays: float = 1.0  #: part of a gradient that stays on the GPU once the backward pass has made it
+
+
+def share(model: nn.Module, layers: nn.ModuleList, engine: str, gpus: int, cast: torch.dtype | None) -> Share:
+    """The share of one of `gpus` GPUs. `cast`: what layers compute with, if the engine turns their weights into it."""
+    everything, trainable = held_bytes(model, cast=cast), held_bytes(model, trainable=True, cast=cast)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if engine in ZERO:
+        # A float32 copy of the weights that train, which is the one updated, and two moments.
+        optimizer = 12 * count // gpus
+        if engine != "zero3":
+            return Share(everything, optimizer, stays=1 / gpus)
+        element = everything / max(1, sum(t.numel() for t in model.parameters()))
+        gathered = min(everything, int(LIVE_ELEMENTS * element))
+        return Share(everything // gpus, optimizer, 4 * count // gpus, gathered, stays=0.0)
+    if engine == "fsdp2":
+        # Gathered are the layer under way and the next one, on its way; and what belongs to no layer.
+        sizes = [held_bytes(layer, cast=cast) for layer in layers]
+        gathered = 2 * max(sizes) + everything - sum(sizes)
+        kept = held_bytes(model, cast=cast and torch.float32)  # accelerate widens what it shares out
+        adam = 8 * count if cast else 2 * trainable
+        return Share(kept // gpus, adam // gpus, 0, gathered, stays=1 / gpus)
+    # Adam's two moments are of the weights' dtype. DDP averages gradients in buckets, a second copy of them all.
+    return Share(everything, 2 * trainable, trainable if engine == "ddp" else 0)
 
 
 @dataclass(frozen=True)
@@ -72,16 +112,11 @@ def make_plans(
     device: str = "cuda",
     model: nn.Module | None = None,
 ) -> dict[bool, Plan]:
-    """The plans of a recipe without memory and with it, by whether it has one.
+    """Return the plans of a recipe without memory and with it, by whether it has one.
 
-    Args:
-        recipe: what is to be trained.
-        config: of its model.
-        gpus: processes, each with a GPU.
-        response_share: masked tokens of an example over all of them; 1 where the prompt is masked too. All examples
-            are taken to be of `data.max_length` tokens, and every response to be masked whole, as it is at worst.
-        device: whose way of computing is followed, cuda or cpu (which differ in what autocast and dropout keep).
-        model: `shape_model(recipe, config)`, if it is there already; its tensors are used up.
+    All examples are taken to be of `data.max_length` tokens, and the last `response_share` of each, or all of it where
+    the prompt is masked too, to be masked whole, as it is at worst. cuda and cpu differ in what autocast and dropout
+    keep: `device` says whose way is followed. `model`, if it is there already, is used up.
     """
     args, model = recipe.training, shape_model(recipe, config) if model is None else model
     engine = "none" if gpus == 1 else "ddp" if args.engine == "auto" else args.engine
@@ -106,37 +141,21 @@ def make_plans(
     with disable_input_dtype_casting(model, active=low is not None):  # as in training
         steps = {on: step(model, mode, memory if on else None, sizes, held.stays) for on in (False, True)}
     micro_batches = args.gradient_accumulation_steps * gpus
-    return {
-        on: Plan(
-            engine,
-            gpus,
-            *counts,
-            memory.fast_parameters if on else 0,
-            sizes.batch,
-            args.gradient_accumulation_steps,
-            length,
-            sizes.masked,
-            steps[False].flops * micro_batches,
-            steps[True].flops * micro_batches,
-            _with_share(live.highest, held),
-            _with_share(live.largest, held),
-            live.highest_moment,
-        )
-        for on, live in steps.items()
-    }
+    flops = [steps[on].flops * micro_batches for on in (False, True)]
+    plans = {}
+    for on, live in steps.items():
+        fast = memory.fast_parameters if on else 0
+        step_sizes = (sizes.batch, args.gradient_accumulation_steps, length, sizes.masked)
+        by_use = [_with_share(step, held) for step in (live.highest, live.largest)]
+        plans[on] = Plan(engine, gpus, *counts, fast, *step_sizes, *flops, *by_use, live.highest_moment)
+    return plans
 
 
 def _with_share(step: Counter[str], held: Share) -> dict[str, int]:
-    """A step's own bytes, and those that are there all the time."""
-    return {
-        "weights": held.weights,
-        "gathered weights": held.gathered,
-        "optimizer": held.optimizer,
-        GRADIENTS: step[GRADIENTS] + held.buffers,
-        ACTIVATIONS: step[ACTIVATIONS],
-        FAST: step[FAST],
-        LOGITS: step[LOGITS],
-    }
+    """Add a step's own bytes to those that are there all the time."""
+    kept = {"weights": held.weights, "gathered weights": held.gathered, "optimizer": held.optimizer}
+    own = {name: step[name] for name in (GRADIENTS, ACTIVATIONS, FAST, LOGITS)}
+    return kept | own | {GRADIENTS: own[GRADIENTS] + held.buffers}
 
 
 def parse_memory(text: str) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import types
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,37 +57,36 @@ def fake_model(model: nn.Module, sizes: Sizes) -> FakeTensorMode:
 
 
 def step(
-    model: nn.Module, mode: FakeTensorMode, memory: ParametricMemory | None, sizes: Sizes, stays: float = 1.0
+    model: nn.Module,
+    mode: FakeTensorMode,
+    memory: ParametricMemory | None,
+    sizes: Sizes,
+    stays: float = 1.0,
+    watch: AbstractContextManager[Any] | None = None,
 ) -> LiveBytes:
-    """Take the forward and the backward pass of one micro-batch.
+    """Take the forward and the backward pass of one micro-batch of a model that `fake_model` has prepared.
 
-    Args:
-        model: what `fake_model` has prepared.
-        mode: what it returned.
-        memory: of the model; none for plain MDLM.
-        sizes: as given to it.
-        stays: which part of a weight's gradient is still there when the backward pass is over; the rest is with the
-            other GPUs.
+    Without `memory` it is a step of plain MDLM. `stays` is the part of a weight's gradient that is still there when the
+    backward pass is over; the rest is with the other GPUs. `watch` is another mode that is to see every operator.
     """
     live = LiveBytes(_kinds(model, memory, sizes))
     for tensor in (*model.parameters(), *model.buffers()):
         live.leave_out(tensor)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if sizes.accumulates:
         live.hold(GRADIENTS, int(stays * held_bytes(model, trainable=True)))
     made = 0.0 if sizes.accumulates else stays  # of a gradient, beside what is there
     hooks = [
         parameter.register_post_accumulate_grad_hook(lambda p: live.turn_into(p.grad, GRADIENTS, made))
-        for parameter in trained
+        for parameter in model.parameters()
+        if parameter.requires_grad
     ]
     # On a CPU transformers has all of the step under autocast, on a GPU accelerate has each stage by itself.
     whole = sizes.amp is not None and sizes.device == "cpu"
     batch = {name: mode.from_tensor(value) for name, value in _batch(sizes, memory).items()}
-    with mode, live:
-        with torch.autocast("cpu", sizes.amp) if whole else contextlib.nullcontext():
+    with mode, live, watch or nullcontext():
+        with torch.autocast("cpu", sizes.amp) if whole else nullcontext():
             live.moment = "outer forward"
-            outer = BilevelStep(model, memory, Trajectory.from_batch(batch), 0, loss_norm=sizes.norm)
-            fast = None
+            outer, fast = BilevelStep(model, memory, Trajectory.from_batch(batch), 0, loss_norm=sizes.norm), None
             if memory is not None:
                 live.moment = "inner loop"
                 fast = outer.write().fast_weights

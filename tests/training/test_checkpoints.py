@@ -1,0 +1,329 @@
+"""Runs that go on from a checkpoint: which one they take, that they end at the same bits, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import examples, make_trainer, tiny
+from safetensors.torch import load_file
+from small_run import logs_of, recipe_for, without_times, write_base, write_recipe
+
+from dllm_memdlm.backbones.expert_names import split_names
+from dllm_memdlm.config import ConfigError
+from dllm_memdlm.training import checkpoints, run
+from dllm_memdlm.training.checkpoints import CONTENTS, RUN, last_checkpoint
+from dllm_memdlm.training.trainer import MemDLMTrainer
+
+pytestmark = pytest.mark.usefixtures("caches_of_runs")
+OTHER_RATE = ("training.learning_rate=0.03",)
+
+
+def message(call: Any, *args: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        call(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+class Killed(Exception):
+    pass
+
+
+class KilledAt(transformers.TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise Killed
+
+
+def killed(step: int, recipe: Any) -> None:
+    """A run of a recipe that ends in the middle of a step."""
+    trainer = run.build_trainer(recipe)
+    trainer.add_callback(KilledAt(step))
+    with pytest.raises(Killed):
+        trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
+
+
+def test_a_resumed_run_ends_at_the_same_bits(finished, recipe_file, tmp_path):
+    """A folder as a killed run leaves it: one checkpoint, and no more. An earlier version noted less in it."""
+    shutil.copytree(finished / "checkpoint-2", tmp_path / "checkpoint-2")
+    contents = json.loads((tmp_path / "checkpoint-2" / CONTENTS).read_text())
+    earlier = {
+        "made_by": contents["made_by"],
+        "files": {},
+        "transformers": contents["transformers"],
+        "trained": contents["trained"],
+    }
+    (tmp_path / "checkpoint-2" / CONTENTS).write_text(json.dumps(earlier))
+    # Where it goes on it has been evaluated, so `eval_on_start` does nothing
+    trainer = run.train(recipe_for(recipe_file, tmp_path, "training.eval_on_start=true"), resume=True)
+    assert trainer.state.global_step == 4
+    assert (tmp_path / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    assert without_times(logs_of(tmp_path))[:-1] == without_times(logs_of(finished))[:-1]
+    start, end = (load_file(folder / "model.safetensors") for folder in (finished / "checkpoint-2", finished))
+    assert sum(not torch.equal(start[name], end[name]) for name in start) > 0.8 * len(start)
+    # transformers would count the steps of the session before
+    last = next(log for log in reversed(trainer.state.log_history) if "train_runtime" in log)
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log and log["step"] > 2]
+    assert last["train_loss"] == pytest.approx(sum(losses) / 2, abs=1e-4)
+    assert last["train_steps_per_second"] == pytest.approx(2 / last["train_runtime"], rel=0.1)
+
+
+@pytest.mark.parametrize("steps", [3, 4, 6])
+def test_a_run_that_has_reached_its_end_takes_no_step(steps, recipe_file, tmp_path, capsys):
+    """Within an epoch (four steps), at its end, and within the next. With a constant schedule a step would show."""
+    settings = [f"training.max_steps={steps}", "training.save_steps=1", "training.lr_scheduler_type=constant"]
+    run.train(recipe_for(recipe_file, tmp_path, *settings))
+    weights, logs = (tmp_path / "model.safetensors").read_bytes(), without_times(logs_of(tmp_path))
+    for name in ("model.safetensors", "trainer_state.json"):  # as if it was killed after its last checkpoint
+        (tmp_path / name).unlink()
+    trainer = run.train(recipe_for(recipe_file, tmp_path, *settings), resume=True)
+    assert trainer.state.global_step == steps
+    printed = capsys.readouterr().out.splitlines()
+    assert f"going on from {tmp_path}/checkpoint-{steps}" in printed
+    assert f"all {steps} steps were done: nothing was left to train" in printed
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
+    now = without_times(logs_of(tmp_path))
+    assert [log for log in now if "loss" in log] == [log for log in logs if "loss" in log]
+    assert any("eval_loss" in log and log["step"] == steps for log in now)
+
+
+def test_a_run_that_has_lost_its_numbers_says_so(recipe_file, tmp_path, capsys):
+    settings = ("training.learning_rate=1e30", "training.max_steps=3", "training.max_grad_norm=0")
+    run.train(recipe_for(recipe_file, tmp_path, *settings, "training.save_strategy='no'"))
+    assert "the loss is not finite at step 3, the first of 1 such logs" in capsys.readouterr().out
+
+
+def test_an_older_runs_checkpoints_are_not_gone_on_from(finished, recipe_file, tmp_path, capsys):
+    """Of the older run there is one of more steps. Killed, and resumed, the new run ends as if it was never stopped."""
+    run.train(recipe_for(recipe_file, tmp_path / "whole", *OTHER_RATE))
+    folder = tmp_path / "used"
+    shutil.copytree(finished, folder)
+    killed(
+        1, recipe_for(recipe_file, folder, *OTHER_RATE)
+    )  # nothing is lost: the older run's can be gone on from by its name
+    text = message(run.train, recipe_for(recipe_file, folder, *OTHER_RATE), True)
+    assert text.startswith(f"{folder}: the newest run there has written no checkpoint, and checkpoint-4 is of an ")
+    killed(3, recipe_for(recipe_file, folder, *OTHER_RATE))
+    assert last_checkpoint(folder) == f"{folder}/checkpoint-2"
+    run.train(recipe_for(recipe_file, folder, *OTHER_RATE), resume=True)
+    assert f"going on from {folder}/checkpoint-2" in capsys.readouterr().out
+    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_a_second_run_does_not_rename_the_first(recipe_file, tmp_path):
+    """It begins in the same folder while the first one still trains."""
+
+    class Other(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            (tmp_path / RUN).write_text("another")
+
+    trainer = run.build_trainer(recipe_for(recipe_file, tmp_path))
+    trainer.add_callback(Other())
+    trainer.train()
+    assert {json.loads(path.read_text())["run"] for path in tmp_path.glob(f"checkpoint-*/{CONTENTS}")} == {trainer.run}
+    assert "the newest run there has written no checkpoint" in message(last_checkpoint, tmp_path)
+
+
+def test_a_run_that_goes_on_from_an_earlier_checkpoint_is_the_newest(recipe_file, tmp_path):
+    """It is named, and the run is killed after its next one: that is the last, though another has more steps."""
+    run.train(recipe_for(recipe_file, tmp_path, "training.max_steps=6"))
+    assert last_checkpoint(tmp_path) == f"{tmp_path}/checkpoint-6"
+    (tmp_path / "checkpoint-2").rename(tmp_path / "kept")
+    named = (f"training.resume_from_checkpoint={tmp_path / 'kept'}", "training.max_steps=6", *OTHER_RATE)
+    killed(5, recipe_for(recipe_file, tmp_path, *named))
+    assert last_checkpoint(tmp_path) == f"{tmp_path}/checkpoint-4"
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(finished, recipe_file):
+    for override, says in (
+        ("memory.rank=8", "memory.rank=4, the recipe now says 8"),
+        ("data.padding_loss=false", "data.padding_loss=True, the recipe now says False"),
+        ("data.mask_prompt=false", "data.mask_prompt=True, the recipe now says False"),
+        ("lora.enabled=true", "lora.enabled=False, the recipe now says True"),
+        ("model.dtype=bfloat16", "model.dtype='float32', the recipe now says 'bfloat16'"),
+        ("training.seed=7", "training.seed=42, the recipe now says 7"),
+        ("training.gradient_accumulation_steps=2", "training.gradient_accumulation_steps=1, the recipe now says 2"),
+    ):
+        text = message(run.train, recipe_for(recipe_file, finished, override), True)
+        assert text.startswith(f"{finished}/checkpoint-4: made with {says}; change it back, or train to another ")
+
+
+def test_what_is_no_whole_checkpoint_is_refused(finished, recipe_file, tmp_path):
+    for name, contents in (("foreign", None), ("cut", ""), ("list", "[]"), ("other", '{"files": {}}'), ("half", "{")):
+        shutil.copytree(finished / "checkpoint-2", tmp_path / name)
+        (tmp_path / name / CONTENTS).unlink() if contents is None else (tmp_path / name / CONTENTS).write_text(contents)
+    shutil.copytree(finished / "checkpoint-2", tmp_path / "weights")
+    (tmp_path / "weights" / "scheduler.pt").unlink()
+    whole = "not a checkpoint of this trainer, or not whole"
+    for folder, why in (
+        (tmp_path / "none", "no such checkpoint"),
+        (finished / "recipe.yaml", "no such checkpoint"),
+        (finished, whole),
+        *((tmp_path / name, whole) for name in ("foreign", "cut", "list", "other", "half")),
+        (tmp_path / "weights", "weights without the optimizer's state (training.save_only_model)"),
+    ):
+        recipe = recipe_for(recipe_file, tmp_path / "run", f"training.resume_from_checkpoint={folder}")
+        assert message(run.train, recipe).startswith(f"{folder}: {why}")
+
+
+def test_parts_for_other_processes_or_tensors_are_refused():
+    for made_by, here in (("ZeRO-2, 8 processes", "ZeRO-2, 4 processes"), ("one process", "FSDP2, 2 processes")):
+        text = message(checkpoints.check_fits, "checkpoint-2", {"made_by": made_by}, [], here)
+        assert text.startswith(f"checkpoint-2: made by {made_by}, this is {here}; resume with the same engine")
+    expert = "model.layers.1.mlp.experts.gate_proj.weight"
+    for contents, trained in (({"trained": 3}, ["a", "b"]), ({}, [expert])):
+        text = message(checkpoints.check_fits, "checkpoint-2", contents | {"made_by": "x"}, trained, "x")
+        assert f"this model trains {len(trained)} tensors" in text
+    checkpoints.check_fits("checkpoint-2", {"made_by": "x"}, ["a"], "x")
+
+
+def test_examples_and_a_base_may_move_but_not_change(tmp_path, capsys):
+    """The same ones are gone on with wherever they lie; what was rewritten is noticed."""
+    recipe_file, data, base = write_recipe(tmp_path), tmp_path / "rows.jsonl", tmp_path / "base"
+    on_base = (*write_base(recipe_file, base), "training.max_steps=2")
+    run.train(recipe_for(recipe_file, tmp_path / "run", *on_base))
+    data.rename(tmp_path / "moved.jsonl")
+    base.rename(tmp_path / "moved")
+    (tmp_path / "link").symlink_to(tmp_path)
+    elsewhere = (*on_base, f"data.dataset={tmp_path}/link/moved.jsonl", f"model.path={tmp_path / 'moved'}")
+    same = ("data.max_length=900", "data.num_proc=2", "data.eval_size=3")
+    run.train(recipe_for(recipe_file, tmp_path / "run", *elsewhere, *same), resume=True)
+    assert f"going on from {tmp_path}/run/checkpoint-2" in capsys.readouterr().out
+
+    says = f"{tmp_path}/run/checkpoint-2: made with another content of "
+    text = (tmp_path / "moved.jsonl").read_text()
+    (tmp_path / "moved.jsonl").write_text(text.replace("Say 3", "Say 4"))
+    text_of_data = message(run.train, recipe_for(recipe_file, tmp_path / "run", *elsewhere), True)
+    assert text_of_data.startswith(f"{tmp_path}/run/checkpoint-2: made with data.dataset=")
+    (tmp_path / "moved.jsonl").rename(data)
+    text_of_data = message(run.train, recipe_for(recipe_file, tmp_path / "run", *elsewhere[:-2], elsewhere[-1]), True)
+    assert text_of_data.startswith(f"{says}data.dataset={str(data)!r}, which has been written to since")
+    data.write_text(text)
+    write_base(recipe_file, base, seed=7)
+    shutil.rmtree(tmp_path / "moved")
+    shutil.copytree(base, tmp_path / "moved")
+    assert message(run.train, recipe_for(recipe_file, tmp_path / "run", *on_base), True).startswith(
+        f"{says}model.path={str(base)!r}, which has been written to since; change it back"
+    )
+
+
+def save_two(folder: Path, tokenizer: Any, cut: bool = False, **settings: Any) -> MemDLMTrainer:
+    """Two steps with a checkpoint after each; the second save may be cut off, which leaves the trainer as it is."""
+    settings = {"data": examples(6), "save_strategy": "steps", "save_steps": 1, **settings}
+    trainer = make_trainer(tiny("llama"), tokenizer, folder, **settings)
+
+    def cut_off(checkpoint: Path) -> None:
+        if checkpoint.name == "checkpoint-2":
+            raise KeyboardInterrupt
+
+    if cut:
+        trainer.beside_checkpoints.append(cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        trainer.beside_checkpoints.clear()
+    else:
+        trainer.train()
+    return trainer
+
+
+def test_a_save_that_is_cut_off_leaves_the_checkpoint_before(tokenizer, tmp_path):
+    """Though one is kept, the last whole one stays until the next is; what was cut off is written over."""
+    trainer = save_two(tmp_path, tokenizer, cut=True, save_total_limit=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2", RUN}
+    assert trainer.args.save_total_limit == 1
+    (tmp_path / "checkpoint-2" / "old").touch()
+    assert last_checkpoint(tmp_path) == f"{tmp_path}/checkpoint-1"
+    trainer.train(resume_from_checkpoint=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", RUN}
+    assert last_checkpoint(tmp_path) == f"{tmp_path}/checkpoint-2"
+    assert not (tmp_path / "checkpoint-2" / "old").exists()
+    with pytest.raises(ConfigError, match="no checkpoint to go on from"):
+        make_trainer(tiny("llama"), tokenizer, tmp_path / "empty").train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_loses_its_mark_before_it_is_written_to(tokenizer, tmp_path, monkeypatch):
+    save_two(tmp_path, tokenizer)
+    marked: list[bool] = []
+    save = transformers.Trainer.save_model
+
+    def watched(self: Any, output_dir: str, *args: Any) -> None:
+        marked.append((Path(output_dir) / CONTENTS).exists())
+        save(self, output_dir, *args)
+
+    monkeypatch.setattr(transformers.Trainer, "save_model", watched)
+    save_two(tmp_path, tokenizer)
+    assert marked == [False, False]
+
+
+@pytest.mark.filterwarnings("ignore:Cannot enable progress bars:UserWarning")
+def test_an_upload_follows_each_save(tokenizer, tmp_path, monkeypatch):
+    """Without a hub: where transformers would begin to upload from."""
+    folders: list[str] = []
+    monkeypatch.setattr(transformers.Trainer, "_push_from_checkpoint", lambda self, folder: folders.append(folder))
+    monkeypatch.setattr(transformers.Trainer, "init_hf_repo", lambda self, **kwargs: None)
+    monkeypatch.setattr(transformers.Trainer, "_finish_current_push", lambda self: None)
+    save_two(tmp_path, tokenizer, push_to_hub=True)
+    assert folders == [str(tmp_path / f"checkpoint-{step}") for step in (1, 2)]
+
+
+BEST = ("training.load_best_model_at_end=true", "training.save_steps=2", "training.eval_steps=2")
+
+
+def test_the_best_weights_come_back_at_the_end(tokenizer, tmp_path):
+    trainer = save_two(
+        tmp_path,
+        tokenizer,
+        eval_data=examples(3, seed=1),
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss_memory_off",
+        greater_is_better=True,  # the first, then
+        save_total_limit=1,
+    )
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+    expected = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    for name, tensor in split_names(trainer.model.state_dict()).items():
+        assert torch.equal(tensor, expected.get(name, tensor)), name
+
+
+@pytest.mark.parametrize("how", ["moved", "copied", "absolute", "other working directory", "gone"])
+def test_the_best_checkpoint_is_found_again(how, recipe_file, tmp_path, monkeypatch, capsys):
+    """At the end of a run its weights are loaded: in a folder that has moved they are where it is now."""
+    monkeypatch.chdir(tmp_path)
+    settings = [*BEST, "training.metric_for_best_model=eval_loss", "training.greater_is_better=true"]  # the first, then
+    run.train(recipe_for(recipe_file, Path("runs/a"), *settings, "training.max_steps=2"))
+    folder = Path("runs/a")
+    if how == "absolute":
+        folder = folder.resolve()
+        settings.append("training.save_total_limit=1")
+    elif how == "other working directory":
+        monkeypatch.chdir(tmp_path / "runs")
+        folder = Path("a")
+    elif how == "copied":  # not the original's
+        shutil.copytree("runs/a", "runs/b")
+        folder = Path("runs/b")
+    else:
+        folder = Path("elsewhere/b")
+        folder.parent.mkdir()
+        Path("runs/a").rename(folder)
+    if how == "gone":
+        (folder / "checkpoint-2").rename("kept")
+        settings.append("training.resume_from_checkpoint=kept")
+    trainer = run.train(recipe_for(recipe_file, folder, *settings), resume=True)
+    best = "checkpoint-4" if how == "gone" else "checkpoint-2"
+    assert trainer.state.best_model_checkpoint == str(folder / best)
+    saved = (folder / best / "model.safetensors").read_bytes()
+    assert (folder / "model.safetensors").read_bytes() == saved
+    said = "the best checkpoint so far, runs/a/checkpoint-2, is no longer there" in capsys.readouterr().out
+    assert said == (how == "gone")
