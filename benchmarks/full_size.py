@@ -106,17 +106,17 @@ def stacked(rows: list[dict[str, Any]], return_tensors: str = "pt") -> dict[str,
 def weights_read(model: nn.Module, memory: MemoryConfig, checkpointing: bool) -> int:
     """The fewest bytes of weights that a step has to read: each once a pass over its layer, and no activations.
 
-    The trunk is passed forward, backward, and with checkpointing forward once more; in plain MDLM it is all layers but
-    the last. Memory adds a forward pass for every state but the last, and two passes of the head for every inner step.
+    The prefix is passed forward, backward, and with checkpointing forward once more; in plain MDLM it is all layers but
+    the last. Memory adds a forward pass for every state but the last, and two passes of the suffix for each inner step.
     """
     backbone = staged_backbone(model)
     boundary = adapted_layers(len(backbone.layers), memory).start if memory.enabled else len(backbone.layers) - 1
     inner_steps = memory.steps if memory.enabled else 0
-    trunk, head = (
+    prefix, suffix = (
         sum(parameter.nbytes for layer in layers for parameter in layer.parameters())
         for layers in (backbone.layers[:boundary], [*backbone.layers[boundary:], backbone.lm_head])
     )
-    return (2 + checkpointing + max(0, inner_steps - 1)) * trunk + 2 * (1 + inner_steps) * head
+    return (2 + checkpointing + max(0, inner_steps - 1)) * prefix + 2 * (1 + inner_steps) * suffix
 
 
 def _held(device: torch.device) -> tuple[float | None, float | None]:

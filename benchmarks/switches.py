@@ -96,7 +96,7 @@ def _anchor_again(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Any:
     if memory is None:
         return nullcontext()
     write = memory.write
-    return _set(memory, "write", lambda *args, anchor_trunk, **kwargs: write(*args, **kwargs))
+    return _set(memory, "write", lambda *args, anchor_prefix, **kwargs: write(*args, **kwargs))
 
 
 SWITCHES: dict[str, Switch] = {
@@ -106,9 +106,9 @@ SWITCHES: dict[str, Switch] = {
         staged_backbone(trainer.model), "layers_take_queries", False
     ),
     "loss without whole logits": _whole_logits,
-    "the anchor's trunk once": _anchor_again,
-    "inner loop in the head only": lambda trainer, batch: (
+    "the anchor's prefix once": _anchor_again,
+    "inner loop in the suffix only": lambda trainer, batch: (
         nullcontext() if trainer.memory is None else _set(trainer.memory, "boundary", 0)
     ),
 }
-OF_MEMORY = ("the anchor's trunk once", "inner loop in the head only")
+OF_MEMORY = ("the anchor's prefix once", "inner loop in the suffix only")

@@ -22,7 +22,7 @@ _constant: ContextVar[bool] = ContextVar("weights_are_constant", default=False)
 
 
 @contextmanager
-def constant_weights() -> Iterator[None]:
+def frozen_weights() -> Iterator[None]:
     """The backward pass of what is computed here ends at the fast weights: see `constant`."""
     token = _constant.set(True)
     try:
@@ -32,7 +32,7 @@ def constant_weights() -> Iterator[None]:
 
 
 def constant(weight: Tensor) -> Tensor:
-    """A weight of an autograd function of ours, which computes its gradient only outside of `constant_weights`."""
+    """A weight of an autograd function of ours, which computes its gradient only outside of `frozen_weights`."""
     return weight.detach() if _constant.get() else weight
 
 

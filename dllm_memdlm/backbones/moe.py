@@ -15,7 +15,7 @@ from .expert_ffn import Term, expert_ffn
 from .expert_names import PROJECTIONS, stack_on_loading
 from .experts import ExpertLinear, without_adapters
 from .grouped import MAX_GROUPS
-from .layers import GatedMLP, autocast_dtype, constant_weights
+from .layers import GatedMLP, autocast_dtype, frozen_weights
 from .lora import terms_of
 from .routes import Routes
 from .site_weights import SiteWeights
@@ -110,7 +110,7 @@ def stack_experts(model: nn.Module) -> None:
 
 
 @contextmanager
-def inner_pass(experts: Iterable[RoutedExperts]) -> Iterator[None]:
+def frozen(experts: Iterable[RoutedExperts]) -> Iterator[None]:
     """Forward passes whose backward pass ends at the fast weights.
 
     The backward hooks of these experts are left out: ZeRO-3 takes the first backward pass through such a module for the
@@ -120,7 +120,7 @@ def inner_pass(experts: Iterable[RoutedExperts]) -> Iterator[None]:
     try:
         for module, _ in held:
             module._backward_hooks = OrderedDict()
-        with constant_weights():
+        with frozen_weights():
             yield
     finally:
         for module, hooks in held:

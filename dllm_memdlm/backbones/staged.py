@@ -1,9 +1,9 @@
-"""One forward in two stages: the trunk (layers without fast weights) and the head (the rest, and the logits).
+"""One forward in two stages: the prefix (layers without fast weights) and the suffix (the rest, and the logits).
 
-    trunk = model(stage="trunk", input_ids=x, boundary=n).hidden                  # [B, L, D]
-    out = model(stage="head", hidden=trunk, boundary=n, positions=index)          # logits [B, M, V]
+    prefix = model(stage="prefix", input_ids=x, boundary=n).hidden                  # [B, L, D]
+    out = model(stage="suffix", hidden=prefix, boundary=n, positions=index)          # logits [B, M, V]
 
-The inner loop needs the trunk once for each state and its gradient never, and logits only where there is a loss. Both
+The inner loop needs the prefix once for each state and its gradient never, and logits only where there is a loss. Both
 stages pass through the outermost module's `forward`, so that PEFT, DDP, ZeRO and FSDP see an ordinary call.
 """
 
@@ -28,7 +28,7 @@ from .output import OutputLinear, token_nll
 
 @dataclass
 class StageOutput(ModelOutput):
-    """What a stage returns. `hidden` is [B, L, D] after the trunk, and [B, M, D] after the head's final norm.
+    """What a stage returns. `hidden` is [B, L, D] after the prefix, and [B, M, D] after the suffix's final norm.
 
     `nll` [B, M], in nats, is of the tokens that were asked for.
     """
@@ -82,7 +82,7 @@ class StagedForward:
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         *,
-        stage: Literal["full", "trunk", "head"] = "full",
+        stage: Literal["full", "prefix", "suffix"] = "full",
         boundary: int = 0,
         hidden: Tensor | None = None,
         positions: Tensor | None = None,
@@ -94,20 +94,20 @@ class StagedForward:
         """Run one stage, or both.
 
         Args:
-            input_ids: tokens [B, L] (full, trunk); `inputs_embeds` [B, L, D] may stand in.
+            input_ids: tokens [B, L] (full, prefix); `inputs_embeds` [B, L, D] may stand in.
             attention_mask: none (all positions see each other), [B, L] with 0 on hidden keys, or 4-D, boolean or
                 additive, broadcastable to [B, heads, L, L] (with a cache [B, heads, L, visible]); or a number: blocks
                 of so many positions are causal, and tokens within one see each other.
             position_ids: [1 or B, L]; counted from 0 by default.
             stage: which part to run. `full` returns logits [B, L, V] as any masked language model does.
-            boundary: index of the first layer that belongs to the head.
-            hidden: the trunk's output [B, L, D] (head).
-            positions: index [B, M] of the positions whose output is wanted (head, full); all of them by default.
-            project: whether to compute logits, or stop at the final norm (head, full).
-            tokens: what is wanted at the positions [B, M]: their NLL, and no logits (head, full).
+            boundary: index of the first layer that belongs to the suffix.
+            hidden: the prefix's output [B, L, D] (suffix).
+            positions: index [B, M] of the positions whose output is wanted (suffix, full); all of them by default.
+            project: whether to compute logits, or stop at the final norm (suffix, full).
+            tokens: what is wanted at the positions [B, M]: their NLL, and no logits (suffix, full).
             cache: keys and values of the canvas that these tokens are a part of, at `position_ids` [B, L] (full).
         """
-        if stage != "head":
+        if stage != "suffix":
             hidden = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
@@ -121,13 +121,13 @@ class StagedForward:
             cache.positions = position_ids
             name = cache_argument(type(self.layers[0]))
             contexts = [{**context, name: part} for part in cache.layers]
-        if stage == "trunk":
+        if stage == "prefix":
             for layer in self.layers[:boundary]:
                 hidden = layer(hidden, **context)
             return StageOutput(hidden=hidden)
         if positions is not None and self.layers_take_queries:
             contexts[-1] = {**contexts[-1], "queries": positions}
-        first = boundary if stage == "head" else 0
+        first = boundary if stage == "suffix" else 0
         with nullcontext() if stage == "full" and positions is None else _not_checkpointed(self.layers):
             for layer, own in zip(self.layers[first:], contexts[first:], strict=True):
                 hidden = layer(hidden, **own)

@@ -1,7 +1,7 @@
 """One MemDLM step up to its loss (section 3.1), or plain MDLM's: what a trainer runs, and what `--dry-run` counts.
 
-anchor x_t ─► trunk ─┬─ with gradient ─► head with φ_K in place ─► Σ w(t) · NLL, the outer loss
-                     └─ detached ─► inner loop over the trajectory ─► φ_K
+anchor x_t ─► prefix ─┬─ with gradient ─► suffix with φ_K in place ─► Σ w(t) · NLL, the outer loss
+                      └─ detached ─► inner loop over the trajectory ─► φ_K
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .trajectory import Trajectory
 
 @dataclass
 class BilevelStep:
-    """The step of one batch, in three stages: its making passes the anchor through the trunk, `write`, `loss`.
+    """The step of one batch, in three stages: its making passes the anchor through the prefix, `write`, `loss`.
 
     The first two call `model` without what an engine has put around it. Only `loss` goes through that, so that DDP and
     its kin see one forward for one backward.
@@ -35,21 +35,21 @@ class BilevelStep:
     loss_weight: str = "scheduler"  #: w(t) of the schedule, or `uniform`
     loss_norm: str = "token"  #: a key of `losses.NORMS`
     right_shift_logits: bool = False
-    trunk: Tensor = field(init=False)  #: the trunk's output on the anchor [B, L, D], with gradient
+    prefix: Tensor = field(init=False)  #: the prefix's output on the anchor [B, L, D], with gradient
 
     def __post_init__(self) -> None:
-        # Without memory the head is the last layer, which then computes its output at the loss positions only.
+        # Without memory the suffix is the last layer, which then computes its output at the loss positions only.
         last = len(staged_backbone(self.model).layers) - 1
         self._where = {
             "boundary": last if self.memory is None else self.memory.boundary,
             "attention_mask": self.attention_mask,
         }
         anchor = self.trajectory.state(self.trajectory.anchor_mask, self.mask_token_id)
-        self.trunk = self.model(stage="trunk", input_ids=anchor, **self._where).hidden
+        self.prefix = self.model(stage="prefix", input_ids=anchor, **self._where).hidden
 
     def write(self) -> Written:
-        """Run the inner loop, from the trunk's output on."""
-        return self.memory.write(self.trajectory, anchor_trunk=self.trunk, attention_mask=self.attention_mask)
+        """Run the inner loop, from the prefix's output on."""
+        return self.memory.write(self.trajectory, anchor_prefix=self.prefix, attention_mask=self.attention_mask)
 
     def loss(
         self, model: nn.Module, fast: FastWeights | None = None, count: Tensor | None = None
@@ -64,8 +64,8 @@ class BilevelStep:
         trajectory, positions = self.trajectory, self.trajectory.loss_positions(-1)
         with nullcontext() if fast is None else self.memory.holding(fast):
             nll = model(
-                stage="head",
-                hidden=self.trunk,
+                stage="suffix",
+                hidden=self.prefix,
                 positions=positions.logit_index(self.right_shift_logits),
                 tokens=positions.gather(trajectory.input_ids),
                 **self._where,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones import StageOutput, adapted_layers, find_sites, staged_backbone
-from ..backbones.moe import RoutedExperts, inner_pass
+from ..backbones.moe import RoutedExperts, frozen
 from ..backbones.site_weights import SiteWeights
 from ..config import ConfigError, MemoryConfig
 from . import global_batch
@@ -59,10 +59,10 @@ class ParametricMemory:
         self.sites = find_sites(backbone, config)
         self.shapes = [site.shape for site in self.sites]
         adapted = adapted_layers(len(backbone.layers), config)
-        #: The first layer that carries fast weights; those below are the trunk.
+        #: The first layer that carries fast weights; those below are the prefix.
         self.boundary = adapted.start
-        head = [part for index in adapted for part in backbone.layers[index].modules()]
-        self._experts = [part for part in head if isinstance(part, RoutedExperts)]
+        suffix = [part for index in adapted for part in backbone.layers[index].modules()]
+        self._experts = [part for part in suffix if isinstance(part, RoutedExperts)]
         self._held = False
 
     @property
@@ -76,7 +76,7 @@ class ParametricMemory:
         self,
         trajectory: Trajectory,
         *,
-        anchor_trunk: Tensor | None = None,
+        anchor_prefix: Tensor | None = None,
         attention_mask: Tensor | int | None = None,
         initial: FastWeights | None = None,
     ) -> Written:
@@ -87,28 +87,28 @@ class ParametricMemory:
 
         Args:
             trajectory: the states, on the model's device.
-            anchor_trunk: the trunk's output on the anchor [B, L, D], if the caller has it; it is not computed again.
+            anchor_prefix: the prefix's output on the anchor [B, L, D], if the caller has it; it is not computed again.
             attention_mask: as in `StagedForward.forward`.
             initial: φ0; drawn from the trajectory's noise keys by default.
         """
         device = trajectory.input_ids.device
         fast = initial or FastWeights.initial(self.shapes, self.config, self.keys_of(trajectory), device)
         finite, steps = torch.ones(fast.samples, dtype=torch.bool, device=device), []
-        trunks: dict[int, Tensor] = {}  # the trunk has no fast weights: each state passes it once, for all epochs
-        if anchor_trunk is not None and self.config.strategy in ENDS_ON_ANCHOR:
-            trunks[trajectory.steps - 1] = anchor_trunk.detach()
+        prefixes: dict[int, Tensor] = {}  # the prefix has no fast weights: each state passes it once, for all epochs
+        if anchor_prefix is not None and self.config.strategy in ENDS_ON_ANCHOR:
+            prefixes[trajectory.steps - 1] = anchor_prefix.detach()
 
-        def trunk_of(k: int) -> Tensor:
-            if k not in trunks:
+        def prefix_of(k: int) -> Tensor:
+            if k not in prefixes:
                 state = trajectory.state(trajectory.inner_masks[:, k], self.mask_token_id)
                 with torch.no_grad():
-                    trunks[k] = self.trunk(state, attention_mask)
-            return trunks[k]
+                    prefixes[k] = self.prefix(state, attention_mask)
+            return prefixes[k]
 
         for _ in range(self.config.epochs):
             for k in range(trajectory.steps):
-                next_trunk = None if self.objective is None else trunk_of(k + 1)
-                fast, step = self._inner_step(fast, trajectory, k, trunk_of(k), next_trunk, attention_mask)
+                next_prefix = None if self.objective is None else prefix_of(k + 1)
+                fast, step = self._inner_step(fast, trajectory, k, prefix_of(k), next_prefix, attention_mask)
                 steps.append(step)
                 finite = finite & step.finite
         return Written(fast.keep(finite), steps, finite)
@@ -118,8 +118,8 @@ class ParametricMemory:
         fast: FastWeights,
         trajectory: Trajectory,
         k: int,
-        trunk: Tensor,
-        next_trunk: Tensor | None,
+        prefix: Tensor,
+        next_prefix: Tensor | None,
         attention_mask: Tensor | int | None,
     ) -> tuple[FastWeights, InnerStep]:
         """Take one SGD step on state k: pre-anchor alignment for the first, anchor-to-target for the last."""
@@ -128,21 +128,21 @@ class ParametricMemory:
         index = positions.logit_index(self.right_shift_logits)
 
         def view(hidden: Tensor) -> Tensor:
-            out = self.head(hidden, index, attention_mask, project=objective.on_logits)
+            out = self.suffix(hidden, index, attention_mask, project=objective.on_logits)
             return out.logits if objective.on_logits else out.hidden
 
         # 1. A teacher sees the next state, with the same φ.
         if objective is not None:
             with torch.no_grad(), self.holding(fast):
-                teacher = view(next_trunk)
+                teacher = view(next_prefix)
         leaves = fast.leaves()
-        with torch.enable_grad(), self.holding(leaves), inner_pass(self._experts):
+        with torch.enable_grad(), self.holding(leaves), frozen(self._experts):
             # 2. The loss of each token [B, M].
             if objective is not None:
-                losses = objective.loss(view(trunk), teacher)
+                losses = objective.loss(view(prefix), teacher)
             else:
                 tokens = positions.gather(trajectory.input_ids)
-                losses = self.head(trunk, index, attention_mask, tokens=tokens).nll
+                losses = self.suffix(prefix, index, attention_mask, tokens=tokens).nll
             # 3. The mean of a sample's tokens, weighted; of all the batch's where its samples share one φ.
             total, count = (losses * positions.valid).sum(-1), positions.valid.sum(-1)  # [B]
             if config.weighting == "scheduler":
@@ -167,12 +167,12 @@ class ParametricMemory:
 
     # === the model's two stages ===
 
-    def trunk(self, input_ids: Tensor, attention_mask: Tensor | int | None = None) -> Tensor:
+    def prefix(self, input_ids: Tensor, attention_mask: Tensor | int | None = None) -> Tensor:
         """Run the layers without fast weights. input_ids [B, L] → [B, L, D]."""
-        out = self.model(stage="trunk", input_ids=input_ids, attention_mask=attention_mask, boundary=self.boundary)
+        out = self.model(stage="prefix", input_ids=input_ids, attention_mask=attention_mask, boundary=self.boundary)
         return out.hidden
 
-    def head(
+    def suffix(
         self, hidden: Tensor, positions: Tensor, attention_mask: Tensor | int | None = None, **wanted: Any
     ) -> StageOutput:
         """Run the layers from the boundary on, at chosen positions. hidden [B, L, D], positions [B, M].
@@ -180,7 +180,7 @@ class ParametricMemory:
         `wanted` says what of `StagedForward.forward`: `tokens` for their NLL, `project` for logits or hidden states.
         """
         own = {"boundary": self.boundary, "attention_mask": attention_mask}
-        return self.model(stage="head", hidden=hidden, positions=positions, **own, **wanted)
+        return self.model(stage="suffix", hidden=hidden, positions=positions, **own, **wanted)
 
     # === fast weights in place ===
 

@@ -149,7 +149,7 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         """The loss of one batch (section 3.1, `BilevelStep`); plain MDLM's with memory off."""
-        # 1. The anchor passes the trunk, with gradient.
+        # 1. The anchor passes the prefix, with gradient.
         trajectory = Trajectory.from_batch(inputs)
         step = BilevelStep(
             self.accelerator.unwrap_model(model),

@@ -25,7 +25,7 @@ CLOSE = {"rtol": 1e-6, "atol": 1e-6}  # routers compute in float32, and round wh
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("form", ["none", "2-D", "4-D bool"])
-def test_trunk_and_head_are_the_full_forward(kind, attention, form):
+def test_prefix_and_suffix_are_the_full_forward(kind, attention, form):
     """From tokens or their embeddings; the gradients, too."""
     model, given = tiny(kind, torch.float64, attention=attention), {"attention_mask": mask_of(form, torch.float64)}
     full = model(input_ids=tokens(), **given).logits
@@ -33,12 +33,12 @@ def test_trunk_and_head_are_the_full_forward(kind, attention, form):
     expected = take_gradients(model)
     for boundary in (0, 1, 2):
         start = {"inputs_embeds": model.get_input_embeddings()(tokens())} if boundary == 1 else {"input_ids": tokens()}
-        trunk = model(stage="trunk", boundary=boundary, **start, **given).hidden
-        head = {"stage": "head", "hidden": trunk, "boundary": boundary, **given}
-        out = model(positions=POSITIONS, **head)
+        prefix = model(stage="prefix", boundary=boundary, **start, **given).hidden
+        suffix = {"stage": "suffix", "hidden": prefix, "boundary": boundary, **given}
+        out = model(positions=POSITIONS, **suffix)
         torch.testing.assert_close(out.logits, take(full, POSITIONS), **CLOSE)
-        torch.testing.assert_close(model(**head).logits, full, **CLOSE)
-        bare = model(positions=POSITIONS, project=False, **head)
+        torch.testing.assert_close(model(**suffix).logits, full, **CLOSE)
+        bare = model(positions=POSITIONS, project=False, **suffix)
         assert bare.logits is None and torch.equal(bare.hidden, out.hidden)
         out.logits.square().sum().backward()
         for name, gradient in take_gradients(model).items():
@@ -108,7 +108,7 @@ def test_checkpointing_changes_nothing(kind, dropout, tokenizer, tmp_path):
         loss = trainer.compute_loss(model, train_batch(trainer))
         loss.backward()
         results.append((loss.item(), take_gradients(model)))
-    assert (calls.count(False), calls.count(True)) == (2, 3), "the anchor's trunk is computed again, and nothing else"
+    assert (calls.count(False), calls.count(True)) == (2, 3), "the anchor's prefix is computed again, and nothing else"
     (loss, gradients), (loss_on, gradients_on) = results
     assert loss_on == loss
     for name, gradient in gradients.items():
@@ -127,6 +127,6 @@ def test_fast_weights_act_alike_in_stages_and_in_full(kind):
     plain = model(input_ids=tokens()).logits
     with memory.holding(fast):
         full = model(input_ids=tokens()).logits
-        head = memory.head(memory.trunk(tokens()), POSITIONS).logits
-    torch.testing.assert_close(head, take(full, POSITIONS), rtol=1e-4, atol=1e-4)
+        suffix = memory.suffix(memory.prefix(tokens()), POSITIONS).logits
+    torch.testing.assert_close(suffix, take(full, POSITIONS), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(full, plain, atol=0.1)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dllm_memdlm.backbones.lora import DenseLora
-from dllm_memdlm.backbones.moe import inner_pass
+from dllm_memdlm.backbones.moe import frozen
 from dllm_memdlm.backbones.stock_peft import StockLoraConfig
 
 
@@ -108,7 +108,7 @@ def test_layers_that_somebody_waits_for_are_called(kind, monkeypatch):
 
 def test_in_the_inner_loop_its_weights_are_constants():
     model, products = adapted(dropout=0.3), []
-    for context in (inner_pass([]), contextlib.nullcontext()):
+    for context in (frozen([]), contextlib.nullcontext()):
         x = torch.randn(3, 24, requires_grad=True)
         with context:
             output = model(x)

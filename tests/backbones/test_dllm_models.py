@@ -79,7 +79,7 @@ def test_a_model_of_dllms_gets_our_forward(kind, lora):
 
     memory = ParametricMemory(model, MemoryConfig(rank=4, layer_fraction=0.3), mask_token_id=0)
     positions = torch.arange(tokens().shape[1]).expand(len(tokens()), -1)
-    torch.testing.assert_close(memory.head(memory.trunk(tokens()), positions).logits, again, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(memory.suffix(memory.prefix(tokens()), positions).logits, again, rtol=1e-4, atol=1e-4)
     adopt(model)  # once is enough, and twice changes nothing
     assert sorted(split_names(model.state_dict())) == names
 

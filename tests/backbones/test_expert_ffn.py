@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dllm_memdlm.backbones import moe
 from dllm_memdlm.backbones import routes as moe_routes
-from dllm_memdlm.backbones.moe import RoutedExperts, inner_pass
+from dllm_memdlm.backbones.moe import RoutedExperts, frozen
 from dllm_memdlm.backbones.routes import Routes
 
 WIDTHS = {"gate_proj": (4, 3), "up_proj": (4, 3), "down_proj": (3, 4)}
@@ -105,7 +105,7 @@ def test_in_the_inner_loop_only_fast_weights_have_gradients():
     x, chosen, weights = routing(torch.float64, [0, 1, 2])
     trained = [p for p in experts.parameters() if p.requires_grad]
     found = []
-    for context in (inner_pass([]), inner_pass([experts])):
+    for context in (frozen([]), frozen([experts])):
         with context:
             output = experts(x[..., :4], chosen, weights)
         found.append(torch.autograd.grad(output.sum(), leaves, retain_graph=True))

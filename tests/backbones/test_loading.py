@@ -118,8 +118,8 @@ def test_every_decoder_loads_sees_both_ways_and_has_sites(name, tmp_path):
         mask = torch.ones(10, 10, dtype=torch.bool).tril()[None, None]
         expected = causal(input_ids=TOKENS).logits
         torch.testing.assert_close(model(input_ids=TOKENS, attention_mask=mask).logits, expected, rtol=1e-4, atol=1e-4)
-        hidden = model(stage="trunk", input_ids=TOKENS, boundary=1).hidden
-        head = model(stage="head", hidden=hidden, boundary=1, positions=torch.tensor([[0, 5, 9]] * 2)).logits
+        hidden = model(stage="prefix", input_ids=TOKENS, boundary=1).hidden
+        head = model(stage="suffix", hidden=hidden, boundary=1, positions=torch.tensor([[0, 5, 9]] * 2)).logits
         torch.testing.assert_close(head, model(input_ids=TOKENS).logits[:, [0, 5, 9]], rtol=1e-4, atol=1e-4)
     assert len(find_sites(model, MemoryConfig(layer_fraction=0.5))) == 3
 

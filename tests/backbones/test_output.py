@@ -71,7 +71,7 @@ def test_all_the_logits_are_never_there(monkeypatch):
     assert largest.elements == max(B * M * D, V * D, 3 * V) < B * M * V
 
 
-@pytest.mark.parametrize("stage", ["full", "head"])
+@pytest.mark.parametrize("stage", ["full", "suffix"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_backbone_gives_it(kind, stage):
     model = tiny(kind, lora=True)

@@ -63,7 +63,7 @@ def test_an_exception_leaves_no_trace(kind, mode, where, tokenizer, tmp_path, mo
     trainer.compute_loss(model, batch)
     assert traces(model) == before
     passes = calls
-    assert passes >= (3 if where == -1 else 2)  # two inner steps and the outer one; two trunks
+    assert passes >= (3 if where == -1 else 2)  # two inner steps and the outer one; two prefixes
     for fail_at in range(1, passes + 1):
         calls = 0
         with pytest.raises(Failing):
@@ -130,7 +130,7 @@ def test_no_fast_weight_is_saved_or_optimised(kind, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("kind", ["llama", "llada2"])
 def test_writing_takes_what_it_is_given(kind, tokenizer, tmp_path):
-    """Dropout is active while adapting only where the caller has it on; a trunk that is given is the anchor's."""
+    """Dropout is active while adapting only where the caller has it on; a prefix that is given is the anchor's."""
     trainer = make_trainer(tiny(kind, lora=0.5), tokenizer, tmp_path, memory_for(kind))
     batch = batch_of(trainer)
     trajectory, memory = Trajectory.from_batch(batch), trainer.memory
@@ -140,9 +140,9 @@ def test_writing_takes_what_it_is_given(kind, tokenizer, tmp_path):
 
     trainer.model.eval()
     written = memory.write(trajectory).fast_weights
-    trunk = memory.trunk(torch.where(batch["anchor_mask"], MASK, batch["input_ids"]))
-    assert same(memory.write(trajectory, anchor_trunk=trunk).fast_weights, written)
-    assert not same(memory.write(trajectory, anchor_trunk=trunk + 1).fast_weights, written)
+    prefix = memory.prefix(torch.where(batch["anchor_mask"], MASK, batch["input_ids"]))
+    assert same(memory.write(trajectory, anchor_prefix=prefix).fast_weights, written)
+    assert not same(memory.write(trajectory, anchor_prefix=prefix + 1).fast_weights, written)
     start = initial(trainer, {**batch, "noise_keys": batch["noise_keys"] + 1})
     assert not same(memory.write(trajectory, initial=start).fast_weights, written)
     trainer.model.train()

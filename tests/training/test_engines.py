@@ -18,7 +18,7 @@ from conftest import make_trainer, tiny
 from small_run import write_recipe
 
 import dllm_memdlm
-from dllm_memdlm.backbones.moe import RoutedExperts, inner_pass
+from dllm_memdlm.backbones.moe import RoutedExperts, frozen
 from dllm_memdlm.config import ConfigError
 from dllm_memdlm.training import engines
 from dllm_memdlm.training.trainer import MemDLMConfig
@@ -162,7 +162,7 @@ def test_hooks_of_experts_are_left_out_and_come_back():
     for module in experts:
         module.register_full_backward_hook(lambda *_: calls.append("backward"))
     tokens = torch.randint(3, 40, (2, 8))
-    with pytest.raises(KeyError), inner_pass(experts):
+    with pytest.raises(KeyError), frozen(experts):
         model(input_ids=tokens).logits.sum().backward()
         raise KeyError
     assert calls == []

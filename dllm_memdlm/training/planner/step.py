@@ -38,7 +38,7 @@ class Sizes:
     amp: torch.dtype | None = None  #: autocast's dtype; none where it is off
     cast: torch.dtype | None = None  #: what an engine turns all weights into, if it does
     device: str = "cuda"  #: whose way of computing is followed, cuda or cpu
-    checkpointing: bool = False  #: whether the trunk is recomputed in the backward pass
+    checkpointing: bool = False  #: whether the prefix is recomputed in the backward pass
     accumulates: bool = False  #: whether gradients of an earlier micro-batch are there already
 
 
