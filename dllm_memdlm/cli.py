@@ -37,14 +37,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below; each has a --help")
+    commands = {"choices": COMMANDS, "metavar": "COMMAND", "help": "one of those below; each has a --help"}
+    parser.add_argument("command", nargs="?", **commands)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return 2
     return importlib.import_module(f".{args.command}", __package__).main(args.arguments)
 
 
-def exit_code(run: Callable[[], None], debug: bool = False) -> int:
+def exit_code(run: Callable[[], None], debug: bool = False, first_only: bool = False) -> int:
     """Run a command to its end.
+
+    With `first_only` one process of each node speaks: the next node may lack another file.
 
     Returns:
         0; 2 after one line about what the user can correct (a traceback with `debug`); 130 where it was interrupted.
@@ -59,8 +65,9 @@ def exit_code(run: Callable[[], None], debug: bool = False) -> int:
     except ConfigError as error:
         if debug:
             raise
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # on every node, as the next may lack another file
-            print(f"error: {error}", file=sys.stderr)
+        if first_only and int(os.environ.get("LOCAL_RANK", 0)) > 0:
+            return 2
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -80,13 +87,15 @@ def _go_offline_at_the_first_failure() -> None:
         return
     usual = hub.get_session()
     http = sys.modules[type(usual).__module__.partition(".")[0]]  # requests; since 1.0 httpx
-    names = {"ConnectError", "ConnectTimeout", "ConnectionError"} & vars(http).keys()
+    names = {"TransportError", "ConnectionError", "Timeout"} & vars(http).keys()
     failures = tuple(getattr(http, name) for name in names)
 
     class Client(type(usual)):
         reached = False
 
         def send(self, *args: Any, **settings: Any) -> Any:
+            if constants.HF_HUB_OFFLINE:
+                raise errors.OfflineModeIsEnabled("the hub could not be reached before")
             try:
                 response = super().send(*args, **settings)
             except failures as error:
@@ -135,7 +144,7 @@ def check_writable(flag: str, path: str | os.PathLike, make_folder: bool = False
     try:
         if make_folder:
             path.parent.mkdir(parents=True, exist_ok=True)
-        new = not path.exists()
+        new = not os.path.lexists(path)
         with path.open("ab"):
             pass
         if new:

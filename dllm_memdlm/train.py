@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--response-share", help="masked part of an example (with --dry-run; default: 0.25)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_intermixed_args(argv)
-    return exit_code(lambda: run(args), args.debug)
+    return exit_code(lambda: run(args), args.debug, first_only=True)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -62,8 +63,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         raise ConfigError(f"--scale {args.scale}: expected one of {', '.join(SCALES)}")
     if not RECIPES.is_dir():
         raise ConfigError(f"{RECIPES}: no such folder; the recipes are in a checkout, so run this from one")
-    if " " in str(args.runs):
-        raise ConfigError(f"--runs {args.runs}: expected a folder without spaces in its name, for make")
+    if not re.fullmatch(r"[\w./+-]+", str(args.runs)):
+        raise ConfigError(f"--runs {args.runs}: expected a folder of letters, digits and ._+-/ in its name, for make")
     scale = SCALES[args.scale]
     changes = {"runs": args.runs, "settings": (*scale.settings, *args.set), "seeds": tuple(args.seeds or ())}
     changes |= {"jobs": args.jobs, "questions": args.questions}
@@ -81,7 +82,10 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
             raise ConfigError(f"--questions {args.questions}: lm-eval asks what recipes/eval says; expected none")
         if importlib.util.find_spec("lm_eval") is None:
             raise ConfigError("lm-eval, which is to score models, is not installed: pip install '.[eval]'")
-    draw = [sys.executable, "-m", "reproduce", "--draw", *(word for word in argv if word not in args.targets)]
+    options = list(argv)
+    for name in args.targets:  # which stand before options of the same word
+        options.remove(name)
+    draw = [sys.executable, "-m", "reproduce", "--draw", *options]
     rules = [step.rule() for step in dict.fromkeys(step for own in steps.values() for step in own)]
     for name, own in steps.items():
         command = shlex.join([*draw[:4], name, *draw[4:]]).replace("$", "$$")
@@ -90,7 +94,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def make(scale: Scale, rules: Sequence[str], targets: Sequence[str]) -> None:
-    """Become make, at work on these rules: a signal ends it and its commands. Raises ConfigError if it cannot be."""
+    """Become make, at work on these rules. Ctrl-C ends it and its commands. Raises ConfigError if it cannot be."""
     folder = scale.runs / scale.name
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)

@@ -1,9 +1,9 @@
 """Commands that leave a folder behind, as rules for make.
 
-A folder's name ends in a digest of all that its result depends on: the settings of a recipe, the arguments of a score.
-As these name the folder of the model, it covers what came before, too. So what changes is made anew in a folder of its
-own, and what is there is not made again. A folder holds what its command wrote, `log.txt` with what it printed, and,
-once it has ended well, `done` with its seconds, the date and the commit.
+A folder's name ends in a digest of what its result depends on, but for code and data: the settings of a recipe, the
+arguments of a score. As these name the folder of the model, it covers what came before, too. So what changes is made
+anew in a folder of its own, and what is there is not made again. A folder holds what its command wrote, `log.txt` with
+what it printed, and, once it has ended well, `done` with its seconds, the date and the commit.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Step:
 
         `runs`, the folder of all, may be another one tomorrow, and is left out of the digest.
         """
-        text = json.dumps(made_from, sort_keys=True).replace(str(runs), "")
+        text = json.dumps(made_from, sort_keys=True)
+        text = text.replace(f'"{runs}/', '"').replace(f"={runs}/", "=")
         folder = name.with_name(f"{name.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
         return cls(folder, tuple(word.replace(FOLDER, str(folder)) for word in argv), **fields)
 
@@ -61,15 +62,18 @@ class Step:
 
     def rule(self) -> str:
         """The rule of make. A training that was cut short goes on; what else was begun is begun anew."""
-        folder, log = self.folder, self.folder / "log.txt"
+        folder, log, done = self.folder, self.folder / "log.txt", self.done
+        mode = ">>" if "--resume" in self.argv else ">"
         lines = [
             "" if "--resume" in self.argv else f"rm -rf {folder}",
             f"mkdir -p {folder}; echo {shlex.quote(self.line)}",
-            f"begun=$(date +%s); {self._line(shlex.quote(sys.executable))} > {log} 2>&1 || "
+            f"begun=$(date +%s); {self._line(shlex.quote(sys.executable))} {mode} {log} 2>&1 < /dev/null || "
             f"{{ {{ grep -a '^error: ' {log} || tail -n 3 {log}; }} >&2; echo 'failed: {log}' >&2; exit 1; }}; "
-            f'echo "$(( $(date +%s) - begun )) s, $(date +%F), $(git describe --always --dirty 2>&-)" > {self.done}',
+            f'echo "$(( $(date +%s) - begun )) s, $(date +%F), $(git describe --always --dirty 2>&-)" > {done}.new',
+            f"mv {done}.new {done}",
         ]
-        head = f"{self.done}: {' '.join(str(step.done) for step in self.after)}"
+        # Order only: a copy of the runs has other times, and what changes has another folder.
+        head = f"{done}: | {' '.join(str(step.done) for step in self.after)}"
         return "\n\t@".join([head, *(line.replace("$", "$$") for line in lines if line)]) + "\n"
 
 

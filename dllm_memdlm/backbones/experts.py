@@ -1,6 +1,6 @@
 """The linear layers of all experts of a layer as one tensor each; files have a matrix an expert.
 
-checkpoint (a matrix an expert) ─► nn.ModuleList of gated MLPs ─► `stacking.stack_experts` ─► ExpertLinear [E, out, in]
+checkpoint (a matrix an expert) ─► nn.ModuleList of gated MLPs ─► `moe.stack_experts` ─► ExpertLinear [E, out, in]
 adapter (two matrices an expert) ─► `stack_names`, on loading ─► ExpertLora [E, r, in], [E, out, r]
 `split_names` ─► what is saved, a matrix an expert again
 """

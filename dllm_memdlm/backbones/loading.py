@@ -57,6 +57,7 @@ def read_config(path: str, architecture: str | None = None, where: str | None = 
             begins with `where`, which is model.path by default.
     """
     named = "model.architecture" if where is None else f"{where}: architecture"
+    setting = "model.architecture" if where is None else "model.architecture in a recipe"
     where = where or f"model.path={path!r}"
     values: Any = {}
     if not os.path.isfile(path):
@@ -68,7 +69,7 @@ def read_config(path: str, architecture: str | None = None, where: str | None = 
     if not isinstance(names, list):
         raise ConfigError(f"{where}: its config.json has architectures={names!r}; expected a list")
     if names[0] is None:
-        raise ConfigError(f"{where}: its config.json names no architecture; expected one")
+        raise ConfigError(f"{where}: its config.json names no architecture; expected one, or {setting}")
     cls = model_class(names[0], named)
     values = {name: value for name, value in values.items() if name not in ("auto_map", "model_type")}
     with _refusing(where, dict.fromkeys(REFUSED, f"a config.json that makes no {cls.__name__} ({{}})")):

@@ -35,7 +35,10 @@ def read_table(path: Path) -> pyarrow.Table:
             raise ValueError(_misfit(schema, block) or error) from error
     if not tables:
         raise ValueError(EMPTY)
-    return joined(tables)
+    try:
+        return joined(tables)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{error}; expected rows that fit in one table") from error
 
 
 def joined(tables: Iterable[pyarrow.Table]) -> pyarrow.Table:

@@ -67,6 +67,8 @@ def _load_split(config: DataConfig, split: str) -> Rows:
         rows = datasets.load_dataset(config.dataset, split=split) if path is None else _read_local(path, split)
         if not len(rows):
             raise ValueError(EMPTY)
+        if path is not None:
+            rows.data.validate(full=True)  # pyarrow reads text that is not UTF-8, and nobody can use it
     except Exception as error:  # of any kind: whatever a file of another form leads to
         reason = reason_of(error)
         if reason.startswith("Unrecognized instruction format"):

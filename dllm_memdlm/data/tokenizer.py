@@ -120,7 +120,7 @@ def load_tokenizer(name: str, where: str, trust_remote_code: bool = False) -> Pr
         files = sorted(path.glob("*.json")) if local else []
         reason = next((f"{file.name} is not JSON" for file in files if not _is_json(file)), None) or reason_of(error)
         raise ConfigError(
-            f"{where:.80}: {reason}; expected a local folder, or a hub name (with network, or downloaded before)"
+            f"{where:.300}: {reason}; expected a local folder, or a hub name (with network, or downloaded before)"
         ) from error
     return _complete(tokenizer, where)
 

@@ -128,7 +128,7 @@ class Parsed:
 def device_of(name: str | None) -> torch.device:
     """Return the device asked for; the CPU for a GPU that is not there, as lm-eval asks for one by default."""
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name is None else name)
         there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[
             device.type
         ]

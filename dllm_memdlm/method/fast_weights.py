@@ -100,7 +100,10 @@ class FastWeights:
                 if metadata.get("format") != FORMAT:
                     raise ValueError("the tensors of something else")
                 tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            return cls(tensors, float(metadata["scaling"])), json.loads(metadata["header"])
+            header = json.loads(metadata["header"])
+            if not tensors or min(tensor.dim() for tensor in tensors.values()) < 3 or not isinstance(header, dict):
+                raise ValueError("no fast weights, or no header")
+            return cls(tensors, float(metadata["scaling"])), header
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             expected = "expected a file that --save-memory has written"
             raise ConfigError(f"{path}: not a fast-weight snapshot ({error}); {expected}") from None

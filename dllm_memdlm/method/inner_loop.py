@@ -221,9 +221,7 @@ class ParametricMemory:
         for name in sorted(expected.keys() | found.keys()):
             size, wanted = found.get(name, "absent"), expected.get(name, "absent")
             if size != wanted:
-                raise ConfigError(
-                    f"fast weights for other sites than this model's: {name} is {size}, expected {wanted}"
-                )
+                raise ConfigError(f"fast weights that do not fit this model: {name} is {size}, expected {wanted}")
 
 
 def _adding(weights: SiteWeights) -> Any:

@@ -46,6 +46,8 @@ class MemDLMConfig(MDLMConfig):
     narrower: ClassVar[dict[str, Any]] = {
         "output_dir": Annotated[str | Path | None, Field(description="text")],
         "accelerator_config": Any,
+        "fsdp": Any,
+        "resume_from_checkpoint": Annotated[str | Path | None, Field(description="text")],
         "torch_compile": _Never,
         "torch_compile_backend": _Never,
         "torch_compile_mode": _Never,
@@ -97,18 +99,18 @@ class MemDLMConfig(MDLMConfig):
 def _check_trackers(args: MemDLMConfig) -> None:
     """Refuse trackers that are not there, which the trainer would do once the model is loaded."""
     usable = get_available_reporting_integrations()
-    others = ("azure_ml", "dagshub", "flyte", "kubeflow")  # which that function does not name
+    others = ("azure_ml", "flyte")  # which that function does not name
     there = all(name in (*usable, *others) for name in args.report_to)
     require("training", args, "report_to", there, f"none, all, or of those that are installed: {', '.join(usable)}")
 
 
 def _check_optimizer(args: MemDLMConfig) -> None:
     """Make the optimizer and its schedule for one number, to know what they refuse before anything is loaded."""
-    if args.optim_target_modules is not None:  # which are the model's
-        return
     name = "optim"
     try:
         cls, kwargs = transformers.Trainer.get_optimizer_cls_and_kwargs(args)
+        if args.optim_target_modules is not None:  # which are the model's
+            return
         optimizer = cls([nn.Parameter(torch.zeros(1))], **kwargs)
         name = "lr_scheduler_type"
         more = args.lr_scheduler_kwargs or {}

@@ -25,6 +25,9 @@ from .engines.shared_out import load_shared_out
 #: The mark of a whole checkpoint, written last: by what and in which run it was made, and its number in the folder.
 CONTENTS = "contents.json"
 
+#: Behind the name of a whole checkpoint that is being written anew, until the new one is whole.
+BEFORE = ".before"
+
 #: In the output folder: the name of the newest run, which a run takes at its start and its checkpoints carry.
 RUN = ".run"
 
@@ -54,7 +57,8 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
 
 def _by_age(output_dir: Path) -> list[tuple[dict[str, Any], Path]]:
     """What all checkpoints of a folder say of themselves, and their folders, the newest last; unmarked ones first."""
-    steps = {path: path.name.rpartition("-")[2] for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    folders = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    steps = {path: path.name.rpartition("-")[2].removesuffix(BEFORE) for path in folders}
     found = [(contents_of(path), int(step), path) for path, step in steps.items() if step.isdecimal()]
     found.sort(key=lambda one: (one[0].get("written", 0), one[1]))
     return [(contents, path) for contents, _, path in found]
@@ -117,8 +121,8 @@ def check_fits(checkpoint: str | os.PathLike, contents: dict[str, Any], trained:
 class WholeCheckpoints(transformers.Trainer):
     """A trainer whose checkpoints are marked when they are whole. To be mixed in first.
 
-    A folder loses its mark before anything is written to it, and gets it when all processes have written. Older
-    checkpoints are removed after that.
+    A checkpoint is marked when all processes have written. Then older ones, and one of the same name, are removed, and
+    an upload begins.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -127,11 +131,12 @@ class WholeCheckpoints(transformers.Trainer):
         #: What the trainer's user wants to find again in a checkpoint, to compare with when a run goes on from it.
         self.made_of: dict[str, Any] = {}
         self.begun: Path | None = None  #: the checkpoint that is being written
+        self.to_push: str | None = None  #: the folder to upload when it is marked
         self.run: str | None = None  #: the name of this run, in its folder and in its checkpoints
         self.resumed: Path | None = None  #: what this run goes on from
         self.limit: int | None = None  #: `save_total_limit`
         super().__init__(*args, **kwargs)
-        self.add_callback(_Marks(self))
+        self.add_callback(_Begins(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As transformers' method; True goes on from the last checkpoint of the newest run in the output folder."""
@@ -141,9 +146,10 @@ class WholeCheckpoints(transformers.Trainer):
                 raise ConfigError(f"{self.args.output_dir}: no checkpoint to go on from")
         self.resumed, run = None, uuid.uuid4().hex
         if resume_from_checkpoint:
-            contents = read_contents(resume_from_checkpoint)
-            check_fits(resume_from_checkpoint, contents, self.trained_names(), engines.describe(self.accelerator))
-            self.resumed, run = Path(resume_from_checkpoint), contents.get("run")
+            self.resumed, contents = Path(resume_from_checkpoint), contents_of(resume_from_checkpoint)
+            if contents:  # else one of another trainer's
+                check_fits(self.resumed, contents, self.trained_names(), engines.describe(self.accelerator))
+                run = contents.get("run")
         (self.run,) = broadcast_object_list([run])
         self.limit = self.args.save_total_limit
         self.args.save_total_limit = None  # transformers would remove an older one before the next is marked
@@ -156,14 +162,61 @@ class WholeCheckpoints(transformers.Trainer):
         return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if _internal_call and output_dir is not None:  # a checkpoint begins: one of the same name goes, its mark first
+        if _internal_call and output_dir is not None:  # a checkpoint begins
             self.begun = Path(output_dir)
             if self.args.should_save:
+                if contents_of(self.begun):  # as where a finished run is resumed
+                    before = self.begun.with_name(self.begun.name + BEFORE)
+                    remove(before)
+                    self.begun.rename(before)
                 remove(self.begun)
             self.accelerator.wait_for_everyone()
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             readable_by_both(output_dir or self.args.output_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.mark(self.begun)
+        self.accelerator.wait_for_everyone()
+        if self.to_push is not None:
+            super()._push_from_checkpoint(self.to_push)
+            self.to_push = None
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self.to_push = checkpoint_folder  # it uploads in the background: not what is about to change
+
+    def mark(self, folder: Path) -> None:
+        """Mark a checkpoint that all processes have written, and remove old ones beyond the limit."""
+        # accelerate's copy of what FSDP shares out, of an adapter a part only; the safetensors are whole
+        (folder / f"{FSDP_MODEL_NAME}.bin").unlink(missing_ok=True)
+        for write in self.beside_checkpoints:
+            write(folder)
+        others = [(contents, path) for contents, path in _by_age(folder.parent) if path != folder]
+        contents = {
+            "made_by": engines.describe(self.accelerator),
+            "made_of": self.made_of,
+            "run": self.run,
+            "transformers": transformers.__version__,
+            "trained": len(self.trained_names()),
+            "written": 1 + max((contents.get("written", 0) for contents, _ in others), default=0),
+        }
+        for path in (*folder.rglob("*"), folder):  # on the disk before the mark is
+            _to_disk(path)
+        (folder / CONTENTS).write_text(json.dumps(contents, indent=1), encoding="utf-8")
+        for path in (folder / CONTENTS, folder, folder.parent):
+            _to_disk(path)
+        older = [path for _, path in others if path.suffix != BEFORE]
+        for path in [path for _, path in others if path.suffix == BEFORE]:
+            remove(path)
+        if self.limit is not None and self.limit > 0:
+            best = Path(self.state.best_model_checkpoint or folder).resolve()
+            worse = [path for path in older if path.resolve() != best]
+            keep = max(self.limit, 1 + len(older) - len(worse))
+            for path in worse[: max(0, len(older) + 1 - keep)]:
+                remove(path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.accelerator.is_fsdp2:
@@ -178,8 +231,8 @@ class WholeCheckpoints(transformers.Trainer):
             super()._load_best_model()
 
 
-class _Marks(transformers.TrainerCallback):
-    """Steps in at transformers' public places: before the first step, and after a checkpoint was written."""
+class _Begins(transformers.TrainerCallback):
+    """Steps in before the first step."""
 
     def __init__(self, trainer: WholeCheckpoints) -> None:
         self.trainer = trainer
@@ -208,38 +261,19 @@ class _Marks(transformers.TrainerCallback):
         for name in ("best_metric", "best_global_step"):
             setattr(state, name, None if found is None else getattr(recorded, name))
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Mark the checkpoint when all processes have written, then remove old ones beyond the limit."""
-        trainer, folder = self.trainer, self.trainer.begun
-        trainer.accelerator.wait_for_everyone()
-        if not args.should_save:
-            return
-        # accelerate's copy of what FSDP shares out, of an adapter a part only; the safetensors are whole
-        (folder / f"{FSDP_MODEL_NAME}.bin").unlink(missing_ok=True)
-        for write in trainer.beside_checkpoints:
-            write(folder)
-        for path in filter(Path.is_file, folder.rglob("*")):
-            with path.open("rb") as file:  # on the disk before the mark is
-                os.fsync(file.fileno())
-        older = [(contents, path) for contents, path in _by_age(folder.parent) if path != folder]
-        contents = {
-            "made_by": engines.describe(trainer.accelerator),
-            "made_of": trainer.made_of,
-            "run": trainer.run,
-            "transformers": transformers.__version__,
-            "trained": len(trainer.trained_names()),
-            "written": 1 + max((contents.get("written", 0) for contents, _ in older), default=0),
-        }
-        (folder / CONTENTS).write_text(json.dumps(contents, indent=1), encoding="utf-8")
-        if trainer.limit is not None and trainer.limit > 0:
-            best = Path(state.best_model_checkpoint or folder).resolve()
-            others = [path for _, path in older if path.resolve() != best]
-            keep = max(trainer.limit, 1 + len(older) - len(others))
-            for path in others[: max(0, len(older) + 1 - keep)]:
-                remove(path)
-
 
 def remove(checkpoint: Path) -> None:
     """Remove a checkpoint, its mark first: what a kill leaves of it is none."""
     (checkpoint / CONTENTS).unlink(missing_ok=True)
     shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if path.is_file():  # some network file systems take no folder
+            raise
+    finally:
+        os.close(descriptor)

@@ -146,7 +146,10 @@ def test_lora_is_wrapped_around_the_backbone(kind, tmp_path):
 CONFIG_AND_WEIGHTS = {  # what is done to a folder: what the message says after its name
     "no config": (lambda f: (f / "config.json").unlink(), "a folder without a readable config.json"),
     "not JSON": (lambda f: (f / "config.json").write_text("{"), "a folder without a readable config.json"),
-    "nameless": (lambda f: edit(f, architectures=None), "its config.json names no architecture; expected one"),
+    "nameless": (
+        lambda f: edit(f, architectures=None),
+        "its config.json names no architecture; expected one",
+    ),
     "no list": (lambda f: edit(f, architectures="Llama"), "its config.json has architectures='Llama'; expected a list"),
     "a bad value": (lambda f: edit(f, hidden_size="32"), "a config.json that makes no "),
     "quantised": (lambda f: edit(f, quantization_config={"quant_method": "awq"}), "its weights are quantised already"),

@@ -210,7 +210,7 @@ def test_a_saved_memory_is_for_its_model_and_brings_its_settings(tmp_path):
     assert memory_of(pretrained, {}, path).memory.config.rank == 3
     with pytest.raises(ConfigError, match=r"give no others \(rank\)$"):
         memory_of(pretrained, {"rank": 4}, path)
-    with pytest.raises(ConfigError, match="fast weights for other sites than this model's"):
+    with pytest.raises(ConfigError, match="fast weights that do not fit this model"):
         memory_of(pretrained_of(tiny("llama", num_hidden_layers=5)), {}, path)
     save_snapshot(path, written.recall([text]), "another", written.memory.config, text)
     with pytest.raises(ConfigError, match="written with the model 'another', not 'tiny'"):

@@ -186,7 +186,7 @@ def test_what_it_refuses_goes_by_the_names_of_the_arguments(base, copy_of, tmp_p
     """Though the rooms that refuse it know only a recipe's."""
     folder = copy_of(base)
     edit(folder / "config.json", architectures=None)
-    assert message(str(folder)) == f"pretrained='{folder}': its config.json names no architecture; expected one"
+    assert message(str(folder)).startswith(f"pretrained='{folder}': its config.json names no architecture; expected ")
     edit(folder / "config.json", architectures=["BertModel"])
     assert message(str(folder)).startswith(f"pretrained='{folder}': architecture='BertModel': no backbone")
     make_tokenizer(bos_token="<bos>").save_pretrained(tmp_path / "other")

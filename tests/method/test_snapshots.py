@@ -100,7 +100,7 @@ def test_fast_weights_of_another_model_are_not_held(dimensions, changes, sizes):
     source = ParametricMemory(tiny("llada_moe"), MemoryConfig(**SMALL), MASK)
     fast = FastWeights.initial(source.shapes, source.config, torch.tensor([1]), torch.get_default_device())
     target = ParametricMemory(tiny("llada_moe", **dimensions), MemoryConfig(**{**SMALL, **changes}), MASK)
-    message = rf"^fast weights for other sites than this model's: layers\.\d\.\S+ {sizes}$"
+    message = rf"^fast weights that do not fit this model: layers\.\d\.\S+ {sizes}$"
     with pytest.raises(ConfigError, match=message), target.holding(fast):
         pass
     assert all(not module.fast for module in target.model.modules() if isinstance(module, RoutedExperts))

@@ -198,13 +198,15 @@ class LLaDA21Sampler(CanvasSampler):
 
     def _text_ends(self, canvas: Tensor, rows: Rows) -> Tensor:
         """Tell whether the text ends in a row's block, where generation is to stop then. [B, 1]."""
+        if not rows.settings.eos_early_stop:
+            return torch.zeros(len(canvas), 1, dtype=torch.bool, device=canvas.device)
         place, size = torch.arange(canvas.shape[1], device=canvas.device), rows.settings.block_size
         answer = canvas.masked_fill((place < rows.prompt) | (place >= size * (rows.block + 1)), -1)
         masked, ends = (
             (answer == token).any(1, keepdim=True)
             for token in (self.tokenizer.mask_token_id, self.tokenizer.eos_token_id)
         )
-        return ends & ~masked & rows.settings.eos_early_stop
+        return ends & ~masked
 
 
 def keep_likeliest(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
