@@ -87,8 +87,7 @@ def _go_offline_at_the_first_failure() -> None:
         return
     usual = hub.get_session()
     http = sys.modules[type(usual).__module__.partition(".")[0]]  # requests; since 1.0 httpx
-    names = {"TransportError", "ConnectionError", "Timeout"} & vars(http).keys()
-    failures = tuple(getattr(http, name) for name in names)
+    failures = http.TransportError if hasattr(http, "TransportError") else (http.ConnectionError, http.Timeout)
 
     class Client(type(usual)):
         reached = False

@@ -36,7 +36,7 @@ def test_lm_eval_s_command_line():
 
 @pytest.mark.parametrize(
     ("argv", "code", "text"),
-    [(["--help"], 0, "export  "), (["--version"], 0, __version__), (["trian"], 2, "'trian'"), ([], 2, "export,info")],
+    [(["--help"], 0, "export  "), (["--version"], 0, __version__), (["trian"], 2, "'trian'")],
 )
 def test_help_version_and_no_such_command(argv, code, text, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -45,23 +45,28 @@ def test_help_version_and_no_such_command(argv, code, text, capsys):
     assert text in "".join(capsys.readouterr())
 
 
+def test_without_a_command_they_are_explained(capsys):
+    assert cli.main([]) == 2 and "export  " in capsys.readouterr().err
+
+
 # === how a command ends ===
 
 
-def ending(error: BaseException | None, debug: bool = False) -> int:
+def ending(error: BaseException | None, **settings: bool) -> int:
     def command() -> None:
         if error is not None:
             raise error
 
-    return cli.exit_code(command, debug)
+    return cli.exit_code(command, **settings)
 
 
 def test_exit_codes(capsys, monkeypatch):
     assert (ending(None), ending(KeyboardInterrupt())) == (0, 130)
-    for rank, said in (("0", "error: what, where\n"), ("1", "")):  # one rank of a node speaks
+    said = "error: what, where\n"
+    for rank, first_only, heard in (("0", True, said), ("1", True, ""), ("1", False, said)):
         monkeypatch.setenv("LOCAL_RANK", rank)
-        assert ending(ConfigError("what, where")) == 2
-        assert capsys.readouterr() == ("", said)
+        assert ending(ConfigError("what, where"), first_only=first_only) == 2
+        assert capsys.readouterr() == ("", heard)
     with pytest.raises(RuntimeError):
         ending(RuntimeError())
     with pytest.raises(ConfigError):

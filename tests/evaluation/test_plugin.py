@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from fresh_python import MODELS, REGISTRY, ROOT, UNKNOWN, known_models, needs_lm_eval, printed, run, write_lm_eval
 
+import memdlm_for_torch
 from dllm_memdlm import cli, evaluate
-from dllm_memdlm.evaluation import memdlm_for_torch, plugin
+from dllm_memdlm.evaluation import plugin
 
 #: The start and the end of what runs in an interpreter of its own.
 BEFORE = """

@@ -158,7 +158,7 @@ TEMPLATES: list[Row] = [
      "model.tokenizer= | line 2 of its chat template is not Jinja | expected a tokenizer with a template"),
 ]
 TOKENIZERS: list[Row] = [
-    ("number", {}, "model.tokenizer=5", "model.tokenizer=5 | expected text or none"),
+    ("number", {}, "model.tokenizer=5", "model.tokenizer=5 | expected folder or hub name or none"),
     ("absent", {}, "model.tokenizer=./absent", "model.tokenizer='./absent' | no such folder; expected"),
     ("absent-home", {}, "model.tokenizer='~nobody-here/tok'", "~nobody-here/tok | no such folder; expected"),
     ("too-long", {}, "model.tokenizer=" + "a" * 300, "model.tokenizer= | expected a local folder"),

@@ -162,7 +162,7 @@ def test_the_report_has_what_was_found(run_dir, data, tmp_path, monkeypatch, cap
     [
         (["temprature=1"], "unknown model argument 'temprature'; did you mean"),
         (["--model", "nowhere"], "nowhere/recipe.yaml: no such recipe file"),
-        (["--output", "."], "--output .: a folder"),
+        (["--output", "."], "--output .: Is a directory"),
     ],
 )
 def test_what_the_user_can_correct_is_one_line(run_dir, tmp_path, monkeypatch, capsys, arguments, says):
