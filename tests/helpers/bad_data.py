@@ -181,13 +181,13 @@ SETTINGS: list[Row] = [
     (name, {}, f"data.{setting}", f"data.{says}")
     for name, setting, says in [
         ("format", "format=alpaca", "format='alpaca': expected one of auto, instruction, messages"),
-        ("fraction-all", "eval_fraction=1", "eval_fraction=1.0: expected in [0, 1)"),
+        ("fraction-all", "eval_fraction=1", "eval_fraction=1: expected number in [0, 1)"),
         ("fraction-text", "eval_fraction=half", "eval_fraction='half': expected number"),
-        ("length-none", "max_length=0", "max_length=0: expected at least 1"),
+        ("length-none", "max_length=0", "max_length=0: expected whole number of at least 1"),
         ("length-number", "max_length=1.5", "max_length=1.5: expected whole number"),
-        ("train-size", "train_size=0", "train_size=0: expected at least 1"),
-        ("eval-size", "eval_size=-1", "eval_size=-1: expected at least 1"),
-        ("processes", "num_proc=0", "num_proc=0: expected at least 1"),
+        ("train-size", "train_size=0", "train_size=0: expected whole number of at least 1"),
+        ("eval-size", "eval_size=-1", "eval_size=-1: expected whole number of at least 1"),
+        ("processes", "num_proc=0", "num_proc=0: expected whole number of at least 1"),
         ("mask", "mask_prompt=1", "mask_prompt=1: expected true or false"),
         ("split", "split=null", "split=None: expected text"),
         ("field", "output_field=null", "output_field=None: expected text"),
