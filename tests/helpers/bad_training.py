@@ -128,8 +128,10 @@ BAD_TRAINING: list[tuple[str, ...]] = [
     ("cut.yaml", "cut.yaml: not a readable YAML file"), ("twice.yaml", "twice.yaml: not a readable YAML file"),
     ("empty", "empty: not a readable YAML file"),
     # planning
-    ("--dry-run --gpus 0", "--gpus", "0"), ("--dry-run --gpus half", "--gpus", "half"),
-    ("--dry-run --memory much", "--memory", "much"), ("--dry-run --response-share 2", "--response-share", "2"),
+    ("--dry-run --gpus 0", "--gpus '0': expected a whole number, at least 1"),
+    ("--dry-run --gpus half", "--gpus 'half'"), ("--dry-run --memory much", "--memory 'much': expected a size such as"),
+    ("--dry-run --response-share 0", "--response-share '0': expected a number above 0, at most 1"),
+    ("--dry-run --response-share 2", "--response-share '2': expected a number"),
     ("--gpus 8", "--gpus, --memory and --response-share: expected with --dry-run"),
 ]
 # fmt: on

@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+from torch import Tensor
+
 from dllm_memdlm.backbones import config_of, load_model
 from dllm_memdlm.data import tokenizer_for, training_texts
 from dllm_memdlm.training.recipe import Recipe, load_recipe
@@ -69,6 +72,12 @@ def recipe_for(recipe_file: Path, folder: Path, *overrides: str) -> Recipe:
 
 def logs_of(folder: Path) -> list[dict[str, Any]]:
     return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def trained_weights(folder: Path) -> dict[str, Tensor]:
+    """What a run has saved: an adapter or a whole model."""
+    names = (folder / "adapter_model.safetensors", folder / "model.safetensors")
+    return load_file(next(filter(Path.exists, names)))
 
 
 def without_times(logs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -53,12 +53,10 @@ def test_it_trains_what_the_adapter_trained(tmp_path):
     save_peft(tmp_path / "adapter", stock_llama(base), config)
     lora = LoraConfig(r=4, alpha=8, target_modules=("q_proj",), path=str(tmp_path / "adapter"), dropout=0.25)
     model = with_lora(tiny("llama", torch.bfloat16), lora)
-    trainable = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
-    assert len(trainable) == 2 * 3 + 1 and all(
-        (dtype == torch.float32) == ("lora_" in name) for name, dtype in trainable.items()
-    )
-    dropout = model.get_base_model().model.layers[0].self_attn.q_proj.lora_dropout["default"]
-    assert dropout.p == 0.25
+    trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 3 + 1
+    assert all((dtype == torch.float32) == ("lora_" in name) for name, dtype in trained.items())
+    assert model.get_base_model().model.layers[0].self_attn.q_proj.lora_dropout["default"].p == 0.25
 
 
 @pytest.mark.parametrize(
@@ -67,11 +65,8 @@ def test_it_trains_what_the_adapter_trained(tmp_path):
         ({"r": 8}, "lora.r=8: the adapter of lora.path was made with 4; set it to that"),
         ({"alpha": 4}, "lora.alpha=4: the adapter of lora.path was made with 8; set it to that"),
         ({"bias": "all"}, "lora.bias='all': the adapter of lora.path was made with 'none'; set it to that"),
-        (
-            {"target_modules": ("q_proj",)},
-            "lora.target_modules=('q_proj',): the adapter of lora.path is on down_proj, gate,",
-        ),
-        ({"target_modules": r".*\.experts.*"}, "lora.target_modules='.*\\\\.experts.*': the adapter of lora.path"),
+        ({"target_modules": ("q_proj",)}, "lora.target_modules=('q_proj',): the adapter of lora.path is on down_proj"),
+        ({"target_modules": r".*experts.*"}, "lora.target_modules='.*experts.*': the adapter of lora.path"),
         ({"path": "/no/such"}, "lora.path='/no/such': no readable adapter_config.json ("),
     ],
 )

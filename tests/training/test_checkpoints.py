@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from conftest import examples, make_trainer, tiny
+from conftest import make_trainer, tiny
 from safetensors.torch import load_file
 from small_run import logs_of, recipe_for, without_times, write_base, write_recipe
 
@@ -31,38 +32,36 @@ def message(call: Any, *args: Any) -> str:
     return str(error.value)
 
 
-class Killed(Exception):
-    pass
+class AtStepEnds(transformers.TrainerCallback):
+    """Does something with the number of each step."""
 
-
-class KilledAt(transformers.TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, act: Callable[[int], Any]) -> None:
+        self.act = act
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise Killed
+        self.act(state.global_step)
 
 
-def killed(step: int, recipe: Any) -> None:
+def killed(at: int, recipe: Any) -> None:
     """A run of a recipe that ends in the middle of a step."""
+
+    def kill(step: int) -> None:
+        if step == at:
+            raise KeyboardInterrupt
+
     trainer = run.build_trainer(recipe)
-    trainer.add_callback(KilledAt(step))
-    with pytest.raises(Killed):
+    trainer.add_callback(AtStepEnds(kill))
+    with pytest.raises(KeyboardInterrupt):
         trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
 
 
 def test_a_resumed_run_ends_at_the_same_bits(finished, recipe_file, tmp_path):
     """A folder as a killed run leaves it: one checkpoint, and no more. An earlier version noted less in it."""
     shutil.copytree(finished / "checkpoint-2", tmp_path / "checkpoint-2")
-    contents = json.loads((tmp_path / "checkpoint-2" / CONTENTS).read_text())
-    earlier = {
-        "made_by": contents["made_by"],
-        "files": {},
-        "transformers": contents["transformers"],
-        "trained": contents["trained"],
-    }
-    (tmp_path / "checkpoint-2" / CONTENTS).write_text(json.dumps(earlier))
+    mark = tmp_path / "checkpoint-2" / CONTENTS
+    contents = json.loads(mark.read_text())
+    earlier = {name: contents[name] for name in ("made_by", "transformers", "trained")}
+    mark.write_text(json.dumps({"files": {}, **earlier}))
     # Where it goes on it has been evaluated, so `eval_on_start` does nothing
     trainer = run.train(recipe_for(recipe_file, tmp_path, "training.eval_on_start=true"), resume=True)
     assert trainer.state.global_step == 4
@@ -81,15 +80,15 @@ def test_a_resumed_run_ends_at_the_same_bits(finished, recipe_file, tmp_path):
 def test_a_run_that_has_reached_its_end_takes_no_step(steps, recipe_file, tmp_path, capsys):
     """Within an epoch (four steps), at its end, and within the next. With a constant schedule a step would show."""
     settings = [f"training.max_steps={steps}", "training.save_steps=1", "training.lr_scheduler_type=constant"]
-    run.train(recipe_for(recipe_file, tmp_path, *settings))
+    recipe = recipe_for(recipe_file, tmp_path, *settings)
+    run.train(recipe)
     weights, logs = (tmp_path / "model.safetensors").read_bytes(), without_times(logs_of(tmp_path))
     for name in ("model.safetensors", "trainer_state.json"):  # as if it was killed after its last checkpoint
         (tmp_path / name).unlink()
-    trainer = run.train(recipe_for(recipe_file, tmp_path, *settings), resume=True)
-    assert trainer.state.global_step == steps
-    printed = capsys.readouterr().out.splitlines()
-    assert f"going on from {tmp_path}/checkpoint-{steps}" in printed
-    assert f"all {steps} steps were done: nothing was left to train" in printed
+    run.train(recipe, resume=True)
+    out = capsys.readouterr().out
+    assert f"going on from {tmp_path}/checkpoint-{steps}\n" in out
+    assert f"all {steps} steps were done: nothing was left to train\n" in out
     assert (tmp_path / "model.safetensors").read_bytes() == weights
     now = without_times(logs_of(tmp_path))
     assert [log for log in now if "loss" in log] == [log for log in logs if "loss" in log]
@@ -107,27 +106,21 @@ def test_an_older_runs_checkpoints_are_not_gone_on_from(finished, recipe_file, t
     run.train(recipe_for(recipe_file, tmp_path / "whole", *OTHER_RATE))
     folder = tmp_path / "used"
     shutil.copytree(finished, folder)
-    killed(
-        1, recipe_for(recipe_file, folder, *OTHER_RATE)
-    )  # nothing is lost: the older run's can be gone on from by its name
-    text = message(run.train, recipe_for(recipe_file, folder, *OTHER_RATE), True)
+    recipe = recipe_for(recipe_file, folder, *OTHER_RATE)
+    killed(1, recipe)  # nothing is lost: the older run's can be gone on from by its name
+    text = message(run.train, recipe, True)
     assert text.startswith(f"{folder}: the newest run there has written no checkpoint, and checkpoint-4 is of an ")
-    killed(3, recipe_for(recipe_file, folder, *OTHER_RATE))
+    killed(3, recipe)
     assert last_checkpoint(folder) == f"{folder}/checkpoint-2"
-    run.train(recipe_for(recipe_file, folder, *OTHER_RATE), resume=True)
+    run.train(recipe, resume=True)
     assert f"going on from {folder}/checkpoint-2" in capsys.readouterr().out
     assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
 def test_a_second_run_does_not_rename_the_first(recipe_file, tmp_path):
     """It begins in the same folder while the first one still trains."""
-
-    class Other(transformers.TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            (tmp_path / RUN).write_text("another")
-
     trainer = run.build_trainer(recipe_for(recipe_file, tmp_path))
-    trainer.add_callback(Other())
+    trainer.add_callback(AtStepEnds(lambda step: (tmp_path / RUN).write_text("another")))
     trainer.train()
     assert {json.loads(path.read_text())["run"] for path in tmp_path.glob(f"checkpoint-*/{CONTENTS}")} == {trainer.run}
     assert "the newest run there has written no checkpoint" in message(last_checkpoint, tmp_path)
@@ -143,34 +136,32 @@ def test_a_run_that_goes_on_from_an_earlier_checkpoint_is_the_newest(recipe_file
     assert last_checkpoint(tmp_path) == f"{tmp_path}/checkpoint-4"
 
 
-def test_a_checkpoint_of_another_recipe_is_refused(finished, recipe_file):
-    for override, says in (
-        ("memory.rank=8", "memory.rank=4, the recipe now says 8"),
-        ("data.padding_loss=false", "data.padding_loss=True, the recipe now says False"),
-        ("data.mask_prompt=false", "data.mask_prompt=True, the recipe now says False"),
-        ("lora.enabled=true", "lora.enabled=False, the recipe now says True"),
-        ("model.dtype=bfloat16", "model.dtype='float32', the recipe now says 'bfloat16'"),
-        ("training.seed=7", "training.seed=42, the recipe now says 7"),
-        ("training.gradient_accumulation_steps=2", "training.gradient_accumulation_steps=1, the recipe now says 2"),
-    ):
-        text = message(run.train, recipe_for(recipe_file, finished, override), True)
-        assert text.startswith(f"{finished}/checkpoint-4: made with {says}; change it back, or train to another ")
+@pytest.mark.parametrize(
+    ("key", "was", "now"),
+    [
+        *(("memory.rank", 4, 8), ("data.padding_loss", True, False), ("data.mask_prompt", True, False)),
+        *(("lora.enabled", False, True), ("model.dtype", "float32", "bfloat16"), ("training.seed", 42, 7)),
+        ("training.gradient_accumulation_steps", 1, 2),
+    ],
+)
+def test_a_checkpoint_of_another_recipe_is_refused(key, was, now, finished, recipe_file):
+    text = message(run.train, recipe_for(recipe_file, finished, f"{key}={now}"), True)
+    says = f"made with {key}={was!r}, the recipe now says {now!r}; change it back, or train to another "
+    assert text.startswith(f"{finished}/checkpoint-4: {says}")
 
 
 def test_what_is_no_whole_checkpoint_is_refused(finished, recipe_file, tmp_path):
+    whole = "not a checkpoint of this trainer, or not whole"
+    cases = [(tmp_path / "none", "no such checkpoint"), (finished / "recipe.yaml", "no such checkpoint")]
+    cases.append((finished, whole))
     for name, contents in (("foreign", None), ("cut", ""), ("list", "[]"), ("other", '{"files": {}}'), ("half", "{")):
-        shutil.copytree(finished / "checkpoint-2", tmp_path / name)
-        (tmp_path / name / CONTENTS).unlink() if contents is None else (tmp_path / name / CONTENTS).write_text(contents)
+        mark = shutil.copytree(finished / "checkpoint-2", tmp_path / name) / CONTENTS
+        mark.unlink() if contents is None else mark.write_text(contents)
+        cases.append((mark.parent, whole))
     shutil.copytree(finished / "checkpoint-2", tmp_path / "weights")
     (tmp_path / "weights" / "scheduler.pt").unlink()
-    whole = "not a checkpoint of this trainer, or not whole"
-    for folder, why in (
-        (tmp_path / "none", "no such checkpoint"),
-        (finished / "recipe.yaml", "no such checkpoint"),
-        (finished, whole),
-        *((tmp_path / name, whole) for name in ("foreign", "cut", "list", "other", "half")),
-        (tmp_path / "weights", "weights without the optimizer's state (training.save_only_model)"),
-    ):
+    cases.append((tmp_path / "weights", "weights without the optimizer's state (training.save_only_model)"))
+    for folder, why in cases:
         recipe = recipe_for(recipe_file, tmp_path / "run", f"training.resume_from_checkpoint={folder}")
         assert message(run.train, recipe).startswith(f"{folder}: {why}")
 
@@ -189,55 +180,50 @@ def test_parts_for_other_processes_or_tensors_are_refused():
 def test_examples_and_a_base_may_move_but_not_change(tmp_path, capsys):
     """The same ones are gone on with wherever they lie; what was rewritten is noticed."""
     recipe_file, data, base = write_recipe(tmp_path), tmp_path / "rows.jsonl", tmp_path / "base"
+    moved, moved_base = tmp_path / "moved.jsonl", tmp_path / "moved"
     on_base = (*write_base(recipe_file, base), "training.max_steps=2")
+
+    def resumed(*settings: str) -> None:
+        run.train(recipe_for(recipe_file, tmp_path / "run", *on_base, *settings), resume=True)
+
     run.train(recipe_for(recipe_file, tmp_path / "run", *on_base))
-    data.rename(tmp_path / "moved.jsonl")
-    base.rename(tmp_path / "moved")
+    data.rename(moved)
+    base.rename(moved_base)
     (tmp_path / "link").symlink_to(tmp_path)
-    elsewhere = (*on_base, f"data.dataset={tmp_path}/link/moved.jsonl", f"model.path={tmp_path / 'moved'}")
-    same = ("data.max_length=900", "data.num_proc=2", "data.eval_size=3")
-    run.train(recipe_for(recipe_file, tmp_path / "run", *elsewhere, *same), resume=True)
+    on_moved_base, on_moved_data = f"model.path={moved_base}", f"data.dataset={tmp_path}/link/moved.jsonl"
+    resumed(on_moved_base, on_moved_data, "data.max_length=900", "data.num_proc=2", "data.eval_size=3")
     assert f"going on from {tmp_path}/run/checkpoint-2" in capsys.readouterr().out
 
-    says = f"{tmp_path}/run/checkpoint-2: made with another content of "
-    text = (tmp_path / "moved.jsonl").read_text()
-    (tmp_path / "moved.jsonl").write_text(text.replace("Say 3", "Say 4"))
-    text_of_data = message(run.train, recipe_for(recipe_file, tmp_path / "run", *elsewhere), True)
-    assert text_of_data.startswith(f"{tmp_path}/run/checkpoint-2: made with data.dataset=")
-    (tmp_path / "moved.jsonl").rename(data)
-    text_of_data = message(run.train, recipe_for(recipe_file, tmp_path / "run", *elsewhere[:-2], elsewhere[-1]), True)
-    assert text_of_data.startswith(f"{says}data.dataset={str(data)!r}, which has been written to since")
+    made, changed = f"{tmp_path}/run/checkpoint-2: made with ", "which has been written to since"
+    text = moved.read_text()
+    moved.write_text(text.replace("Say 3", "Say 4"))
+    assert message(resumed, on_moved_base, on_moved_data).startswith(f"{made}data.dataset=")
+    moved.rename(data)
+    says = f"{made}another content of data.dataset={str(data)!r}, {changed}"
+    assert message(resumed, on_moved_base).startswith(says)
     data.write_text(text)
     write_base(recipe_file, base, seed=7)
-    shutil.rmtree(tmp_path / "moved")
-    shutil.copytree(base, tmp_path / "moved")
-    assert message(run.train, recipe_for(recipe_file, tmp_path / "run", *on_base), True).startswith(
-        f"{says}model.path={str(base)!r}, which has been written to since; change it back"
-    )
+    says = f"{made}another content of model.path={str(base)!r}, {changed}; change it back"
+    assert message(resumed).startswith(says)
 
 
-def save_two(folder: Path, tokenizer: Any, cut: bool = False, **settings: Any) -> MemDLMTrainer:
-    """Two steps with a checkpoint after each; the second save may be cut off, which leaves the trainer as it is."""
-    settings = {"data": examples(6), "save_strategy": "steps", "save_steps": 1, **settings}
-    trainer = make_trainer(tiny("llama"), tokenizer, folder, **settings)
+def saving(folder: Path, tokenizer: Any, **settings: Any) -> MemDLMTrainer:
+    """A trainer for two steps with a checkpoint after each."""
+    return make_trainer(tiny("llama"), tokenizer, folder, save_strategy="steps", save_steps=1, **settings)
+
+
+def test_a_save_that_is_cut_off_leaves_the_checkpoint_before(tokenizer, tmp_path):
+    """Though one is kept, the last whole one stays until the next is; what was cut off is written over."""
 
     def cut_off(checkpoint: Path) -> None:
         if checkpoint.name == "checkpoint-2":
             raise KeyboardInterrupt
 
-    if cut:
-        trainer.beside_checkpoints.append(cut_off)
-        with pytest.raises(KeyboardInterrupt):
-            trainer.train()
-        trainer.beside_checkpoints.clear()
-    else:
+    trainer = saving(tmp_path, tokenizer, save_total_limit=1)
+    trainer.beside_checkpoints.append(cut_off)
+    with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    return trainer
-
-
-def test_a_save_that_is_cut_off_leaves_the_checkpoint_before(tokenizer, tmp_path):
-    """Though one is kept, the last whole one stays until the next is; what was cut off is written over."""
-    trainer = save_two(tmp_path, tokenizer, cut=True, save_total_limit=1)
+    trainer.beside_checkpoints.clear()
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2", RUN}
     assert trainer.args.save_total_limit == 1
     (tmp_path / "checkpoint-2" / "old").touch()
@@ -247,11 +233,11 @@ def test_a_save_that_is_cut_off_leaves_the_checkpoint_before(tokenizer, tmp_path
     assert last_checkpoint(tmp_path) == f"{tmp_path}/checkpoint-2"
     assert not (tmp_path / "checkpoint-2" / "old").exists()
     with pytest.raises(ConfigError, match="no checkpoint to go on from"):
-        make_trainer(tiny("llama"), tokenizer, tmp_path / "empty").train(resume_from_checkpoint=True)
+        saving(tmp_path / "empty", tokenizer).train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_loses_its_mark_before_it_is_written_to(tokenizer, tmp_path, monkeypatch):
-    save_two(tmp_path, tokenizer)
+    saving(tmp_path, tokenizer).train()
     marked: list[bool] = []
     save = transformers.Trainer.save_model
 
@@ -260,7 +246,7 @@ def test_a_checkpoint_loses_its_mark_before_it_is_written_to(tokenizer, tmp_path
         save(self, output_dir, *args)
 
     monkeypatch.setattr(transformers.Trainer, "save_model", watched)
-    save_two(tmp_path, tokenizer)
+    saving(tmp_path, tokenizer).train()
     assert marked == [False, False]
 
 
@@ -271,39 +257,20 @@ def test_an_upload_follows_each_save(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.Trainer, "_push_from_checkpoint", lambda self, folder: folders.append(folder))
     monkeypatch.setattr(transformers.Trainer, "init_hf_repo", lambda self, **kwargs: None)
     monkeypatch.setattr(transformers.Trainer, "_finish_current_push", lambda self: None)
-    save_two(tmp_path, tokenizer, push_to_hub=True)
+    saving(tmp_path, tokenizer, push_to_hub=True).train()
     assert folders == [str(tmp_path / f"checkpoint-{step}") for step in (1, 2)]
 
 
 BEST = ("training.load_best_model_at_end=true", "training.save_steps=2", "training.eval_steps=2")
-
-
-def test_the_best_weights_come_back_at_the_end(tokenizer, tmp_path):
-    trainer = save_two(
-        tmp_path,
-        tokenizer,
-        eval_data=examples(3, seed=1),
-        eval_strategy="steps",
-        eval_steps=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss_memory_off",
-        greater_is_better=True,  # the first, then
-        save_total_limit=1,
-    )
-    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
-    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
-    expected = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
-    for name, tensor in split_names(trainer.model.state_dict()).items():
-        assert torch.equal(tensor, expected.get(name, tensor)), name
+BEST += ("training.metric_for_best_model=eval_loss_memory_off", "training.greater_is_better=true")  # the first, then
 
 
 @pytest.mark.parametrize("how", ["moved", "copied", "absolute", "other working directory", "gone"])
 def test_the_best_checkpoint_is_found_again(how, recipe_file, tmp_path, monkeypatch, capsys):
     """At the end of a run its weights are loaded: in a folder that has moved they are where it is now."""
     monkeypatch.chdir(tmp_path)
-    settings = [*BEST, "training.metric_for_best_model=eval_loss", "training.greater_is_better=true"]  # the first, then
-    run.train(recipe_for(recipe_file, Path("runs/a"), *settings, "training.max_steps=2"))
-    folder = Path("runs/a")
+    settings, folder, best = list(BEST), Path("runs/a"), "checkpoint-2"
+    run.train(recipe_for(recipe_file, folder, *settings, "training.max_steps=2"))
     if how == "absolute":
         folder = folder.resolve()
         settings.append("training.save_total_limit=1")
@@ -311,19 +278,20 @@ def test_the_best_checkpoint_is_found_again(how, recipe_file, tmp_path, monkeypa
         monkeypatch.chdir(tmp_path / "runs")
         folder = Path("a")
     elif how == "copied":  # not the original's
-        shutil.copytree("runs/a", "runs/b")
-        folder = Path("runs/b")
+        folder = shutil.copytree(folder, Path("runs/b"))
     else:
-        folder = Path("elsewhere/b")
-        folder.parent.mkdir()
-        Path("runs/a").rename(folder)
+        folder = folder.rename("moved")
     if how == "gone":
-        (folder / "checkpoint-2").rename("kept")
+        (folder / best).rename("kept")
         settings.append("training.resume_from_checkpoint=kept")
+        best = "checkpoint-4"
     trainer = run.train(recipe_for(recipe_file, folder, *settings), resume=True)
-    best = "checkpoint-4" if how == "gone" else "checkpoint-2"
     assert trainer.state.best_model_checkpoint == str(folder / best)
-    saved = (folder / best / "model.safetensors").read_bytes()
-    assert (folder / "model.safetensors").read_bytes() == saved
+    saved, expected = (load_file(path / "model.safetensors") for path in (folder, folder / best))
+    weights = split_names(trainer.model.state_dict())
+    assert saved.keys() == expected.keys() == weights.keys()
+    assert all(torch.equal(t, expected[name]) and torch.equal(t, weights[name]) for name, t in saved.items())
+    if how == "absolute":  # the best one is kept beside the last one
+        assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
     said = "the best checkpoint so far, runs/a/checkpoint-2, is no longer there" in capsys.readouterr().out
     assert said == (how == "gone")

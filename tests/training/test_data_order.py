@@ -58,18 +58,15 @@ def batches_of(trainer: Any) -> list[dict[str, Any]]:
 
 
 def test_mdlm_and_memdlm_see_the_same_masks(tokenizer, tmp_path):
-    memories = (OFF, memory_for("llama"), memory_for("llama", dropout=0.5))
-    runs = [  # into a third epoch
-        batches_of(make_trainer(tiny("llama", lora=0.5), tokenizer, tmp_path, memory, max_steps=5))
-        for memory in memories
-    ]
-    other = batches_of(make_trainer(tiny("llama", lora=0.5), tokenizer, tmp_path, OFF, max_steps=5, data_seed=7))
-    assert len(runs[0]) == 5
-    for mdlm, *memdlm in zip(*runs, strict=True):
-        for batch in memdlm:
-            assert all(torch.equal(batch[name], mdlm[name]) for name in ("input_ids", "anchor_mask", "noise_keys"))
-            assert batch["inner_masks"].shape[1] == 3
-    assert not torch.equal(runs[0][0]["noise_level"], other[0]["noise_level"])
+    def run(memory: Any, **settings: Any) -> list[dict[str, Any]]:  # into a third epoch
+        return batches_of(make_trainer(tiny("llama", lora=0.5), tokenizer, tmp_path, memory, max_steps=5, **settings))
+
+    mdlm = run(OFF)
+    for memory in (memory_for("llama"), memory_for("llama", dropout=0.5)):
+        for one, other in zip(mdlm, run(memory), strict=True):
+            assert all(torch.equal(one[name], other[name]) for name in ("input_ids", "anchor_mask", "noise_keys"))
+            assert other["inner_masks"].shape[1] == 3
+    assert not torch.equal(mdlm[0]["noise_level"], run(OFF, data_seed=7)[0]["noise_level"])
 
 
 @pytest.mark.parametrize("form", ["list", "datasets", "streaming"])

@@ -69,6 +69,10 @@ class Run:
     output: str
 
 
+def logged(run: Run, name: str) -> list[float]:
+    return [log[name] for log in run.logs if name in log]
+
+
 def train(recipe: str, settings: tuple[str, ...]) -> None:
     """What each process does: the command that a user types."""
     assert main([recipe, *settings, "--debug"]) == 0
@@ -76,9 +80,8 @@ def train(recipe: str, settings: tuple[str, ...]) -> None:
 
 def trained(recipe: Path, folder: Path, processes: int, *settings: str) -> Run:
     launch(processes, folder, train, str(recipe), (f"training.output_dir={folder}", *settings))
-    names = (folder / "adapter_model.safetensors", folder / "model.safetensors")
-    logs = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return Run(load_file(next(filter(Path.exists, names))), logs, (folder / "process0.log").read_text())
+    output = (folder / "process0.log").read_text()
+    return Run(small_run.trained_weights(folder), small_run.logs_of(folder), output)
 
 
 @pytest.fixture(scope="module")
@@ -143,18 +146,12 @@ def test_two_halves_are_one_whole(case, engine, recipes, references, tmp_path, r
     moved = max((one.weights[name] - start[name]).abs().max().item() for name in start)
     off = max((two.weights[name] - one.weights[name]).abs().max().item() for name in start)
     record_property("table", (TABLE, case, ENGINES[engine], f"{off / moved:.1e}"))
-    assert moved > 1e-3
-    assert off <= TOLERANCE * moved
-    for ours, theirs in zip(two.logs, one.logs, strict=True):
-        for name in ("loss", "grad_norm", "inner_loss_1", "inner_loss_2", "eval_loss", "eval_loss_memory_off", "nll"):
-            assert (name in ours) == (name in theirs)
-            if name in ours:
-                assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=2e-4), name
+    assert moved > 1e-3 and off <= TOLERANCE * moved
+    for name in ("loss", "grad_norm", "inner_loss_1", "inner_loss_2", "eval_loss", "eval_loss_memory_off", "nll"):
+        assert logged(two, name) == pytest.approx(logged(one, name), rel=1e-4, abs=2e-4), name
     if "memory.enabled=false" not in CASES[case]:
         # the fast weights had an effect, and it is the one that they have in a single process
-        on, without = (
-            [log[key] for log in one.logs if "eval_loss" in log] for key in ("eval_loss", "eval_loss_memory_off")
-        )
+        on, without = logged(one, "eval_loss"), logged(one, "eval_loss_memory_off")
         assert min(abs(a - b) for a, b in zip(on, without, strict=True)) > 3e-4
 
 
@@ -163,14 +160,11 @@ def test_two_halves_are_one_whole(case, engine, recipes, references, tmp_path, r
 )
 def test_uneven_last_batches_do_not_hang(engine, recipes, tmp_path):
     """Sixteen examples in batches of 2 · 3: the last has four. One φ for all, so that the inner loop waits, too."""
-    settings = ("training.per_device_train_batch_size=3", "training.max_steps=-1", "training.num_train_epochs=2")
-    shared = ("memory.scope=batch", "memory.sync=true", f"training.engine={engine}")
-    run = trained(
-        recipes["LLaDA-MoE, LoRA"], tmp_path, 2, *COMMON, *LORA, *settings, *shared, "training.group_by_length=true"
-    )
-    losses = [log["loss"] for log in run.logs if "loss" in log]
-    assert len(losses) == 6 and all(math.isfinite(loss) for loss in losses)
-    assert any("eval_loss" in log for log in run.logs), "four examples in batches of 2 · 4"
+    settings = (*COMMON, *LORA, "training.per_device_train_batch_size=3", "training.max_steps=-1")
+    settings += ("training.num_train_epochs=2", "training.group_by_length=true", f"training.engine={engine}")
+    run = trained(recipes["LLaDA-MoE, LoRA"], tmp_path, 2, *settings, "memory.scope=batch", "memory.sync=true")
+    assert len(logged(run, "loss")) == 6 and all(map(math.isfinite, logged(run, "loss")))
+    assert logged(run, "eval_loss"), "four examples in batches of 2 · 4"
 
 
 @pytest.mark.distributed
@@ -181,8 +175,7 @@ def test_bfloat16_as_in_the_full_size_recipes(engine, recipes, tmp_path):
     one = trained(recipes["LLaDA-MoE, LoRA"], tmp_path / "one", 1, *settings, "training.per_device_train_batch_size=8")
     two = trained(recipes["LLaDA-MoE, LoRA"], tmp_path / "two", 2, *settings, f"training.engine={engine}")
     for name in ("loss", "inner_loss_1", "inner_loss_2", "eval_loss", "eval_loss_memory_off"):
-        ours, theirs = ([log[name] for log in run.logs if name in log] for run in (two, one))
-        assert ours and ours == pytest.approx(theirs, rel=0.05), name
+        assert logged(two, name) and logged(two, name) == pytest.approx(logged(one, name), rel=0.05), name
 
 
 @pytest.mark.distributed
@@ -193,10 +186,10 @@ def test_the_best_model_comes_back(engine, recipes, tmp_path):
     best = ("training.load_best_model_at_end=true", "training.greater_is_better=true", f"training.engine={engine}")
     metric = "training.metric_for_best_model=eval_loss_memory_off"
     run = trained(recipes["LLaDA-MoE, LoRA"], tmp_path, 2, *settings, *best, metric)
-    losses = {log["step"]: log["eval_loss_memory_off"] for log in run.logs if "eval_loss_memory_off" in log}
-    step = max(losses, key=losses.get)
+    losses = logged(run, "eval_loss_memory_off")
+    step = 1 + losses.index(max(losses))
     assert step < 5 and len(losses) == 5
     assert json.loads((tmp_path / "trainer_state.json").read_text())["best_global_step"] == step
-    saved = {s: load_file(tmp_path / f"checkpoint-{s}" / "adapter_model.safetensors") for s in losses}
-    assert all(torch.equal(run.weights[name], tensor) for name, tensor in saved[step].items())
-    assert not all(torch.equal(run.weights[name], tensor) for name, tensor in saved[5].items())
+    saved = [load_file(tmp_path / f"checkpoint-{s}" / "adapter_model.safetensors") for s in (step, 5)]
+    same = [all(torch.equal(run.weights[name], tensor) for name, tensor in weights.items()) for weights in saved]
+    assert same == [True, False]

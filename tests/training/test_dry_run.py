@@ -23,10 +23,8 @@ def test_a_dry_run_of_a_local_recipe_misses_nothing(recipe, tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.endswith("\nnothing is missing\n")
     assert "Parameters (dimensions of the recipe, trained from scratch)" in out
-    d, experts, f = 32, 4, 16
-    parameters = backbone_parameters(263, d, 3, 8, experts, f)
-    assert cell(out, "all") == cell(out, "trainable") == f"{parameters:,}"
-    assert cell(out, "fast weights, each sample") == f"{2 * experts * 3 * 4 * (d + f):,}"
+    assert cell(out, "all") == cell(out, "trainable") == f"{backbone_parameters(263, 32, 3, 8, 4, 16):,}"
+    assert cell(out, "fast weights, each sample") == f"{2 * 4 * 3 * 4 * (32 + 16):,}"
     assert "Fast weights: 6 sites, 24 linear layers, from layer 1 of 3 on" in out
     assert not (tmp_path / "runs").exists(), "nothing is written"
 
@@ -52,35 +50,29 @@ def test_a_dry_run_of_the_papers_recipe_needs_nothing(capsys, monkeypatch):
     """Parameters by formula: 16 layers of hidden size 2,048 with 64 experts of width 1,024, vocabulary 157,184."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    arguments = ["--dry-run", str(RECIPES / "llada_moe.yaml")]
-    assert train.main(arguments) == 2
+    assert train.main(["--dry-run", str(RECIPES / "llada_moe.yaml")]) == 2
     captured = capsys.readouterr()
-    out = captured.out
-    assert out.startswith("model:\n  path: inclusionAI/LLaDA-MoE-7B-A1B-Base\n")
-    assert "  output_dir: runs/llada_moe\n" in out
+    out, line = captured.out, captured.err.splitlines()[-1]
+    path = "inclusionAI/LLaDA-MoE-7B-A1B-Base"
+    assert out.startswith(f"model:\n  path: {path}\n") and "  output_dir: runs/llada_moe\n" in out
     assert "Parameters (known dimensions of LLaDAMoEModelLM, as config.json is out of reach)" in out
 
     v, d, layers, experts, f, r = 157_184, 2048, 16, 64, 1024, 32
     base = backbone_parameters(v, d, layers, 128, experts, f)
-    assert base == 7_356_880_896
     lora = layers * r * (4 * (d + d) + (d + experts) + experts * 3 * (d + f))
-    assert cell(out, "all") == f"{base + lora:,}"
-    assert cell(out, "trainable") == f"{lora:,}"
+    assert base == 7_356_880_896
+    assert (cell(out, "all"), cell(out, "trainable")) == (f"{base + lora:,}", f"{lora:,}")
     site = experts * r * (d + f)
     assert cell(out, "fast weights, each sample") == f"{6 * site:,}"
     assert "Fast weights: 6 sites, 384 linear layers, from layer 14 of 16 on" in out
-    rows = re.findall(r"(layers\.\d+\.\S+) +│ +(\d+) │ +(\d+ → \d+) │ +([\d,]+) ", out)
+    rows = re.findall(r"layers\.(\d+)\.mlp\.experts\.(\S+) +│ +(\d+) │ +(\d+ → \d+) │ +([\d,]+) ", out)
     shapes = {"gate_proj": f"{d} → {f}", "up_proj": f"{d} → {f}", "down_proj": f"{f} → {d}"}
-    assert rows == [
-        (f"layers.{layer}.mlp.experts.{name}", str(experts), shape, f"{site:,}")
-        for layer in (14, 15)
-        for name, shape in shapes.items()
-    ]
+    expected = [(str(layer), *named, f"{site:,}") for layer in (14, 15) for named in shapes.items()]
+    assert [(layer, name, shape, size) for layer, name, _, shape, size in rows] == expected
+    assert {row[2] for row in rows} == {str(experts)}
 
-    line = captured.err.splitlines()[-1]
-    path, quant = "inclusionAI/LLaDA-MoE-7B-A1B-Base", ""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        quant = "bitsandbytes, for model.load_in_4bit (pip install bitsandbytes); "
+    quant = "bitsandbytes, for model.load_in_4bit (pip install bitsandbytes); "
+    quant = "" if importlib.util.find_spec("bitsandbytes") else quant
     assert line.startswith(f"error: missing: weights of model.path='{path}'; tokenizer '{path}'; {quant}data.dataset=")
     assert "data.dataset='Yukang/LongAlpaca-12k', split 'train': " in line
     assert "Traceback" not in captured.err
@@ -101,18 +93,13 @@ def test_a_dry_run_says_whether_it_fits(recipe, capsys):
     assert train.main([recipe, "--dry-run", "--memory", "1GiB", "--gpus", "2"]) == 0
     out = capsys.readouterr().out
     assert "Memory of a GPU in GiB (2 GPUs, ddp; most at once: " in out
-    assert "Each step: 32,768 tokens, 8 examples of 4,096; " in out
-    assert "Steps: 4\n" in out
-    parts = [
-        float(cell(out, row)) for row in ("weights", "optimizer", "gradients", "activations", "fast weights", "logits")
-    ]
-    assert float(cell(out, "together")) == pytest.approx(sum(parts), abs=0.003)
+    assert "Each step: 32,768 tokens, 8 examples of 4,096; " in out and "Steps: 4\n" in out
+    parts = ("weights", "optimizer", "gradients", "activations", "fast weights", "logits")
+    assert float(cell(out, "together")) == pytest.approx(sum(float(cell(out, part)) for part in parts), abs=0.003)
     assert re.search(r"\nfits: 0\.\d of 1\.0 GiB, 0\.\d GiB to spare; tight\nnothing is missing\n$", out)
     assert train.main([recipe, "--dry-run", "--memory", "100MiB"]) == 0
-    assert re.search(
-        r"\ndoes not fit: .* of 0\.1 GiB, .* GiB too much; first try training.gradient_checkpointing=true\n",
-        capsys.readouterr().out,
-    )
+    says = r"\ndoes not fit: .* of 0\.1 GiB, .* GiB too much; first try training.gradient_checkpointing=true\n"
+    assert re.search(says, capsys.readouterr().out)
 
 
 def test_without_memory_or_a_size_of_it_there_is_less_to_say(recipe, capsys):
@@ -122,17 +109,3 @@ def test_without_memory_or_a_size_of_it_there_is_less_to_say(recipe, capsys):
     assert cell(out, "fast weights, each sample") == "0 (memory is off)"
     assert "sites" not in out and "fit" not in out and "(1 GPU; most at once: " in out
     assert "Steps: about 8 (2 epochs of 16 examples; long ones would be dropped)\n" in out
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "expected"),
-    [
-        ("--gpus", "0", "a whole number, at least 1"),
-        ("--gpus", "two", "a whole number, at least 1"),
-        ("--memory", "lots", "a size such as 80GiB, 141GB or 40000MiB"),
-        ("--response-share", "0", "a number above 0, at most 1"),
-        ("--response-share", "1.5", "a number above 0, at most 1"),
-    ],
-)
-def test_options_of_a_dry_run_that_cannot_be(recipe, capsys, option, value, expected):
-    assert error_of(capsys, recipe, "--dry-run", option, value) == f"{option} {value!r}: expected {expected}"

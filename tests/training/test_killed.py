@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from pathlib import Path
@@ -11,8 +10,6 @@ import pytest
 import small_run
 import torch
 from processes import Launch, launch
-from safetensors.torch import load_file
-from torch import Tensor
 
 from dllm_memdlm.train import main
 from dllm_memdlm.training.checkpoints import CONTENTS, last_checkpoint
@@ -44,11 +41,6 @@ def train(recipe: str, settings: tuple[str, ...]) -> None:
     assert main([recipe, *settings, "--resume", "--debug"]) == 0
 
 
-def weights(folder: Path) -> dict[str, Tensor]:
-    names = (folder / "adapter_model.safetensors", folder / "model.safetensors")
-    return load_file(next(filter(Path.exists, names)))
-
-
 def last_step(folder: Path) -> int:
     checkpoint = last_checkpoint(folder)
     return int(checkpoint.rpartition("-")[2]) if checkpoint else 0
@@ -59,14 +51,12 @@ def saving(folder: Path) -> bool:
     return any(not (path / CONTENTS).exists() for path in folder.glob("checkpoint-*"))
 
 
-def killed_run(
-    recipe: Path, folder: Path, count: int, settings: tuple[str, ...], kills: int, rng: random.Random
-) -> int:
+def killed_run(recipe: Path, folder: Path, count: int, settings: tuple[str, ...], kills: int, seed: int) -> int:
     """A run that is killed `kills` times after its next checkpoint: anywhere, or in the save that follows.
 
     Returns how many kills left an unfinished checkpoint.
     """
-    while_saving = 0
+    while_saving, rng = 0, random.Random(seed)
     for number in range(kills):
         before = last_step(folder)
         running = Launch(count, folder / f"logs{number}", train, str(recipe), settings)
@@ -97,18 +87,15 @@ def test_killed_runs_end_at_the_same_bits(kind, kills, tmp_path, record_property
     launch(count, straight / "logs", train, str(recipe), (*settings, f"training.output_dir={straight}"))
     seed = random.randrange(1 << 30)  # another moment every time; a failure tells which
     settings = (*settings, f"training.output_dir={again}")
-    while_saving = killed_run(recipe, again, count, settings, kills, random.Random(seed))
+    while_saving = killed_run(recipe, again, count, settings, kills, seed)
 
-    expected, actual = weights(straight), weights(again)
+    expected, actual = map(small_run.trained_weights, (straight, again))
     assert expected.keys() == actual.keys()
     off = max((actual[name] - expected[name]).abs().max().item() for name in expected)
     record_property("table", (TABLE, kind, "kills", str(kills)))
     record_property("table", (TABLE, kind, "of which in a save", str(while_saving)))
     record_property("table", (TABLE, kind, "largest difference of a weight", f"{off:g}"))
     assert [name for name in expected if not torch.equal(expected[name], actual[name])] == [], f"seed {seed}"
-    losses = [
-        [log["loss"] for log in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in log]
-        for folder in (straight, again)
-    ]
+    losses = [[log["loss"] for log in small_run.logs_of(run) if "loss" in log] for run in (straight, again)]
     assert len(losses[0]) == 40 and losses[0] == losses[1], f"seed {seed}"
     assert not saving(again)

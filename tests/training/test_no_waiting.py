@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KINDS, examples, make_trainer, tiny, train_batch
+from conftest import examples, make_trainer, tiny, train_batch
 from steps import OFF, VARIANTS, memory_for
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
@@ -37,25 +37,17 @@ def step(trainer: MemDLMTrainer) -> list[Tensor]:
         return [loss, *torch.autograd.grad(loss, trained, allow_unused=True)]
 
 
-#: With experts those that change what these do.
-CASES = [("llama", name) for name in VARIANTS] + [
-    (kind, name)
-    for kind in ("llada_moe", "llada2")
-    for name in ("paper", "full_scope_batch", "kl", "all_layers", "odd_rank")
-]
+#: With experts those that change what these do; "off" is plain MDLM of all weights.
+CASES = [("llama", name) for name in (*VARIANTS, "off")]
+for kind in ("llada_moe", "llada2"):
+    CASES += [(kind, name) for name in ("paper", "full_scope_batch", "kl", "all_layers", "odd_rank", "off")]
 
 
 @pytest.mark.parametrize(("kind", "variant"), CASES)
 def test_a_step_needs_no_values(kind, variant, tokenizer, tmp_path):
-    settings = {"rank": 4, **VARIANTS[variant], "dropout": 0.5}
-    trainer = make_trainer(tiny(kind, lora=True), tokenizer, tmp_path, memory_for(kind, **settings), examples(4))
-    assert all(isinstance(result, FakeTensor) for result in step(trainer) if result is not None)
-
-
-@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "lora"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_nor_does_plain_mdlm(kind, lora, tokenizer, tmp_path):
-    trainer = make_trainer(tiny(kind, lora=lora), tokenizer, tmp_path, OFF, examples(4))
+    plain = variant == "off"
+    memory = OFF if plain else memory_for(kind, **{"rank": 4, **VARIANTS[variant], "dropout": 0.5})
+    trainer = make_trainer(tiny(kind, lora=not plain), tokenizer, tmp_path, memory, examples(4))
     assert all(isinstance(result, FakeTensor) for result in step(trainer) if result is not None)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import examples, make_tokenizer, make_trainer, seq2seq, tiny
 from small_run import logs_of, recipe_for, write_recipe
-from steps import OFF, memory_for
+from steps import OFF, memory_for, train_logs
 
 from dllm_memdlm.compat.dllm_api import NoAttentionMaskWrapper
 from dllm_memdlm.config import ConfigError
@@ -17,6 +17,7 @@ from dllm_memdlm.training.collator import AnchorTrajectoryCollator
 
 #: Examples of 5 to 30 tokens.
 ROWS = examples(7, shortest=5, longest=30)
+NUMBERED = [{**row, "example_id": number} for number, row in enumerate(ROWS)]
 
 
 @pytest.mark.parametrize(
@@ -30,8 +31,7 @@ ROWS = examples(7, shortest=5, longest=30)
 )
 def test_an_evaluation_does_not_depend_on_its_batches(kind, norm, memory, tokenizer, tmp_path):
     """Every example counts as the norm says; with batches of one nothing is padded."""
-    config = memory_for(kind) if memory else OFF
-    found = []
+    config, found = memory_for(kind) if memory else OFF, []
     for size in (1, 2, 3, 7):
         collator = NoAttentionMaskWrapper(seq2seq(tokenizer))  # as in a recipe
         settings = {"per_device_eval_batch_size": size, "loss_norm_type": norm, "group_by_length": size == 3}
@@ -39,39 +39,33 @@ def test_an_evaluation_does_not_depend_on_its_batches(kind, norm, memory, tokeni
         found.append(make_trainer(model, tokenizer, tmp_path, config, ROWS, ROWS, collator, **settings).evaluate())
     for name in ("eval_loss", *(["eval_loss_memory_off"] if memory else [])):
         assert [metrics[name] for metrics in found[1:]] == pytest.approx([found[0][name]] * 3, rel=1e-6), name
-    if memory:
-        assert abs(found[0]["eval_loss"] - found[0]["eval_loss_memory_off"]) > 1e-4
+    assert not memory or abs(found[0]["eval_loss"] - found[0]["eval_loss_memory_off"]) > 1e-4
 
 
-def of_splits(tokenizer: Any, folder: Any, padding_loss: bool) -> list[tuple[float, float]]:
+@pytest.mark.parametrize("padding", [True, False])
+def test_without_padding_a_step_does_not_depend_on_its_split(padding, tokenizer, tmp_path):
     """The loss and the norm of the gradients of one step on four examples, in batches of 4, 2 and 1."""
     found = []
     for size in (4, 2, 1):
         settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "max_steps": 1}
         model, collator = tiny("llada_moe", torch.float64), NoAttentionMaskWrapper(seq2seq(tokenizer))
         memory = memory_for("llada_moe")
-        trainer = make_trainer(model, tokenizer, folder, memory, ROWS[:4], collator=collator, **settings)
-        trainer.data_collator.padding_loss = padding_loss
+        trainer = make_trainer(model, tokenizer, tmp_path, memory, ROWS[:4], collator=collator, **settings)
+        trainer.data_collator.padding_loss = padding
         trainer.train()
-        log = next(log for log in trainer.state.log_history if "loss" in log)
+        (log,) = train_logs(trainer)
         found.append((log["loss"], log["grad_norm"]))
-    return found
-
-
-def test_without_padding_a_step_does_not_depend_on_its_split(tokenizer, tmp_path):
-    whole, *split = of_splits(tokenizer, tmp_path, padding_loss=False)
-    for parts in split:
-        assert parts == pytest.approx(whole, rel=1e-3)  # transformers logs four digits
-    padded = of_splits(tokenizer, tmp_path, padding_loss=True)
-    assert len({loss for loss, _ in padded}) > 1, "as dllm's does"
+    if padding:
+        assert len({loss for loss, _ in found}) > 1, "as dllm's does"
+    else:  # transformers logs four digits
+        assert all(parts == pytest.approx(found[0], rel=1e-3) for parts in found[1:])
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_what_is_hidden_is_padding(side):
     tokenizer = make_tokenizer()
     tokenizer.padding_side = side
-    collator = AnchorTrajectoryCollator(seq2seq(tokenizer), memory_for("llama"), padding_loss=False)
-    batch = collator([{**row, "example_id": number} for number, row in enumerate(ROWS)])
+    batch = AnchorTrajectoryCollator(seq2seq(tokenizer), memory_for("llama"), padding_loss=False)(NUMBERED)
     for number, row in enumerate(ROWS):
         ids, labels, seen, maskable = (
             batch[name][number] for name in ("input_ids", "labels", "attention_mask", "maskable")
@@ -87,33 +81,25 @@ def test_what_is_hidden_is_padding(side):
 def test_what_a_wrapped_collator_changes_is_no_padding(kind):
     """As its mask says; without one, a batch whose tokens are not the examples' is left as it is."""
     tokenizer = make_tokenizer()
-    rows = [{**row, "example_id": number} for number, row in enumerate(ROWS)]
+    tokenizer.padding_side = "left" if kind == "left" else "right"
 
     def changed(features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
-        if kind == "left":
-            tokenizer.padding_side = "left"
-            return seq2seq(tokenizer)(features)
-        return seq2seq(tokenizer)(
-            [{"input_ids": [1, *f["input_ids"]], "labels": [-100, *f["labels"]]} for f in features]
-        )
-
-    def without_mask(features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
-        return {name: value for name, value in changed(features).items() if name != "attention_mask"}
+        if kind == "bos":
+            features = [{"input_ids": [1, *f["input_ids"]], "labels": [-100, *f["labels"]]} for f in features]
+        return seq2seq(tokenizer)(features)
 
     masked, unmasked = (
-        AnchorTrajectoryCollator(collator, memory_for("llama"), padding_loss=False)(rows)["maskable"].sum(-1).tolist()
-        for collator in (changed, without_mask)
+        AnchorTrajectoryCollator(collator, memory_for("llama"), padding_loss=False)(NUMBERED)["maskable"].sum(-1)
+        for collator in (changed, NoAttentionMaskWrapper(changed))
     )
-    learned = [sum(label != -100 for label in row["labels"]) for row in ROWS]
-    longest = max(len(row["labels"]) for row in ROWS)
-    assert masked == learned
-    padding = [longest - len(row["labels"]) for row in ROWS]
-    assert unmasked == (learned if kind == "left" else [a + b for a, b in zip(learned, padding, strict=True)])
+    learned = torch.tensor([sum(label != -100 for label in row["labels"]) for row in ROWS])
+    lengths = torch.tensor([len(row["labels"]) for row in ROWS])
+    assert masked.equal(learned)
+    assert unmasked.equal(learned if kind == "left" else learned + lengths.max() - lengths)
 
 
 def test_examples_without_labels_are_refused(tokenizer, tmp_path):
     def plain(rows: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
-        """A collator that adds none."""
         return {"input_ids": torch.tensor([row["input_ids"][:5] for row in rows])}
 
     rows = [{"input_ids": row["input_ids"]} for row in ROWS]

@@ -8,45 +8,40 @@ from typing import Any
 import pytest
 import torch
 from conftest import examples, make_trainer, tiny
+from steps import train_logs
 
 from dllm_memdlm.config import MemoryConfig
 
 MEMORY = MemoryConfig(rank=4, alpha=8.0, layer_fraction=0.4, inner_lr=1.0, dropout=0.3)
 
 
-def run(folder: Path, tokenizer: Any, kind: str, resume: str | None = None, **settings: Any) -> Any:
-    """A run of six steps with LoRA dropout and memory dropout on fresh objects; examples of one length in no order."""
-    model = tiny(kind, lora=settings.pop("lora", 0.3))
+def run(folder: Path, tokenizer: Any, kind: str, resume: str | None = None, **settings: Any) -> tuple[Any, Any]:
+    """A run of six steps with LoRA dropout and memory dropout on fresh objects; examples of one length in no order.
+
+    Returns the trainer and the weights that it has trained.
+    """
     defaults: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-2}
-    memory = settings.pop("memory", MEMORY)
-    trainer = make_trainer(model, tokenizer, folder, memory, examples(settings.pop("rows", 12)), **defaults | settings)
+    model, rows = tiny(kind, lora=settings.pop("lora", 0.3)), examples(settings.pop("rows", 12))
+    trainer = make_trainer(model, tokenizer, folder, MEMORY, rows, **defaults | settings)
     if resume:
         torch.rand(5)  # where the generator stands must not matter to a resumed run
     trainer.train(resume_from_checkpoint=resume)
-    return trainer
+    return trainer, {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def weights(trainer: Any) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-
-
-def losses(trainer: Any) -> list[float]:
-    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
-
-
-def assert_resumes(folder: Path, tokenizer: Any, kind: str, stop: int = 3, **settings: Any) -> tuple[Any, Any]:
-    """The same losses and weights, bit by bit, of a run that never stopped and one that did."""
-    straight = run(folder / "straight", tokenizer, kind, save_steps=stop, **settings)
-    checkpoint = folder / "straight" / f"checkpoint-{stop}"
-    resumed = run(folder / "resumed", tokenizer, kind, resume=str(checkpoint), save_steps=stop, **settings)
+def assert_resumes(folder: Path, tokenizer: Any, kind: str, stop: int = 3, **settings: Any) -> list[list[dict]]:
+    """The same losses and weights, bit by bit, of a run that never stopped and one that did. Returns their logs."""
+    straight, expected = run(folder / "straight", tokenizer, kind, save_steps=stop, **settings)
+    checkpoint = str(folder / "straight" / f"checkpoint-{stop}")
+    resumed, actual = run(folder / "resumed", tokenizer, kind, checkpoint, save_steps=stop, **settings)
     assert resumed.state.global_step == 6
-    assert losses(resumed) == losses(straight) or "logging_steps" in settings  # means of other steps, then
-    expected, actual = weights(straight), weights(resumed)
+    losses = [[log["loss"] for log in train_logs(trainer)] for trainer in (straight, resumed)]
+    assert losses[0] == losses[1] or "logging_steps" in settings  # means of other steps, then
     assert expected.keys() == actual.keys()
     assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
     start = dict(tiny(kind, lora=settings.get("lora", 0.3)).named_parameters())
     assert sum(not torch.equal(expected[name], start[name]) for name in expected) > 0.5 * len(expected)
-    return straight, resumed
+    return [straight.state.log_history, resumed.state.log_history]
 
 
 #: With six rows an epoch has two steps: stops in the first one, at its end, and in the second.
@@ -56,13 +51,14 @@ GROUPED = {"gradient_accumulation_steps": 2, "group_by_length": True, "per_devic
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        ("llada_moe", {}),
-        ("llada2", {}),
-        ("llama", {"rows": 6, "stop": 1}),
-        ("llama", {"rows": 6, "stop": 2, "dataloader_num_workers": 2}),
-        ("llama", {"rows": 6}),
-        ("llada_moe", {"lora": False}),
-        ("llama", GROUPED),
+        *(
+            ("llada_moe", {}),
+            ("llada2", {}),
+            ("llada_moe", {"lora": False}),
+            ("llama", GROUPED),
+            ("llama", {"rows": 6}),
+        ),
+        *(("llama", {"rows": 6, "stop": 1}), ("llama", {"rows": 6, "stop": 2, "dataloader_num_workers": 2})),
     ],
 )
 def test_a_resumed_run_ends_at_the_same_bits(kind, settings, tokenizer, tmp_path):
@@ -71,16 +67,16 @@ def test_a_resumed_run_ends_at_the_same_bits(kind, settings, tokenizer, tmp_path
 
 def test_resuming_with_evaluations_and_sparse_logs(tokenizer, tmp_path):
     evaluated = {"eval_data": examples(3, seed=1), "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 4}
-    straight, resumed = assert_resumes(tmp_path, tokenizer, "llama", **evaluated)
-    logs = [[log for log in t.state.log_history if "eval_loss" in log] for t in (straight, resumed)]
-    evaluations = [[(log["eval_loss"], log["eval_loss_memory_off"]) for log in part] for part in logs]
-    assert evaluations[0] == evaluations[1] and len(evaluations[0]) == 3
+    one, other = (
+        [(log["eval_loss"], log["eval_loss_memory_off"]) for log in logs if "eval_loss" in log]
+        for logs in assert_resumes(tmp_path, tokenizer, "llama", **evaluated)
+    )
+    assert one == other and len(one) == 3
 
 
 def test_workers_change_nothing(tokenizer, tmp_path):
     """The same run with the batches made in this process and in two others."""
     settings = {"rows": 6, "save_strategy": "no", "lora": True}  # starting workers moves LoRA's dropout
-    here = run(tmp_path, tokenizer, "llama", **settings)
-    there = run(tmp_path, tokenizer, "llama", dataloader_num_workers=2, **settings)
-    expected, actual = weights(here), weights(there)
-    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    _, here = run(tmp_path, tokenizer, "llama", **settings)
+    _, there = run(tmp_path, tokenizer, "llama", dataloader_num_workers=2, **settings)
+    assert all(torch.equal(here[name], there[name]) for name in here)
