@@ -9,7 +9,7 @@ import yaml
 from recipe_files import BASE, SECTIONS, assert_same, message, write
 
 from dllm_memdlm.config import MemoryConfig
-from dllm_memdlm.training.recipe import load_recipe, resolve
+from dllm_memdlm.training.recipe import load_recipe
 
 
 def test_a_chain_is_followed_relative_to_each_file(tmp_path, monkeypatch):
@@ -27,18 +27,13 @@ def test_a_chain_is_followed_relative_to_each_file(tmp_path, monkeypatch):
 
 
 def test_nested_mappings_are_merged_and_lists_are_replaced(tmp_path, base):
+    """And an empty section means the defaults."""
     model = "{architecture: LLaDAMoEModelLM, dimensions: {hidden_size: 32, num_experts: 4}}"
     write(tmp_path / "wide.yaml", f"extends: base.yaml\nmodel: {model}\nmemory: {{target_modules: [a, b, c]}}\n")
-    top = write(
-        tmp_path / "top.yaml",
-        "extends: wide.yaml\nmodel: {dimensions: {hidden_size: 64}}\nmemory: {target_modules: [d]}\n",
-    )
-    recipe = load_recipe(top)
+    changes = "model: {dimensions: {hidden_size: 64}}\nmemory: {target_modules: [d]}\n"
+    recipe = load_recipe(write(tmp_path / "top.yaml", f"extends: wide.yaml\n{changes}"))
     assert recipe.model.dimensions == {"hidden_size": 64, "num_experts": 4}
     assert recipe.memory.target_modules == ("d",)
-
-
-def test_an_empty_section_means_the_defaults(tmp_path, base):
     assert load_recipe(write(tmp_path / "x.yaml", "extends: base.yaml\nmemory:\n")).memory == MemoryConfig()
 
 
@@ -53,20 +48,13 @@ def test_what_is_no_recipe(tmp_path):
 
 def test_overrides_win_and_are_read_as_yaml(tmp_path, base):
     top = write(tmp_path / "top.yaml", "extends: base.yaml\nmemory: {rank: 16}\n")
-    overrides = [
-        "memory.rank=4",
-        "memory.inner_lr=5e-2",
-        "memory.enabled=false",
-        "memory.target_modules=[up_proj, down_proj]",
-        "data.split=train=1",  # the first equals sign ends the key
-        "data.eval_split=null",
-        "model.dimensions.hidden_size=32",
-        "training.learning_rate=1",
-        "training.output_dir=/somewhere/else",
-    ]
-    recipe = load_recipe(top, overrides)
-    memory = MemoryConfig(rank=4, inner_lr=0.05, enabled=False, target_modules=("up_proj", "down_proj"))
-    assert recipe.memory == memory
+    memory = ["memory.rank=4", "memory.inner_lr=5e-2", "memory.enabled=false"]
+    data = ["data.split=train=1", "data.eval_split=null"]  # the first equals sign ends the key
+    training = ["training.learning_rate=1", "training.output_dir=/somewhere/else"]
+    listed = ["memory.target_modules=[up_proj, down_proj]", "model.dimensions.hidden_size=32"]
+    recipe = load_recipe(top, [*memory, *data, *training, *listed])
+    targets = ("up_proj", "down_proj")
+    assert recipe.memory == MemoryConfig(rank=4, inner_lr=0.05, enabled=False, target_modules=targets)
     assert (recipe.data.split, recipe.data.eval_split) == ("train=1", None)
     assert recipe.model.dimensions == {"hidden_size": 32}
     assert (recipe.training.learning_rate, recipe.training.output_dir) == (1, "/somewhere/else")
@@ -99,23 +87,21 @@ SETTINGS: list[tuple[str, ...]] = [
 
 @pytest.mark.parametrize("overrides", SETTINGS)
 def test_a_saved_recipe_loads_as_itself(overrides, base, tmp_path):
-    recipe = load_recipe(base, overrides)
+    """It has every setting, but of training those that were given."""
+    recipe, before = load_recipe(base, overrides), base.read_bytes()
     recipe.save(tmp_path / "new" / "folder")
     saved = tmp_path / "new" / "folder" / "recipe.yaml"
     again = load_recipe(saved)
     assert_same(again, recipe)
     assert again.to_yaml() == recipe.to_yaml() == saved.read_text(encoding="utf-8")
     assert again.training.output_dir == "runs/base"  # of the file it came from, not of this one
-
-
-def test_a_saved_recipe_has_every_setting_and_the_training_values_as_given(base):
-    recipe = load_recipe(base)
+    assert base.read_bytes() == before
     values = yaml.safe_load(recipe.to_yaml())
     assert list(values) == [*SECTIONS, "training"]
     for section in SECTIONS:
         assert list(values[section]) == [f.name for f in dataclasses.fields(getattr(recipe, section))]
     given = {"max_steps": 5, "bf16": False, "learning_rate": 0.001, "output_dir": "runs/base"}
-    assert values["training"] == given
+    assert overrides or values["training"] == given
 
 
 def test_the_output_folder_is_named_after_the_file(tmp_path, base):
@@ -124,9 +110,3 @@ def test_the_output_folder_is_named_after_the_file(tmp_path, base):
     write(tmp_path / "given.yaml", "extends: base.yaml\ntraining: {output_dir: out}\n")
     child = write(tmp_path / "child.yaml", "extends: given.yaml\n")
     assert load_recipe(child).training.output_dir == "out"
-
-
-def test_resolving_leaves_no_trace_in_the_files(base):
-    before = base.read_bytes()
-    assert resolve(base, ["memory.rank=2"])["memory"] == {"inner_lr": 0.2, "rank": 2}
-    assert base.read_bytes() == before

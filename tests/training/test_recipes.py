@@ -14,7 +14,7 @@ from dllm_memdlm.training.recipe import load_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 FOLDERS = (RECIPES, *(RECIPES / name for name in ("cpu", "small", "ablations")))
-PAPER = ("llada_moe", "llada2_mini")
+PAPER = {"llada_moe": "inclusionAI/LLaDA-MoE-7B-A1B-Base", "llada2_mini": "inclusionAI/LLaDA2.1-mini"}
 
 
 def names_of(pattern: str) -> list[str]:
@@ -30,40 +30,30 @@ def values_of(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", names_of("*.yaml"))
 def test_every_recipe_loads_and_round_trips(name, tmp_path):
     path = RECIPES / f"{name}.yaml"
-    text = path.read_text(encoding="utf-8")
     recipe = load_recipe(path)
     recipe.save(tmp_path)
     assert_same(load_recipe(tmp_path / "recipe.yaml"), recipe)
-    relative = path.relative_to(RECIPES.parent)
-    assert text.startswith(f"# accelerate launch -m dllm_memdlm.train {relative}\n"), "its command comes first"
+    command = f"# accelerate launch -m dllm_memdlm.train {path.relative_to(RECIPES.parent)}\n"
+    assert path.read_text(encoding="utf-8").startswith(command), "its command comes first"
 
 
 @pytest.mark.parametrize("name", sorted({*names_of("*_mdlm.yaml"), *(f"{name}_mdlm" for name in PAPER)}))
 def test_a_baseline_differs_in_the_memory_only(name):
     mdlm, memdlm = values_of(name), values_of(name.removesuffix("_mdlm"))
-    assert memdlm["memory"].pop("enabled") is True
-    assert mdlm["memory"].pop("enabled") is False
-    assert memdlm["training"].pop("output_dir") == f"runs/{Path(name).name.removesuffix('_mdlm')}"
-    assert mdlm["training"].pop("output_dir") == f"runs/{Path(name).name}"
+    for values, enabled, own in ((memdlm, True, name.removesuffix("_mdlm")), (mdlm, False, name)):
+        assert values["memory"].pop("enabled") is enabled
+        assert values["training"].pop("output_dir") == f"runs/{Path(own).name}"
     assert mdlm == memdlm
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_the_papers_recipes_hold_its_numbers(name):
+@pytest.mark.parametrize(("name", "path"), PAPER.items())
+def test_the_papers_recipes_hold_its_numbers(name, path):
     recipe = load_recipe(RECIPES / f"{name}.yaml")
-    model, lora, data, memory, training = recipe.model, recipe.lora, recipe.data, recipe.memory, recipe.training
-    paths = {"llada_moe": "inclusionAI/LLaDA-MoE-7B-A1B-Base", "llada2_mini": "inclusionAI/LLaDA2.1-mini"}
-    assert model.path == paths[name]
-    assert (model.load_in_4bit, model.dtype, model.trust_remote_code) == (True, "bfloat16", False)
+    model, lora, data, training = recipe.model, recipe.lora, recipe.data, recipe.training
+    assert (model.path, model.load_in_4bit, model.dtype, model.trust_remote_code) == (path, True, "bfloat16", False)
     assert (lora.enabled, lora.r, lora.alpha, lora.dropout, lora.target_modules) == (True, 32, 64, 0.05, "all-linear")
     assert (data.dataset, data.max_length, data.mask_prompt) == ("Yukang/LongAlpaca-12k", 4096, True)
-    assert (memory.enabled, memory.strategy, memory.steps, memory.epochs) == (True, "anchor_consistent", 2, 1)
-    assert (memory.kind, memory.rank, memory.alpha, memory.layer_fraction) == ("lora", 32, 64.0, 0.1)
-    assert (memory.inner_lr, memory.clip, memory.grad_clip) == (0.1, "local", 1.0)
-    assert (memory.pre_anchor_scale, memory.objective) == (1.5, "cross_entropy")
-    assert memory.target_modules == ("gate_proj", "up_proj", "down_proj")
-    assert memory.dropout == 0  # ours, not the paper's
-    assert memory == MemoryConfig()  # whose defaults are the paper's
+    assert recipe.memory == MemoryConfig()  # whose defaults are the paper's
     assert (training.learning_rate, training.lr_scheduler_type, training.warmup_ratio) == (2e-5, "cosine", 0.1)
     assert training.optim.startswith("adamw")
     assert (training.num_train_epochs, training.max_steps, training.eval_steps) == (5, -1, 0.1)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 import types
-from pathlib import Path
 from typing import Any
 
 import pytest
+from fresh_python import ROOT, printed, run
 
 import dllm_memdlm
 from dllm_memdlm.compat import dllm_api
@@ -23,16 +20,12 @@ NAMES = ("MemDLMTrainer", "MemDLMConfig")
 
 def python(code: str) -> Any:
     """What a fresh interpreter that sees this package prints, as JSON."""
-    paths = [str(Path(dllm_memdlm.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return printed(run("-c", code, paths=(ROOT,)))
 
 
 def test_importing_is_light():
     """Neither torch nor transformers, and hardly any time: a command can ask for --help at once."""
-    code = """
+    seconds, heavy = python("""
 import json, sys, time
 started = time.perf_counter()
 import dllm_memdlm
@@ -40,15 +33,17 @@ seconds = time.perf_counter() - started
 dir(dllm_memdlm), dllm_memdlm.__all__, dllm_memdlm.__version__
 heavy = {"torch", "transformers", "peft", "datasets", "accelerate", "numpy", "dllm"} & sys.modules.keys()
 print(json.dumps([seconds, sorted(heavy)]))
-"""
-    seconds, heavy = python(code)
+""")
     assert heavy == []
     assert seconds < 0.3
 
 
 def test_importing_everything_changes_no_other_library():
     """Names, the objects behind them, and the attributes of every class, before and after."""
-    code = """
+    assert python(CHANGES) == []
+
+
+CHANGES = """
 import inspect, json, sys, warnings
 warnings.simplefilter("ignore")
 import accelerate, datasets, peft, torch, transformers
@@ -64,50 +59,43 @@ LIBRARIES = ("dllm", "transformers", "peft", "accelerate", "datasets", "torch")
 def snapshot():
     seen = {}
     for name, module in list(sys.modules.items()):
-        if module is None or name.partition(".")[0] not in LIBRARIES:
-            continue
-        seen[name] = dict(vars(module))
-        for cls in [v for v in vars(module).values() if inspect.isclass(v) and v.__module__ == name]:
-            seen[f"{name}:{cls.__qualname__}"] = dict(vars(cls))
+        if module is not None and name.partition(".")[0] in LIBRARIES:
+            seen[name] = dict(vars(module))
+            for cls in [v for v in vars(module).values() if inspect.isclass(v) and v.__module__ == name]:
+                seen[f"{name}:{cls.__qualname__}"] = dict(vars(cls))
     return seen
 
-def public(name):
-    return {n for n in dir(sys.modules[name]) if not n.startswith("_")}
+def listed():
+    modules = [sys.modules[name] for name in LIBRARIES if name in sys.modules]
+    names = {(m.__name__, n) for m in modules for n in dir(m) if not n.startswith("_")}
+    return {(m, n) for m, n in names if not inspect.ismodule(sys.modules.get(f"{m}.{n}"))}
 
 def registered():
     auto = transformers.models.auto
     mappings = [*vars(auto.modeling_auto).items(), *vars(auto.configuration_auto).items()]
     return {name: set(mapping._extra_content) for name, mapping in mappings if hasattr(mapping, "_extra_content")}
 
-auto_classes = registered()
-listed = {name: public(name) for name in LIBRARIES if name in sys.modules}
-before = snapshot()
+auto_classes, names, before = registered(), listed(), snapshot()
 import dllm_memdlm
 for name in dllm_memdlm.__all__:
     getattr(dllm_memdlm, name)
 import dllm_memdlm.training.run, dllm_memdlm.training.dry_run, dllm_memdlm.info
 after = snapshot()
 
-changes = [f"{name}: {added}" for name, names in listed.items() for added in sorted(public(name) - names)
-           if not inspect.ismodule(getattr(sys.modules[name], added))]
+changes = [f"{name} is listed" for name in sorted(listed() - names)]
 for place, attributes in before.items():
     for name, value in attributes.items():
-        if name.startswith("_abc") or name in ("__warningregistry__", "__annotations__"):
-            continue
-        if name not in after[place]:
-            changes.append(f"{place}.{name} is gone")
-        elif after[place][name] is not value:
-            changes.append(f"{place}.{name} is another")
+        if not name.startswith("_abc") and name not in ("__warningregistry__", "__annotations__"):
+            if name not in after[place] or after[place][name] is not value:
+                changes.append(f"{place}.{name} is gone or another")
     for name in after[place].keys() - attributes.keys():
-        value = after[place][name]
-        ours = str(getattr(value, "__module__", "")).startswith("dllm_memdlm")
+        ours = str(getattr(after[place][name], "__module__", "")).startswith("dllm_memdlm")
         if ours or ":" in place and not name.startswith("__"):
             changes.append(f"{place}.{name} is new")
 if registered() != auto_classes:
     changes.append("transformers' auto classes know another model")
 print(json.dumps(changes))
 """
-    assert python(code) == []
 
 
 def test_every_public_name_is_there():
@@ -146,7 +134,6 @@ def test_names_are_set_where_dllm_has_no_registry(stand_in):
 
 def test_a_trainer_registry_is_used_where_dllm_has_one(stand_in):
     registered = {}
-
     stand_in.core.trainers.register_trainer = lambda name, **classes: registered.update({name: classes})
     assert registry.register() is True
     assert registered == {"memdlm": {"trainer": MemDLMTrainer, "config": MemDLMConfig}}

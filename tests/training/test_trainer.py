@@ -29,8 +29,6 @@ from dllm_memdlm.config import ConfigError, MemoryConfig
 from dllm_memdlm.training.collator import AnchorTrajectoryCollator
 from dllm_memdlm.training.trainer import MemDLMConfig, MemDLMTrainer
 
-# === training runs ===
-
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lora", [0.05, False])
@@ -64,39 +62,14 @@ def test_inner_losses_are_means_over_samples_and_steps(tokenizer, tmp_path):
         assert log[f"inner_loss_{number + 1}"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_run_with_memory_off_is_plain_mdlm(tokenizer, tmp_path):
-    """Step by step the same losses as a hand-written loop with AdamW; nothing of memory is logged."""
-    model = tiny("llada_moe", torch.float64)
-    trainer = make_trainer(model, tokenizer, tmp_path, OFF, lr_scheduler_type="constant", warmup_ratio=0.0)
-    batches: list[dict[str, Any]] = []
-    step = trainer.training_step
-    trainer.training_step = lambda model, inputs, *args: batches.append(dict(inputs)) or step(model, inputs, *args)
-    trainer.train()
-    assert not any("inner" in name or "memory" in name for log in trainer.state.log_history for name in log)
-    copy = tiny("llada_moe", torch.float64)
-    optimizer = torch.optim.AdamW(copy.parameters(), lr=1e-3, weight_decay=0.0)
-    for batch, log in zip(batches, train_logs(trainer), strict=True):
-        loss = plain_loss(copy, batch)
-        assert log["loss"] == pytest.approx(loss.item(), abs=1e-4)  # transformers rounds to four digits
-        loss.backward()
-        for parameter in copy.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        nn.utils.clip_grad_norm_(copy.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    for ours, theirs in zip(model.parameters(), copy.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-
-
 def test_every_run_of_a_trainer_has_a_train_loss_of_its_own(tokenizer, tmp_path):
+    """And with memory off, nothing of memory is logged."""
     trainer = make_trainer(tiny("llama"), tokenizer, tmp_path, OFF, max_steps=3, logging_steps=1)
     for _ in range(2):
         output = trainer.train()
-        logged = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        logged = [log["loss"] for log in train_logs(trainer)]
         assert output.training_loss == pytest.approx(sum(logged) / 3, abs=1e-4) and len(logged) == 3
-
-
-# === against plain MDLM's trainer ===
+    assert not any("inner" in name or "memory" in name for log in trainer.state.log_history for name in log)
 
 
 class Drawn:
@@ -111,16 +84,14 @@ class Drawn:
         return value
 
 
-def gradients_of(loss: Tensor, model: nn.Module, complete: bool = True) -> Tensor:
-    loss.backward()
-    return torch.cat([gradient.flatten() for gradient in take_gradients(model, complete).values()])
-
-
 def assert_same_step(loss: Tensor, expected: Tensor, model: nn.Module) -> None:
     """The same losses and gradients."""
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    ours = gradients_of(loss, model)
-    assert_close_relative(ours, gradients_of(expected, model, complete=False), 1e-5, "gradient")
+    found = []
+    for one, complete in ((loss, True), (expected, False)):
+        one.backward()
+        found.append(torch.cat([gradient.flatten() for gradient in take_gradients(model, complete).values()]))
+    assert_close_relative(*found, 1e-5, "gradient")
 
 
 PLAIN = [
@@ -132,11 +103,7 @@ SHIFTED = {"loss_norm_type": "batch", "right_shift_logits": True}
 
 @pytest.mark.parametrize("plain", PLAIN)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"loss_norm_type": "sequence", "loss_weight_type": "uniform"}, SHIFTED],
-    ids=["", "sequence", "shift"],
-)
+@pytest.mark.parametrize("settings", [{}, {"loss_norm_type": "sequence", "loss_weight_type": "uniform"}, SHIFTED])
 def test_memory_off_is_the_plain_trainer_on_the_same_noise(plain, kind, settings, tokenizer, tmp_path, monkeypatch):
     prompt = 0 if settings is SHIFTED else 3  # which prepends a begin-of-sequence token
     rows = examples(6, prompt=prompt, spread=prompt)
@@ -147,24 +114,18 @@ def test_memory_off_is_the_plain_trainer_on_the_same_noise(plain, kind, settings
     common = {"use_cpu": True, "bf16": False, "report_to": "none", "eval_strategy": "no"}
     args = plain[1](output_dir=str(tmp_path), **common, **settings)
     other = plain[0](model=trainer.model, args=args, processing_class=tokenizer)
-    inputs = {"input_ids": batch["input_ids"], "labels": batch["labels"]}
-    if prompt == 0:  # it prepends by itself
-        inputs = {name: value[:, 1:] for name, value in inputs.items()}
+    first = 1 if prompt == 0 else 0  # it prepends by itself
+    inputs = {name: batch[name][:, first:] for name in ("input_ids", "labels")}
     t = (batch["noise_level"] - other.time_epsilon) / (1 - other.time_epsilon)
-    never, always = torch.ones(()), torch.zeros(())
-    monkeypatch.setattr(torch, "rand", Drawn(t, torch.where(batch["anchor_mask"], always, never)))
-    with plain_experts(trainer.model):
+    with monkeypatch.context() as patch, plain_experts(trainer.model):
+        patch.setattr(torch, "rand", Drawn(t, 1 - batch["anchor_mask"].float()))
         expected = other.compute_loss(trainer.model, inputs)
-    monkeypatch.undo()
     assert_same_step(loss, expected, trainer.model)
 
 
 def test_it_is_dllms_trainer_where_dllm_is():
     assert issubclass(MemDLMTrainer, dllm_api.MDLMTrainer) and issubclass(MemDLMConfig, dllm_api.MDLMConfig)
     assert (dllm_api.MDLMTrainer is bundled.MDLMTrainer) == (not dllm_api.HAS_DLLM)
-
-
-# === memory dropout ===
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,38 +137,36 @@ def test_memory_dropout_of_one_is_plain_mdlm(kind, tokenizer, tmp_path):
 
 def test_memory_dropout_is_a_sample_s_own_and_a_function_of_its_noise(tokenizer, tmp_path):
     model, rows = tiny("llama", torch.float64), examples(24)
-    trainers = [
+    never, half, always = (
         make_trainer(model, tokenizer, tmp_path, memory_for("llama", dropout=p), rows, loss_norm_type="batch")
         for p in (0.0, 0.5, 1.0)
-    ]
-    alone = []
-    for i in range(24):
-        on, half, off = (t.compute_loss(model, train_batch(t, [i])).item() for t in trainers)
-        assert half in (on, off)
-        assert trainers[1].compute_loss(model, train_batch(trainers[1], [i])).item() == half
-        alone.append((half, half == on))
-    assert 6 <= sum(kept for _, kept in alone) <= 18
-    batch = train_batch(trainers[1], range(6))
-    rows = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(6)]
-    each = [trainers[1].compute_loss(model, row).item() for row in rows]
-    assert trainers[1].compute_loss(model, batch).item() == pytest.approx(sum(each) / 6, rel=1e-6)
+    )
 
+    def losses(trainer: MemDLMTrainer) -> list[float]:
+        return [trainer.compute_loss(model, train_batch(trainer, [i])).item() for i in range(24)]
 
-# === collators and tokenizers ===
+    on, mixed, off = losses(never), losses(half), losses(always)
+    assert all(loss in either for loss, *either in zip(mixed, on, off, strict=True))
+    assert losses(half) == mixed
+    assert 6 <= sum(a == b for a, b in zip(mixed, on, strict=True)) <= 18
+    batch = train_batch(half, range(6))
+    each = [half.compute_loss(model, {name: v[i : i + 1] for name, v in batch.items()}).item() for i in range(6)]
+    assert half.compute_loss(model, batch).item() == pytest.approx(sum(each) / 6, rel=1e-6)
 
 
 def test_a_plain_collator_is_wrapped(tokenizer, tmp_path):
-    def trainer(**settings: Any) -> MemDLMTrainer:
-        return make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama"), **settings)
+    def trainer(memory: MemoryConfig, **settings: Any) -> MemDLMTrainer:
+        return make_trainer(tiny("llama"), tokenizer, tmp_path, memory, **settings)
 
-    plain = trainer(collator=seq2seq(tokenizer))
+    memory = memory_for("llama")
+    plain = trainer(memory, collator=seq2seq(tokenizer))
     assert isinstance(plain.data_collator, AnchorTrajectoryCollator)
     assert plain.data_collator.seed == plain.args.seed and plain.data_collator.config is plain.memory_config
-    own = AnchorTrajectoryCollator(NoAttentionMaskWrapper(seq2seq(tokenizer)), memory_for("llama"), seed=7)
-    assert trainer(collator=own, data_seed=5).data_collator is own
-    assert trainer(data_seed=5).data_collator.seed == 5
+    own = AnchorTrajectoryCollator(NoAttentionMaskWrapper(seq2seq(tokenizer)), memory, seed=7)
+    assert trainer(memory, collator=own, data_seed=5).data_collator is own
+    assert trainer(memory, data_seed=5).data_collator.seed == 5
     with pytest.raises(ConfigError, match=r"^data_collator\.config and memory differ"):
-        make_trainer(tiny("llama"), tokenizer, tmp_path, MemoryConfig(), collator=own)
+        trainer(MemoryConfig(), collator=own)
 
 
 @pytest.mark.parametrize("tokenizer", [None, make_tokenizer(bos_token="<bos>")], ids=["none", "without a mask"])
@@ -229,27 +188,19 @@ def test_a_pinned_batch_is_copied_without_waiting(given, expected, tmp_path, mon
     assert arguments.accelerator_config.non_blocking is expected
 
 
-# === gradient accumulation ===
-
-
 @pytest.mark.parametrize(
-    ("kind", "memory", "norm", "sizes"),
-    [
-        *((kind, True, "batch", (2, 2)) for kind in KINDS),
-        ("llada2", False, "batch", (2, 2)),
-        ("llama", True, "token", (1, 4)),
-    ],
+    ("kind", "memory", "norm"),
+    [*((kind, True, "batch") for kind in KINDS), ("llada2", False, "batch"), ("llama", True, "token")],
 )
-def test_accumulated_parts_are_one_batch(kind, memory, norm, sizes, tokenizer, tmp_path):
+def test_accumulated_parts_are_one_batch(kind, memory, norm, tokenizer, tmp_path):
     """As 2 × 2 examples or 4 × 1. The batch norm does not depend on which meet; under the other all are alike."""
     weights, logs = [], []
     rows = examples(8, shortest=14, longest=14, spread=0 if norm == "token" else 3)
-    for size, accumulation in ((4, 1), sizes):
-        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "max_steps": 3}
+    for size in (4, 1 if norm == "token" else 2):
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "max_steps": 3}
+        settings |= {"loss_norm_type": norm, "warmup_ratio": 0.0}
         model, config = tiny(kind, torch.float64, lora=True), memory_for(kind) if memory else OFF
-        trainer = make_trainer(
-            model, tokenizer, tmp_path, config, rows, loss_norm_type=norm, warmup_ratio=0.0, **settings
-        )
+        trainer = make_trainer(model, tokenizer, tmp_path, config, rows, **settings)
         assert trainer.model_accepts_loss_kwargs is (norm == "token")
         trainer.train()
         weights.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
