@@ -18,6 +18,9 @@ FILES = {
     "circle.yaml": "extends: other.yaml\n",
     "other.yaml": "extends: circle.yaml\n",
     "number.yaml": "extends: 5\n",
+    "five.yaml": "5\n",
+    "nul.yaml": "\0",
+    "latin.yaml": "name: Größe\n",  # as all of them are written: not UTF-8
     "list.yaml": "- a\n",
     "cut.yaml": "a: [1\n",
     "twice.yaml": "memory: {rank: 1}\nmemory: {rank: 2}\n",
@@ -60,7 +63,7 @@ BAD_TRAINING: list[tuple[str, ...]] = [
     ("training.logging_steps=0", "training: ", "non-zero --logging_steps"),
     ("training.eval_strategy=sometimes", "training: sometimes", "steps"),
     ("training.save_strategy=sometimes", "sometimes is not a valid SaveStrategy"),
-    ("training.bf16=true training.fp16=true", "training: ", "fp16"), ("training.fp16=true", "fp16"),
+    ("training.bf16=true training.fp16=true", "training: ", "fp16"), ("fp16=true", "expected bf16"),
     ("training.load_best_model_at_end=true training.save_steps=3", "training: ", "saving steps"),
     # trackers, the best model
     ("report_to=wandbb", "wandbb", "none, all"), ("report_to=[tensorboard,nothing_such]", "nothing_such"),
@@ -113,6 +116,9 @@ BAD_TRAINING: list[tuple[str, ...]] = [
     ("memory.strategy=inconsistent memory.start_ratio=0.1 memory.anchor_ratio=0.5", "at least memory.anchor_ratio"),
     ("memory.sync=true", "memory.sync=True: expected false with memory.scope: sample"),
     ("data.dataset=null", "data.dataset=None: expected text"), ("data.max_length=long", "data.max_length='long'", ONE),
+    ("data.max_length=3", "none of the 16 train examples", "16 too long"),
+    ("data.dataset=other.jsonl", "other.jsonl", "no such file or folder"),
+    ("data.dataset=nobody/nothing", "data.dataset='nobody/nothing'", "with network, or downloaded before"),
     # the recipe itself
     ("memry.rank=4", "unknown key 'memry'; did you mean memory?"),
     ("values.a=4", "unknown key 'values'; known: model, "),
@@ -128,7 +134,9 @@ BAD_TRAINING: list[tuple[str, ...]] = [
     ("circle.yaml", "extends: circle.yaml → other.yaml → circle.yaml is a circle"),
     ("number.yaml", "extends=5: expected a file name"), ("list.yaml", "list.yaml: expected a mapping of sections"),
     ("cut.yaml", "cut.yaml: not a readable YAML file"), ("twice.yaml", "twice.yaml: not a readable YAML file"),
-    ("empty", "empty: not a readable YAML file"),
+    ("empty", "empty: not a readable YAML file"), ("five.yaml", "five.yaml: not a readable YAML file"),
+    ("nul.yaml", "nul.yaml: not a readable YAML file"), ("latin.yaml", "latin.yaml: not a readable YAML file"),
+    ("taken", "taken: model: neither path nor architecture"),
     # planning
     ("--dry-run --gpus 0", "--gpus '0': expected a whole number, at least 1"),
     ("--dry-run --gpus half", "--gpus 'half'"), ("--dry-run --memory much", "--memory 'much': expected a size such as"),

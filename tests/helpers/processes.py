@@ -28,12 +28,8 @@ def context() -> Any:
     forked.set_forkserver_preload(list(PRELOADED))
     home = tempfile.TemporaryDirectory()
     atexit.register(home.cleanup)
-    settings = {
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "HF_HOME": home.name,
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }
+    settings = {"HF_HOME": home.name, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    settings["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
             patch.delenv(name)  # what training arguments of this process's tests have left
@@ -52,11 +48,15 @@ class Launch:
     def __init__(self, count: int, folder: Path, target: Callable[..., None], *arguments: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"process{rank}.log" for rank in range(count)]
-        port = _free_port()
+        shared = {
+            "WORLD_SIZE": count,
+            "LOCAL_WORLD_SIZE": count,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": _free_port(),
+        }
         self.processes = []
         for rank, log in enumerate(self.logs):
-            group = {} if count == 1 else {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
-            group |= {} if count == 1 else {"LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            group = {"RANK": rank, "LOCAL_RANK": rank, **shared} if count > 1 else {}
             self.processes.append(context().Process(target=_work, args=(group, log, target, arguments)))
         for process in self.processes:
             process.start()

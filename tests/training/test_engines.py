@@ -103,14 +103,11 @@ def test_arguments_that_cannot_be(settings, says, tmp_path):
     assert str(error.value).startswith(says) and "\n" not in str(error.value)
 
 
-def test_the_launcher_and_the_recipe_do_not_both_choose(monkeypatch):
+def test_an_engine_that_is_not_there_or_is_chosen_twice(monkeypatch):
     for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")):
         with monkeypatch.context() as patch, pytest.raises(ConfigError, match=f"has chosen {name} already; leave one"):
             patch.setenv(variable, "true")
             engines.prepare(arguments(engine="zero2"))
-
-
-def test_without_deepspeed_it_says_what_to_install(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"^training\.engine='zero1': expected deepspeed \(pip install"):
@@ -133,11 +130,6 @@ def test_what_could_not_be_trained_or_saved_is_refused(kind, fsdp, dynamo, says,
     accelerator = SimpleNamespace(distributed_type=DistributedType[kind], state=state, num_processes=2)
     with pytest.raises(ConfigError, match=f"^{says}"):
         engines.check(accelerator, arguments(engine="fsdp2"))
-
-
-def test_fp16_is_refused_with_memory(tokenizer, tmp_path):
-    with pytest.raises(ConfigError, match=r"^training\.fp16=True: expected bf16"):
-        make_trainer(tiny("llama"), tokenizer, tmp_path, fp16=True)
 
 
 def test_hooks_of_experts_are_left_out_and_come_back():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,17 +17,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from dllm_memdlm.backbones import config_of, load_model
 from dllm_memdlm.config import ConfigError
 from dllm_memdlm.training.planner import Plan, advice, make_plans, parse_memory
-from dllm_memdlm.training.planner.live import FLOPS
 from dllm_memdlm.training.recipe import Recipe, build_recipe
 from dllm_memdlm.versions import checkpoint_activations
 
 LENGTH, RESPONSE, BATCH = 256, 64, 4
 TABLE = "Peak memory of a process: planned and measured"
+ROUTED = {"num_experts": 4, "num_experts_per_tok": 2}
 DIMENSIONS: dict[str, dict[str, Any]] = {
     "llada_moe": {"dense_intermediate_size": 384, "expert_intermediate_size": 128, "moe_layer_freq": [0, 1, 1, 1]}
-    | {"shared_expert_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2},
-    "llada2": {"intermediate_size": 384, "moe_intermediate_size": 128, "n_group": 2, "topk_group": 1}
-    | {"num_experts": 4, "num_experts_per_tok": 2},
+    | {"shared_expert_intermediate_size": 128, **ROUTED},
+    "llada2": {"intermediate_size": 384, "moe_intermediate_size": 128, "n_group": 2, "topk_group": 1, **ROUTED},
     "llama": {"intermediate_size": 384},
 }
 COMMON = {"vocab_size": 1024, "hidden_size": 128, "num_hidden_layers": 4}
@@ -136,6 +136,17 @@ def test_weights_gradients_and_optimizer_are_exact(lora, tmp_path):
     assert experts and plan.active == plan.parameters - idle, "two of four experts"
 
 
+aten = torch.ops.aten
+#: By the shapes of their inputs. Grouped products: each row (or column, where the groups are on the inner side) is
+#: multiplied once. Attention: two products of all queries with all keys, and five in the backward pass, which computes
+#: the scores again; with fewer heads of keys than of queries too, which the formula of torch 2.11 refuses.
+COUNTED: dict[Any, Callable[..., int]] = {
+    aten._grouped_mm: lambda a, b, *_, **__: 2 * a[0] * a[1] * b[-1],
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_, **__: 4 * math.prod(q) * k[2],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, q, k, *__, **___: 10 * math.prod(q) * k[2],
+}
+
+
 @pytest.mark.parametrize(("kind", "checkpointing"), [("llada_moe", True), ("llada2", False), ("llama", True)])
 def test_flops_are_those_that_torch_counts(kind, checkpointing, tmp_path):
     for memory in (False, True):
@@ -144,7 +155,7 @@ def test_flops_are_those_that_torch_counts(kind, checkpointing, tmp_path):
         checkpoint_activations(trainer.model, checkpointing)
         trainer.state.global_step, trainer.state.logging_steps = 5, 100  # this step is not logged
         batch = trainer.data_collator([trainer.train_dataset[i] for i in range(BATCH)])
-        with FlopCounterMode(display=False, custom_mapping={aten._grouped_mm: grouped} | ATTENTION) as counter:
+        with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
             trainer.compute_loss(trainer.model.train(), dict(batch)).backward()
         plan = plan_of(recipe)
         planned = plan.flops_memdlm if memory else plan.flops_mdlm
@@ -152,28 +163,6 @@ def test_flops_are_those_that_torch_counts(kind, checkpointing, tmp_path):
     assert 1.1 < plan.flops_memdlm / plan.flops_mdlm < 3
     elsewhere = plan_of(recipe, device="cuda")
     assert (elsewhere.flops_mdlm, elsewhere.flops_memdlm) == (plan.flops_mdlm, plan.flops_memdlm), "experts all at once"
-
-
-def grouped(a: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """Each row (or column, where the groups are on the inner side) is multiplied once."""
-    return 2 * a[0] * a[1] * b[-1]
-
-
-aten = torch.ops.aten
-FORWARD = aten._scaled_dot_product_flash_attention_for_cpu
-BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
-#: Products of all queries with all keys: two of them, and five in the backward pass, which computes the scores again.
-ATTENTION = {
-    FORWARD: lambda q, k, *args, **kwargs: 4 * torch.Size(q).numel() * k[2],
-    BACKWARD: lambda gradient, q, k, *args, **kwargs: 10 * torch.Size(q).numel() * k[2],
-}
-
-
-def test_flops_of_attention_are_those_of_its_products():
-    """With fewer heads of keys than of queries too, which the formula of torch 2.11 refuses."""
-    q, k, v = (torch.randn(2, heads, n, 4) for heads, n in ((6, 5), (3, 7), (3, 7)))
-    for op, tensors in ((FORWARD, (q, k, v)), (BACKWARD, (q, q, k, v))):
-        assert FLOPS[op](*tensors, out_val=None) == ATTENTION[op](*(x.shape for x in tensors))
 
 
 def test_more_gpus_share_what_the_engine_shares(tmp_path):

@@ -1,12 +1,14 @@
-"""Recipes: `extends`, overrides, and the resolved recipe. What they refuse: helpers/bad_training.py."""
+"""Recipes: `extends`, overrides, the saved recipe, and those of this repository. What is refused: bad_training.py."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from recipe_files import BASE, SECTIONS, assert_same, message, write
+from recipe_files import BASE, SECTIONS, assert_same, write
 
 from dllm_memdlm.config import MemoryConfig
 from dllm_memdlm.training.recipe import load_recipe
@@ -37,15 +39,6 @@ def test_nested_mappings_are_merged_and_lists_are_replaced(tmp_path, base):
     assert load_recipe(write(tmp_path / "x.yaml", "extends: base.yaml\nmemory:\n")).memory == MemoryConfig()
 
 
-def test_what_is_no_recipe(tmp_path):
-    """Beside the files of helpers/bad_training.py."""
-    for text in ("5\n", "\x00"):
-        assert message(write(tmp_path / "x.yaml", text)).startswith("not a readable YAML file: ")
-    assert "neither path nor architecture" in message(write(tmp_path / "x.yaml", ""))
-    (tmp_path / "latin.yaml").write_bytes("name: Größe\n".encode("latin-1"))
-    assert message(tmp_path / "latin.yaml").startswith("not a readable YAML file: ")
-
-
 def test_overrides_win_and_are_read_as_yaml(tmp_path, base):
     top = write(tmp_path / "top.yaml", "extends: base.yaml\nmemory: {rank: 16}\n")
     memory = ["memory.rank=4", "memory.inner_lr=5e-2", "memory.enabled=false"]
@@ -58,21 +51,10 @@ def test_overrides_win_and_are_read_as_yaml(tmp_path, base):
     assert (recipe.data.split, recipe.data.eval_split) == ("train=1", None)
     assert recipe.model.dimensions == {"hidden_size": 32}
     assert (recipe.training.learning_rate, recipe.training.output_dir) == (1, "/somewhere/else")
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):  # with or without quotes
+        for no in ("'no'", "no"):
+            assert getattr(load_recipe(base, [f"training.{name}={no}"]).training, name) == "no"
     assert load_recipe(base, ["memory.rank=4", "memory.rank=${training.max_steps}"]).memory.rank == 5
-
-
-@pytest.mark.parametrize("name", ["eval_strategy", "save_strategy", "logging_strategy"])
-def test_a_strategy_can_be_switched_off_without_quotes(name, base):
-    for no in ("'no'", "no"):
-        assert getattr(load_recipe(base, [f"training.{name}={no}"]).training, name) == "no"
-
-
-def test_the_nearest_key_is_known(base):
-    """Every key of every section, one letter too long, leads back to itself."""
-    recipe = load_recipe(base)
-    for section in SECTIONS:
-        for key in (f.name for f in dataclasses.fields(getattr(recipe, section)) if len(f.name) > 2):
-            assert message(base, f"{section}.{key}_=1").endswith(f"did you mean {section}.{key}?")
 
 
 SETTINGS: list[tuple[str, ...]] = [
@@ -110,3 +92,55 @@ def test_the_output_folder_is_named_after_the_file(tmp_path, base):
     write(tmp_path / "given.yaml", "extends: base.yaml\ntraining: {output_dir: out}\n")
     child = write(tmp_path / "child.yaml", "extends: given.yaml\n")
     assert load_recipe(child).training.output_dir == "out"
+
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+FOLDERS = (RECIPES, *(RECIPES / name for name in ("cpu", "small", "ablations")))
+PAPER = {"llada_moe": "inclusionAI/LLaDA-MoE-7B-A1B-Base", "llada2_mini": "inclusionAI/LLaDA2.1-mini"}
+
+
+def names_of(pattern: str) -> list[str]:
+    """Without the suffix, and with the folder: `llada_moe`, `small/smollm2`."""
+    paths = (path for folder in FOLDERS for path in folder.glob(pattern))
+    return sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in paths)
+
+
+def values_of(name: str) -> dict[str, Any]:
+    return yaml.safe_load(load_recipe(RECIPES / f"{name}.yaml").to_yaml())
+
+
+@pytest.mark.parametrize("name", names_of("*.yaml"))
+def test_every_recipe_loads_and_round_trips(name, tmp_path):
+    path = RECIPES / f"{name}.yaml"
+    recipe = load_recipe(path)
+    recipe.save(tmp_path)
+    assert_same(load_recipe(tmp_path / "recipe.yaml"), recipe)
+    command = f"# accelerate launch -m dllm_memdlm.train {path.relative_to(RECIPES.parent)}\n"
+    assert path.read_text(encoding="utf-8").startswith(command), "its command comes first"
+
+
+@pytest.mark.parametrize("name", sorted({*names_of("*_mdlm.yaml"), *(f"{name}_mdlm" for name in PAPER)}))
+def test_a_baseline_differs_in_the_memory_only(name):
+    mdlm, memdlm = values_of(name), values_of(name.removesuffix("_mdlm"))
+    for values, enabled, own in ((memdlm, True, name.removesuffix("_mdlm")), (mdlm, False, name)):
+        assert values["memory"].pop("enabled") is enabled
+        assert values["training"].pop("output_dir") == f"runs/{Path(own).name}"
+    assert mdlm == memdlm
+
+
+@pytest.mark.parametrize(("name", "path"), PAPER.items())
+def test_the_papers_recipes_hold_its_numbers(name, path):
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    model, lora, data, training = recipe.model, recipe.lora, recipe.data, recipe.training
+    assert (model.path, model.load_in_4bit, model.dtype, model.trust_remote_code) == (path, True, "bfloat16", False)
+    assert (lora.enabled, lora.r, lora.alpha, lora.dropout, lora.target_modules) == (True, 32, 64, 0.05, "all-linear")
+    assert (data.dataset, data.max_length, data.mask_prompt) == ("Yukang/LongAlpaca-12k", 4096, True)
+    assert recipe.memory == MemoryConfig()  # whose defaults are the paper's
+    assert (training.learning_rate, training.lr_scheduler_type, training.warmup_ratio) == (2e-5, "cosine", 0.1)
+    assert training.optim.startswith("adamw")
+    assert (training.num_train_epochs, training.max_steps, training.eval_steps) == (5, -1, 0.1)
+    assert (training.bf16, training.group_by_length, training.gradient_checkpointing) == (True, True, True)
+    assert training.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    assert training.per_device_train_batch_size in (2, 4)
+    assert training.engine == "zero2" and training.deepspeed is None, "in one process there is nothing to share out"
+    assert (training.loss_norm_type, training.loss_weight_type) == ("token", "scheduler")

@@ -18,14 +18,9 @@ from dllm_memdlm.training.trainer import MemDLMConfig, MemDLMTrainer
 NAMES = ("MemDLMTrainer", "MemDLMConfig")
 
 
-def python(code: str) -> Any:
-    """What a fresh interpreter that sees this package prints, as JSON."""
-    return printed(run("-c", code, paths=(ROOT,)))
-
-
 def test_importing_is_light():
     """Neither torch nor transformers, and hardly any time: a command can ask for --help at once."""
-    seconds, heavy = python("""
+    code = """
 import json, sys, time
 started = time.perf_counter()
 import dllm_memdlm
@@ -33,14 +28,15 @@ seconds = time.perf_counter() - started
 dir(dllm_memdlm), dllm_memdlm.__all__, dllm_memdlm.__version__
 heavy = {"torch", "transformers", "peft", "datasets", "accelerate", "numpy", "dllm"} & sys.modules.keys()
 print(json.dumps([seconds, sorted(heavy)]))
-""")
+"""
+    seconds, heavy = printed(run("-c", code, paths=(ROOT,)))
     assert heavy == []
     assert seconds < 0.3
 
 
 def test_importing_everything_changes_no_other_library():
     """Names, the objects behind them, and the attributes of every class, before and after."""
-    assert python(CHANGES) == []
+    assert printed(run("-c", CHANGES, paths=(ROOT,))) == []
 
 
 CHANGES = """
@@ -124,20 +120,15 @@ def stand_in(monkeypatch) -> types.SimpleNamespace:
     return dllm
 
 
-def test_names_are_set_where_dllm_has_no_registry(stand_in):
+def test_names_are_set_and_a_registry_of_trainers_is_used_where_dllm_has_one(stand_in):
+    classes, registered = {"MemDLMTrainer": MemDLMTrainer, "MemDLMConfig": MemDLMConfig}, {}
     for _ in range(2):  # a second time changes nothing
         assert registry.register() is True
-        trainers = {"MemDLMTrainer": MemDLMTrainer, "MemDLMConfig": MemDLMConfig}
-        assert vars(stand_in.core.trainers) == trainers
+        assert vars(stand_in.core.trainers) == classes
         assert vars(stand_in.utils) == {"AnchorTrajectoryCollator": AnchorTrajectoryCollator}
-
-
-def test_a_trainer_registry_is_used_where_dllm_has_one(stand_in):
-    registered = {}
     stand_in.core.trainers.register_trainer = lambda name, **classes: registered.update({name: classes})
     assert registry.register() is True
     assert registered == {"memdlm": {"trainer": MemDLMTrainer, "config": MemDLMConfig}}
-    assert stand_in.core.trainers.MemDLMTrainer is MemDLMTrainer
 
 
 @pytest.fixture

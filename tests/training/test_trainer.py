@@ -123,11 +123,6 @@ def test_memory_off_is_the_plain_trainer_on_the_same_noise(plain, kind, settings
     assert_same_step(loss, expected, trainer.model)
 
 
-def test_it_is_dllms_trainer_where_dllm_is():
-    assert issubclass(MemDLMTrainer, dllm_api.MDLMTrainer) and issubclass(MemDLMConfig, dllm_api.MDLMConfig)
-    assert (dllm_api.MDLMTrainer is bundled.MDLMTrainer) == (not dllm_api.HAS_DLLM)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_dropout_of_one_is_plain_mdlm(kind, tokenizer, tmp_path):
     trainer = make_trainer(tiny(kind, lora=True), tokenizer, tmp_path, memory_for(kind, dropout=1.0))
