@@ -14,6 +14,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from dllm_memdlm.backbones import config_of, load_model
+from dllm_memdlm.compat.dllm_api import NoAttentionMaskWrapper
 from dllm_memdlm.training.recipe import Recipe, build_recipe
 from dllm_memdlm.training.trainer import MemDLMTrainer
 
@@ -26,19 +27,12 @@ def trainer_of(recipe: Recipe, response: int) -> MemDLMTrainer:
         tokens = torch.randint(3, 48, (length,), generator=generator).tolist()
         rows.append({"input_ids": tokens, "labels": [-100] * (length - response) + tokens[length - response :]})
     tokenizer = make_tokenizer()
-    collator = seq2seq(tokenizer)
-
-    def without_mask(features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
-        batch = collator(features)
-        batch.pop("attention_mask")
-        return batch
-
     return MemDLMTrainer(
         model=load_model(recipe.model, config_of(recipe.model), recipe.lora),
         args=recipe.training,
         memory=recipe.memory,
         train_dataset=rows,
-        data_collator=without_mask,
+        data_collator=NoAttentionMaskWrapper(seq2seq(tokenizer)),
         processing_class=tokenizer,
     )
 

@@ -31,6 +31,8 @@ COMMON = (
     *("training.save_strategy='no'", "training.eval_steps=3", "memory.inner_lr=10", "memory.grad_clip=0.2"),
 )
 CHECKPOINTING, ACCUMULATION = "training.gradient_checkpointing=true", "training.gradient_accumulation_steps=2"
+EPSILON = "training.adam_epsilon=1e-3"
+WIDE_MEMORY = ("memory.layer_fraction=0.67", "memory.steps=3", "memory.objective=kl")
 LORA = ("lora.enabled=true", "lora.r=4", "lora.alpha=8", "lora.dropout=0.0")
 #: A first layer that is dense, then routed and shared experts.
 LLADA2 = {"hidden_size": 32, **DIMENSIONS["llada2"]}
@@ -39,14 +41,10 @@ LLADA2 |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_head
 CASES: dict[str, tuple[str, ...]] = {
     "LLaDA-MoE, LoRA": LORA,
     "LLaDA-MoE, LoRA, checkpointing, accumulation": (*LORA, CHECKPOINTING, ACCUMULATION),
-    "LLaDA-MoE, all weights, AdamW": (
-        *("training.optim=adamw_torch", "training.learning_rate=1e-3", "training.adam_epsilon=1e-3"),
-    ),
+    "LLaDA-MoE, all weights, AdamW": ("training.optim=adamw_torch", "training.learning_rate=1e-3", EPSILON),
     "LLaDA-MoE, LoRA, MDLM": (*LORA, "memory.enabled=false"),
     "LLaDA-MoE, LoRA, one φ for all (memory.sync)": (*LORA, "memory.scope=batch", "memory.sync=true"),
-    "LLaDA2.1, LoRA, two adapted layers, K = 3, KL": (
-        *(*LORA, "memory.layer_fraction=0.67", "memory.steps=3", "memory.objective=kl"),
-    ),
+    "LLaDA2.1, LoRA, two adapted layers, K = 3, KL": (*LORA, *WIDE_MEMORY),
     "LLaDA2.1, all weights, checkpointing": (CHECKPOINTING,),
     # with a seed of 42 rounding sends a token through another expert: 3e-4 apart, under every engine
     "LLaDA2.1, all weights, accumulation": (ACCUMULATION, "training.seed=7"),
@@ -90,18 +88,20 @@ def recipes(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("distributed")
     llada_moe = small_run.write_recipe(folder, rows=small_run.UNEQUAL_ROWS)
     values = yaml.safe_load(llada_moe.read_text())
-    values["model"] |= {"architecture": "LLaDA2MoeModelLM", "dimensions": LLADA2}
-    llada2 = recipe_files.write(folder / "llada2.yaml", yaml.safe_dump(values))
-    saved = folder / "saved"  # blocks of 64 weights are packed
+
+    def with_model(name: str, **model: Any) -> Path:
+        text = yaml.safe_dump({**values, "model": {"dtype": "float32", **model}})
+        return recipe_files.write(folder / f"{name}.yaml", text)
+
+    llada2 = with_model("llada2", **{**values["model"], "architecture": "LLaDA2MoeModelLM", "dimensions": LLADA2})
     wide = ("model.dimensions.hidden_size=64", "model.dimensions.expert_intermediate_size=64")
-    trained(llada_moe, saved, 1, *COMMON, *wide, "training.max_steps=1")
-    values["model"] = {"path": str(saved), "dtype": "float32"}
-    checkpoint = recipe_files.write(folder / "checkpoint.yaml", yaml.safe_dump(values))
+    trained(llada_moe, folder / "saved", 1, *COMMON, *wide, "training.max_steps=1")  # blocks of 64 weights are packed
+    checkpoint = with_model("checkpoint", path=str(folder / "saved"))
     found = {"LLaDA-MoE": llada_moe, "LLaDA2.1": llada2, "a checkpoint": checkpoint, "4 bit": checkpoint}
     for name, recipe in (("LLaDA-MoE", llada_moe), ("LLaDA2.1", llada2)):
-        values["model"] = {"path": str(folder / f"base of {recipe.stem}"), "dtype": "float32"}
-        small_run.write_base(recipe, folder / f"base of {recipe.stem}")
-        found[f"{name}, LoRA"] = recipe_files.write(folder / f"{recipe.stem}_lora.yaml", yaml.safe_dump(values))
+        base = folder / f"base of {recipe.stem}"
+        small_run.write_base(recipe, base)
+        found[f"{name}, LoRA"] = with_model(f"{recipe.stem}_lora", path=str(base))
     return found
 
 

@@ -61,32 +61,28 @@ def snapshot():
                 seen[f"{name}:{cls.__qualname__}"] = dict(vars(cls))
     return seen
 
-def listed():
-    modules = [sys.modules[name] for name in LIBRARIES if name in sys.modules]
-    names = {(m.__name__, n) for m in modules for n in dir(m) if not n.startswith("_")}
-    return {(m, n) for m, n in names if not inspect.ismodule(sys.modules.get(f"{m}.{n}"))}
-
 def registered():
     auto = transformers.models.auto
     mappings = [*vars(auto.modeling_auto).items(), *vars(auto.configuration_auto).items()]
     return {name: set(mapping._extra_content) for name, mapping in mappings if hasattr(mapping, "_extra_content")}
 
-auto_classes, names, before = registered(), listed(), snapshot()
+auto_classes, before, changes = registered(), snapshot(), []
+listed = {name: dir(sys.modules[name]) for name in LIBRARIES if name in sys.modules}
 import dllm_memdlm
 for name in dllm_memdlm.__all__:
     getattr(dllm_memdlm, name)
 import dllm_memdlm.training.run, dllm_memdlm.training.dry_run, dllm_memdlm.info
 after = snapshot()
-
-changes = [f"{name} is listed" for name in sorted(listed() - names)]
 for place, attributes in before.items():
     for name, value in attributes.items():
         if not name.startswith("_abc") and name not in ("__warningregistry__", "__annotations__"):
             if name not in after[place] or after[place][name] is not value:
                 changes.append(f"{place}.{name} is gone or another")
     for name in after[place].keys() - attributes.keys():
-        ours = str(getattr(after[place][name], "__module__", "")).startswith("dllm_memdlm")
-        if ours or ":" in place and not name.startswith("__"):
+        value, shown = after[place][name], not name.startswith("_")
+        ours = str(getattr(value, "__module__", "")).startswith("dllm_memdlm")
+        added = place in listed and shown and name not in listed[place] and not inspect.ismodule(value)
+        if ours or added or ":" in place and not name.startswith("__"):
             changes.append(f"{place}.{name} is new")
 if registered() != auto_classes:
     changes.append("transformers' auto classes know another model")
