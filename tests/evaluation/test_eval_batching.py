@@ -63,14 +63,16 @@ def test_what_does_not_fit_is_halved_until_it_does(size, error):
     work = Work(room=999, error=error)
     assert sizes(work, Batches(size, None, GPU), [100] * 70) == [64, 32, 16, *[8] * 8, 6]
     assert work.tried[3] == list(range(8)), "it begins again where it failed"
+    found = sizes(Work(256, error), Batches("auto", None, GPU), [100] * 4 + [50] * 4 + [10] * 20)
+    assert found[:6] == [28, 14, 7, 3, 1, 1] and found[-2:] == [10, 10], "of shorter items as many tokens as fitted"
 
 
-def test_shorter_items_make_larger_batches_again():
-    found = sizes(Work(room=256), Batches("auto", None, GPU), [100] * 4 + [50] * 4 + [10] * 20)
-    assert found[:6] == [28, 14, 7, 3, 1, 1] and found[-2:] == [10, 10], "as many tokens as fitted"
-
-
-def test_other_errors_and_single_items_are_not_a_matter_of_size():
+def test_what_is_not_a_matter_of_size():
+    """Other errors, single items, and an answer too few. Results come as they are made."""
+    work = Work()
+    assert next(Batches(2, None, CPU).run(work, [Item(1), Item(2), Item(3)])) == (Item(1), 2) and work.tried == [[1, 2]]
+    with pytest.raises(ValueError, match="shorter"):
+        list(Batches(4, None, CPU).run(lambda batch: [0], [Item(1), Item(2)]))
     work = Work(room=0, error=RuntimeError("shapes do not fit"))
     with pytest.raises(RuntimeError, match="shapes"):
         list(Batches(4, None, GPU).run(work, [Item(0), Item(1)]))
@@ -90,10 +92,3 @@ def test_a_batch_ends_where_the_items_differ(room, tried):
     work, items = Work(room), [Item(number) for number in (1, 3, 5, 2, 4, 6, 8, 10, 7)]
     found = list(Batches(4, None, GPU).run(work, items, alike=lambda item: item.number % 2))
     assert found == [(item, 2 * item.number) for item in items] and work.tried == tried
-
-
-def test_results_come_as_they_are_made_and_are_as_many_as_items():
-    work = Work()
-    assert next(Batches(2, None, CPU).run(work, [Item(1), Item(2), Item(3)])) == (Item(1), 2) and work.tried == [[1, 2]]
-    with pytest.raises(ValueError, match="shorter"):
-        list(Batches(4, None, CPU).run(lambda batch: [0], [Item(1), Item(2)]))

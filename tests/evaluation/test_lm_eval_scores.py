@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 
@@ -24,22 +25,17 @@ def folder(tmp_path_factory) -> str:
     return save_model(tmp_path_factory.mktemp("model"), "llama", byte_tokenizer(), {"memory": {"rank": 4}})
 
 
-@pytest.fixture
-def model(folder):
-    """Builds the model with these arguments."""
-    return lambda **arguments: MemDLMEvalLM(**{"pretrained": folder, "mc_num": 8, **arguments})
-
-
-def test_where_the_continuation_begins_and_the_context_is_cut(model, caplog):
-    lm = model(mc_num=8)
+def test_where_the_continuation_begins_and_the_context_is_cut(folder, caplog):
+    model = functools.partial(MemDLMEvalLM, pretrained=folder, mc_num=8)
+    lm = model()
     assert values(lm, ("Ada lives ", "here")) == values(lm, ("Ada lives", " here"))
     assert len({*values(lm, ("", "here")), *values(lm, ("Ada", "here")), *values(lm, (" ", "here"))}) == 3
     with caplog.at_level("WARNING", "lm_eval"):
         assert score(lm, ("Ada", ""), ("Ada", "a"))[0] == (0.0, False)
     assert any("1 of 2 continuations are empty" in message for message in caplog.messages)
-    lm, long = model(max_length=30, mc_num=8), "x" * 50 + "Ada lives by the river and"
+    lm, long = model(max_length=30), "x" * 50 + "Ada lives by the river and"
     assert values(lm, (long, " so")) == values(lm, (long[-27:], " so"))
-    assert values(model(max_length=30, mc_num=8, memory=True), (long, " so")) == values(lm, (long, " so"))
+    assert values(model(max_length=30, memory=True), (long, " so")) == values(lm, (long, " so"))
     assert values(lm, ("Ada", "y" * 10 + "z" * 30)) == values(lm, ("", "z" * 30))
 
 
@@ -54,10 +50,13 @@ def test_every_token_is_counted_once(tmp_path):
     lm = MemDLMEvalLM(pretrained=save_uniform(tmp_path / "merging", tokenizer), mc_num=2)
     token = -math.log(len(tokenizer))
     assert values(lm, ("hello wor", "ld"), ("hello wor", "zq")) == pytest.approx([token, 2 * token])
+    # its likeliest token is the first one: in this tokenizer the end of sequence, with which a continuation may end
+    lm = MemDLMEvalLM(pretrained=save_uniform(tmp_path / "words", word_tokenizer()), mc_num=2, check_greedy=True)
+    assert lm._is_greedy([([5, 6], [EOS, EOS]), ([5, 6], [EOS, 7])], quiet=True) == [True, False]
 
 
-def test_windows_hold_all_of_a_text_and_no_more_than_the_model_takes(model, monkeypatch):
-    lm, windows, text = model(max_length=10), [], "twenty-three characters"
+def test_windows_hold_all_of_a_text_and_no_more_than_the_model_takes(folder, monkeypatch):
+    lm, windows, text = MemDLMEvalLM(pretrained=folder, max_length=10), [], "twenty-three characters"
     monkeypatch.setattr(lm, "_log_likelihoods", lambda pairs, *_, **__: windows.extend(pairs) or [0.0] * len(pairs))
     rolling(lm, text)
     assert [token for _, continuation in windows for token in continuation] == lm.tokenizer(text)["input_ids"]
@@ -74,9 +73,3 @@ def test_an_end_that_the_tokenizer_appends_changes_nothing(folder, tmp_path):
     pairs = [("Ada lives", " here"), ("", "here")]
     assert score(other, *pairs) == score(plain, *pairs) and rolling(other, "here") == rolling(plain, "here")
     assert generate(other, "Ada lives") == generate(plain, "Ada lives")
-
-
-def test_a_continuation_may_end_the_text(tmp_path):
-    """The likeliest token of a model that knows nothing is the first one: here the tokenizer's end of sequence."""
-    lm = MemDLMEvalLM(pretrained=save_uniform(tmp_path, word_tokenizer()), mc_num=2, check_greedy=True)
-    assert lm._is_greedy([([5, 6], [EOS, EOS]), ([5, 6], [EOS, 7])], quiet=True) == [True, False]

@@ -22,10 +22,8 @@ def pretrained(tmp_path_factory) -> Pretrained:
     return loaded
 
 
-def about(
-    pretrained: Pretrained, document: str = DOCUMENT, memory: bool = False, seed: int = 0, **more
-) -> Conversation:
-    decoder = Decoder(pretrained, memory=memory_for(pretrained, {}) if memory else None, **more)
+def about(pretrained: Pretrained, document: str = DOCUMENT, seed: int = 0, **more) -> Conversation:
+    decoder = Decoder(pretrained, **more)
     return Conversation(decoder, document, new_tokens=12, seed=seed)
 
 
@@ -40,23 +38,19 @@ def ask(chat: Conversation, *questions: str) -> list[str]:
     return [answer for _, answer in chat.turns]
 
 
-def test_the_memory_is_written_on_the_document_or_the_whole_prompt(pretrained):
+def test_what_the_memory_is_written_on_and_what_is_asked(pretrained):
     chat = about(pretrained)
     one, other = chat.memory_text("Who?"), chat.memory_text("And when was that?")
     assert one == other and chat.tokenizer.decode(one) == f"<|user|>{DOCUMENT}\n\n"
     alone = about(pretrained, document="").memory_text("Who?")
     assert chat.tokenizer.decode(alone) == "<|user|>Who?<|role_end|><|assistant|>"
-
-
-def test_later_questions_see_what_was_said_before(pretrained):
-    chat = about(pretrained)
-    (first,) = ask(chat, "Who?")
+    (first,) = ask(chat, "Who?")  # which later questions see
     expected = f"<|user|>{DOCUMENT}\n\nWho?<|role_end|><|assistant|>{first}<|role_end|><|user|>When?"
     assert chat.tokenizer.decode(chat.prompt("When?", chat.turns)) == expected + "<|role_end|><|assistant|>"
 
 
 def test_a_document_is_adapted_to_once_and_that_changes_the_answer(pretrained):
-    chat = about(pretrained, memory=True)
+    chat = about(pretrained, memory=memory_for(pretrained, {}))
     answers = ask(chat, "Who?", "When?", "Why?")
     tally = chat.decoder.memory.tally
     assert (tally.written, tally.reused) == (1, 2)
@@ -64,15 +58,12 @@ def test_a_document_is_adapted_to_once_and_that_changes_the_answer(pretrained):
 
 
 def test_progress_ends_at_the_answer(pretrained):
+    """Shown with its masks, up to the end of the turn."""
     chat = about(pretrained)
     steps, mask = list(chat.ask("Who?")), chat.tokenizer.mask_token_id
     assert [progress.steps for progress in steps] == list(range(len(steps)))
     assert steps[0].tokens == [mask] * 12 and mask not in steps[-1].tokens
     assert chat.text_of(steps[-1].tokens).strip() == chat.turns[-1][1]
-
-
-def test_text_of_shows_masks_and_stops_at_the_end(pretrained):
-    chat, mask = about(pretrained), pretrained.tokenizer.mask_token_id
     tokens, more = [*pretrained.tokenizer("ab")["input_ids"], mask, mask], pretrained.tokenizer("c")["input_ids"]
     assert chat.text_of([*tokens, *more], mask="_") == "ab__c"
     assert chat.text_of([*tokens, pretrained.tokenizer.eot_token_id, *more], mask="_") == "ab__"

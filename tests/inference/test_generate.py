@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import io
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import AMPLIFIED
+from fresh_python import ROOT, run
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from saved_models import byte_tokenizer, save_model
 
 from dllm_memdlm import generate
-from dllm_memdlm.inference import arguments
+from dllm_memdlm.inference.arguments import Parsed, parse
 from dllm_memdlm.inference.conversation import Conversation
 from dllm_memdlm.method.prompt_memory import load_snapshot
 
@@ -39,13 +38,13 @@ def document(tmp_path) -> str:
 def ask(model, document, capsys):
     """The command's answer on stdout, asked about the document."""
 
-    def run(*arguments: str, question: str | None = "Who?", model: str = model) -> str:
-        asked = [] if question is None else ["--question", question]
+    def asked(*arguments: str, question: str | None = "Who?", model: str = model) -> str:
         base = ["--model", model, "--prompt-file", document, "--max-new-tokens", "10"]
-        assert generate.main([*base, *asked, *arguments]) == 0, capsys.readouterr().err
+        base += [] if question is None else ["--question", question]
+        assert generate.main([*base, *arguments]) == 0, capsys.readouterr().err
         return capsys.readouterr().out
 
-    return run
+    return asked
 
 
 def test_an_answer_is_plain_text_when_piped_and_follows_the_settings(ask):
@@ -56,9 +55,7 @@ def test_an_answer_is_plain_text_when_piped_and_follows_the_settings(ask):
 
 def test_memory_changes_the_answer_and_its_settings_matter(ask):
     without, with_memory = ask(), ask("--memory")
-    assert without != with_memory
-    assert ask("memory=true") == with_memory
-    assert ask("--memory", "memory_inner_lr=0.0") == without
+    assert without != with_memory == ask("memory=true") and ask("--memory", "memory_inner_lr=0.0") == without
 
 
 def test_a_kept_memory_gives_the_same_answers_in_a_new_process_and_to_a_copy(ask, model, document, tmp_path):
@@ -67,11 +64,8 @@ def test_a_kept_memory_gives_the_same_answers_in_a_new_process_and_to_a_copy(ask
     assert saved == ask("--memory")
     fast_weights, config = load_snapshot(path, model)
     assert config.rank == 4 and fast_weights.samples == 1
-    command = [sys.executable, "-m", "dllm_memdlm.generate", "--model", model, "--prompt-file", document]
-    more = ["--question", "Who?", "--max-new-tokens", "10", "--load-memory", path]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    loaded = subprocess.run([*command, *more], capture_output=True, text=True, env=environment, check=True)
-    assert loaded.stdout == saved
+    command = ["-m", "dllm_memdlm.generate", "--model", model, "--prompt-file", document, "--question", "Who?"]
+    assert run(*command, "--max-new-tokens", "10", "--load-memory", path, paths=(ROOT,)).stdout == saved
     assert ask("--load-memory", path, model=str(shutil.copytree(model, tmp_path / "copy"))) == saved
 
 
@@ -84,7 +78,7 @@ def test_a_chat_answers_line_by_line(ask, monkeypatch):
 def test_on_a_terminal_the_unmasking_is_seen(model, document):
     terminal = {"TERM": "xterm"}  # whatever the tests run on: on a dumb one nothing is drawn
     out = Console(file=io.StringIO(), force_terminal=True, width=80, _environ=terminal)
-    chat = Conversation(arguments.parse({"pretrained": model}).open(), Path(document).read_text(), 10)
+    chat = Conversation(parse({"pretrained": model}).open(), Path(document).read_text(), 10)
     generate.answer(chat, "Who?", out)
     shown = out.file.getvalue()
     assert "░" in shown and "steps" in shown and chat.turns[-1][0] == "Who?"
@@ -111,26 +105,19 @@ def test_the_document_can_come_from_the_standard_input(ask, document, monkeypatc
     assert ask("--prompt-file", "-") == expected
 
 
-def test_what_cannot_be_saved_is_refused_before_the_work(model, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(arguments.Parsed, "open", lambda *args: pytest.fail("the model was loaded"))
-    path = str(tmp_path / "none" / "m")
-    assert generate.main(["--model", model, "--question", "Who?", "--save-memory", path]) == 2
-    assert capsys.readouterr().err.startswith(f"error: --save-memory {path}: ")
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
-        ["--question", "Who?", "--max-new-tokens", "0"],
-        ["--question", "Who?", "--memory", "--load-memory", "m.safetensors"],
-        ["--question", "Who?", "--save-memory", "m.safetensors", "--load-memory", "m.safetensors"],
-        ["--chat", "--save-memory", "m.safetensors"],
-        ["--chat", "--prompt-file", "-"],
+        *("", "--question Who? --max-new-tokens 0", "--question Who? --memory --load-memory m"),
+        *("--question Who? --save-memory m --load-memory m", "--chat --save-memory m", "--chat --prompt-file -"),
     ],
 )
-def test_contradictions_are_refused_before_anything_is_loaded(arguments, capsys):
+def test_contradictions_are_refused_before_anything_is_loaded(arguments, capsys, monkeypatch, tmp_path):
+    """And before the work what cannot be saved."""
     with pytest.raises(SystemExit) as stop:
-        generate.main(["--model", "nowhere", *arguments])
-    assert stop.value.code == 2
-    assert "usage: memdlm generate" in capsys.readouterr().err
+        generate.main(["--model", "nowhere", *arguments.split()])
+    assert stop.value.code == 2 and "usage: memdlm generate" in capsys.readouterr().err
+    monkeypatch.setattr(Parsed, "open", lambda *args: pytest.fail("the model was loaded"))
+    path = str(tmp_path / "none" / "m")
+    assert generate.main(["--model", "nowhere", "--question", "Who?", "--save-memory", path]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --save-memory {path}: ")
