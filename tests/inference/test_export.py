@@ -49,33 +49,28 @@ def sums(base: str, adapter: str) -> dict[str, Tensor]:
     return expected
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_adapter_is_in_the_weights(kind, tmp_path):
-    base, adapter = save_pair(tmp_path, kind)
-    out = export(adapter, tmp_path / "out")
-    merged, expected = weights_of(out), sums(base, adapter)
-    assert merged.keys() == weights_of(base).keys()
-    for name, tensor in merged.items():
-        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-6, msg=name)
-    assert not isinstance(load_pretrained(str(out)).model, peft.PeftModel)
-    assert_close(loaded_logits(out), loaded_logits(adapter))
-    assert (loaded_logits(out) - loaded_logits(base)).abs().max() > 0.1
-    assert torch.equal(loaded_logits(export(base, tmp_path / "named", adapter)), loaded_logits(out))
+DTYPES = [(own, wanted) for own in ("float32", "bfloat16") for wanted in ("auto", "float32", "bfloat16", "float16")]
 
 
-@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("wanted", ["auto", "float32", "bfloat16", "float16"])
-def test_weights_are_summed_in_float32_and_rounded_once(own, wanted, tmp_path):
-    base, adapter = save_pair(tmp_path, "llama", own)
+@pytest.mark.parametrize(
+    ("kind", "own", "wanted"), [*(("llama", *pair) for pair in DTYPES), *((kind, *DTYPES[0]) for kind in KINDS[:2])]
+)
+def test_the_adapter_is_added_to_the_weights_in_float32_and_rounded_once(kind, own, wanted, tmp_path):
+    base, adapter = save_pair(tmp_path, kind, getattr(torch, own))
     out = export(adapter, tmp_path / "out", dtype=wanted)
-    dtype = own if wanted == "auto" else getattr(torch, wanted)
-    expected = sums(base, adapter)
-    for name, tensor in weights_of(out).items():
-        assert tensor.dtype == dtype, name
-        torch.testing.assert_close(tensor, expected[name].to(dtype), atol=1e-6, rtol=torch.finfo(dtype).eps)
+    name = own if wanted == "auto" else wanted
+    merged, expected, dtype = weights_of(out), sums(base, adapter), getattr(torch, name)
+    assert merged.keys() == expected.keys() and json.loads((out / "config.json").read_text())["dtype"] == name
+    for layer, tensor in merged.items():
+        assert tensor.dtype == dtype, layer
+        torch.testing.assert_close(tensor, expected[layer].to(dtype), atol=1e-6, rtol=torch.finfo(dtype).eps, msg=layer)
         # Another order of the products may tip a rounding; sums in the lower precision would tip a good share.
-        assert dtype == torch.float32 or (tensor != expected[name].to(dtype)).float().mean() < 1e-3, name
-    assert json.loads((out / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+        assert name == "float32" or (tensor != expected[layer].to(dtype)).float().mean() < 1e-3, layer
+    if own == name == "float32":
+        assert not isinstance(load_pretrained(str(out)).model, peft.PeftModel)
+        assert_close(loaded_logits(out), loaded_logits(adapter))
+        assert (loaded_logits(out) - loaded_logits(base)).abs().max() > 0.1
+        assert torch.equal(loaded_logits(export(base, tmp_path / "named", adapter)), loaded_logits(out))
 
 
 def test_the_folder_is_complete(tmp_path):

@@ -20,13 +20,13 @@ from saved_models import prompt_memory, random_prompts, save_adapter, save_model
 from steps import memory_for
 from torch import Tensor
 
-from dllm_memdlm.config import ConfigError, DataConfig, MemoryConfig, ModelConfig
+from dllm_memdlm.config import ConfigError, MemoryConfig
 from dllm_memdlm.inference.pretrained import Pretrained, load_pretrained
-from dllm_memdlm.training.recipe import build_recipe
 
 KIND = "llada_moe"
 FOUR = {"num_hidden_layers": 4, "moe_layer_freq": [0, 1, 1, 1]}
 MEMORY = {"rank": 4, "alpha": 8.0, "inner_lr": 0.5, "layer_fraction": 0.4, "weighting": "scheduler"}
+MEMORY |= {"target_modules": ["up_proj"]}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,8 @@ def test_an_adapter_alone_brings_its_base(base, adapter):
     assert (logits(alone) - logits(load_pretrained(base))).abs().max() > 0.1
     assert alone.tokenizer.get_vocab() == load_pretrained(base).tokenizer.get_vocab(), "the base's, as it has none"
     for loaded in (alone, named):  # the recipe beside the adapter
-        assert loaded.memory == MemoryConfig(**MEMORY) and loaded.right_shift_logits is True
+        assert loaded.memory == MemoryConfig(**{**MEMORY, "target_modules": ("up_proj",)})
+        assert loaded.right_shift_logits is True
 
 
 def test_an_adapter_is_for_the_base_that_is_named(adapter, tmp_path):
@@ -123,21 +124,6 @@ def test_tokenizer_and_recipe_are_the_adapters_or_else_the_bases_and_the_argumen
     other = Path(shutil.copytree(base, tmp_path / "base"))
     save_recipe(other, {"memory": {"rank": 5}})
     assert load_pretrained(save_adapter(tmp_path / "without", str(other), tiny(KIND))).memory.rank == 5
-
-
-def test_a_recipe_as_a_run_writes_it(copy_of, base):
-    folder = copy_of(base)
-    sections = {
-        "model": vars(ModelConfig(architecture="LLaDAMoEModelLM")),
-        "data": vars(DataConfig(dataset="rows.jsonl")),
-        "memory": {**MEMORY, "target_modules": ["up_proj"]},
-        "training": {"output_dir": str(folder), "bf16": False, "right_shift_logits": True},
-    }
-    recipe = build_recipe(sections)
-    recipe.save(folder)
-    loaded = load_pretrained(str(folder))
-    assert loaded.memory == recipe.memory and loaded.memory.target_modules == ("up_proj",)
-    assert loaded.right_shift_logits is True
 
 
 @pytest.mark.parametrize(

@@ -165,15 +165,6 @@ def test_with_fast_weights_of_each_sample_held(kind, tokenizer):
             assert plain[row].tolist() != histories[-1][row].tolist()
 
 
-@cached_or_not
-def test_in_bfloat16(cached, tokenizer):
-    sampler = LLaDA21Sampler(decoder("llada2", torch.bfloat16), tokenizer)
-    settings = settings_of(threshold=0.3, editing_threshold=0.3, use_cache=cached)
-    for changes in ({}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9}):
-        output = sampler.sample(prompts(9, 3), settings, [1, 2], **changes)
-        assert output.sequences.dtype == torch.long and not (output.sequences == MASK)[0].any()
-
-
 def with_table(predictions: dict[int, tuple[int, float]]) -> nn.Module:
     """A model that looks at a position's own token alone: token → (what it predicts, with which probability)."""
     model = tiny("llama").eval()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EOS, KINDS, MASK
+from conftest import EOS, MASK
 from naive_samplers import Denoiser, Draws, cosine, decoder, linear, moves, prompts
 from torch import Tensor, nn
 
@@ -194,17 +194,6 @@ def test_a_lower_threshold_takes_fewer_steps_and_none_leaves_a_mask(cache, token
         assert not (output.sequences == MASK)[:, 9:].any()
     assert counts[0] == NEW and counts[-1] == 3, "one token a step, and one step a block"
     assert counts == sorted(counts, reverse=True) and len(set(counts)) > 2
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "changes", [{}, {"cache": "dual"}, {"cache": "prefix", "cfg_scale": 0.5}, {"temperature": 0.6}]
-)
-def test_in_bfloat16(kind, changes, tokenizer):
-    sampler, settings = MDLMSampler(decoder(kind, torch.bfloat16), tokenizer), settings_of(block_size=5, **changes)
-    output = sampler.sample(prompts(9, 5), settings, [1, 2])
-    assert output.sequences.dtype == torch.long and not (output.sequences == MASK).any()
-    assert len(output.histories) == NEW + 1
 
 
 def test_completions_end_at_the_first_stop():

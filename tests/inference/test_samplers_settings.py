@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from conftest import make_tokenizer
+from conftest import KINDS, MASK, make_tokenizer
 from naive_samplers import decoder, prompts
 
 from dllm_memdlm.config import ConfigError
@@ -76,6 +76,19 @@ def test_steps_yield_the_canvas_as_it_changes(sampler, model, tokenizer):
     output = sampler.sample([prompt], **settings, return_dict=True)
     assert [c.tolist() for c in seen] == [c.tolist() for c in output.histories]
     assert torch.equal(first, output.sequences) and torch.equal(sampler.sample([prompt], **settings), first)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [0.0, 0.6])
+def test_in_bfloat16(kind, temperature, tokenizer):
+    model, settings = decoder(kind, torch.bfloat16), {"max_new_tokens": 13, "temperature": temperature}
+    for changes in ({}, {"cache": "dual"}, {"cache": "prefix", "cfg_scale": 0.5}):
+        tokens = MDLMSampler(model, tokenizer).sample(prompts(9, 5), block_size=5, steps=13, **settings, **changes)
+        assert tokens.dtype == torch.long and not (tokens == MASK).any()
+    for cached in (True, False):
+        more = {"threshold": 0.3, "editing_threshold": 0.3, "top_k": 20, "top_p": 0.9, "use_cache": cached}
+        tokens = LLaDA21Sampler(model, tokenizer).sample(prompts(9, 3), block_size=4, **settings, **more)
+        assert tokens.dtype == torch.long and not (tokens == MASK)[0].any()
 
 
 @pytest.mark.dllm
