@@ -1,14 +1,16 @@
-"""The lm-eval model `memdlm`: whole evaluations of small local tasks, and what requests and arguments do one by one."""
+"""The lm-eval model `memdlm`: evaluations of small local tasks, requests one by one, and scores at their borders."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 
 import numpy as np
 import pytest
 import torch
-from saved_models import BYTES, byte_tokenizer, save_model
+from conftest import EOS
+from saved_models import BYTES, byte_tokenizer, save_model, word_tokenizer
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'dllm-memdlm[eval]'")
 
@@ -24,11 +26,13 @@ from local_tasks import (
     generate,
     responses,
     rolling,
+    save_uniform,
     score,
     values,
     write_tasks,
 )
 
+from dllm_memdlm.data import train_tokenizer
 from dllm_memdlm.evaluation import plugin
 from dllm_memdlm.evaluation.likelihood import log_likelihoods, states
 from dllm_memdlm.evaluation.lm_eval_model import MemDLMEvalLM
@@ -239,3 +243,42 @@ def test_the_tally_counts_prompts(model):
     lm = model(memory=True, max_length=40)
     assert rolling(lm, TEXTS[0], "Ada") == rolling(model(max_length=40), TEXTS[0], "Ada")
     assert lm.memory.tally == Tally()
+
+
+def test_where_the_continuation_begins_and_the_context_is_cut(model, caplog):
+    lm = model()
+    assert values(lm, ("Ada lives ", "here")) == values(lm, ("Ada lives", " here"))
+    assert len({*values(lm, ("", "here")), *values(lm, ("Ada", "here")), *values(lm, (" ", "here"))}) == 3
+    with caplog.at_level("WARNING", "lm_eval"):
+        assert score(lm, ("Ada", ""), ("Ada", "a"))[0] == (0.0, False)
+    assert any("1 of 2 continuations are empty" in message for message in caplog.messages)
+    lm, long = model(max_length=30), "x" * 50 + "Ada lives by the river and"
+    assert values(lm, (long, " so")) == values(lm, (long[-27:], " so"))
+    assert values(model(max_length=30, memory=True), (long, " so")) == values(lm, (long, " so"))
+    assert values(lm, ("Ada", "y" * 10 + "z" * 30)) == values(lm, ("", "z" * 30))
+
+
+def test_every_token_is_counted_once(tmp_path):
+    """By a model that knows nothing, each costs the same. The first one before a text is no part of it."""
+    token = -math.log(BYTES)
+    uniform = MemDLMEvalLM(pretrained=save_uniform(tmp_path / "bytes"), mc_num=5, max_length=16)
+    pairs = [("Ada", " here"), ("x" * 40, "ab"), ("", "here")]
+    assert values(uniform, *pairs) == pytest.approx([5 * token, 2 * token, 4 * token])
+    texts = ["here", "x" * 15, "x" * 16, "x" * 100]
+    assert rolling(uniform, *texts) == pytest.approx([len(text) * token for text in texts])
+    tokenizer = train_tokenizer(["hello world"] * 9, 280)  # which takes " world" for one token
+    lm = MemDLMEvalLM(pretrained=save_uniform(tmp_path / "merging", tokenizer), mc_num=2)
+    token = -math.log(len(tokenizer))
+    assert values(lm, ("hello wor", "ld"), ("hello wor", "zq")) == pytest.approx([token, 2 * token])
+    # its likeliest token is the first one: in this tokenizer the end of sequence, with which a continuation may end
+    lm = MemDLMEvalLM(pretrained=save_uniform(tmp_path / "words", word_tokenizer()), mc_num=2, check_greedy=True)
+    assert lm._is_greedy([([5, 6], [EOS, EOS]), ([5, 6], [EOS, 7])], quiet=True) == [True, False]
+
+
+def test_windows_hold_all_of_a_text_and_no_more_than_the_model_takes(model, monkeypatch):
+    lm, windows, text = model(max_length=10), [], "twenty-three characters"
+    monkeypatch.setattr(lm, "_log_likelihoods", lambda pairs, *_, **__: windows.extend(pairs) or [0.0] * len(pairs))
+    rolling(lm, text)
+    assert [token for _, continuation in windows for token in continuation] == lm.tokenizer(text)["input_ids"]
+    assert max(len(context) + len(continuation) for context, continuation in windows) == lm.max_length
+    assert windows[0][0] == [lm.tokenizer.bos_token_id]

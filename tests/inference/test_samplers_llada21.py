@@ -38,7 +38,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "warm_top_p": {"temperature": 1.3, "top_p": 0.6, "top_k": 30, "editing_threshold": 0.2, "max_post_steps": 1},
     "max_length": {"max_new_tokens": None, "max_length": 26},
 }
-WARM = ("warm", "warm_top_k", "warm_top_p")
 #: All on the fastest backbone, a few on each of the others.
 CASES = [("llama", variant) for variant in VARIANTS] + [
     (kind, variant) for kind in ("llada2", "llada_moe") for variant in ("one_post_step", "warm_top_k")
@@ -61,16 +60,25 @@ def of_row(histories: list[Tensor], row: int = 0, length: int | None = None) -> 
 
 @every_case
 def test_every_step_is_the_plain_samplers(kind, variant, tokenizer):
+    """Alone with torch's global generator; in a batch, each at its own pace, with the seed of each."""
     model, settings = decoder(kind), settings_of(**VARIANTS[variant])
-    for prompt in prompts(*LENGTHS[: len(LENGTHS) if kind == "llama" else 1]):
+    sampler, inputs, seeds = LLaDA21Sampler(model, tokenizer), prompts(*LENGTHS), [7, 8, 9, 7]
+    for prompt in inputs[: len(inputs) if kind == "llama" else 1]:
         torch.manual_seed(5)
         expected = naive(model, prompt, settings)
         for cached in (True, False):
             torch.manual_seed(5)
-            output = LLaDA21Sampler(model, tokenizer).sample([prompt], settings, use_cache=cached)
-            assert of_row(output.histories) == expected
-            assert output.sequences.tolist() == [expected[-1]]
+            output = sampler.sample([prompt], settings, use_cache=cached)
+            assert of_row(output.histories) == expected and output.sequences.tolist() == [expected[-1]]
         assert expected[-1][: len(prompt)] == prompt
+    batches = [sampler.sample(inputs, settings, seeds, use_cache=cached).histories for cached in (True, False)]
+    for row, (prompt, seed) in enumerate(zip(inputs, seeds, strict=True)):
+        expected = naive(model, prompt, settings, seed)
+        for together in batches:
+            assert moves(of_row(together, row, len(expected[0]))) == moves(expected)
+            assert set(together[-1][row, len(expected[0]) :].tolist()) <= {EOS}
+    if settings.temperature > 0:
+        assert not torch.equal(sampler.sample(inputs, settings, [1, 2, 3, 4]).sequences, batches[0][-1])
 
 
 def test_the_settings_matter(tokenizer):
@@ -93,25 +101,6 @@ def test_an_empty_prompt_and_one_that_brings_masks_along(cached, tokenizer):
         expected = naive(model, prompt, settings)
         assert of_row(LLaDA21Sampler(model, tokenizer).sample([prompt], settings).histories) == expected
     assert [i for i, token in enumerate(expected[-1]) if token == MASK] == [1, 9]
-
-
-@cached_or_not
-@every_case
-def test_a_batch_is_as_many_prompts_alone(kind, variant, cached, tokenizer):
-    """Each at its own pace; random numbers included, which are the plain sampler's of the same seed."""
-    model, settings = decoder(kind), settings_of(**VARIANTS[variant])
-    sampler, inputs, seeds = LLaDA21Sampler(model, tokenizer), prompts(*LENGTHS), [7, 8, 9, 7]
-    together = sampler.sample(inputs, settings, seeds, use_cache=cached)
-    for row, (prompt, seed) in enumerate(zip(inputs, seeds, strict=True)):
-        alone = sampler.sample([prompt], settings, [seed], use_cache=True)
-        length = alone.sequences.shape[1]
-        assert set(together.sequences[row, length:].tolist()) <= {EOS}
-        assert moves(of_row(together.histories, row, length)) == moves(of_row(alone.histories))
-        if variant in WARM and row == 0:
-            assert of_row(alone.histories) == naive(model, prompt, settings, seed)
-    if variant in WARM:
-        others = sampler.sample(inputs, settings, [1, 2, 3, 4], use_cache=cached)
-        assert not torch.equal(others.sequences, together.sequences)
 
 
 @cached_or_not

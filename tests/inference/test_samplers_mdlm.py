@@ -67,30 +67,23 @@ def of_row(histories: list[Tensor], row: int, length: int) -> list[list[int]]:
 
 @every_case
 def test_every_step_is_the_plain_samplers(kind, variant, tokenizer):
-    """With torch's global generator, in the order in which dllm draws from it."""
-    model, settings, (prompt,) = decoder(kind), settings_of(**VARIANTS[variant]), prompts(9)
+    """Alone with torch's global generator, in the order in which dllm draws from it; in a batch each with its seed."""
+    model, settings, seeds = decoder(kind), settings_of(**VARIANTS[variant]), [7, 8, 7]
+    sampler, inputs = MDLMSampler(model, tokenizer), prompts(9, 4, 12)
     torch.manual_seed(5)
-    expected = naive(model, settings).sample(prompt, NEW)
+    expected = naive(model, settings).sample(inputs[0], NEW)
     torch.manual_seed(5)
-    output = MDLMSampler(model, tokenizer).sample([prompt], settings)
+    output = sampler.sample(inputs[:1], settings)
     assert [canvas.tolist() for canvas in output.histories] == [[canvas] for canvas in expected]
     assert output.sequences.tolist() == [expected[-1]]
     assert settings.temperature > 0 or MASK not in expected[-1]
     assert len(set(expected[-1][9:])) > 2, "a canvas of one token would hide mistakes"
 
-
-@every_case
-def test_a_batch_is_as_many_prompts_alone(kind, variant, tokenizer):
-    """Token for token and step for step, random numbers included; and so is the reference with the same seed."""
-    model, settings = decoder(kind), settings_of(**VARIANTS[variant])
-    sampler, inputs, seeds = MDLMSampler(model, tokenizer), prompts(9, 4, 12), [7, 8, 7]
     together = sampler.sample(inputs, settings, seeds)
     assert together.sequences.shape == (3, 12 + NEW)
     for row, (prompt, seed) in enumerate(zip(inputs, seeds, strict=True)):
-        steps = of_row(together.histories, row, len(prompt) + NEW)
-        assert steps == of_row(sampler.sample([prompt], settings, [seed]).histories, 0, len(prompt) + NEW)
-        if row == 1:
-            assert steps == moves(naive(model, settings, seed).sample(prompt, NEW))
+        expected = naive(model, settings, seed).sample(prompt, NEW)
+        assert of_row(together.histories, row, len(prompt) + NEW) == moves(expected)
     if variant in DRAWN:
         others = sampler.sample(inputs, settings, [1, 2, 3])
         assert [h.tolist() for h in others.histories] != [h.tolist() for h in together.histories]
