@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
 
@@ -37,7 +36,7 @@ from dllm_memdlm.evaluation import plugin
 from dllm_memdlm.evaluation.likelihood import log_likelihoods, states
 from dllm_memdlm.evaluation.lm_eval_model import MemDLMEvalLM
 from dllm_memdlm.inference import arguments
-from dllm_memdlm.inference.decoding import memory_for
+from dllm_memdlm.inference.decoding import Decoder, memory_for
 from dllm_memdlm.inference.pretrained import load_pretrained
 from dllm_memdlm.method.prompt_memory import Tally, save_snapshot
 
@@ -83,12 +82,12 @@ def test_every_kind_of_task(memory, folder, tasks):
     assert responses(results, "tiny_generate") == [[[answer]] for answer in expected]
 
     pretrained = load_pretrained(folder)
-    prompts = memory_for(pretrained, {}) if memory else None
+    decoder = Decoder(pretrained, memory=memory_for(pretrained, {}) if memory else None)
     for row, found in zip(ROWS, responses(results, "tiny_choose"), strict=True):
         context = pretrained.tokenizer.encode(row["question"])
         for choice, ((value, greedy),) in zip(row["choices"], found, strict=True):
             items = list(states(0, context, pretrained.tokenizer.encode(f" {choice}"), 4, 0))
-            with prompts.recalled([context]) if memory else contextlib.nullcontext():
+            with decoder.recalled([context]):
                 expected = sum(log_likelihoods(pretrained.model, items, pretrained.tokenizer.mask_token_id))
             assert value == pytest.approx(expected, rel=1e-5) and greedy is False
     assert results["results"]["tiny_roll"]["bits_per_byte,none"] > 1
