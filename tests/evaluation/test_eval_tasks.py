@@ -18,8 +18,8 @@ from dllm_memdlm.inference.samplers.llada21 import Rows
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {path.stem: path for path in sorted((ROOT / "recipes" / "eval").glob("*.yaml"))}
-SETTINGS: dict[str, dict[str, Any]] = {name: yaml.safe_load(path.read_text()) for name, path in FILES.items()}
-COMMANDS = {name: path.read_text().partition("\n")[0] for name, path in FILES.items()}
+SETTINGS: dict[str, dict[str, Any]] = {name: yaml.safe_load(path.read_text("utf-8")) for name, path in FILES.items()}
+COMMANDS = {name: path.read_text("utf-8").partition("\n")[0] for name, path in FILES.items()}
 BENCHMARKS = ("ruler", "babilong", "longbench")
 # What the paper scores: its tables 1 to 3
 SUBSET = {

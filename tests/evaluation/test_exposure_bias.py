@@ -201,16 +201,12 @@ def test_every_token_is_as_likely_to_be_masked():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_models_own_states_are_those_that_its_sampler_passes_through(kind):
-    """A token a step in one block, as the paper decodes LLaDA-MoE. Where it is scored on them, they are true ones."""
+    """A token a step in one block, as the paper decodes LLaDA-MoE."""
     pretrained, example = pretrained_of(tiny(kind, torch.float64)), example_of(7, 12)
     decoder, sampler = Decoder(pretrained), Decoder(pretrained, "mdlm", {"suppress_tokens": [MASK]})
     _, own = states_of(decoder, example, 12)
     passed = [canvas[0, 7:].clone() for canvas in sampler.stream([example.prompt], 12)]
     assert len(passed) == 13 and all(map(torch.equal, own, passed))
-    if kind == "llada_moe":
-        said = numbers(exposure_bias(decoder, [Example(example.prompt, passed[-1].tolist())], 12))
-        assert said[1, 1:].mean() < said[0, 1:].mean()
-        assert (said[1] < numbers(exposure_bias(decoder, [example], 12))[1]).all()
 
 
 def test_a_mask_is_never_an_answer():

@@ -56,8 +56,8 @@ def test_the_command_writes_what_the_function_finds(folder, capsys):
     without, with_memory = measured(folder), measured(folder, "--memory", "--batch-size", "2", "--seed", "3")
     for report, memory, seed in ((without, False, 0), (with_memory, True, 3)):
         decoder = parse({"pretrained": folder, "memory": memory, "seed": seed}).open()
-        examples = held_out(load_recipe(f"{folder}/recipe.yaml").data, decoder.pretrained.tokenizer, 64)
-        expected = exposure_bias(decoder, examples, 5, 1, seed)
+        data = load_recipe(f"{folder}/recipe.yaml").data
+        expected = exposure_bias(decoder, held_out(data, decoder.pretrained.tokenizer, 64), 5, 1, seed)
         tally = ["memory_tally"] * memory
         assert list(report) == ["model", "memory", "examples", "dropped", "seed", "steps", *tally, "versions"]
         assert (report["model"], report["memory"], report["seed"]) == (folder, memory, seed)
