@@ -7,22 +7,15 @@ import logging
 
 import pytest
 import torch
-from saved_models import random_prompts, save_model
+from saved_models import save_model
 
 from dllm_memdlm.config import ConfigError, MemoryConfig
 from dllm_memdlm.inference.arguments import EvalArguments, Parsed, device_of, parse
 from dllm_memdlm.inference.decoding import SAMPLERS
-from dllm_memdlm.method.prompt_memory import save_snapshot
 
 
 def parsed(**values) -> Parsed:
     return parse({"pretrained": "runs/mine", **values})
-
-
-def test_defaults():
-    found = parsed()
-    assert found == Parsed(EvalArguments(pretrained="runs/mine"), {}, {}, False)
-    assert found.arguments.mc_num == 128 and found.arguments.max_gen_toks == 256 and found.arguments.batch_size == 1
 
 
 @pytest.mark.parametrize(
@@ -33,10 +26,8 @@ def test_defaults():
         ({"treshold": 1}, ["'treshold'", "did you mean threshold?"]),
         ({"max_gen_tokens": 1}, ["'max_gen_tokens'", "did you mean max_gen_toks?"]),
         ({"zzz": 1}, ["'zzz'", "known: adapter, attn_implementation", "memory_inner_lr", "editing_threshold"]),
-        *(({name: 1}, [f"'{name}'"]) for name in ("memory_enabled", "memory_dropout", "max_new_tokens")),
-        *(({"batch_size": size}, [f"batch_size={size!r}", "or auto"]) for size in (0, "-1", "many", "auto:x")),
-        ({"mc_num": "many"}, ["model_args.mc_num='many'", "whole number"]),
-        ({"memory_scope": "prefix"}, ["model_args.memory_scope='prefix'", "memory=true"]),
+        *(({name: 1}, [f"'{name}'"]) for name in ("memory_enabled", "max_new_tokens")),
+        *(({"batch_size": size}, [f"batch_size={size!r}", "or auto"]) for size in (0, "-1", "auto:x")),
         ({"memory_scope": "prefix", "fast_weights": "a"}, ["memory_scope", "memory=true"]),
         ({"memory_rank": 4, "fast_weights": "a"}, ["model_args.", "fast_weights"]),
     ],
@@ -45,6 +36,15 @@ def test_what_does_not_fit_is_refused(values, parts):
     with pytest.raises(ConfigError) as error:
         parsed(**values)
     assert "\n" not in str(error.value) and [part for part in parts if part not in str(error.value)] == [], error.value
+
+
+def test_the_memory_is_on_where_it_or_one_of_its_settings_is_given():
+    found = parsed()
+    assert found == Parsed(EvalArguments(pretrained="runs/mine"), {}, {}, False)
+    assert found.arguments.mc_num == 128 and found.arguments.max_gen_toks == 256 and found.arguments.batch_size == 1
+    assert not parsed(memory_rank=4, memory=False).uses_memory and not parsed(fast_weights="a").uses_memory
+    for values in ({"memory": True}, {"memory_rank": 4}, {"memory_inner_lr": 0.1, "memory_scope": "prefix"}):
+        assert parsed(**values).uses_memory
 
 
 def test_every_setting_of_a_sampler_and_of_the_memory_is_an_argument():
@@ -71,34 +71,16 @@ def test_every_setting_of_a_sampler_and_of_the_memory_is_an_argument():
         ({"temperature": "-2.e-1", "memory_inner_lr": ".5e1"}, {"temperature": -0.2}, {"inner_lr": 5}),
     ],
 )
-def test_values_as_lm_eval_spells_them(values, sampler, memory):
+def test_values_as_lm_eval_spells_them(values, sampler, memory, monkeypatch):
     """It leaves `none` and lists of words as text, and makes 1e3 and -3 floats."""
     found = parsed(**values)
     assert (found.sampler, found.memory) == (sampler, memory)
-
-
-def test_the_other_arguments_as_lm_eval_spells_them(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     own = parsed(pretrained="~/runs/mine", adapter="none", seed=-3.0).arguments
     assert (own.pretrained, own.adapter, own.seed) == ("/home/ada/runs/mine", None, -3)
     assert parsed(adapter="5e-adapter").arguments.adapter == "5e-adapter"
     for size in (1, "1", 64, "64", "auto", "auto:2"):
         assert parsed(batch_size=size).arguments.batch_size == size
-
-
-@pytest.mark.parametrize(
-    ("values", "uses"),
-    [
-        ({}, False),
-        ({"memory": True}, True),
-        ({"memory_rank": 4}, True),
-        ({"memory_rank": 4, "memory": False}, False),
-        ({"memory_inner_lr": 0.1, "memory_scope": "prefix"}, True),
-        ({"fast_weights": "a.safetensors"}, False),
-    ],
-)
-def test_the_memory_is_on_where_it_or_one_of_its_settings_is_given(values, uses):
-    assert parsed(**values).uses_memory is uses
 
 
 def test_a_device_that_is_not_there_is_the_cpu_and_one_that_is_none_is_refused(caplog, monkeypatch):
@@ -113,30 +95,17 @@ def test_a_device_that_is_not_there_is_the_cpu_and_one_that_is_none_is_refused(c
             device_of(name)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    memory = {"rank": 4, "alpha": 8.0, "layer_fraction": 0.4, "inner_lr": 0.3}
-    return save_model(tmp_path_factory.mktemp("model"), "llada2", recipe={"memory": memory})
-
-
-def test_what_is_opened_has_the_settings_that_were_given(folder):
+def test_what_is_opened_has_the_settings_that_were_given(tmp_path):
+    trained = {"rank": 4, "alpha": 8.0, "layer_fraction": 0.4, "inner_lr": 0.3}
+    folder = save_model(tmp_path, "llada2", recipe={"memory": trained})
     values = {"memory_steps": 3, "memory_attention": "block_causal", "seed": 7, "max_length": 99, "dtype": "bfloat16"}
     decoder = parse({"pretrained": folder, "block_size": 16, "threshold": 0.5, **values}).open()
     assert decoder.sampler == "llada21" and decoder.max_length == 99
     assert decoder.settings == {"block_size": 16, "threshold": 0.5}
     memory = decoder.memory
     assert (memory.seed, memory.attention, memory.block_size) == (7, "block_causal", 16)
-    expected = {"steps": 3, "rank": 4, "alpha": 8.0, "inner_lr": 0.3, "weighting": "uniform"}
+    expected = {**trained, "steps": 3, "weighting": "uniform"}
     assert {name: getattr(memory.memory.config, name) for name in expected} == expected
     assert decoder.pretrained.model.dtype == torch.bfloat16
     plain = parse({"pretrained": folder}).open()
     assert plain.memory is None and plain.max_length == plain.pretrained.model.config.max_position_embeddings
-
-
-def test_a_saved_memory_is_opened(folder, tmp_path):
-    path, text = tmp_path / "memory.safetensors", random_prompts(9)[0]
-    written = parse({"pretrained": folder, "memory": True}).open().memory
-    fast = written.recall([text])
-    save_snapshot(path, fast, folder, written.memory.config, text)
-    memory = parse({"pretrained": folder, "fast_weights": str(path)}).open().memory
-    assert all(torch.equal(memory.fixed.tensors[name], tensor) for name, tensor in fast.tensors.items())

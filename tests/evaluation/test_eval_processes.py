@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from saved_models import byte_tokenizer, save_model
@@ -25,13 +25,8 @@ TESTS = Path(__file__).parents[1]
 MEMORY = {"rank": 4, "alpha": 8.0, "layer_fraction": 0.4, "inner_lr": 1.0}
 
 
-class Runs(NamedTuple):
-    one: dict[str, Any]
-    two: dict[str, Any]
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Runs:
+def runs(tmp_path_factory) -> tuple[dict[str, Any], dict[str, Any]]:
     """The same evaluations in this process, and in two that torchrun starts (gloo)."""
     folder = tmp_path_factory.mktemp("processes")
     model = save_model(folder / "model", "llama", byte_tokenizer(), {"memory": MEMORY})
@@ -49,7 +44,7 @@ def runs(tmp_path_factory) -> Runs:
     assert launched.returncode == 0, launched.stderr[-3000:]
     with data_in(folder / "datasets"):
         one = evaluate_in_processes.evaluate_all(model, tasks)
-    return Runs(json.loads(json.dumps(one)), json.loads((folder / "results.json").read_text()))
+    return json.loads(json.dumps(one)), json.loads((folder / "results.json").read_text())
 
 
 def same(found: Any, expected: Any) -> bool:
@@ -61,24 +56,20 @@ def same(found: Any, expected: Any) -> bool:
 
 @pytest.mark.parametrize("run", ["off", "prompt"])
 def test_two_processes_answer_and_score_as_one(run, runs):
-    for one, two in zip(runs.one[run]["answers"], runs.two[run]["answers"], strict=True):
+    for one, two in zip(*(found[run]["answers"] for found in runs), strict=True):
         assert len(two) == len(ROWS), "every document once, though they do not divide by two"
         # the process with fewer documents answers its last one twice, so that both work on as many
         answers, expected = ([[request[0] for request in document] for document in found] for found in (two, one))
         assert same(answers, expected)
-    for one, two in zip(runs.one[run]["scores"], runs.two[run]["scores"], strict=True):
+    for one, two in zip(*(found[run]["scores"] for found in runs), strict=True):
         assert two["sample_len"] == len(ROWS) and one.keys() == two.keys()
         numbers = {name: value for name, value in one.items() if isinstance(value, float)}
         assert numbers == pytest.approx({name: two[name] for name in numbers}, rel=1e-5)
 
 
 def test_memories_make_a_difference_and_prefixes_are_shared_within_a_process(runs):
-    off, prompt, prefix = (runs.one[run]["answers"][0] for run in ("off", "prompt", "prefix"))
-    assert off != prompt != prefix
-    assert len(runs.two["prefix"]["answers"][0]) == len(ROWS)
-    assert runs.two["prefix"]["tally"]["written"] < runs.two["prompt"]["tally"]["written"]
-
-
-def test_the_same_prompt_is_sampled_anew_in_every_process(runs):
+    off, prompt, prefix = (runs[0][run]["answers"][0] for run in ("off", "prompt", "prefix"))
+    assert off != prompt != prefix and len(runs[1]["prefix"]["answers"][0]) == len(ROWS)
+    assert runs[1]["prefix"]["tally"]["written"] < runs[1]["prompt"]["tally"]["written"]
     one, two = ([document[0][0] for document in found["sampled"]["answers"][0]] for found in runs)
-    assert one == two and len(set(one)) == len(ROWS)
+    assert one == two and len(set(one)) == len(ROWS), "the same prompt is sampled anew in every process"

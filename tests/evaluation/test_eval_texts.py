@@ -80,12 +80,8 @@ def test_nothing_is_special_without_a_chat_template():
         assert not set(ids) & set(tokenizer.all_special_ids) and tokenizer.decode(ids) == spelled
     assert texts.context(spelled).ids[0] == texts.first() == tokenizer.bos_token_id
     assert Texts(byte_tokenizer()).first() == tokenizer.bos_token_id
-
-
-def test_an_appended_end_is_in_no_prompt():
-    tokenizer = ending(byte_tokenizer())
-    texts = Texts(tokenizer)
-    assert texts.context("ab").ids == texts.whole("ab") == tokenizer("ab", add_special_tokens=False)["input_ids"]
+    texts = Texts(ending(byte_tokenizer()))  # an end that it appends is in no prompt
+    assert texts.context("ab").ids == texts.whole("ab") == [*texts.whole("a"), *texts.whole("b")]
     assert texts.pair("a", "b") == (texts.whole("a"), texts.whole("b"))
 
 
@@ -99,13 +95,10 @@ def test_of_a_chat_the_templates_own_tokens_are_special(frame):
     assert decode(ids) == rendered.replace(MARK, "") == f"<|user|>{said}<|role_end|><|assistant|>"
     context, continuation = texts.pair(rendered, "<|mask|>")
     assert context == ids and mask not in continuation and decode(continuation) == "<|mask|>"
-
-
-def test_a_first_token_that_a_chat_template_wrote_is_not_doubled():
     texts = Texts(beginning(byte_tokenizer()))
     texts.use_template()
     ids = texts.context("ab").ids
-    assert ids[0] == texts.tokenizer.bos_token_id and texts.context("<|startoftext|>ab").ids == ids
+    assert ids[0] == texts.tokenizer.bos_token_id and texts.context("<|startoftext|>ab").ids == ids, "not doubled"
 
 
 def test_a_chat_template_by_its_name_and_what_it_refuses():

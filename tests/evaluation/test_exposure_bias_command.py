@@ -26,18 +26,14 @@ ROWS = [{"instruction": f"Say {i} twice, please.", "output": f"{i} and {i}" + ".
 @pytest.fixture
 def folder(tmp_path, as_from_a_shell) -> str:
     """A model with its recipe, as a run leaves them, that holds 5 of 20 examples out."""
-    return saved(tmp_path)
-
-
-def saved(folder: Path, **data: Any) -> str:
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
     recipe = {
         "model": {"architecture": ARCHITECTURES["llada_moe"], "dtype": "float32"},
-        "data": {"dataset": str(folder / "rows.jsonl"), "eval_fraction": 0.25, **data},
+        "data": {"dataset": str(tmp_path / "rows.jsonl"), "eval_fraction": 0.25},
         "memory": {**SMALL, **AMPLIFIED["llada_moe"]},
         "training": {"max_steps": 2, "bf16": False},
     }
-    return save_model(folder / "run", "llada_moe", byte_tokenizer(), recipe)
+    return save_model(tmp_path / "run", "llada_moe", byte_tokenizer(), recipe)
 
 
 def measured(folder: str, *arguments: str) -> dict[str, Any]:
@@ -60,8 +56,8 @@ def test_the_command_writes_what_the_function_finds(folder, capsys):
     without, with_memory = measured(folder), measured(folder, "--memory", "--batch-size", "2", "--seed", "3")
     for report, memory, seed in ((without, False, 0), (with_memory, True, 3)):
         decoder = parse({"pretrained": folder, "memory": memory, "seed": seed}).open()
-        examples = held_out(load_recipe(f"{folder}/recipe.yaml").data, decoder.pretrained.tokenizer, 64)
-        expected = exposure_bias(decoder, examples, 5, 1, seed)
+        data = load_recipe(f"{folder}/recipe.yaml").data
+        expected = exposure_bias(decoder, held_out(data, decoder.pretrained.tokenizer, 64), 5, 1, seed)
         tally = ["memory_tally"] * memory
         assert list(report) == ["model", "memory", "examples", "dropped", "seed", "steps", *tally, "versions"]
         assert (report["model"], report["memory"], report["seed"]) == (folder, memory, seed)
@@ -77,22 +73,20 @@ def test_the_command_writes_what_the_function_finds(folder, capsys):
     assert "R_EB" in shown and f"{plainly['steps'][4]['sequential']:.4f}" in shown and "5 examples, 0 dropped" in shown
 
 
-def test_too_long_examples_are_dropped_and_counted(folder, capsys):
+def test_too_long_examples_are_dropped_and_counted_and_without_any_it_ends_in_one_line(folder, capsys):
     examples = held_out(load_recipe(f"{folder}/recipe.yaml").data, byte_tokenizer(), 9)
     lengths = sorted(example.length for example in examples)
     report = measured(folder, f"max_length={lengths[2]}")
     assert report["dropped"] == sum(length > lengths[2] for length in lengths) == 5 - report["examples"] > 0
     assert f"{report['dropped']} dropped as too long" in capsys.readouterr().out
     assert measured(folder, "--examples", "2")["examples"] == 2
-
-
-def test_a_run_without_held_out_examples_is_one_line(tmp_path, capsys, as_from_a_shell):
-    output, folder = tmp_path / "eb.json", saved(tmp_path, eval_fraction=0.0)
+    recipe = Path(folder) / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("eval_fraction: 0.25", "eval_fraction: 0.0"))
     capsys.readouterr()
-    assert command.main(["--model", folder, "--output", str(output)]) == 2
+    assert command.main(["--model", folder, "--output", f"{folder}/none.json"]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: data.eval_fraction=0.0: ") and captured.err.count("\n") == 1
-    assert captured.out == "" and not output.exists()
+    assert captured.out == "" and not (Path(folder) / "none.json").exists()
 
 
 @pytest.mark.parametrize("arguments", [["--steps", "0"], ["--examples", "0"]])
@@ -102,6 +96,12 @@ def test_what_makes_no_sense_is_refused_before_anything_is_loaded(arguments, cap
     assert stop.value.code == 2 and "usage: python -m dllm_memdlm.evaluation.exposure_bias" in capsys.readouterr().err
 
 
+def test_help_does_not_wait_for_torch():
+    heavy = '{"torch", "transformers", "datasets", "lm_eval", "numpy"} & sys.modules.keys()'
+    code = f"import json, sys; import dllm_memdlm.evaluation.exposure_bias; print(json.dumps(sorted({heavy})))"
+    assert fresh_python.printed(fresh_python.run("-c", code)) == []
+
+
 def test_the_table_ends_with_the_last_step():
     steps = [DenoisingStep(s, 1 - s / 48, 1.5, 3.0, 48 - s) for s in range(48)]
     for count, first in ((48, "5"), (3, "0"), (1, "0")):
@@ -109,9 +109,3 @@ def test_the_table_ends_with_the_last_step():
         console.print(command.table(steps[:count]))
         lines = [line.split() for line in console.export_text().splitlines() if "2.0000" in line]
         assert (lines[0][1], lines[-1][1], len(lines)) == (first, str(count - 1), min(count, 8))
-
-
-def test_help_does_not_wait_for_torch():
-    heavy = '{"torch", "transformers", "datasets", "lm_eval", "numpy"} & sys.modules.keys()'
-    code = f"import json, sys; import dllm_memdlm.evaluation.exposure_bias; print(json.dumps(sorted({heavy})))"
-    assert fresh_python.printed(fresh_python.run("-c", code)) == []

@@ -7,13 +7,11 @@ import math
 
 import pytest
 import torch
-from conftest import KINDS, MASK, VOCABULARY, tiny
+from conftest import KINDS, MASK, tiny
 from saved_models import random_prompts
 from torch import Tensor, nn
 
 from dllm_memdlm.evaluation.likelihood import Masked, draw_masks, log_likelihoods, states
-
-MANY = 200_000
 
 
 def frozen(kind: str = "llama") -> nn.Module:
@@ -54,12 +52,9 @@ def test_the_numbers_of_masked_tokens_are_spread_evenly():
     assert all(10 * i < number <= 10 * i + 11 for i, number in enumerate(numbers))
     single = torch.tensor([int(draw_masks(4, 1, seed)[0].sum()) for seed in range(2000)])
     assert (torch.bincount(single, minlength=5)[1:] / 2000).tolist() == pytest.approx([0.25] * 4, abs=0.04)
-
-
-def test_masks_that_are_drawn_again_come_once():
-    masks, weights = draw_masks(2, 1000, seed=0)
-    assert sorted(masks.tolist()) == [[False, True], [True, False], [True, True]]
+    masks, weights = draw_masks(2, 1000, seed=0)  # those that are drawn again come once
     by_mask = dict(zip(map(tuple, masks.tolist()), weights.tolist(), strict=True))
+    assert by_mask.keys() == {(False, True), (True, False), (True, True)} and len(masks) == 3
     assert by_mask[True, True] == pytest.approx(0.5)  # half of the masks, of weight L/n = 1
     assert by_mask[True, False] + by_mask[False, True] == pytest.approx(1.0)
 
@@ -76,18 +71,12 @@ def test_masks_are_never_empty_and_go_by_the_seed(length, count):
     assert length <= 3 or not torch.equal(masks, other[0])
 
 
-def test_each_token_is_masked_as_often_as_any_other():
-    masks, weights = draw_masks(6, 30_000, seed=0)
-    shares = (masks * weights[:, None]).sum(0)
-    torch.testing.assert_close(shares, torch.ones(6, dtype=torch.float64), atol=0.03, rtol=0)
-
-
 @pytest.mark.parametrize("prompt", [[], [5, 9, 30]])
 @pytest.mark.parametrize(("kind", "shift"), [*((kind, False) for kind in KINDS), ("llama", True)])
 def test_many_masks_give_the_exact_value(kind, shift, prompt):
     model, continuation = frozen(kind), [7, 31, 12, 44]
     value = exact(model, prompt, continuation, shift)
-    assert estimate(model, prompt, continuation, MANY, right_shift_logits=shift) == pytest.approx(value, abs=0.01)
+    assert estimate(model, prompt, continuation, 200_000, right_shift_logits=shift) == pytest.approx(value, abs=0.01)
     others = [exact(model, [4, 4, *prompt], continuation, shift), exact(model, prompt, continuation, not shift)]
     assert all(abs(value - other) > 0.02 for other in others), "what is wrong should show"
 
@@ -112,13 +101,4 @@ def test_the_batch_does_not_matter(kind):
         together = [value for batch in batches for value in log_likelihoods(model, batch, MASK)]
         assert together == pytest.approx(alone, rel=1e-6)
     assert len({item.length for item in items}) > 2, "the test should see padding"
-
-
-@pytest.mark.parametrize("count", [1, 2, 17])
-def test_a_model_that_knows_nothing_gets_the_uniform_likelihood(count):
-    model = frozen()
-    model.lm_head.weight.zero_()
-    assert list(states(0, [5, 6], [], count, seed=0)) == []
-    for length in (1, 2, 9):
-        (continuation,) = random_prompts(length)
-        assert estimate(model, [5], continuation, count) == pytest.approx(-length * math.log(VOCABULARY), rel=1e-12)
+    assert list(states(0, [5, 6], [], 2, seed=0)) == []

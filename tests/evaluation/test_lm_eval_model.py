@@ -1,14 +1,15 @@
-"""The lm-eval model `memdlm`: whole evaluations of small local tasks, and what requests and arguments do one by one."""
+"""The lm-eval model `memdlm`: evaluations of small local tasks, requests one by one, and scores at their borders."""
 
 from __future__ import annotations
 
-import contextlib
+import math
 import random
 
 import numpy as np
 import pytest
 import torch
-from saved_models import BYTES, byte_tokenizer, save_model
+from conftest import EOS
+from saved_models import BYTES, byte_tokenizer, save_model, word_tokenizer
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'dllm-memdlm[eval]'")
 
@@ -24,20 +25,23 @@ from local_tasks import (
     generate,
     responses,
     rolling,
+    save_uniform,
     score,
     values,
     write_tasks,
 )
 
+from dllm_memdlm.data import train_tokenizer
 from dllm_memdlm.evaluation import plugin
 from dllm_memdlm.evaluation.likelihood import log_likelihoods, states
 from dllm_memdlm.evaluation.lm_eval_model import MemDLMEvalLM
 from dllm_memdlm.inference import arguments
-from dllm_memdlm.inference.decoding import memory_for
+from dllm_memdlm.inference.decoding import Decoder, memory_for
 from dllm_memdlm.inference.pretrained import load_pretrained
 from dllm_memdlm.method.prompt_memory import Tally, save_snapshot
 
 MEMORY = {"rank": 4, "alpha": 8.0, "layer_fraction": 0.4, "inner_lr": 1.0}
+KINDS_OF_TASK = ["tiny_generate", "tiny_choose", "tiny_roll"]
 TEXTS = [row["question"] for row in ROWS]
 LETTERS = [*range(7), *range(100, BYTES)]  #: tokens that are none
 with_and_without_memory = pytest.mark.parametrize(
@@ -68,25 +72,22 @@ def model(folder):
     return lambda **arguments: MemDLMEvalLM(**{"pretrained": folder, "device": "cpu", "mc_num": 4, **arguments})
 
 
-# === whole evaluations ===
-
-
 @with_and_without_memory
 def test_every_kind_of_task(memory, folder, tasks):
     given = {"pretrained": folder, "mc_num": 4, **memory}
-    results = evaluate(tasks, ["tiny_generate", "tiny_choose", "tiny_roll"], given, batch_size=2)
+    results = evaluate(tasks, KINDS_OF_TASK, given, batch_size=2)
     prefixes = [DOCUMENTS[0] + "Wh"] * 3 + [DOCUMENTS[1]] * 2  # with which the questions begin
     memories = None if not memory else prefixes if "memory_scope" in memory else TEXTS
     expected = [answer.split("\n")[0] for answer in decoded(folder, TEXTS, memories)]
     assert responses(results, "tiny_generate") == [[[answer]] for answer in expected]
 
     pretrained = load_pretrained(folder)
-    prompts = memory_for(pretrained, {}) if memory else None
+    decoder = Decoder(pretrained, memory=memory_for(pretrained, {}) if memory else None)
     for row, found in zip(ROWS, responses(results, "tiny_choose"), strict=True):
         context = pretrained.tokenizer.encode(row["question"])
         for choice, ((value, greedy),) in zip(row["choices"], found, strict=True):
             items = list(states(0, context, pretrained.tokenizer.encode(f" {choice}"), 4, 0))
-            with prompts.recalled([context]) if memory else contextlib.nullcontext():
+            with decoder.recalled([context]):
                 expected = sum(log_likelihoods(pretrained.model, items, pretrained.tokenizer.mask_token_id))
             assert value == pytest.approx(expected, rel=1e-5) and greedy is False
     assert results["results"]["tiny_roll"]["bits_per_byte,none"] > 1
@@ -112,13 +113,12 @@ def test_chats_with_shots_and_a_begun_answer(folder, tasks):
 
 def test_a_second_run_is_answered_from_the_cache(folder, tasks, tmp_path):
     """By a model that would say something else."""
-    names, cache = ["tiny_generate", "tiny_choose", "tiny_roll"], str(tmp_path / "cache")
-    given = {"pretrained": folder, "mc_num": 2}
-    first = evaluate(tasks, names, given, use_cache=cache)
+    cache, given = str(tmp_path / "cache"), {"pretrained": folder, "mc_num": 2}
+    first = evaluate(tasks, KINDS_OF_TASK, given, use_cache=cache)
     other = {**given, "memory": True, "seed": 1}
-    again, fresh = evaluate(tasks, names, other, use_cache=cache), evaluate(tasks, names, other)
-    assert [responses(again, name) for name in names] == [responses(first, name) for name in names]
-    assert all(responses(fresh, name) != responses(first, name) for name in names)
+    again, fresh = evaluate(tasks, KINDS_OF_TASK, other, use_cache=cache), evaluate(tasks, KINDS_OF_TASK, other)
+    for name in KINDS_OF_TASK:
+        assert responses(again, name) == responses(first, name) != responses(fresh, name)
     assert again["config"]["memory_tally"]["written"] == 0
 
 
@@ -143,9 +143,6 @@ def test_arguments_of_the_command_line(folder, caplog, monkeypatch):
     assert info["sampler"] == "mdlm" and info["sampler_settings"] == {"suppress_tokens": [5, 7], "steps": 3}
 
 
-# === answers ===
-
-
 @with_and_without_memory
 def test_the_batch_size_changes_nothing(memory, model):
     pairs = [(row["question"], choice) for row in ROWS for choice in row["choices"]]
@@ -158,12 +155,16 @@ def test_the_batch_size_changes_nothing(memory, model):
         assert values(lm, *pairs) == pytest.approx(likelihoods, rel=1e-4), size
 
 
-def test_where_an_answer_ends(model):
+def test_where_an_answer_ends(model, caplog):
     (whole,) = generate(model(), TEXTS[0])
     assert generate(model(), TEXTS[0], until=["zzz", "", whole[2]]) == [whole[: whole.index(whole[2])]]
     lm = model(max_gen_toks=5, batch_size=4, suppress_tokens=LETTERS)  # a letter a token
     requests = asking(TEXTS[0], max_gen_toks=9) + asking(TEXTS[1], max_gen_toks=None)
     assert [len(answer) for answer in lm.generate_until(requests, disable_tqdm=True)] == [9, 5]
+    lm = model(suppress_tokens=[0, 1, *range(3, BYTES)])  # so that masks are left, which is said
+    with caplog.at_level("WARNING", "lm_eval"):
+        assert generate(lm, "Ada", "Bob") == ["", ""] and lm.get_model_info()["answers_left_masked"] == 2
+    assert any("2 of 2 answers have masks left" in message for message in caplog.messages)
 
 
 def test_sampling_is_seeded_by_prompt(model):
@@ -197,43 +198,25 @@ def test_a_saved_memory_is_in_place_for_every_prompt(model, folder, tmp_path):
 def test_generators_of_the_program_go_on_as_if_nothing_had_been_drawn(model, monkeypatch):
     """Whatever draws while a model is loaded; tasks draw their data after it."""
 
-    def numbers(seed: int | None = None) -> tuple[float, float, float]:
-        if seed is not None:
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.manual_seed(seed)
+    def numbers() -> tuple[float, float, float]:
         return random.random(), float(np.random.rand()), float(torch.rand(()))
 
-    numbers(3)
+    def seeded() -> tuple[float, float, float]:
+        random.seed(3)
+        np.random.seed(3)
+        torch.manual_seed(3)
+        return numbers()
+
+    seeded()
     expected = numbers()
-    numbers(3)
+    seeded()
     monkeypatch.setattr(arguments, "load_pretrained", lambda *args, **kw: (numbers(), load_pretrained(*args, **kw))[1])
     lm = model(memory=True)
     assert numbers() == expected
-    numbers(3)
+    seeded()
     generate(lm, TEXTS[0], temperature=1.0)
     score(lm, (TEXTS[0], " yes"))
     assert numbers() == expected, "nor by answers"
-
-
-def test_a_prompt_that_spells_a_mask_is_answered_as_any_other(model):
-    """The mask is no token of the prompt, and the whole answer is decoded."""
-    lm = model(suppress_tokens=[2], block_size=2)
-    spelled = "Ada " + lm.tokenizer.mask_token * 12
-    assert lm.tokenizer.mask_token_id not in lm.texts.context(spelled).ids
-    generate(lm, spelled)
-    assert (lm.decoder.answered, lm.get_model_info()["answers_left_masked"]) == (1, 0)
-
-
-def test_masks_that_are_left_are_said(model, caplog):
-    lm = model(suppress_tokens=[0, 1, *range(3, BYTES)])
-    with caplog.at_level("WARNING", "lm_eval"):
-        assert generate(lm, "Ada", "Bob") == ["", ""]
-    assert lm.get_model_info()["answers_left_masked"] == 2
-    assert any("2 of 2 answers have masks left" in message for message in caplog.messages)
-
-
-# === likelihoods ===
 
 
 @pytest.mark.parametrize("memory", [False, True])
@@ -259,3 +242,42 @@ def test_the_tally_counts_prompts(model):
     lm = model(memory=True, max_length=40)
     assert rolling(lm, TEXTS[0], "Ada") == rolling(model(max_length=40), TEXTS[0], "Ada")
     assert lm.memory.tally == Tally()
+
+
+def test_where_the_continuation_begins_and_the_context_is_cut(model, caplog):
+    lm = model()
+    assert values(lm, ("Ada lives ", "here")) == values(lm, ("Ada lives", " here"))
+    assert len({*values(lm, ("", "here")), *values(lm, ("Ada", "here")), *values(lm, (" ", "here"))}) == 3
+    with caplog.at_level("WARNING", "lm_eval"):
+        assert score(lm, ("Ada", ""), ("Ada", "a"))[0] == (0.0, False)
+    assert any("1 of 2 continuations are empty" in message for message in caplog.messages)
+    lm, long = model(max_length=30), "x" * 50 + "Ada lives by the river and"
+    assert values(lm, (long, " so")) == values(lm, (long[-27:], " so"))
+    assert values(model(max_length=30, memory=True), (long, " so")) == values(lm, (long, " so"))
+    assert values(lm, ("Ada", "y" * 10 + "z" * 30)) == values(lm, ("", "z" * 30))
+
+
+def test_every_token_is_counted_once(tmp_path):
+    """By a model that knows nothing, each costs the same. The first one before a text is no part of it."""
+    token = -math.log(BYTES)
+    uniform = MemDLMEvalLM(pretrained=save_uniform(tmp_path / "bytes"), mc_num=5, max_length=16)
+    pairs = [("Ada", " here"), ("x" * 40, "ab"), ("", "here")]
+    assert values(uniform, *pairs) == pytest.approx([5 * token, 2 * token, 4 * token])
+    texts = ["here", "x" * 15, "x" * 16, "x" * 100]
+    assert rolling(uniform, *texts) == pytest.approx([len(text) * token for text in texts])
+    tokenizer = train_tokenizer(["hello world"] * 9, 280)  # which takes " world" for one token
+    lm = MemDLMEvalLM(pretrained=save_uniform(tmp_path / "merging", tokenizer), mc_num=2)
+    token = -math.log(len(tokenizer))
+    assert values(lm, ("hello wor", "ld"), ("hello wor", "zq")) == pytest.approx([token, 2 * token])
+    # its likeliest token is the first one: in this tokenizer the end of sequence, with which a continuation may end
+    lm = MemDLMEvalLM(pretrained=save_uniform(tmp_path / "words", word_tokenizer()), mc_num=2, check_greedy=True)
+    assert lm._is_greedy([([5, 6], [EOS, EOS]), ([5, 6], [EOS, 7])], quiet=True) == [True, False]
+
+
+def test_windows_hold_all_of_a_text_and_no_more_than_the_model_takes(model, monkeypatch):
+    lm, windows, text = model(max_length=10), [], "twenty-three characters"
+    monkeypatch.setattr(lm, "_log_likelihoods", lambda pairs, *_, **__: windows.extend(pairs) or [0.0] * len(pairs))
+    rolling(lm, text)
+    assert [token for _, continuation in windows for token in continuation] == lm.tokenizer(text)["input_ids"]
+    assert max(len(context) + len(continuation) for context, continuation in windows) == lm.max_length
+    assert windows[0][0] == [lm.tokenizer.bos_token_id]

@@ -16,7 +16,7 @@ from dllm_memdlm.evaluation import plugin
 
 #: The start and the end of what runs in an interpreter of its own.
 BEFORE = """
-import importlib, json, sys
+import importlib, json, os, sys
 from dllm_memdlm.evaluation import plugin
 finders = list(sys.meta_path)
 """
@@ -26,9 +26,15 @@ loaders = {type(lm_eval.models.__loader__).__name__, type(lm_eval.models.__spec_
 clean = sys.meta_path == finders and not {"exec_module"} & vars(lm_eval.models.__spec__.loader).keys()
 print(json.dumps({"models": dict(model_registry), "clean": clean, "loaders": sorted(loaders)}))
 """
-before_or_after = pytest.mark.parametrize(
-    "code", ["plugin.install(); import lm_eval.models", "import lm_eval.models; plugin.install()"]
-)
+ORDERS = {
+    "before": "plugin.install(); assert 'lm_eval' not in sys.modules; import lm_eval.models",
+    "after": "import lm_eval.models; plugin.install()",
+    "between": "import lm_eval.api.registry; plugin.install(); import lm_eval.models",
+    "twice": "plugin.install(); plugin.install(); import lm_eval.models; plugin.install()",
+    "looked for first": "plugin.install(); importlib.util.find_spec('lm_eval.models'); import lm_eval.models",
+    "reloaded": "plugin.install(); import lm_eval.models; importlib.reload(lm_eval.models)",
+}
+before_or_after = pytest.mark.parametrize("code", [ORDERS["before"], ORDERS["after"]], ids=["before", "after"])
 
 
 @pytest.fixture
@@ -42,23 +48,7 @@ def stand_in(tmp_path):
     return run_with
 
 
-def test_importing_it_imports_none_of_the_libraries():
-    code = 'print(json.dumps(sorted({"torch", "transformers", "lm_eval", "numpy"} & sys.modules.keys())))'
-    assert printed(run("-c", BEFORE + "plugin.install()\n" + code, paths=(ROOT,))) == []
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "plugin.install(); assert 'lm_eval' not in sys.modules; import lm_eval.models",
-        "import lm_eval.models; plugin.install()",
-        "import lm_eval.api.registry; plugin.install(); import lm_eval.models",
-        "plugin.install(); plugin.install(); import lm_eval.models; plugin.install()",
-        "plugin.install(); importlib.util.find_spec('lm_eval.models'); import lm_eval.models",
-        "plugin.install(); import lm_eval.models; importlib.reload(lm_eval.models)",
-    ],
-    ids=["before", "after", "between", "twice", "looked for first", "reloaded"],
-)
+@pytest.mark.parametrize("code", ORDERS.values(), ids=ORDERS)
 def test_the_model_is_registered_after_the_built_in_ones(code, stand_in):
     done = stand_in(code + AFTER)
     found = printed(done)
@@ -98,7 +88,6 @@ def test_what_breaks_in_lm_eval_breaks_as_without_it(stand_in):
     """The error is lm-eval's own; where a second attempt succeeds, it ends with the model registered."""
     models = "import os\nif os.environ.pop('BROKEN', ''): raise OSError('broken')" + MODELS
     code = """
-import os
 os.environ["BROKEN"] = "1"
 plugin.install()
 try:
@@ -113,16 +102,17 @@ import lm_eval.models
     assert list(found["models"]) == ["dummy", "memdlm"] and found["clean"]
 
 
-def test_where_there_is_no_lm_eval_its_import_fails_as_ever():
+def test_it_imports_none_of_the_libraries_and_without_lm_eval_its_import_fails_as_ever():
     code = """
-sys.path.clear()
 plugin.install()
+loaded = sorted({"torch", "transformers", "lm_eval", "numpy"} & sys.modules.keys())
+sys.path.clear()
 try:
     import lm_eval.models
 except ModuleNotFoundError as error:
-    print(json.dumps(error.name))
+    print(json.dumps([loaded, error.name]))
 """
-    assert printed(run("-W", "error", "-S", "-c", BEFORE + code, paths=(ROOT,))) == "lm_eval"
+    assert printed(run("-W", "error", "-S", "-c", BEFORE + code, paths=(ROOT,))) == [[], "lm_eval"]
 
 
 @needs_lm_eval
@@ -130,20 +120,15 @@ except ModuleNotFoundError as error:
 def test_lm_eval_has_the_model_and_all_of_its_own(code):
     after = """
 from lm_eval.api.registry import get_model, model_registry
-more = sorted(model_registry.keys() - lm_eval.models.MODEL_MAPPING.keys())
-less = sorted(lm_eval.models.MODEL_MAPPING.keys() - model_registry.keys())
-print(json.dumps([more, less, get_model("dummy").__name__, "hf" in model_registry, sys.meta_path == finders]))
+differing = sorted(model_registry.keys() ^ lm_eval.models.MODEL_MAPPING.keys())
+print(json.dumps([differing, get_model("dummy").__name__, "hf" in model_registry, sys.meta_path == finders]))
 """
     found = printed(run("-c", BEFORE + code + after, paths=(ROOT,)))
-    assert found == [["memdlm"], [], "DummyLM", True, True]
-
-
-# === what torch runs, with this package installed ===
+    assert found == [["memdlm"], "DummyLM", True, True]
 
 
 def test_setup_cfg_names_what_is_here():
-    declared = configparser.ConfigParser()
-    root = Path(__file__).parents[2]
+    declared, root = configparser.ConfigParser(), Path(__file__).parents[2]
     assert declared.read(root / "setup.cfg")
     points, beside = declared["options.entry_points"], declared["options.data_files"]["../purelib"]
     assert points["lm_eval.models"].split() == [plugin.NAME, "=", plugin.TARGET]
@@ -165,11 +150,8 @@ def test_torch_runs_what_needs_no_package(tmp_path):
 def installed(tmp_path_factory) -> Path:
     """A folder from which torch finds our entry point, as after an installation."""
     folder = tmp_path_factory.mktemp("elsewhere")
-    code = """
-import json
-from importlib.metadata import entry_points
-print(json.dumps([point.value for point in entry_points(group="torch.backends", name="dllm_memdlm")]))
-"""
+    points = 'entry_points(group="torch.backends", name="dllm_memdlm")'
+    code = f"import json; from importlib.metadata import *; print(json.dumps([p.value for p in {points}]))"
     if printed(run("-c", code, paths=(folder,))) != ["memdlm_for_torch:install"]:
         pytest.skip("needs this package installed, as it is now: pip install -e .")
     return folder
@@ -206,26 +188,20 @@ def test_torch_imports_without_a_word_and_the_hook_waits(installed):
 COMMANDS = {
     "module": ("-m", "lm_eval"),
     "console script": ("-c", "from lm_eval.__main__ import cli_evaluate; cli_evaluate()"),
+    "our own": ("-m", "dllm_memdlm.evaluate"),
 }
 
 
 @needs_lm_eval
 @pytest.mark.slow
-@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
-def test_the_stock_command_knows_the_model(command, installed):
-    known = known_models(run(*command, *UNKNOWN, paths=(installed,)))
-    assert {"dummy", "hf", "memdlm"} <= set(known)
-
-
-# === our own command: python -m dllm_memdlm.evaluate ===
-
-
-@needs_lm_eval
-@pytest.mark.slow
-def test_our_command_knows_the_model_where_torch_loads_nothing_of_others(tmp_path):
-    off = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    known = known_models(run("-m", "dllm_memdlm.evaluate", *UNKNOWN, paths=(tmp_path, ROOT), **off))
-    assert {"dummy", "hf", "memdlm"} <= set(known)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_know_the_model(name, request):
+    """The stock ones, and our own also where torch loads nothing of others."""
+    if name == "our own":
+        done = run(*COMMANDS[name], *UNKNOWN, paths=(ROOT,), TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    else:
+        done = run(*COMMANDS[name], *UNKNOWN, paths=(request.getfixturevalue("installed"),))
+    assert {"dummy", "hf", "memdlm"} <= set(known_models(done))
 
 
 def test_our_command_is_lm_evals_with_the_model(tmp_path):
@@ -245,15 +221,13 @@ def cli_evaluate():
 def test_without_lm_eval_our_command_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     finders = list(sys.meta_path)
-    assert evaluate.main() == 2
+    assert evaluate.main() == 2 and sys.meta_path == finders
     assert capsys.readouterr() == ("", "error: lm_eval is not installed: pip install 'lm_eval[ruler]==0.4.13'\n")
-    assert sys.meta_path == finders
 
 
 @needs_lm_eval
-def test_a_wrong_model_argument_is_one_line(tmp_path):
+def test_a_wrong_model_argument_is_one_line():
     arguments = ("--model", "memdlm", "--model_args", "pretrained=nowhere,memry=true", "--tasks", "arc_easy")
     done = run("-m", "dllm_memdlm.evaluate", *arguments, paths=(ROOT,), HF_HUB_OFFLINE="1")
-    assert done.returncode == 2
+    assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == "error: unknown model argument 'memry'; did you mean memory?"
-    assert "Traceback" not in done.stderr

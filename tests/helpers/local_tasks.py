@@ -36,37 +36,23 @@ ROWS = [
 ]
 SHOTS = [{"question": f"Say {i}.", "answer": str(i), "choices": ["1", "2"]} for i in range(4)]
 
-GENERATE = {
-    "task": "tiny_generate",
-    "output_type": "generate_until",
-    "doc_to_text": "{{question}}",
-    "doc_to_target": "{{answer}}",
-    "generation_kwargs": {"until": ["\n"], "max_gen_toks": NEW, "do_sample": False},
-    "metric_list": [{"metric": "bypass"}],
-}
-PREFIXED = {**GENERATE, "task": "tiny_prefixed", "gen_prefix": "Well, "}
-#: The same prompt for every document.
-SAMPLE = {
-    **GENERATE,
-    "task": "tiny_sample",
-    "doc_to_text": "Say something.",
-    "generation_kwargs": {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0},
-}
-CHOOSE = {
-    "task": "tiny_choose",
-    "output_type": "multiple_choice",
-    "doc_to_text": "{{question}}",
-    "doc_to_choice": "{{choices}}",
-    "doc_to_target": 0,
-    "metric_list": [{"metric": "acc"}],
-}
-ROLL = {
-    "task": "tiny_roll",
-    "output_type": "loglikelihood_rolling",
-    "doc_to_text": "",
-    "doc_to_target": "{{question}}",
-    "metric_list": [{"metric": "bits_per_byte"}],
-}
+GREEDY = {"until": ["\n"], "max_gen_toks": NEW, "do_sample": False}
+SAMPLED = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
+
+
+def task(name: str, output_type: str, text: str, target: Any, metric: str, **more: Any) -> dict[str, Any]:
+    asked = {"doc_to_text": text, "doc_to_target": target, "metric_list": [{"metric": metric}]}
+    return {"task": name, "output_type": output_type, **asked, **more}
+
+
+TASKS = [
+    task("tiny_generate", "generate_until", "{{question}}", "{{answer}}", "bypass", generation_kwargs=GREEDY),
+    task("tiny_prefixed", "generate_until", "{{question}}", "{{answer}}", "bypass", generation_kwargs=GREEDY)
+    | {"gen_prefix": "Well, "},
+    task("tiny_sample", "generate_until", "Say something.", "{{answer}}", "bypass", generation_kwargs=SAMPLED),
+    task("tiny_choose", "multiple_choice", "{{question}}", 0, "acc", doc_to_choice="{{choices}}"),
+    task("tiny_roll", "loglikelihood_rolling", "", "{{question}}", "bits_per_byte"),
+]
 
 
 def write_tasks(folder: Path) -> Path:
@@ -75,7 +61,7 @@ def write_tasks(folder: Path) -> Path:
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     files = {name: str(folder / f"{name}.jsonl") for name in ("test", "train")}
     data = {"dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
-    for task in (GENERATE, CHOOSE, ROLL, PREFIXED, SAMPLE):
+    for task in TASKS:
         written = {**data, "fewshot_split": "train", **task}
         (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(written), encoding="utf-8")
     return folder
@@ -146,10 +132,9 @@ def decoded(folder: str, texts: list[str], memories: list[str] | None) -> list[s
     pretrained = load_pretrained(folder)
     encode = pretrained.tokenizer.encode
     answers = []
-    for number, text in enumerate(texts):
-        memory = memory_for(pretrained, {}) if memories else None
-        decoder = Decoder(pretrained, memory=memory)
-        with decoder.recalled([encode(memories[number])]) if memories else contextlib.nullcontext():
+    for text, remembered in zip(texts, memories or [None] * len(texts), strict=True):
+        decoder = Decoder(pretrained, memory=memory_for(pretrained, {}) if memories else None)
+        with decoder.recalled([remembered and encode(remembered)]):
             (tokens,) = decoder.answers([encode(text)], NEW)
         answers.append(pretrained.tokenizer.decode(tokens, skip_special_tokens=True))
     return answers

@@ -76,10 +76,6 @@ def random_prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
     return [torch.randint(3, 46, (length,), generator=generator).tolist() for length in lengths]
 
 
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
 def save_model(
     folder: Path,
     kind: str = "llama",

@@ -15,15 +15,7 @@ import torch
 import transformers
 from conftest import KINDS, make_tokenizer
 from saved_models import BYTES, byte_tokenizer, save_model, save_pair, save_recipe, train_adapter, weights_of
-from stock_models import (
-    bidirectional_logits,
-    dllms_model,
-    logits,
-    save_peft,
-    save_stock,
-    stock_decoder,
-    stock_llama,
-)
+from stock_models import bidirectional_logits, dllms_model, logits, save_peft, save_stock, stock_decoder, stock_llama
 from torch import Tensor
 
 from dllm_memdlm import export as command
@@ -57,33 +49,28 @@ def sums(base: str, adapter: str) -> dict[str, Tensor]:
     return expected
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_adapter_is_in_the_weights(kind, tmp_path):
-    base, adapter = save_pair(tmp_path, kind)
-    out = export(adapter, tmp_path / "out")
-    merged, expected = weights_of(out), sums(base, adapter)
-    assert merged.keys() == weights_of(base).keys()
-    for name, tensor in merged.items():
-        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-6, msg=name)
-    assert not isinstance(load_pretrained(str(out)).model, peft.PeftModel)
-    assert_close(loaded_logits(out), loaded_logits(adapter))
-    assert (loaded_logits(out) - loaded_logits(base)).abs().max() > 0.1
-    assert torch.equal(loaded_logits(export(base, tmp_path / "named", adapter)), loaded_logits(out))
+DTYPES = [(own, wanted) for own in ("float32", "bfloat16") for wanted in ("auto", "float32", "bfloat16", "float16")]
 
 
-@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("wanted", ["auto", "float32", "bfloat16", "float16"])
-def test_weights_are_summed_in_float32_and_rounded_once(own, wanted, tmp_path):
-    base, adapter = save_pair(tmp_path, "llama", own)
+@pytest.mark.parametrize(
+    ("kind", "own", "wanted"), [*(("llama", *pair) for pair in DTYPES), *((kind, *DTYPES[0]) for kind in KINDS[:2])]
+)
+def test_the_adapter_is_added_to_the_weights_in_float32_and_rounded_once(kind, own, wanted, tmp_path):
+    base, adapter = save_pair(tmp_path, kind, getattr(torch, own))
     out = export(adapter, tmp_path / "out", dtype=wanted)
-    dtype = own if wanted == "auto" else getattr(torch, wanted)
-    expected = sums(base, adapter)
-    for name, tensor in weights_of(out).items():
-        assert tensor.dtype == dtype, name
-        torch.testing.assert_close(tensor, expected[name].to(dtype), atol=1e-6, rtol=torch.finfo(dtype).eps)
+    name = own if wanted == "auto" else wanted
+    merged, expected, dtype = weights_of(out), sums(base, adapter), getattr(torch, name)
+    assert merged.keys() == expected.keys() and json.loads((out / "config.json").read_text())["dtype"] == name
+    for layer, tensor in merged.items():
+        assert tensor.dtype == dtype, layer
+        torch.testing.assert_close(tensor, expected[layer].to(dtype), atol=1e-6, rtol=torch.finfo(dtype).eps, msg=layer)
         # Another order of the products may tip a rounding; sums in the lower precision would tip a good share.
-        assert dtype == torch.float32 or (tensor != expected[name].to(dtype)).float().mean() < 1e-3, name
-    assert json.loads((out / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+        assert name == "float32" or (tensor != expected[layer].to(dtype)).float().mean() < 1e-3, layer
+    if own == name == "float32":
+        assert not isinstance(load_pretrained(str(out)).model, peft.PeftModel)
+        assert_close(loaded_logits(out), loaded_logits(adapter))
+        assert (loaded_logits(out) - loaded_logits(base)).abs().max() > 0.1
+        assert torch.equal(loaded_logits(export(base, tmp_path / "named", adapter)), loaded_logits(out))
 
 
 def test_the_folder_is_complete(tmp_path):
@@ -106,18 +93,17 @@ def test_the_folder_is_complete(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"], "nothing else is left"
 
 
-def test_large_weights_are_in_several_files(llama, tmp_path):
-    out = export(llama[1], tmp_path / "out", shard_size="20KB")
-    index = json.loads((out / "model.safetensors.index.json").read_text())
-    assert len(set(index["weight_map"].values())) > 2
-    assert_close(loaded_logits(out), loaded_logits(llama[1]))
-
-
-def test_a_model_without_an_adapter_is_converted(tmp_path):
-    base = save_model(tmp_path / "base", "llada_moe", recipe={"memory": {"rank": 6}})
-    out = export(base, tmp_path / "out", dtype="bfloat16")
-    assert all(torch.equal(tensor, weights_of(base)[name].bfloat16()) for name, tensor in weights_of(out).items())
-    assert load_pretrained(str(out)).memory.rank == 6
+def test_a_model_without_an_adapter_is_converted(tmp_path, capsys):
+    """By the command, which says where it is; large weights go to several files."""
+    base, out = save_model(tmp_path / "base", "llada_moe", recipe={"memory": {"rank": 6}}), tmp_path / "out"
+    assert command.main(["--model", base, "--out", str(out), "--dtype", "bfloat16"]) == 0
+    assert capsys.readouterr().out == f"saved to {out}\n"
+    found, expected = weights_of(out), weights_of(base)
+    assert found.keys() == expected.keys() and load_pretrained(str(out)).memory.rank == 6
+    assert all(torch.equal(tensor, expected[name].bfloat16()) for name, tensor in found.items())
+    parts = export(base, tmp_path / "parts", shard_size="20KB")
+    assert len(set(json.loads((parts / "model.safetensors.index.json").read_text())["weight_map"].values())) > 2
+    assert torch.equal(loaded_logits(parts), loaded_logits(base))
 
 
 def test_a_base_that_names_no_architecture_is_the_one_of_the_recipe(tmp_path):
@@ -145,32 +131,29 @@ def test_stock_transformers_loads_what_a_run_trained(name, tmp_path):
 
 
 @pytest.mark.dllm
-@pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
+@pytest.mark.parametrize("kind", ["llada_moe", "llada2", "qwen3"])
 def test_dllm_loads_it(kind, tmp_path):
-    """By its own loader, which goes by `model_type`, and by its class; nothing edited by hand."""
+    """By its own loader, which goes by `model_type`, and by its class; nothing edited by hand.
+
+    A decoder that dllm converted stays one: under transformers' name it would be loaded as a causal model.
+    """
     import dllm
-
-    base = save_stock(tmp_path / "base", dllms_model(kind, vocab_size=BYTES), byte_tokenizer())
-    adapter = train_adapter(tmp_path, base)
-    out = export(adapter, tmp_path / "out")
-    model = dllm.utils.get_model(dllm.utils.ModelArguments(model_name_or_path=str(out), dtype="float32"))
-    assert type(model) is type(dllms_model(kind))
-    for found in (model, type(model).from_pretrained(out)):
-        assert_close(logits(found), loaded_logits(adapter))
-
-
-@pytest.mark.dllm
-def test_a_decoder_that_dllm_converted_stays_one(tmp_path):
-    """Under transformers' name it would be loaded as a causal model."""
     from dllm.pipelines.a2d import A2DQwen3Config, A2DQwen3LMHeadModel
 
-    config = stock_decoder("Qwen3ForCausalLM", BYTES).config.to_dict()
-    base = save_stock(tmp_path / "base", A2DQwen3LMHeadModel(A2DQwen3Config(**config)), byte_tokenizer())
-    adapter = train_adapter(tmp_path, base)
+    if kind == "qwen3":
+        model = A2DQwen3LMHeadModel(A2DQwen3Config(**stock_decoder("Qwen3ForCausalLM", BYTES).config.to_dict()))
+    else:
+        model = dllms_model(kind, vocab_size=BYTES)
+    adapter = train_adapter(tmp_path, save_stock(tmp_path / "base", model, byte_tokenizer()))
     out = export(adapter, tmp_path / "out")
-    model = transformers.AutoModelForMaskedLM.from_pretrained(out)
-    assert type(model) is A2DQwen3LMHeadModel
-    assert_close(logits(model), loaded_logits(adapter))
+    if kind == "qwen3":
+        found = [transformers.AutoModelForMaskedLM.from_pretrained(out)]
+    else:
+        arguments = dllm.utils.ModelArguments(model_name_or_path=str(out), dtype="float32")
+        found = [dllm.utils.get_model(arguments), type(model).from_pretrained(out)]
+    for loaded in found:
+        assert type(loaded) is type(model)
+        assert_close(logits(loaded), loaded_logits(adapter))
     assert_close(loaded_logits(out), loaded_logits(adapter))
 
 
@@ -195,20 +178,16 @@ def test_an_adapter_on_one_of_two_tied_embeddings(config, tmp_path):
     assert ("lm_head.weight" in weights_of(out)) == bool(apart)
 
 
-def test_an_adapter_with_the_config_of_its_base_is_an_adapter(llama, tmp_path):
-    """Other trainers write it beside; what is exported is the base with the adapter all the same."""
+def test_what_lies_beside_an_adapter_does_not_make_it_another(llama, tmp_path):
+    """The config of its base, which other trainers write there; and a recipe that loads the base in 4 bit."""
     adapter = shutil.copytree(llama[1], tmp_path / "adapter")
     shutil.copy(f"{llama[0]}/config.json", adapter)
-    found, expected = (weights_of(export(str(path), tmp_path / str(i))) for i, path in enumerate((adapter, llama[1])))
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-def test_an_adapter_trained_in_4_bit_is_added_to_the_full_weights(llama, tmp_path):
-    adapter = shutil.copytree(llama[1], tmp_path / "adapter")
     save_recipe(adapter, {"model": {"path": llama[0], "load_in_4bit": True}})
-    out = export(str(adapter), tmp_path / "out")
+    out, expected = export(str(adapter), tmp_path / "out"), weights_of(export(llama[1], tmp_path / "expected"))
+    found = weights_of(out)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
     assert "was trained on the same weights in 4 bit" in (out / "README.md").read_text()
-    assert {tensor.dtype for tensor in weights_of(out).values()} == {torch.float32}
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
 
 
 def test_a_refusal_leaves_everything_as_it_was(llama, tmp_path):
@@ -223,10 +202,3 @@ def test_a_refusal_leaves_everything_as_it_was(llama, tmp_path):
     with pytest.raises(ConfigError, match="not empty; expected a folder that is empty"):
         export(llama[1], tmp_path / "out")
     assert (tmp_path / "out" / ".hidden").read_text() == "mine"
-
-
-def test_the_command_says_where_it_is(llama, tmp_path, capsys):
-    arguments = ["--model", llama[0], "--adapter", llama[1], "--dtype", "bfloat16"]
-    assert command.main([*arguments, "--out", str(tmp_path / "out")]) == 0
-    assert capsys.readouterr().out == f"saved to {tmp_path / 'out'}\n"
-    assert {tensor.dtype for tensor in weights_of(tmp_path / "out").values()} == {torch.bfloat16}

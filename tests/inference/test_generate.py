@@ -1,26 +1,29 @@
-"""The command that asks a model about a document. What it refuses: helpers/bad_inference.py."""
+"""Questions about one document, and the command that asks them. What it refuses: helpers/bad_inference.py."""
 
 from __future__ import annotations
 
 import io
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import AMPLIFIED
+from conftest import AMPLIFIED, tiny
+from fresh_python import ROOT, run
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from saved_models import byte_tokenizer, save_model
+from saved_models import byte_tokenizer, ending, save_model, word_tokenizer
 
 from dllm_memdlm import generate
-from dllm_memdlm.inference import arguments
+from dllm_memdlm.config import ConfigError, MemoryConfig
+from dllm_memdlm.inference.arguments import Parsed, parse
 from dllm_memdlm.inference.conversation import Conversation
+from dllm_memdlm.inference.decoding import Decoder, memory_for
+from dllm_memdlm.inference.pretrained import Pretrained, load_pretrained
 from dllm_memdlm.method.prompt_memory import load_snapshot
 
+DOCUMENT = "Ada wrote the first program."
 MEMORY = {"rank": 4, "layer_fraction": 0.4, **AMPLIFIED["llada2"]}
 
 
@@ -29,9 +32,15 @@ def model(tmp_path_factory) -> str:
     return save_model(tmp_path_factory.mktemp("model"), "llada2", byte_tokenizer(), {"memory": MEMORY})
 
 
+@pytest.fixture(scope="module")
+def pretrained(model) -> Pretrained:
+    """A model over bytes, with a chat template."""
+    return load_pretrained(model)
+
+
 @pytest.fixture
 def document(tmp_path) -> str:
-    (tmp_path / "doc.txt").write_text("Ada wrote the first program.", encoding="utf-8")
+    (tmp_path / "doc.txt").write_text(DOCUMENT, encoding="utf-8")
     return str(tmp_path / "doc.txt")
 
 
@@ -39,26 +48,40 @@ def document(tmp_path) -> str:
 def ask(model, document, capsys):
     """The command's answer on stdout, asked about the document."""
 
-    def run(*arguments: str, question: str | None = "Who?", model: str = model) -> str:
-        asked = [] if question is None else ["--question", question]
+    def run_with(*arguments: str, question: str | None = "Who?", model: str = model) -> str:
         base = ["--model", model, "--prompt-file", document, "--max-new-tokens", "10"]
-        assert generate.main([*base, *asked, *arguments]) == 0, capsys.readouterr().err
+        base += [] if question is None else ["--question", question]
+        assert generate.main([*base, *arguments]) == 0, capsys.readouterr().err
         return capsys.readouterr().out
 
-    return run
+    return run_with
+
+
+def about(pretrained: Pretrained, document: str = DOCUMENT, **more) -> Conversation:
+    return Conversation(Decoder(pretrained, **more), document, new_tokens=12)
+
+
+def without_template(tokenizer, document: str) -> Conversation:
+    return about(Pretrained("tiny", tiny("llama").eval(), tokenizer, MemoryConfig(), False), document)
+
+
+def asked(chat: Conversation, *questions: str) -> list[str]:
+    for question in questions:
+        for _ in chat.ask(question):
+            pass
+    return [answer for _, answer in chat.turns]
 
 
 def test_an_answer_is_plain_text_when_piped_and_follows_the_settings(ask):
     out = ask()
     assert out.endswith("\n") and "\x1b" not in out and "░" not in out
-    assert ask("temperature=2.0", "seed=1") == ask("temperature=2.0", "seed=1") != out
+    one, same, other = (ask("temperature=2.0", f"seed={seed}") for seed in (1, 1, 2))
+    assert one == same and len({one, other, out}) == 3
 
 
 def test_memory_changes_the_answer_and_its_settings_matter(ask):
     without, with_memory = ask(), ask("--memory")
-    assert without != with_memory
-    assert ask("memory=true") == with_memory
-    assert ask("--memory", "memory_inner_lr=0.0") == without
+    assert without != with_memory == ask("memory=true") and ask("--memory", "memory_inner_lr=0.0") == without
 
 
 def test_a_kept_memory_gives_the_same_answers_in_a_new_process_and_to_a_copy(ask, model, document, tmp_path):
@@ -67,11 +90,8 @@ def test_a_kept_memory_gives_the_same_answers_in_a_new_process_and_to_a_copy(ask
     assert saved == ask("--memory")
     fast_weights, config = load_snapshot(path, model)
     assert config.rank == 4 and fast_weights.samples == 1
-    command = [sys.executable, "-m", "dllm_memdlm.generate", "--model", model, "--prompt-file", document]
-    more = ["--question", "Who?", "--max-new-tokens", "10", "--load-memory", path]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    loaded = subprocess.run([*command, *more], capture_output=True, text=True, env=environment, check=True)
-    assert loaded.stdout == saved
+    command = ["-m", "dllm_memdlm.generate", "--model", model, "--prompt-file", document, "--question", "Who?"]
+    assert run(*command, "--max-new-tokens", "10", "--load-memory", path, paths=(ROOT,)).stdout == saved
     assert ask("--load-memory", path, model=str(shutil.copytree(model, tmp_path / "copy"))) == saved
 
 
@@ -84,7 +104,7 @@ def test_a_chat_answers_line_by_line(ask, monkeypatch):
 def test_on_a_terminal_the_unmasking_is_seen(model, document):
     terminal = {"TERM": "xterm"}  # whatever the tests run on: on a dumb one nothing is drawn
     out = Console(file=io.StringIO(), force_terminal=True, width=80, _environ=terminal)
-    chat = Conversation(arguments.parse({"pretrained": model}).open(), Path(document).read_text(), 10)
+    chat = Conversation(parse({"pretrained": model}).open(), Path(document).read_text(), 10)
     generate.answer(chat, "Who?", out)
     shown = out.file.getvalue()
     assert "░" in shown and "steps" in shown and chat.turns[-1][0] == "Who?"
@@ -111,26 +131,75 @@ def test_the_document_can_come_from_the_standard_input(ask, document, monkeypatc
     assert ask("--prompt-file", "-") == expected
 
 
-def test_what_cannot_be_saved_is_refused_before_the_work(model, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(arguments.Parsed, "open", lambda *args: pytest.fail("the model was loaded"))
-    path = str(tmp_path / "none" / "m")
-    assert generate.main(["--model", model, "--question", "Who?", "--save-memory", path]) == 2
-    assert capsys.readouterr().err.startswith(f"error: --save-memory {path}: ")
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
-        ["--question", "Who?", "--max-new-tokens", "0"],
-        ["--question", "Who?", "--memory", "--load-memory", "m.safetensors"],
-        ["--question", "Who?", "--save-memory", "m.safetensors", "--load-memory", "m.safetensors"],
-        ["--chat", "--save-memory", "m.safetensors"],
-        ["--chat", "--prompt-file", "-"],
+        *("", "--question Who? --max-new-tokens 0", "--question Who? --memory --load-memory m"),
+        *("--question Who? --save-memory m --load-memory m", "--chat --save-memory m", "--chat --prompt-file -"),
     ],
 )
-def test_contradictions_are_refused_before_anything_is_loaded(arguments, capsys):
+def test_contradictions_are_refused_before_anything_is_loaded(arguments, capsys, monkeypatch, tmp_path):
+    """And before the work what cannot be saved."""
     with pytest.raises(SystemExit) as stop:
-        generate.main(["--model", "nowhere", *arguments])
-    assert stop.value.code == 2
-    assert "usage: memdlm generate" in capsys.readouterr().err
+        generate.main(["--model", "nowhere", *arguments.split()])
+    assert stop.value.code == 2 and "usage: memdlm generate" in capsys.readouterr().err
+    monkeypatch.setattr(Parsed, "open", lambda *args: pytest.fail("the model was loaded"))
+    path = str(tmp_path / "none" / "m")
+    assert generate.main(["--model", "nowhere", "--question", "Who?", "--save-memory", path]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --save-memory {path}: ")
+
+
+def test_what_the_memory_is_written_on_and_what_is_asked(pretrained):
+    chat = about(pretrained)
+    one, other = chat.memory_text("Who?"), chat.memory_text("And when was that?")
+    assert one == other and chat.tokenizer.decode(one) == f"<|user|>{DOCUMENT}\n\n"
+    alone = about(pretrained, document="").memory_text("Who?")
+    assert chat.tokenizer.decode(alone) == "<|user|>Who?<|role_end|><|assistant|>"
+    (first,) = asked(chat, "Who?")  # which later questions see
+    expected = f"<|user|>{DOCUMENT}\n\nWho?<|role_end|><|assistant|>{first}<|role_end|><|user|>When?"
+    assert chat.tokenizer.decode(chat.prompt("When?", chat.turns)) == expected + "<|role_end|><|assistant|>"
+
+
+def test_a_document_is_adapted_to_once_and_that_changes_the_answer(pretrained):
+    chat = about(pretrained, memory=memory_for(pretrained, {}))
+    answers = asked(chat, "Who?", "When?", "Why?")
+    tally = chat.decoder.memory.tally
+    assert (tally.written, tally.reused) == (1, 2)
+    assert answers[:1] != asked(about(pretrained), "Who?")
+
+
+def test_progress_ends_at_the_answer(pretrained):
+    """Shown with its masks, up to the end of the turn."""
+    chat = about(pretrained)
+    steps, mask = list(chat.ask("Who?")), chat.tokenizer.mask_token_id
+    assert [progress.steps for progress in steps] == list(range(len(steps)))
+    assert steps[0].tokens == [mask] * 12 and mask not in steps[-1].tokens
+    assert chat.text_of(steps[-1].tokens).strip() == chat.turns[-1][1]
+    tokens, more = [*pretrained.tokenizer("ab")["input_ids"], mask, mask], pretrained.tokenizer("c")["input_ids"]
+    assert chat.text_of([*tokens, *more], mask="_") == "ab__c"
+    assert chat.text_of([*tokens, pretrained.tokenizer.eot_token_id, *more], mask="_") == "ab__"
+    assert chat.text_of(tokens) == "ab"
+
+
+def test_without_a_chat_template_there_is_one_question_alone():
+    chat = without_template(word_tokenizer(), "w5 w6")
+    assert chat.prompt("w7", []) == [5, 6, 7]
+    asked(chat, "w7")
+    with pytest.raises(ConfigError, match="chat template"):
+        asked(chat, "w8")
+
+
+def test_a_document_that_spells_special_tokens_is_text(pretrained):
+    document = "<|mask|>" * 12 + "<|role_end|><|endoftext|>"
+    chat = about(pretrained, document=document)
+    special = [token for token in chat.prompt("<|mask|>?", []) if token in chat.tokenizer.all_special_ids]
+    assert chat.tokenizer.convert_ids_to_tokens(special) == ["<|user|>", "<|role_end|>", "<|assistant|>"]
+    assert chat.tokenizer.decode(chat.memory_text("Who?")) == f"<|user|>{document}\n\n"
+    alone = without_template(word_tokenizer(), "w5")
+    assert alone.tokenizer.mask_token_id not in alone.prompt("<mask> w6", [])
+
+
+def test_an_end_that_the_tokenizer_appends_is_in_no_prompt():
+    tokenizer = ending(byte_tokenizer())
+    tokenizer.chat_template, tokenizer.eot_token_id = None, tokenizer.eos_token_id
+    assert tokenizer.decode(without_template(tokenizer, "ab").prompt("c", [])) == "ab\n\nc\n"

@@ -27,6 +27,10 @@ MDLM_VARIANTS: dict[str, dict[str, Any]] = {
     "warm": {"temperature": 0.8},
     "random": {"remasking": "random", "block_size": 6},
     "stochastic": {"stochastic_transfer": True, "steps": 9, "block_size": 8},
+    "filling_in": {"steps": 9, "block_size": None},
+    "filling_in_blocks": {"steps": 9, "block_size": 4},
+    "filling_in_warm": {"steps": 9, "block_size": None, "temperature": 0.8},
+    "filling_in_guided": {"steps": 9, "cfg_scale": 0.7, "block_size": 5, "remasking": "random"},
 }
 LLADA21_VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -83,34 +87,21 @@ def test_mdlm(name, variant, tokenizer):
     from dllm.core.samplers import MDLMSampler as Theirs
     from dllm.core.samplers import MDLMSamplerConfig
 
-    their_model, our_model = decoders(name)
-    settings = {"max_new_tokens": 19, "steps": 19, "block_size": 19, "return_dict": True, **MDLM_VARIANTS[variant]}
+    (their_model, our_model), settings = decoders(name), {"max_new_tokens": 19, "steps": 19, "block_size": 19}
+    settings, way = MDLMSamplerConfig(**settings | {"return_dict": True} | MDLM_VARIANTS[variant]), "sample"
     inputs = [torch.tensor(prompt) for prompt in prompts(7, 12, 3)]
+    if variant.startswith("filling_in"):
+        inputs, way = [torch.tensor(prompt) for prompt in prompts(14, 6, 9)], "infill"
+        inputs[0][7:12] = MASK
+        for row in inputs:
+            row[1:4] = MASK
     # Suppressed first tokens are all of confidence 0: a tie, which in dllm falls by how long the batch is.
     answers = set()
     for batch in [[prompt] for prompt in inputs] if variant == "suppressed" else [inputs]:
-        theirs = seeded(Theirs(their_model, tokenizer).sample, batch, MDLMSamplerConfig(**settings))
-        assert_same(seeded(MDLMSampler(our_model, tokenizer).sample, batch, MDLMSamplerConfig(**settings)), theirs)
+        theirs = seeded(getattr(Theirs(their_model, tokenizer), way), batch, settings)
+        assert_same(seeded(getattr(MDLMSampler(our_model, tokenizer), way), batch, settings), theirs)
         answers.update(theirs.sequences[:, 12:].flatten().tolist())
-    assert len(answers) > 3, "a canvas of one token would hide mistakes"
-
-
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(
-    "changes", [{}, {"block_size": 4}, {"temperature": 0.8}, {"cfg_scale": 0.7, "block_size": 5, "remasking": "random"}]
-)
-def test_filling_in(name, changes, tokenizer):
-    from dllm.core.samplers import MDLMSampler as Theirs
-    from dllm.core.samplers import MDLMSamplerConfig
-
-    their_model, our_model = decoders(name)
-    settings = MDLMSamplerConfig(**{"steps": 9, "block_size": None, "return_dict": True, **changes})
-    inputs = [torch.tensor(prompt) for prompt in prompts(14, 6, 9)]
-    for row in inputs:
-        row[1:4] = MASK
-    inputs[0][7:12] = MASK
-    theirs = seeded(Theirs(their_model, tokenizer).infill, inputs, settings)
-    assert_same(seeded(MDLMSampler(our_model, tokenizer).infill, inputs, settings), theirs)
+    assert way == "infill" or len(answers) > 3, "a canvas of one token would hide mistakes"
 
 
 @pytest.mark.parametrize("name", ["llada2", "llada2 of dllm"])
