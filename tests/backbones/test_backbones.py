@@ -20,9 +20,6 @@ POSITIONS = torch.tensor([[0, 3, 11], [7, 2, 2], [5, 4, 9]])
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}  # routers compute in float32, and round what differs in the last digit
 
 
-# === stages ===
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("form", ["none", "2-D", "4-D bool"])
 def test_prefix_and_suffix_are_the_full_forward(kind, attention, form):
@@ -89,9 +86,6 @@ def test_causal_blocks_need_no_whole_mask(kind, attention, at_once, monkeypatch)
     assert BlockCausal(32, torch.empty(1, 32768, 8, dtype=torch.bfloat16, device="meta")).mask.nbytes == 2**26
 
 
-# === gradient checkpointing ===
-
-
 @pytest.mark.parametrize("dropout", [True, 0.3])
 def test_checkpointing_changes_nothing(kind, dropout, tokenizer, tmp_path):
     memory = MemoryConfig(rank=4, layer_fraction=0.4, inner_lr=10.0, grad_clip=0.2)
@@ -113,9 +107,6 @@ def test_checkpointing_changes_nothing(kind, dropout, tokenizer, tmp_path):
     assert loss_on == loss
     for name, gradient in gradients.items():
         assert_close_relative(gradients_on[name], gradient, 1e-6, name)
-
-
-# === fast weights through the stages and through the full forward ===
 
 
 def test_fast_weights_act_alike_in_stages_and_in_full(kind):

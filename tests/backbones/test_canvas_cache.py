@@ -26,12 +26,6 @@ def wide(kind: str, attention: str = "sdpa") -> nn.Module:
     return tiny(kind, torch.float64, attention=attention).eval()
 
 
-def filled(model: nn.Module, canvas: Tensor) -> CanvasCache:
-    cache = CanvasCache(len(model.layers), LENGTH)
-    model(input_ids=canvas, position_ids=EVERYWHERE, cache=cache)
-    return cache
-
-
 def before(block: int) -> Tensor:
     """Queries of the blocks before one see their own blocks and those before."""
     return block_causal(EVERYWHERE[:, : block * SIZE], block * SIZE, SIZE)
@@ -47,7 +41,8 @@ def test_block_causal_says_who_sees_whom():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
-def test_filling_a_cache_changes_nothing(kind, attention):
+def test_filling_and_reading_a_cache_change_nothing(kind, attention):
+    """The window is at another place in each row: keys and values of the rest are those of the full forward."""
     model = wide(kind, attention)
     expected = model(input_ids=tokens()).logits
     for positions in (None, WINDOW):
@@ -56,24 +51,13 @@ def test_filling_a_cache_changes_nothing(kind, attention):
         close(out, expected if positions is None else take(expected, positions))
     hidden = torch.ones(BATCH, LENGTH, dtype=torch.bool)
     hidden[1, 7:] = False
-    cache = CanvasCache(len(model.layers), LENGTH)
-    out = model(input_ids=tokens(), position_ids=EVERYWHERE, attention_mask=hidden, cache=cache).logits
+    masked = CanvasCache(len(model.layers), LENGTH)
+    out = model(input_ids=tokens(), position_ids=EVERYWHERE, attention_mask=hidden, cache=masked).logits
     close(out, model(input_ids=tokens(), attention_mask=hidden).logits)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@torch.no_grad()
-def test_a_window_at_another_place_in_each_row(kind, attention):
-    """Same tokens, same logits: the keys and values of the rest are those of the full forward."""
-    model = wide(kind, attention)
-    expected = model(input_ids=tokens()).logits
-    cache = filled(model, tokens())
-    out = model(input_ids=tokens().gather(1, WINDOW), position_ids=WINDOW, cache=cache).logits
-    close(out, take(expected, WINDOW))
+    part = {"input_ids": tokens().gather(1, WINDOW), "position_ids": WINDOW, "cache": cache}
+    close(model(**part).logits, take(expected, WINDOW))
     asked = torch.tensor([[3, 0], [1, 1], [2, 3]])  # places within the window
-    out = model(input_ids=tokens().gather(1, WINDOW), position_ids=WINDOW, cache=cache, positions=asked).logits
-    close(out, take(expected, WINDOW.gather(1, asked)))
+    close(model(**part, positions=asked).logits, take(expected, WINDOW.gather(1, asked)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -118,13 +102,3 @@ def test_rows_at_different_blocks(kind):
         end = (block + 1) * SIZE
         expected = model(input_ids=canvas[row : row + 1, :end], attention_mask=before(block + 1)).logits
         close(out[row], expected[0, -SIZE:])
-
-
-@torch.no_grad()
-def test_keys_and_values_are_kept_in_the_dtype_of_the_model():
-    model = tiny("llada2", torch.bfloat16).eval()
-    cache = filled(model, tokens())
-    layer = cache.layers[0]
-    heads, size = model.config.num_key_value_heads, model.config.head_dim
-    assert layer.keys.dtype == layer.values.dtype == torch.bfloat16
-    assert layer.keys.shape == layer.values.shape == (BATCH, heads, LENGTH, size)

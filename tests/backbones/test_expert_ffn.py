@@ -116,9 +116,6 @@ def test_in_the_inner_loop_only_fast_weights_have_gradients():
     assert all(map(torch.equal, found[0] + found[1], expected[: len(leaves)] * 2)) and all(g.any() for g in expected)
 
 
-# === padding ===
-
-
 @pytest.mark.parametrize("samples", [None, (1,), (2,), (2, True)], ids=str)
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, "autocast"], ids=str)
@@ -182,21 +179,6 @@ def test_what_is_padded(monkeypatch):
         monkeypatch.setattr(moe_routes, "START", start)
         experts(*two_of_six)
     assert padded == [True, True, False, True, False]
-
-
-def test_padding(monkeypatch):
-    chosen = torch.tensor([[[0, 3], [3, 0], [3, 1]]])
-    routes = Routes.of(chosen, experts=4, samples=1).padded(2**20)
-    assert routes.offsets is None and routes.fast_offsets is None
-    assert routes.tokens.view(4, 3)[[0, 0, 1, 3, 3, 3], [0, 1, 0, 0, 1, 2]].tolist() == [0, 1, 2, 0, 1, 2]
-    assert routes.back.tolist() == [[0, 9], [10, 1], [11, 3]]
-    weights = torch.arange(1.0, 7.0)
-    assert routes.weights(weights)[routes.back, 0].flatten().equal(weights)
-    assert routes.weights(weights).sum() == weights.sum(), "fillers have none"
-    unpadded = Routes.of(chosen, experts=4, samples=1)
-    monkeypatch.setattr(moe_routes, "CHEAP_ROWS", 2)
-    monkeypatch.setattr(moe_routes, "MOST_PADDING", 1.9)  # three rows for each of four experts are twice as many
-    assert unpadded.padded(2**20) is unpadded
 
 
 def test_offsets_are_contiguous():

@@ -141,8 +141,6 @@ def test_lora_is_wrapped_around_the_backbone(kind, tmp_path):
     assert all(p.requires_grad for p in off.parameters())
 
 
-# === what is refused ===
-
 CONFIG_AND_WEIGHTS = {  # what is done to a folder: what the message says after its name
     "no config": (lambda f: (f / "config.json").unlink(), "a folder without a readable config.json"),
     "not JSON": (lambda f: (f / "config.json").write_text("{"), "a folder without a readable config.json"),

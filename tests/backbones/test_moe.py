@@ -10,7 +10,6 @@ import torch
 from conftest import assert_close_relative, take_gradients, tiny
 from inputs import tokens
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.naive_experts import LoopOverExperts, plain_experts
 from dllm_memdlm.backbones.experts import ExpertLinear
@@ -165,22 +164,3 @@ def test_fast_weights_of_experts_are_a_loop(samples, dtype):
                 getattr(expert, name).register_forward_hook(hook)
         rows.append(plain(x[b : b + 1], chosen[b : b + 1], weights[b : b + 1]))
     assert_close_relative(ours, torch.cat(rows), TOLERANCE[dtype])
-
-
-def test_under_autocast_a_lora_in_float32_is_cast_once_for_all_experts():
-    """On a GPU a cast for each of hundreds of matrices would be as many launches."""
-    experts, casts = experts_of(torch.float32, lora=True), []
-    x, chosen, weights = routing(torch.float32, [0, 1, 2])
-
-    class Casts(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function is torch.ops.aten._to_copy.default:
-                casts.append(tuple(args[0].shape))
-            return function(*args, **(kwargs or {}))
-
-    with torch.autocast(x.device.type, dtype=torch.bfloat16), Casts():
-        experts(x, chosen, weights)
-    # of rank 8: A of gate and up, B of gate and up, A and B of down; gate's, up's and down's own weights
-    matrices = [shape for shape in casts if len(shape) == 3 and shape[0] == 6]
-    assert sorted(matrices) == sorted(4 * [(6, 8, 16)] + 3 * [(6, 8, 8)] + 2 * [(6, 16, 8)])
-    assert {shape for shape in casts if len(shape) == 2} <= {(14, 16), (14, 2), (28, 1)}  # tokens and their weights

@@ -79,9 +79,6 @@ def test_new_schedules_are_found_by_name():
         del BaseAlphaScheduler.registry["poweralphascheduler"]
 
 
-# === collator wrappers ===
-
-
 @dataclasses.dataclass
 class Stack:
     """The innermost collator: lists to tensors."""
@@ -135,9 +132,6 @@ def test_attributes_are_delegated_in_copies_too():
         assert not hasattr(again, "__len__")
 
 
-# === begin of sequence ===
-
-
 def bos_batch(*names: str) -> dict[str, Any]:
     batch = {
         "input_ids": torch.tensor([[5, 6], [7, 8]]),
@@ -159,9 +153,6 @@ def test_prepend_bos():
     assert prepend_bos(bos_batch("input_ids", "labels"), 2, -1)["labels"].tolist() == [[-1, 5, 6], [-1, -100, 8]]
     out = prepend_bos(bos_batch("input_ids") | {"labels": None}, 2)
     assert out["labels"] is None and "attention_mask" not in out
-
-
-# === training arguments, and the seam ===
 
 
 def test_training_arguments(tmp_path):

@@ -22,8 +22,6 @@ from dllm_memdlm.method.fast_weights import FastWeights
 from dllm_memdlm.method.inner_loop import ParametricMemory
 from dllm_memdlm.method.trajectory import Trajectory
 
-# === invariant 4: no trace ===
-
 
 def traces(model: nn.Module) -> dict[str, Any]:
     """Everything about a model that a step must leave as it was."""
@@ -125,9 +123,6 @@ def test_no_fast_weight_is_saved_or_optimised(kind, tokenizer, tmp_path):
     assert load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys() == saved.keys()
 
 
-# === what writing depends on ===
-
-
 @pytest.mark.parametrize("kind", ["llama", "llada2"])
 def test_writing_takes_what_it_is_given(kind, tokenizer, tmp_path):
     """Dropout is active while adapting only where the caller has it on; a prefix that is given is the anchor's."""
@@ -159,8 +154,3 @@ def test_a_set_shared_by_the_batch_starts_from_its_first_sample(tokenizer, tmp_p
     written, start = trainer.memory.write(trajectory).fast_weights, initial(trainer, batch)
     assert written.samples == 1
     assert all(torch.equal(value, start.tensors[name]) for name, value in written.tensors.items())
-
-
-def test_an_unknown_model_is_refused():
-    with pytest.raises(TypeError, match=r"^no backbone adapter for Linear; load the model with .* LlamaForCausalLM, "):
-        ParametricMemory(nn.Linear(2, 2), MemoryConfig(), MASK)

@@ -36,9 +36,6 @@ def tiny_memory(kind: str = "llama", dtype: torch.dtype = torch.float32, **setti
     return prompt_memory(tiny(kind, dtype), memory_for(kind), **settings)
 
 
-# === what it depends on ===
-
-
 @pytest.mark.parametrize("attention", ["full", "block_causal"])
 @pytest.mark.parametrize(
     ("kind", "dtype", "tolerance", "shift"),
@@ -100,9 +97,6 @@ def test_prompts_are_written_on_without_what_belongs_to_training():
     trained = MemoryConfig(enabled=False, scope="batch", sync=True, dropout=0.5, rank=4, anchor_ratio=0.4)
     config = at_inference(trained, inner_lr=0.3)
     assert config == MemoryConfig(weighting="uniform", rank=4, anchor_ratio=0.4, inner_lr=0.3)
-
-
-# === shared, kept, left out ===
 
 
 def test_prompts_on_the_same_text_share_one_memory():

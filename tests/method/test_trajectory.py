@@ -67,9 +67,6 @@ def test_the_last_state_is_the_anchor_and_the_first_a_pre_anchor(strategy, steps
     assert set(STRATEGIES) == set(typing.get_args(typing.get_type_hints(MemoryConfig)["strategy"]))
 
 
-# === counts ===
-
-
 @pytest.mark.parametrize("scale", (1.0, *SCALES))
 def test_pre_anchor_count_is_exact(scale):
     pairs = [(masked, total) for total in range(61) for masked in range(total + 1)]
@@ -118,9 +115,6 @@ def test_prompt_trajectory(ratio):
     assert abs(int(built.anchor_mask.sum()) / count - ratio) < 4 * math.sqrt(ratio * (1 - ratio) / count)
     assert torch.equal(built.noise_level, torch.full((samples,), ratio))
     assert subset(built.inner_masks, maskable[:, None]) and torch.equal(built.inner_masks[:, 1], built.anchor_mask)
-
-
-# === batches ===
 
 
 @pytest.mark.parametrize("config", CONFIGS[::3], ids=name_of)
