@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import KINDS, assert_close_relative, make_trainer, take_gradients, tiny, train_batch
-from inputs import BATCH, LENGTH, mask_of, tokens
+from inputs import BATCH, mask_of, tokens
 
 from dllm_memdlm.backbones import staged_backbone
 from dllm_memdlm.backbones.layers import BlockCausal, take
@@ -57,14 +57,6 @@ def test_masks_say_the_same_in_every_form(kind):
     assert not torch.allclose(logits("none"), logits("4-D bool"), atol=1e-2)
     shorter = model(input_ids=tokens()[1:2, :8]).logits  # hidden padding is as no padding
     torch.testing.assert_close(logits("2-D")[1:2, :8], shorter, rtol=1e-4, atol=1e-4)
-
-
-def test_positions_can_be_given(kind):
-    model = tiny(kind)
-    reordered = torch.randperm(LENGTH, generator=torch.Generator().manual_seed(0))
-    expected = model(input_ids=tokens()).logits[:, reordered]
-    out = model(input_ids=tokens()[:, reordered], position_ids=reordered[None]).logits
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("at_once", [4, 8, 100])

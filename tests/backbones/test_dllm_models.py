@@ -7,9 +7,9 @@ import json
 import peft
 import pytest
 import torch
-from conftest import COMMON, DIMENSIONS, scale_up, tiny_config
+from conftest import scale_up, tiny_config
 from inputs import mask_of, tokens
-from stock_models import dllms_model
+from stock_models import a2d_llama, dllms_model
 
 from dllm_memdlm.backbones import adopt, model_class, with_lora
 from dllm_memdlm.backbones.expert_names import split_names
@@ -18,12 +18,6 @@ from dllm_memdlm.method.inner_loop import ParametricMemory
 
 pytestmark = pytest.mark.dllm
 KINDS = ("llada_moe", "llada2")
-
-
-def a2d_llama() -> torch.nn.Module:
-    from dllm.pipelines.a2d import A2DLlamaConfig, A2DLlamaLMHeadModel
-
-    return A2DLlamaLMHeadModel(A2DLlamaConfig(**{**COMMON, **DIMENSIONS["llama"]}))
 
 
 @pytest.mark.parametrize("kind", KINDS)

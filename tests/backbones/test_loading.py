@@ -213,8 +213,3 @@ def test_dimensions_that_make_no_model_are_refused(kind, dimensions, words):
 def test_lora_targets_that_match_nothing_are_refused():
     text = message(with_lora, tiny("llama"), LoraConfig(target_modules=("c_attn",)))
     assert text.startswith("lora.target_modules=('c_attn',): ") and "c_attn" in text.partition(": ")[2]
-
-
-def test_a_model_without_stages_is_refused():
-    with pytest.raises(TypeError, match=r"^no backbone adapter for LlamaForCausalLM; load the model with dllm_memdlm"):
-        staged_backbone(transformers.LlamaForCausalLM(tiny_config("llama")))

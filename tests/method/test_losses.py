@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
 from dllm_memdlm.backbones.output import token_nll, widened
-from dllm_memdlm.compat.bundled import CosineAlphaScheduler, LinearAlphaScheduler
 from dllm_memdlm.method.losses import NORMS, masked_diffusion_loss, positions_of
 
 B, L, V = 5, 12, 17
@@ -95,13 +92,3 @@ def test_half_precision_logits_are_computed_in_float32(dtype):
     assert loss.dtype == torch.float32
     assert torch.autograd.grad(loss, logits)[0].dtype == dtype
     assert widened(exact) is exact  # float64 stays
-
-
-def test_weights_of_the_schedules():
-    level = torch.tensor([[0.001, 0.25], [0.5, 1.0]])
-    weights = LinearAlphaScheduler().weight(level)
-    torch.testing.assert_close(weights, 1 / level, rtol=2e-3, atol=0)  # dllm adds 1e-6 to the denominator
-    torch.testing.assert_close(weights[1], 1 / level[1], rtol=3e-6, atol=0)
-    cosine = CosineAlphaScheduler().weight(torch.tensor([0.5]))
-    assert cosine.item() == pytest.approx(math.pi / 2, rel=1e-5)  # π/2 · sin(π/4) / cos(π/4)
-    assert torch.isfinite(LinearAlphaScheduler().weight(torch.zeros(3))).all()  # where nothing is masked

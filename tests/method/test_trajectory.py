@@ -19,7 +19,6 @@ from dllm_memdlm.method.trajectory import (
     Trajectory,
     build_trajectory,
     pre_anchor_count,
-    prompt_trajectory,
     reveal_counts,
     sample_anchor,
     smallest,
@@ -103,18 +102,6 @@ def test_inconsistent_levels_are_not_rounded_below_whole_tokens(start, end, step
     maskable, t = torch.ones(64, total, dtype=torch.bool), torch.full((64,), 0.5)
     built = build_trajectory(maskable.long(), maskable, t, t, noise.example_keys(0, 0, torch.arange(64)), config)
     assert built.inner_masks[:, 1].sum(-1).max() == second
-
-
-@pytest.mark.parametrize("ratio", [0.2, 0.5])
-def test_prompt_trajectory(ratio):
-    samples, length = 2000, 60
-    maskable = torch.arange(length) >= torch.arange(samples)[:, None] % 20  # left padding
-    keys = noise.example_keys(4, 0, torch.arange(samples))
-    built = prompt_trajectory(torch.full((samples, length), 5), maskable, keys, MemoryConfig(anchor_ratio=ratio))
-    count = int(maskable.sum())
-    assert abs(int(built.anchor_mask.sum()) / count - ratio) < 4 * math.sqrt(ratio * (1 - ratio) / count)
-    assert torch.equal(built.noise_level, torch.full((samples,), ratio))
-    assert subset(built.inner_masks, maskable[:, None]) and torch.equal(built.inner_masks[:, 1], built.anchor_mask)
 
 
 @pytest.mark.parametrize("config", CONFIGS[::3], ids=name_of)
