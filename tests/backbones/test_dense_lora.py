@@ -7,6 +7,7 @@ import contextlib
 import peft
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft.tuners import lora
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,25 +47,32 @@ def same_as_peft(model: nn.Module, x: torch.Tensor, monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(own, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
 
 
-@pytest.mark.parametrize(("dropout", "bias"), [(0.0, False), (0.3, False), (1.0, False), (0.3, True)])
-def test_as_peft_forward_and_backward(dropout, bias, monkeypatch):
-    model = adapted(dropout=dropout, bias=bias)
+def two_adapters() -> peft.PeftModel:
+    model = adapted()
+    model.add_adapter("other", peft.LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["0", "1"]))
+    model.base_model.set_adapter(["default", "other"])
+    return model
+
+
+CASES = {
+    "plain": adapted,
+    "dropout": lambda: adapted(dropout=0.3),
+    "all dropped": lambda: adapted(dropout=1.0),
+    "a bias": lambda: adapted(dropout=0.3, bias=True),
+    "two adapters": two_adapters,
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_as_peft_forward_and_backward(case, monkeypatch):
+    model = CASES[case]()
     layer = model.get_base_model()[1]
     assert type(layer) is DenseLora and layer(torch.randn(2, 0, 40)).shape == (2, 0, 16)
     same_as_peft(model, torch.randn(2, 7, 24), monkeypatch)
 
 
-def test_several_adapters_as_peft(monkeypatch):
-    model = adapted()
-    model.add_adapter("other", peft.LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["0", "1"]))
-    model.base_model.set_adapter(["default", "other"])
-    same_as_peft(model, torch.randn(2, 7, 24), monkeypatch)
-
-
 @pytest.mark.parametrize("bias", [False, True])
 def test_on_a_layer_in_4_bit(bias, monkeypatch):
-    from bitsandbytes.nn import Linear4bit
-
     packed = nn.Sequential(Linear4bit(64, 64, bias=bias, quant_type="nf4", compute_dtype=torch.float32)).to("cpu")
     model, x = adapted(packed), torch.randn(2, 7, 64)
     assert isinstance(model.get_base_model()[0], lora.Linear4bit) and ("_Addition" in str(model(x).grad_fn)) != bias

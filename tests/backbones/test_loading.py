@@ -13,16 +13,7 @@ import transformers
 from conftest import ARCHITECTURES, DIMENSIONS, KINDS, scale_up, tiny, tiny_config
 from safetensors.torch import load_file, save_file
 
-from dllm_memdlm.backbones import (
-    DECODERS,
-    config_of,
-    find_sites,
-    load_model,
-    model_class,
-    read_config,
-    staged_backbone,
-    with_lora,
-)
+from dllm_memdlm.backbones import DECODERS, config_of, find_sites, load_model, model_class, read_config, with_lora
 from dllm_memdlm.config import ConfigError, LoraConfig, MemoryConfig, ModelConfig
 
 TOKENS = torch.arange(3, 23).view(2, 10)
@@ -86,8 +77,7 @@ def test_a_bfloat16_model_from_scratch_keeps_exact_positions(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_from_dimensions_depends_on_its_seed_alone(kind):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-    dimensions = {**DIMENSIONS[kind], **sizes}
+    dimensions = {**DIMENSIONS[kind], "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
     model = ModelConfig(architecture=ARCHITECTURES[kind], dimensions=dimensions, dtype="float32")
     config = config_of(model, vocab_size=48)
     assert config.vocab_size == 48
@@ -131,10 +121,10 @@ def test_lora_is_wrapped_around_the_backbone(kind, tmp_path):
     model = load_model(settings, config_of(settings), lora)
     config = model.peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout) == (2, 4, 0.25)
-    assert isinstance(model, peft.PeftModel) and staged_backbone(model) is model.get_base_model()
+    assert isinstance(model, peft.PeftModel)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trainable and all("lora_" in name for name in trainable)
-    assert next(staged_backbone(model).parameters()).dtype == torch.bfloat16
+    assert next(model.parameters()).dtype == torch.bfloat16
     experts = [name for name in trainable if ".mlp.experts." in name and "down_proj.lora_A" in name]
     assert len(experts) == (0 if kind == "llama" else 2)
     off = load_model(settings, config_of(settings), LoraConfig(enabled=False))
@@ -144,10 +134,7 @@ def test_lora_is_wrapped_around_the_backbone(kind, tmp_path):
 CONFIG_AND_WEIGHTS = {  # what is done to a folder: what the message says after its name
     "no config": (lambda f: (f / "config.json").unlink(), "a folder without a readable config.json"),
     "not JSON": (lambda f: (f / "config.json").write_text("{"), "a folder without a readable config.json"),
-    "nameless": (
-        lambda f: edit(f, architectures=None),
-        "its config.json names no architecture; expected one",
-    ),
+    "nameless": (lambda f: edit(f, architectures=None), "its config.json names no architecture; expected one"),
     "no list": (lambda f: edit(f, architectures="Llama"), "its config.json has architectures='Llama'; expected a list"),
     "a bad value": (lambda f: edit(f, hidden_size="32"), "a config.json that makes no "),
     "quantised": (lambda f: edit(f, quantization_config={"quant_method": "awq"}), "its weights are quantised already"),
@@ -170,9 +157,7 @@ def test_a_folder_that_is_no_model_is_refused(kind, what, tmp_path):
 def test_a_missing_folder_is_named(tmp_path):
     for name in (str(tmp_path / "missing"), "./missing"):
         assert message(read_config, name) == f"model.path={name!r}: no such folder"
-    assert message(read_config, "a/b") == (
-        "model.path='a/b': no such folder, and no local copy or network to get it from the hub"
-    )
+    assert message(read_config, "a/b").startswith("model.path='a/b': no such folder, and no local copy or network")
 
 
 def test_an_unknown_architecture_is_refused(tmp_path):
@@ -203,11 +188,8 @@ def test_weights_that_are_not_there_are_counted(kind, tmp_path):
     ],
 )
 def test_dimensions_that_make_no_model_are_refused(kind, dimensions, words):
-    def build() -> None:
-        model = ModelConfig(architecture=ARCHITECTURES[kind], dimensions={**DIMENSIONS[kind], **dimensions})
-        load_model(model, config_of(model, vocab_size=48))
-
-    assert message(build).startswith(words)
+    model = ModelConfig(architecture=ARCHITECTURES[kind], dimensions={**DIMENSIONS[kind], **dimensions})
+    assert message(lambda: load_model(model, config_of(model, vocab_size=48))).startswith(words)
 
 
 def test_lora_targets_that_match_nothing_are_refused():

@@ -127,27 +127,3 @@ def test_experts_that_no_token_chose_have_a_gradient(kind, lora):
     experts = {name: g for name, g in gradients.items() if ".experts." in name}
     assert len(experts) == sum(isinstance(m, RoutedExperts) for m in model.modules()) * (6 if lora else 3)
     assert all(len(g) == 24 and 0 < g.flatten(1).any(1).sum() < 12 for g in experts.values())
-
-
-@pytest.mark.parametrize("samples", [1, 2])
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_fast_weights_of_experts_are_a_loop(samples, dtype):
-    """Each (expert, sample) through its own low-rank pair."""
-    experts, fast = experts_of(dtype, lora=False), fast_weights(samples)
-    x, chosen, weights = routing(dtype, [0, 2, 3])
-    experts.fast.update(fast)
-    ours = experts(x, chosen, weights)
-    experts.fast.clear()
-
-    def adding(down: Tensor, up: Tensor) -> Any:
-        return lambda module, inputs, output: output + 0.1 * inputs[0] @ down.T @ up.T
-
-    rows = []
-    for b in range(2):
-        plain, s = LoopOverExperts(experts), b if samples > 1 else 0
-        for name, w in fast.items():
-            for e, expert in enumerate(plain):
-                hook = adding(w.down[e, s].to(dtype), w.up[e, s].to(dtype))
-                getattr(expert, name).register_forward_hook(hook)
-        rows.append(plain(x[b : b + 1], chosen[b : b + 1], weights[b : b + 1]))
-    assert_close_relative(ours, torch.cat(rows), TOLERANCE[dtype])
