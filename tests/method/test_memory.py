@@ -97,11 +97,8 @@ def test_no_fast_weight_is_saved_or_optimised(kind, tokenizer, tmp_path):
     names, trainable = set(model.state_dict()), {p for p in model.parameters() if p.requires_grad}
     settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_grad_norm": 1}
     trainer = make_trainer(model, tokenizer, tmp_path, memory_for(kind), **settings)
-    seen: list[dict[str, Any]] = []
-    training_step = trainer.training_step
-    trainer.training_step = lambda model, inputs, *args: (
-        seen.append(dict(inputs)) or training_step(model, inputs, *args)
-    )
+    seen, own = [], trainer.training_step
+    trainer.training_step = lambda model, inputs, *args: seen.append(dict(inputs)) or own(model, inputs, *args)
     before = {name: v.clone() for name, v in model.state_dict().items()}
     trainer.train()
     after = {name: v.clone() for name, v in model.state_dict().items()}
@@ -114,8 +111,8 @@ def test_no_fast_weight_is_saved_or_optimised(kind, tokenizer, tmp_path):
     logged = next(log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log)
     assert logged == pytest.approx(expected, rel=1e-5)
     saved = load_file(Path(tmp_path) / "checkpoint-1" / "adapter_model.safetensors")
-    own = {name for name in split_names(after) if "lora_" in name}
-    assert {name.replace(".weight", ".default.weight") for name in saved} == own
+    adapter = {name for name in split_names(after) if "lora_" in name}
+    assert {name.replace(".weight", ".default.weight") for name in saved} == adapter
     with trainer.memory.holding(step.written.fast_weights):
         assert set(model.state_dict()) == names
         assert {p for p in model.parameters() if p.requires_grad} == trainable

@@ -69,10 +69,8 @@ def test_it_is_written_as_by_a_naive_inner_loop(kind, shift, attention, monkeypa
     """Every token maskable, anchor ratio 0.2, uniform weights; φ0 and the masks are given to the naive loop."""
     prompts = tiny_memory(kind, shift=shift, attention=attention, block_size=4)
     memory, trajectories = prompts.memory, []
-    write = memory.write
-    monkeypatch.setattr(
-        memory, "write", lambda trajectory, **kw: trajectories.append(trajectory) or write(trajectory, **kw)
-    )
+    own = memory.write
+    monkeypatch.setattr(memory, "write", lambda given, **kw: trajectories.append(given) or own(given, **kw))
     text = random_prompts(60)[0]
     written = prompts.recall([text])
     (trajectory,) = trajectories
