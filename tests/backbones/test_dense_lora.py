@@ -47,27 +47,18 @@ def same_as_peft(model: nn.Module, x: torch.Tensor, monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(own, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
 
 
-def two_adapters() -> peft.PeftModel:
+@pytest.mark.parametrize(("dropout", "bias"), [(0.0, False), (0.3, False), (1.0, False), (0.3, True)])
+def test_as_peft_forward_and_backward(dropout, bias, monkeypatch):
+    model = adapted(dropout=dropout, bias=bias)
+    layer = model.get_base_model()[1]
+    assert type(layer) is DenseLora and layer(torch.randn(2, 0, 40)).shape == (2, 0, 16)
+    same_as_peft(model, torch.randn(2, 7, 24), monkeypatch)
+
+
+def test_several_adapters_as_peft(monkeypatch):
     model = adapted()
     model.add_adapter("other", peft.LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["0", "1"]))
     model.base_model.set_adapter(["default", "other"])
-    return model
-
-
-CASES = {
-    "plain": adapted,
-    "dropout": lambda: adapted(dropout=0.3),
-    "all dropped": lambda: adapted(dropout=1.0),
-    "a bias": lambda: adapted(dropout=0.3, bias=True),
-    "two adapters": two_adapters,
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_as_peft_forward_and_backward(case, monkeypatch):
-    model = CASES[case]()
-    layer = model.get_base_model()[1]
-    assert type(layer) is DenseLora and layer(torch.randn(2, 0, 40)).shape == (2, 0, 16)
     same_as_peft(model, torch.randn(2, 7, 24), monkeypatch)
 
 

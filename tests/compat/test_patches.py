@@ -27,14 +27,6 @@ def test_the_readme_speaks_of_each_patch():
         assert name in text and any(f"def {name}(" in changes(patch) for patch in ALL)
 
 
-@pytest.mark.parametrize("patch", ALL)
-def test_a_patch_says_where_it_was_seen_and_has_one_line_of_context(patch):
-    assert DLLM_COMMIT in (FOLDER / patch).read_text().partition("\n---\n")[0]
-    for hunk in re.split(r"^(?=@@)", changes(patch), flags=re.MULTILINE)[1:]:
-        lines = hunk.partition("\ndiff --git")[0].splitlines()[1:]
-        assert re.fullmatch(r" ?[-+]+( {1,2}[-+]+)* ?", "".join(line[0] for line in lines)), hunk
-
-
 @pytest.mark.dllm
 @pytest.mark.parametrize("patches", [*([patch] for patch in ALL), ALL, ALL[::-1]], ids=[*ALL, "all", "all_reversed"])
 def test_patches_apply(patches, unpatched, tmp_path):
