@@ -172,20 +172,6 @@ def test_weights_that_are_not_there_are_counted(kind, tmp_path):
     assert message(load, tmp_path).endswith(f": {len(gone)} weights are missing, {gone[0]} the first")
 
 
-@pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
-@pytest.mark.parametrize(
-    ("dimensions", "words"),
-    [
-        ({"hidden_sise": 32}, "model.dimensions.hidden_sise: not a field of "),
-        ({"hidden_size": 0}, "model.dimensions.hidden_size=0: expected a whole number"),
-        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "model.dimensions: they make no "),
-    ],
-)
-def test_dimensions_that_make_no_model_are_refused(kind, dimensions, words):
-    model = ModelConfig(architecture=ARCHITECTURES[kind], dimensions={**DIMENSIONS[kind], **dimensions})
-    assert message(lambda: load_model(model, config_of(model, vocab_size=48))).startswith(words)
-
-
 def test_lora_targets_that_match_nothing_are_refused():
     text = message(with_lora, tiny("llama"), LoraConfig(target_modules=("c_attn",)))
     assert text.startswith("lora.target_modules=('c_attn',): ") and "c_attn" in text.partition(": ")[2]

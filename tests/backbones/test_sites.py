@@ -65,17 +65,10 @@ def test_llada_moe_in_its_own_size():
     assert (memory.boundary, memory.fast_parameters) == (14, 2 * 64 * 3 * 32 * (2048 + 1024))
 
 
-LINEAR = {
-    "llada_moe": "down_proj, gate, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
-    "llada2": "dense, down_proj, gate_proj, query_key_value, up_proj",
-    "llama": "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
-}
-
-
-@pytest.mark.parametrize("kind", LINEAR)
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_target_that_matches_nothing_is_refused(kind, lora):
+def test_a_target_that_matches_nothing_is_refused(lora):
+    """With all that there is instead."""
+    memory = MemoryConfig(target_modules=("gate_proj", "c_fc"), layer_fraction=0.4)
     with pytest.raises(ConfigError, match=r"^memory\.target_modules: 'c_fc' matches nothing in layers 1-2 of") as error:
-        memory = MemoryConfig(target_modules=("gate_proj", "c_fc"), layer_fraction=0.4)
-        find_sites(staged_backbone(tiny(kind, lora=lora)), memory)
-    assert str(error.value).endswith(f": {LINEAR[kind]}")
+        find_sites(staged_backbone(tiny("llada2", lora=lora)), memory)
+    assert str(error.value).endswith(": dense, down_proj, gate_proj, query_key_value, up_proj")
