@@ -26,6 +26,7 @@ from stock_models import (
     stock_decoder,
     stock_llama,
 )
+from torch import nn
 
 from dllm_memdlm.config import ConfigError
 from dllm_memdlm.inference.pretrained import load_pretrained
@@ -43,13 +44,15 @@ def llama(tmp_path_factory) -> str:
     return save_stock(tmp_path_factory.mktemp("llama"), stock_decoder("LlamaForCausalLM"))
 
 
-# === ours, in stock PEFT ===
+def trained(folder: Path, model: nn.Module) -> tuple[str, str]:
+    """A base and the adapter of a run on it."""
+    base = save_stock(folder / "base", model, byte_tokenizer())
+    return base, train_adapter(folder, base)
 
 
 @pytest.mark.parametrize("name", STOCK_DECODERS)
 def test_a_runs_adapter_on_a_stock_decoder(name, tmp_path):
-    base = save_stock(tmp_path / "base", stock_decoder(name, BYTES), byte_tokenizer())
-    folder = train_adapter(tmp_path, base)
+    base, folder = trained(tmp_path, stock_decoder(name, BYTES))
     ours = logits(load_pretrained(folder).model)
     stock = peft.PeftModel.from_pretrained(getattr(transformers, name).from_pretrained(base), folder)
     torch.testing.assert_close(bidirectional_logits(stock), ours, atol=1e-5, rtol=1e-5)
@@ -62,8 +65,7 @@ def test_a_runs_adapter_on_a_stock_decoder(name, tmp_path):
 
 
 def test_a_runs_adapter_where_this_package_is_not_installed(tmp_path):
-    base = save_stock(tmp_path / "base", stock_decoder("LlamaForCausalLM", BYTES), byte_tokenizer())
-    folder = train_adapter(tmp_path, base)
+    _, folder = trained(tmp_path, stock_decoder("LlamaForCausalLM", BYTES))
     program = f"""
 import sys, json
 sys.modules["dllm_memdlm"] = None
@@ -84,8 +86,7 @@ print(json.dumps(logits))
 @pytest.mark.dllm
 @pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
 def test_a_runs_adapter_on_dllms_model(kind, tmp_path):
-    base = save_stock(tmp_path / "base", dllms_model(kind, vocab_size=BYTES), byte_tokenizer())
-    folder = train_adapter(tmp_path, base)
+    base, folder = trained(tmp_path, dllms_model(kind, vocab_size=BYTES))
     theirs = type(dllms_model(kind))
     stock = peft.PeftModel.from_pretrained(theirs.from_pretrained(base), folder)
     torch.testing.assert_close(logits(stock), logits(load_pretrained(folder).model), atol=1e-4, rtol=1e-4)
@@ -101,9 +102,6 @@ def test_no_config_of_an_adapter_names_this_package(kind, tmp_path):
     assert config_of(folder)["auto_mapping"] == {"base_model_class": name, "parent_library": MODULES[name]}
 
 
-# === those of others, in ours ===
-
-
 @pytest.mark.dllm
 @pytest.mark.parametrize("saved_whole", [None, ["lm_head"], ["embed_tokens", "lm_head"]], ids=str)
 @pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
@@ -113,19 +111,16 @@ def test_an_adapter_as_the_papers_code_saves_it(kind, saved_whole, tmp_path):
         saved_whole = [{"embed_tokens": "word_embeddings"}.get(name, name) for name in saved_whole]
     base = save_stock(tmp_path / "base", dllms_model(kind))
     model = type(dllms_model(kind)).from_pretrained(base)
-    config = peft.LoraConfig(
-        r=4, lora_alpha=8, lora_dropout=0.05, target_modules="all-linear", modules_to_save=saved_whole
-    )
-    adapted = save_peft(tmp_path / "adapter", model, config)
-    expected = logits(adapted)
+    settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.05, "target_modules": "all-linear"}
+    config = peft.LoraConfig(modules_to_save=saved_whole, **settings)
+    expected = logits(save_peft(tmp_path / "adapter", model, config))
     edit(tmp_path / "adapter", base_model_name_or_path="/home/authors/checkpoints/base")
     names = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
     assert any(".mlp.gate.lora_A" in name for name in names) == (kind == "llada_moe")
     assert sum("lora_" not in name for name in names) == len(saved_whole or [])
-    ours = load_pretrained(base, str(tmp_path / "adapter"))
-    torch.testing.assert_close(logits(ours.model), expected, atol=1e-4, rtol=1e-4)
-    merged = load_pretrained(base, str(tmp_path / "adapter"), merge_adapter=True)
-    torch.testing.assert_close(logits(merged.model), expected, atol=1e-4, rtol=1e-4)
+    for merge in (False, True):
+        ours = load_pretrained(base, str(tmp_path / "adapter"), merge_adapter=merge)
+        torch.testing.assert_close(logits(ours.model), expected, atol=1e-4, rtol=1e-4)
     assert (expected - logits(load_pretrained(base).model)).abs().max() > 0.1
 
 
@@ -145,24 +140,17 @@ ADAPTERS = {
 @pytest.mark.parametrize("what", ADAPTERS)
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:.*tie_word_embeddings.*:UserWarning")
 def test_an_adapter_of_another_kind(what, tied, tmp_path):
-    """Merged, too: where input and output embeddings share a weight, the sum is only for the one it was made for."""
+    """Merged, too: where input and output embeddings share a weight, the sum is only for the one it was made for.
+
+    Settings of a later PEFT are passed over.
+    """
     base = save_stock(tmp_path / "base", stock_decoder("LlamaForCausalLM", tie_word_embeddings=tied))
     expected = bidirectional_logits(save_peft(tmp_path / "adapter", stock_llama(base), ADAPTERS[what]))
+    edit(tmp_path / "adapter", a_later_setting=None, peft_version="0.99.0")
     for merge in (False, True):
         ours = load_pretrained(base, str(tmp_path / "adapter"), merge_adapter=merge)
         torch.testing.assert_close(logits(ours.model), expected, atol=1e-4, rtol=1e-4)
     assert (expected - logits(load_pretrained(base).model)).abs().max() > 0.05
-
-
-def test_settings_of_a_later_peft_are_passed_over(llama, tmp_path):
-    config = peft.LoraConfig(target_modules=["q_proj"])
-    expected = bidirectional_logits(save_peft(tmp_path, stock_llama(llama), config))
-    edit(tmp_path, a_later_setting=None, peft_version="0.99.0")
-    torch.testing.assert_close(logits(load_pretrained(llama, str(tmp_path)).model), expected, atol=1e-5, rtol=1e-5)
-
-
-def prompts(folder: Path, llama: str) -> None:
-    save_peft(folder, stock_llama(llama), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
 
 
 def more_weights(folder: Path, llama: str) -> None:
@@ -178,7 +166,9 @@ def pickled(folder: Path, llama: str) -> None:
 
 
 REFUSED = {
-    "an adapter of type PROMPT_TUNING, expected one of weights, such as LORA": prompts,
+    "an adapter of type PROMPT_TUNING, expected one of weights, such as LORA": lambda folder, llama: save_peft(
+        folder, stock_llama(llama), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    ),
     "an adapter of type None, expected": lambda folder, _: (folder / "adapter_config.json").write_text("{}"),
     "no readable adapter_config.json (": lambda folder, _: (folder / "adapter_config.json").write_text("["),
     "made for another model; base_model.model.model.layers.2.mlp.up_proj.base_layer.mem_inner_A is in": more_weights,
@@ -202,9 +192,6 @@ def test_a_base_on_somebody_elses_disk_is_said_so(llama, tmp_path):
     with pytest.raises(ConfigError, match=r"^pretrained='/cache/LLaDA': no such folder; .*pretrained=BASE,adapter="):
         load_pretrained(folder)
     assert logits(load_pretrained(llama, folder).model).shape == (2, 9, 48)
-
-
-# === from the hub's cache ===
 
 
 def test_a_published_adapter_is_loaded_by_its_name(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import KINDS, assert_close_relative, make_trainer, take_gradients, tiny, train_batch
-from inputs import BATCH, LENGTH, mask_of, tokens
+from inputs import BATCH, mask_of, tokens
 
 from dllm_memdlm.backbones import staged_backbone
 from dllm_memdlm.backbones.layers import BlockCausal, take
@@ -18,9 +18,6 @@ pytestmark = pytest.mark.parametrize("kind", KINDS)
 #: In no order, with a repetition.
 POSITIONS = torch.tensor([[0, 3, 11], [7, 2, 2], [5, 4, 9]])
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}  # routers compute in float32, and round what differs in the last digit
-
-
-# === stages ===
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -62,14 +59,6 @@ def test_masks_say_the_same_in_every_form(kind):
     torch.testing.assert_close(logits("2-D")[1:2, :8], shorter, rtol=1e-4, atol=1e-4)
 
 
-def test_positions_can_be_given(kind):
-    model = tiny(kind)
-    reordered = torch.randperm(LENGTH, generator=torch.Generator().manual_seed(0))
-    expected = model(input_ids=tokens()).logits[:, reordered]
-    out = model(input_ids=tokens()[:, reordered], position_ids=reordered[None]).logits
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("at_once", [4, 8, 100])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_causal_blocks_need_no_whole_mask(kind, attention, at_once, monkeypatch):
@@ -87,9 +76,6 @@ def test_causal_blocks_need_no_whole_mask(kind, attention, at_once, monkeypatch)
     # At 32,768 tokens in bfloat16 64 MiB, for 2 GiB.
     monkeypatch.undo()
     assert BlockCausal(32, torch.empty(1, 32768, 8, dtype=torch.bfloat16, device="meta")).mask.nbytes == 2**26
-
-
-# === gradient checkpointing ===
 
 
 @pytest.mark.parametrize("dropout", [True, 0.3])
@@ -113,9 +99,6 @@ def test_checkpointing_changes_nothing(kind, dropout, tokenizer, tmp_path):
     assert loss_on == loss
     for name, gradient in gradients.items():
         assert_close_relative(gradients_on[name], gradient, 1e-6, name)
-
-
-# === fast weights through the stages and through the full forward ===
 
 
 def test_fast_weights_act_alike_in_stages_and_in_full(kind):

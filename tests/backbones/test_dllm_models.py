@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import peft
 import pytest
 import torch
-from conftest import COMMON, DIMENSIONS, scale_up, tiny_config
+from conftest import scale_up, tiny_config
 from inputs import mask_of, tokens
-from stock_models import dllms_model
+from stock_models import a2d_llama, config_of, dllms_model
 
 from dllm_memdlm.backbones import adopt, model_class, with_lora
 from dllm_memdlm.backbones.expert_names import split_names
@@ -18,12 +16,6 @@ from dllm_memdlm.method.inner_loop import ParametricMemory
 
 pytestmark = pytest.mark.dllm
 KINDS = ("llada_moe", "llada2")
-
-
-def a2d_llama() -> torch.nn.Module:
-    from dllm.pipelines.a2d import A2DLlamaConfig, A2DLlamaLMHeadModel
-
-    return A2DLlamaLMHeadModel(A2DLlamaConfig(**{**COMMON, **DIMENSIONS["llama"]}))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -92,4 +84,4 @@ def test_the_adapter_of_an_adopted_model_names_dllms_class(kind, tmp_path):
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["o_proj", "dense"]))
     adopt(wrapped)
     wrapped.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["auto_mapping"] == expected
+    assert config_of(tmp_path)["auto_mapping"] == expected

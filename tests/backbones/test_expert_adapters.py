@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import peft
@@ -10,6 +9,7 @@ import pytest
 import torch
 from conftest import tiny
 from safetensors.torch import load_file
+from stock_models import config_of
 from test_experts import apart
 from torch import Tensor
 
@@ -70,7 +70,7 @@ def test_targets_are_those_of_a_module_an_expert(targets, tmp_path):
     for model, name in ((theirs, "again"), (ours, "ours")):
         assert split_names(model.state_dict()).keys() == expected
         model.save_pretrained(tmp_path / name)
-        words = json.loads((tmp_path / name / "adapter_config.json").read_text())["target_modules"]
+        words = config_of(tmp_path / name)["target_modules"]
         assert words == targets if isinstance(targets, str) else sorted(words) == sorted(targets)
 
 
@@ -116,7 +116,7 @@ def test_ranks_and_alphas_of_their_own(pattern, tmp_path):
         for layer in (ours.get_submodule(f"{path}.{name}"), theirs.get_submodule(f"{path}.3.{name}")):
             assert layer.scaling == {"default": scaling}
     ours.save_pretrained(tmp_path / "again")
-    saved = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    saved = config_of(tmp_path / "again")
     assert {name: saved[name] for name in patterns} == patterns
 
 

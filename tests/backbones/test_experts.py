@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -24,8 +23,6 @@ from dllm_memdlm.backbones.layers import GatedMLP
 from dllm_memdlm.backbones.moe import stack_experts
 from dllm_memdlm.backbones.stacking import experts_apart
 from dllm_memdlm.config import ConfigError, ModelConfig
-from dllm_memdlm.training.planner.shapes import shape_model
-from dllm_memdlm.training.recipe import load_recipe
 from dllm_memdlm.training.trainer import MemDLMTrainer
 
 KINDS = ("llada_moe", "llada2")
@@ -41,21 +38,6 @@ def apart(kind: str, like: nn.Module) -> nn.Module:
 
 def same(state: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return state.keys() == expected.keys() and all(torch.equal(value, expected[name]) for name, value in state.items())
-
-
-@pytest.mark.parametrize(("recipe", "sparse"), [("llada2_mini", 19), ("llada_moe", 16)])
-def test_a_published_model_has_few_modules(recipe, sparse):
-    """LLaDA2.1-mini has 14,592 matrices of experts, LLaDA-MoE 3,072. A step walks all modules, some of them twice."""
-    cls = model_class({"llada2_mini": "LLaDA2MoeModelLM", "llada_moe": "LLaDAMoEModelLM"}[recipe])
-    loaded = load_recipe(f"recipes/{recipe}.yaml")
-    named = dataclasses.replace(loaded, model=dataclasses.replace(loaded.model, architecture=cls.__name__))
-    model = shape_model(named, cls.config_class())
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert len(trained) < 600 and sum(1 for _ in model.modules()) < 3000
-    assert sum(".mlp.experts." in name for name in trained) == 6 * sparse
-
-
-# === checkpoints ===
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,9 +97,6 @@ def test_a_base_in_4_bit_is_not_saved(tmp_path):
     settings = ModelConfig(path=str(tmp_path), load_in_4bit=True)
     with pytest.raises(ValueError, match="experts in 4 bit are not saved"):
         load_model(settings, config_of(settings)).save_pretrained(tmp_path / "packed")
-
-
-# === from a module an expert ===
 
 
 @pytest.mark.parametrize(("lora", "merged"), [(False, False), (True, False), (True, True)])
@@ -185,27 +164,12 @@ def test_modules_that_differ_are_refused(change, words):
     assert all(p is before[name] for name, p in layers.named_parameters()), "nothing is lost"
 
 
-# === training ===
-
-
 def test_an_optimizer_of_other_parameters_is_refused(tokenizer, tmp_path):
     optimizer = torch.optim.SGD(tiny("llada_moe").parameters(), lr=0.1)
     trainer = make_trainer(tiny("llada_moe"), tokenizer, tmp_path)
     settings = {"args": trainer.args, "train_dataset": trainer.train_dataset, "processing_class": tokenizer}
     with pytest.raises(ConfigError, match="an optimizer of other parameters than the model's"):
         MemDLMTrainer(tiny("llada_moe"), optimizers=(optimizer, None), **settings)
-
-
-def test_padded_rows_change_no_step(tokenizer, tmp_path, monkeypatch):
-    """What a CPU does with few rows; all other tests go without."""
-    losses = []
-    for few in (0, 32):
-        monkeypatch.setattr(moe, "FEW_ROWS", few)
-        settings = {"max_steps": 2, "learning_rate": 1e-2}
-        trainer = make_trainer(tiny("llada2", lora=True), tokenizer, tmp_path / str(few), **settings)
-        trainer.train()
-        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
-    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_checkpoint_of_before_is_refused(tokenizer, tmp_path):

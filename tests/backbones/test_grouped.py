@@ -25,14 +25,10 @@ def make_case(sizes: list[int], inner: int, outer: int, dtype: torch.dtype) -> t
 
 def explicit(x: Tensor, weight: Tensor, sizes: list[int], upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """y, and the gradients of x and weight, row by row in float64."""
-    x, weight, upstream = x.detach().double(), weight.detach().double(), upstream.double()
-    y = torch.zeros(len(x), weight.shape[1], dtype=torch.float64)
-    grad_x, grad_weight = torch.zeros_like(x), torch.zeros_like(weight)
-    for row, group in enumerate(g for g, size in enumerate(sizes) for _ in range(size)):
-        y[row] = weight[group] @ x[row]
-        grad_x[row] = weight[group].T @ upstream[row]
-        grad_weight[group] += torch.outer(upstream[row], x[row])
-    return y, grad_x, grad_weight
+    x, weight = (value.detach().double().requires_grad_() for value in (x, weight))
+    of_rows = weight.repeat_interleave(torch.tensor(sizes), dim=0)
+    y = (of_rows @ x[:, :, None])[:, :, 0]
+    return y, *torch.autograd.grad(y, (x, weight), upstream.double())
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)

@@ -1,13 +1,90 @@
-"""What the backbones are made of, against transformers' own: rotary positions and norms, forward and backward."""
+"""What the backbones are made of: the loss without the logits against the loss of the logits, rotations and norms."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from conftest import assert_close_relative
+from conftest import KINDS, assert_close_relative, tiny
+from inputs import tokens
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
 
+from dllm_memdlm.backbones import output
 from dllm_memdlm.backbones.layers import RMSNorm, rotate
+from dllm_memdlm.backbones.output import OutputLinear, token_nll
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, "autocast": 2e-2}
+B, M, D, V = 2, 30, 16, 40
+
+
+def layer_and_rows(dtype: torch.dtype, frozen: bool, bias: bool = False) -> tuple[OutputLinear, Tensor, Tensor]:
+    torch.manual_seed(0)
+    layer = OutputLinear(D, V, bias=bias).to(dtype)
+    layer.weight.requires_grad_(not frozen).data *= 4
+    return layer, torch.randn(B, M, D).to(dtype).requires_grad_(), torch.randint(0, V, (B, M))
+
+
+@pytest.mark.parametrize("chunk", [3 * V, 2**25], ids=["3 rows at a time", "at once"])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_is_the_loss_of_the_logits(dtype, frozen, chunk, monkeypatch):
+    """And the gradients under factors that differ from row to row."""
+    monkeypatch.setitem(output.CHUNK, "cpu", chunk)
+    layer, rows, wanted = layer_and_rows(torch.float32 if dtype == "autocast" else dtype, frozen)
+    results = []
+    for nll_of in (lambda: layer(rows, wanted), lambda: token_nll(layer(rows), wanted)):
+        with torch.autocast(rows.device.type, torch.bfloat16, enabled=dtype == "autocast"):
+            nll = nll_of()
+        (nll * torch.linspace(0, 2, B * M).view(B, M)).sum().backward()
+        results.append([nll.detach(), rows.grad, layer.weight.grad])
+        rows.grad = layer.weight.grad = None
+    assert results[0][0].dtype == torch.promote_types(rows.dtype, torch.float32)
+    for ours, plain in zip(*results, strict=True):
+        assert (ours is None) == (plain is None)
+        if plain is not None:
+            assert ours.dtype == plain.dtype
+            assert_close_relative(ours, plain, TOLERANCE[dtype])
+
+
+def test_a_bias_is_heard():
+    layer, rows, wanted = layer_and_rows(torch.float64, frozen=True, bias=True)
+    torch.testing.assert_close(layer(rows, wanted), token_nll(layer(rows), wanted))
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that a tensor made within has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.elements = max(self.elements, out.numel() if isinstance(out, Tensor) else 0)
+        return out
+
+
+def test_all_the_logits_are_never_there(monkeypatch):
+    monkeypatch.setitem(output.CHUNK, "cpu", 3 * V)
+    layer, rows, wanted = layer_and_rows(torch.float32, frozen=True)
+    with Largest() as largest:
+        layer(rows, wanted).sum().backward()
+    assert largest.elements == max(B * M * D, V * D, 3 * V) < B * M * V
+
+
+@pytest.mark.parametrize("stage", ["full", "suffix"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_backbone_gives_it(kind, stage):
+    model = tiny(kind, lora=True)
+    assert type(model.get_base_model().lm_head) is OutputLinear
+    positions, wanted = torch.tensor([[1, 3], [0, 2]]), torch.tensor([[5, 6], [7, 8]])
+    hidden = torch.randn(2, 9, model.get_base_model().config.hidden_size)
+    given = {"input_ids": tokens()[:2]} if stage == "full" else {"hidden": hidden, "boundary": 1}
+    expected = token_nll(model(stage=stage, positions=positions, **given).logits, wanted)
+    out = model(stage=stage, positions=positions, tokens=wanted, **given)
+    assert out.logits is None
+    torch.testing.assert_close(out.nll, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("turned", [8, 4], ids=["all features", "half of them"])

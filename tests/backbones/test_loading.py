@@ -6,23 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
 from conftest import ARCHITECTURES, DIMENSIONS, KINDS, scale_up, tiny, tiny_config
 from safetensors.torch import load_file, save_file
 
-from dllm_memdlm.backbones import (
-    DECODERS,
-    config_of,
-    find_sites,
-    load_model,
-    model_class,
-    read_config,
-    staged_backbone,
-    with_lora,
-)
+from dllm_memdlm.backbones import DECODERS, config_of, find_sites, load_model, model_class, read_config, with_lora
 from dllm_memdlm.config import ConfigError, LoraConfig, MemoryConfig, ModelConfig
 
 TOKENS = torch.arange(3, 23).view(2, 10)
@@ -86,8 +76,7 @@ def test_a_bfloat16_model_from_scratch_keeps_exact_positions(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_from_dimensions_depends_on_its_seed_alone(kind):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-    dimensions = {**DIMENSIONS[kind], **sizes}
+    dimensions = {**DIMENSIONS[kind], "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
     model = ModelConfig(architecture=ARCHITECTURES[kind], dimensions=dimensions, dtype="float32")
     config = config_of(model, vocab_size=48)
     assert config.vocab_size == 48
@@ -127,29 +116,19 @@ def test_every_decoder_loads_sees_both_ways_and_has_sites(name, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_lora_is_wrapped_around_the_backbone(kind, tmp_path):
     settings = ModelConfig(path=str(saved(kind, tmp_path)), dtype="bfloat16")
-    lora = LoraConfig(r=2, alpha=4, dropout=0.25)
-    model = load_model(settings, config_of(settings), lora)
+    model = load_model(settings, config_of(settings), LoraConfig(r=2, alpha=4, dropout=0.25))
     config = model.peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout) == (2, 4, 0.25)
-    assert isinstance(model, peft.PeftModel) and staged_backbone(model) is model.get_base_model()
-    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert trainable and all("lora_" in name for name in trainable)
-    assert next(staged_backbone(model).parameters()).dtype == torch.bfloat16
-    experts = [name for name in trainable if ".mlp.experts." in name and "down_proj.lora_A" in name]
-    assert len(experts) == (0 if kind == "llama" else 2)
+    assert {"lora_" in name for name, p in model.named_parameters() if p.requires_grad} == {True}
+    assert next(model.parameters()).dtype == torch.bfloat16
     off = load_model(settings, config_of(settings), LoraConfig(enabled=False))
     assert all(p.requires_grad for p in off.parameters())
 
 
-# === what is refused ===
-
 CONFIG_AND_WEIGHTS = {  # what is done to a folder: what the message says after its name
     "no config": (lambda f: (f / "config.json").unlink(), "a folder without a readable config.json"),
     "not JSON": (lambda f: (f / "config.json").write_text("{"), "a folder without a readable config.json"),
-    "nameless": (
-        lambda f: edit(f, architectures=None),
-        "its config.json names no architecture; expected one",
-    ),
+    "nameless": (lambda f: edit(f, architectures=None), "its config.json names no architecture; expected one"),
     "no list": (lambda f: edit(f, architectures="Llama"), "its config.json has architectures='Llama'; expected a list"),
     "a bad value": (lambda f: edit(f, hidden_size="32"), "a config.json that makes no "),
     "quantised": (lambda f: edit(f, quantization_config={"quant_method": "awq"}), "its weights are quantised already"),
@@ -172,9 +151,7 @@ def test_a_folder_that_is_no_model_is_refused(kind, what, tmp_path):
 def test_a_missing_folder_is_named(tmp_path):
     for name in (str(tmp_path / "missing"), "./missing"):
         assert message(read_config, name) == f"model.path={name!r}: no such folder"
-    assert message(read_config, "a/b") == (
-        "model.path='a/b': no such folder, and no local copy or network to get it from the hub"
-    )
+    assert message(read_config, "a/b").startswith("model.path='a/b': no such folder, and no local copy or network")
 
 
 def test_an_unknown_architecture_is_refused(tmp_path):
@@ -195,28 +172,6 @@ def test_weights_that_are_not_there_are_counted(kind, tmp_path):
     assert message(load, tmp_path).endswith(f": {len(gone)} weights are missing, {gone[0]} the first")
 
 
-@pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
-@pytest.mark.parametrize(
-    ("dimensions", "words"),
-    [
-        ({"hidden_sise": 32}, "model.dimensions.hidden_sise: not a field of "),
-        ({"hidden_size": 0}, "model.dimensions.hidden_size=0: expected a whole number"),
-        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "model.dimensions: they make no "),
-    ],
-)
-def test_dimensions_that_make_no_model_are_refused(kind, dimensions, words):
-    def build() -> None:
-        model = ModelConfig(architecture=ARCHITECTURES[kind], dimensions={**DIMENSIONS[kind], **dimensions})
-        load_model(model, config_of(model, vocab_size=48))
-
-    assert message(build).startswith(words)
-
-
 def test_lora_targets_that_match_nothing_are_refused():
     text = message(with_lora, tiny("llama"), LoraConfig(target_modules=("c_attn",)))
     assert text.startswith("lora.target_modules=('c_attn',): ") and "c_attn" in text.partition(": ")[2]
-
-
-def test_a_model_without_stages_is_refused():
-    with pytest.raises(TypeError, match=r"^no backbone adapter for LlamaForCausalLM; load the model with dllm_memdlm"):
-        staged_backbone(transformers.LlamaForCausalLM(tiny_config("llama")))

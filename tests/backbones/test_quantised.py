@@ -39,7 +39,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 def test_experts_are_unpacked_by_one_call_to_the_same_bits(folders):
     """Against bitsandbytes' layers, one for each expert; of sizes that fill no whole block, too."""
-    model = load_model(ModelConfig(path=str(folders["llada2"]), load_in_4bit=True), read_config(str(folders["llada2"])))
+    path = str(folders["llada2"])
+    model = load_model(ModelConfig(path=path, load_in_4bit=True), read_config(path))
     found = {name: m for name, m in model.named_modules() if isinstance(m, PackedExpertLinear)}
     assert len(found) == 6
     original = load_file(folders["llada2"] / "model.safetensors")

@@ -15,40 +15,23 @@ import dllm_memdlm
 from dllm_memdlm.compat.dllm_api import DLLM_COMMIT
 
 
-def parts(patch: str) -> tuple[str, str, str]:
-    """Header, reason and changes."""
-    message, _, changes = (FOLDER / patch).read_text().partition("\n---\n")
-    header, _, reason = message.partition("\n\n")
-    return header, reason, changes
+def changes(patch: str) -> str:
+    return (FOLDER / patch).read_text().partition("\n---\n")[2]
 
 
 def test_the_readme_speaks_of_each_patch():
     assert sorted(path.name for path in FOLDER.iterdir()) == [*ALL, "README.md"]
     text = (FOLDER / "README.md").read_text()
-    assert all(f"[`{patch}`]({patch})" in text for patch in ALL)
-    assert DLLM_COMMIT in text and "git -C dllm apply" in text and "Nothing here is required" in text
+    assert DLLM_COMMIT in text and all(f"[`{patch}`]({patch})" in text for patch in ALL)
     for name in ("register_trainer", "get_trainer", "_sample_noise"):
-        assert name in text and any(f"def {name}(" in parts(patch)[2] for patch in ALL)
-
-
-@pytest.mark.parametrize("patch", ALL)
-def test_a_patch_says_who_what_and_why_with_one_line_of_context(patch):
-    header, reason, changes = parts(patch)
-    who = r"From 0{40} .*\nFrom: dllm-memdlm developers <\S+@example\.org>\nSubject: \[PATCH\] .+"
-    assert re.fullmatch(who, header)
-    assert len(reason.split()) > 100 and max(map(len, reason.splitlines())) <= 76
-    assert DLLM_COMMIT in reason, "where it was seen"
-    assert not re.search(r"/(home|root|tmp|work)\b|://", reason + changes)
-    for hunk in re.split(r"^(?=@@)", changes, flags=re.MULTILINE)[1:]:
-        lines = hunk.partition("\ndiff --git")[0].splitlines()[1:]
-        assert re.fullmatch(r" ?[-+]+( {1,2}[-+]+)* ?", "".join(line[0] for line in lines)), hunk
+        assert name in text and any(f"def {name}(" in changes(patch) for patch in ALL)
 
 
 @pytest.mark.dllm
 @pytest.mark.parametrize("patches", [*([patch] for patch in ALL), ALL, ALL[::-1]], ids=[*ALL, "all", "all_reversed"])
 def test_patches_apply(patches, unpatched, tmp_path):
     before, after = files(unpatched), []
-    touched = {name for patch in patches for name in re.findall(r"^\+\+\+ b/(.*)", parts(patch)[2], flags=re.MULTILINE)}
+    touched = {name for patch in patches for name in re.findall(r"^\+\+\+ b/(.*)", changes(patch), flags=re.MULTILINE)}
     for command in (GIT, PATCH):
         if shutil.which(command[0]):
             tree = shutil.copytree(unpatched, tmp_path / command[0])

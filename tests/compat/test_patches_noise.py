@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import COMMON, DIMENSIONS, examples, make_tokenizer, make_trainer, scale_up, seq2seq, take_gradients
+from conftest import examples, make_tokenizer, make_trainer, scale_up, seq2seq, take_gradients
 from patched_dllm import ALL, NOISE, told, with_patches
 from steps import OFF
+from stock_models import a2d_llama
 from torch import Tensor, nn
 
 from dllm_memdlm.compat.dllm_api import MDLMConfig, MDLMTrainer
@@ -27,10 +28,8 @@ class SameNoise(MDLMTrainer):
 
 
 def a2d_model() -> nn.Module:
-    from dllm.pipelines.a2d import A2DLlamaConfig, A2DLlamaLMHeadModel
-
     torch.manual_seed(0)
-    model = A2DLlamaLMHeadModel(A2DLlamaConfig(**COMMON, **DIMENSIONS["llama"]))
+    model = a2d_llama()
     scale_up(model)
     return model.train()
 

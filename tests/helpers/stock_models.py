@@ -29,20 +29,12 @@ def dllms(kind: str, config: dict[str, object]) -> nn.Module:
 #: What the published configs say and our defaults do not, or the other way round.
 AS_PUBLISHED = {
     "llada_moe": {
-        "moe_router_score_function": "softmax",
-        "moe_router_enable_expert_bias": False,
-        "norm_topk_prob": None,
-        "qk_layernorm": True,
-        "num_key_value_heads": 4,
-        "shared_expert_intermediate_size": None,
+        **{"moe_router_score_function": "softmax", "moe_router_enable_expert_bias": False, "norm_topk_prob": None},
+        **{"qk_layernorm": True, "num_key_value_heads": 4, "shared_expert_intermediate_size": None},
     },
     "llada2": {
-        "rms_norm_eps": 1e-6,
-        "use_bias": False,
-        "num_shared_experts": 1,
-        "first_k_dense_replace": 1,
-        "embedding_dropout": 0.0,
-        "output_dropout": 0.0,
+        **{"rms_norm_eps": 1e-6, "use_bias": False, "num_shared_experts": 1, "first_k_dense_replace": 1},
+        **{"embedding_dropout": 0.0, "output_dropout": 0.0},
     },
 }
 DENSE_ATTRIBUTES = ("vocab_size", "hidden_size", "rope_theta", "partial_rotary_factor", "attention_dropout")
@@ -90,24 +82,26 @@ def save_peft(folder: Path, model: nn.Module, config: peft.PeftConfig) -> nn.Mod
     return adapted
 
 
-def edit(folder: str | Path, **changes: Any) -> None:
-    path = Path(folder) / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def config_of(folder: str) -> dict[str, Any]:
+def config_of(folder: str | Path) -> dict[str, Any]:
     return json.loads((Path(folder) / "adapter_config.json").read_text())
+
+
+def edit(folder: str | Path, **changes: Any) -> None:
+    (Path(folder) / "adapter_config.json").write_text(json.dumps({**config_of(folder), **changes}))
 
 
 def stock_llama(base: str) -> nn.Module:
     return transformers.LlamaForCausalLM.from_pretrained(base)
 
 
-def _dllms_config(kind: str, **changes: Any) -> dict[str, Any]:
-    shared = {"rope_theta": 10000.0, "partial_rotary_factor": 0.5 if kind == "llada2" else 1, "attention_dropout": 0.0}
-    return {**COMMON, **DIMENSIONS[kind], **AS_PUBLISHED[kind], **shared, **changes}
-
-
 def dllms_model(kind: str, **changes: Any) -> nn.Module:
     """dllm's own model, as small as ours."""
-    return dllms(kind, _dllms_config(kind, **changes))
+    shared = {"rope_theta": 10000.0, "partial_rotary_factor": 0.5 if kind == "llada2" else 1, "attention_dropout": 0.0}
+    return dllms(kind, {**COMMON, **DIMENSIONS[kind], **AS_PUBLISHED[kind], **shared, **changes})
+
+
+def a2d_llama() -> nn.Module:
+    """The model that dllm makes of a Llama."""
+    from dllm.pipelines.a2d import A2DLlamaConfig, A2DLlamaLMHeadModel
+
+    return A2DLlamaLMHeadModel(A2DLlamaConfig(**COMMON, **DIMENSIONS["llama"]))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
 from dllm_memdlm.backbones.output import token_nll, widened
-from dllm_memdlm.compat.bundled import CosineAlphaScheduler, LinearAlphaScheduler
 from dllm_memdlm.method.losses import NORMS, masked_diffusion_loss, positions_of
 
 B, L, V = 5, 12, 17
@@ -26,15 +23,8 @@ def make_batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
     return logits, tokens, maskable, mask, 1 / (torch.rand(B, generator=generator) * 0.9 + 0.05)
 
 
-def gathered_loss(
-    logits: Tensor,
-    tokens: Tensor,
-    maskable: Tensor,
-    mask: Tensor,
-    weights: Tensor,
-    norm: str,
-    count: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def gathered_loss(batch: tuple[Tensor, ...], norm: str, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    logits, tokens, maskable, mask, weights = batch
     positions = positions_of(mask)
     at = logits.gather(1, positions.index[:, :, None].expand(-1, -1, logits.shape[-1]))
     nll = token_nll(at, positions.gather(tokens))
@@ -65,12 +55,12 @@ def test_equals_the_full_formula(norm):
         "sequence": sum(each / max(1, int(own)) for each, own in zip(sums, maskable.sum(-1), strict=True)) / B,
         "batch": sums.sum() / B,
     }[norm]
-    loss, total = gathered_loss(*batch, norm)
+    loss, total = gathered_loss(batch, norm)
     gradients = [torch.autograd.grad(each, logits)[0] for each in (loss, expected)]
     assert loss.shape == () and loss.item() == pytest.approx(expected.item(), rel=1e-12)
     torch.testing.assert_close(*gradients, atol=1e-12, rtol=1e-12)
     assert total.tolist() == pytest.approx(sums.tolist(), rel=1e-12) and not total.requires_grad
-    larger, _ = gathered_loss(*batch, norm, torch.tensor(2.0 * int(maskable.sum())))
+    larger, _ = gathered_loss(batch, norm, torch.tensor(2.0 * int(maskable.sum())))
     assert larger.item() == pytest.approx(loss.item() / (2 if norm == "token" else 1))
 
 
@@ -78,7 +68,7 @@ def test_equals_the_full_formula(norm):
 def test_nothing_masked(norm):
     logits, tokens, maskable, mask, weights = make_batch()
     for maskable_too in (maskable, torch.zeros_like(maskable)):
-        loss, total = gathered_loss(logits, tokens, maskable_too, torch.zeros_like(mask), weights, norm)
+        loss, total = gathered_loss((logits, tokens, maskable_too, torch.zeros_like(mask), weights), norm)
         assert loss.item() == 0 and not total.any()
         (gradient,) = torch.autograd.grad(loss, logits)  # a graph exists, so that every rank has a backward
         assert not gradient.any()
@@ -91,17 +81,7 @@ def test_half_precision_logits_are_computed_in_float32(dtype):
     nll = token_nll(logits, tokens)
     exact, rounded = (-x.log_softmax(-1).gather(-1, tokens[..., None])[..., 0] for x in (logits.double(), logits))
     assert nll.dtype == torch.float32 and (nll - exact).abs().max() < 1e-5 < 1e-4 < (rounded - exact).abs().max()
-    loss, _ = gathered_loss(*batch, "token")
+    loss, _ = gathered_loss(batch, "token")
     assert loss.dtype == torch.float32
     assert torch.autograd.grad(loss, logits)[0].dtype == dtype
     assert widened(exact) is exact  # float64 stays
-
-
-def test_weights_of_the_schedules():
-    level = torch.tensor([[0.001, 0.25], [0.5, 1.0]])
-    weights = LinearAlphaScheduler().weight(level)
-    torch.testing.assert_close(weights, 1 / level, rtol=2e-3, atol=0)  # dllm adds 1e-6 to the denominator
-    torch.testing.assert_close(weights[1], 1 / level[1], rtol=3e-6, atol=0)
-    cosine = CosineAlphaScheduler().weight(torch.tensor([0.5]))
-    assert cosine.item() == pytest.approx(math.pi / 2, rel=1e-5)  # π/2 · sin(π/4) / cos(π/4)
-    assert torch.isfinite(LinearAlphaScheduler().weight(torch.zeros(3))).all()  # where nothing is masked

@@ -17,8 +17,6 @@ from dllm_memdlm.method import global_batch
 from dllm_memdlm.method.inner_loop import ParametricMemory, Written
 from dllm_memdlm.method.trajectory import Trajectory
 
-# === invariant 5: a batch of N is N batches of one ===
-
 
 @pytest.mark.parametrize(
     ("kind", "variant", "dtype", "tolerance"),
@@ -62,9 +60,6 @@ def test_a_sample_without_masks_writes_nothing(tokenizer, tmp_path):
     assert all((v[1] == 0).all() for k, v in step.written.fast_weights.tensors.items() if k.endswith(".B"))
 
 
-# === memory.sync: one set for the batches of all processes ===
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_processes_that_share_a_set_write_that_of_the_whole_batch(kind, tokenizer, tmp_path, monkeypatch):
     """Two threads stand for two processes, of three samples and of two."""
@@ -96,9 +91,6 @@ def test_processes_that_share_a_set_write_that_of_the_whole_batch(kind, tokenize
         assert_close_relative(first.fast_weights.tensors[name], value, 1e-4, name)
     for ours, expected in zip(first.steps, whole.steps, strict=True):
         assert ours.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
-
-
-# === samples that are not finite ===
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,9 +131,3 @@ def test_a_diverging_inner_loop_is_counted_and_the_run_goes_on(kind, scope, toke
     assert all("inner_loss_2" not in log for log in logs)
     assert [log["loss"] for log in logs] == [pytest.approx(log["loss_memory_off"], abs=1e-4) for log in logs]
     assert all(p.isfinite().all() for p in trainer.model.parameters())
-
-
-def test_a_healthy_run_counts_none(tokenizer, tmp_path):
-    trainer = make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama"), max_steps=1)
-    trainer.train()
-    assert trainer.state.log_history[0]["nonfinite_samples"] == 0

@@ -68,8 +68,6 @@ def check_against_naive(
     assert abs(off.item() - step.loss.item()) > 1e-3, "the memory does too little here for this test to see anything"
 
 
-# === invariant 3: the step is the paper's ===
-
 #: Those that every backbone runs; the others take turns.
 ON_EVERY_BACKBONE = ("paper", "scope_batch", "full", "three_steps", "two_epochs", "newly_revealed", "kl", "global_clip")
 CASES = [
@@ -151,9 +149,6 @@ def test_the_loss_is_weighted_as_asked(tokenizer, tmp_path):
     uniform = {**batch, "noise_weight": torch.ones(3), "noise_level": torch.ones(3)}  # at t = 1 the schedule's is 1
     expected = plain_loss(trainer.model, uniform, "batch").item()
     assert Step(trainer, batch).loss.item() == pytest.approx(expected, rel=1e-5)
-
-
-# === invariant 1: without inner steps it is plain MDLM ===
 
 
 @pytest.mark.parametrize(

@@ -73,22 +73,6 @@ def test_golden_numbers():
     assert drawn == [[1597327.0, 6098007.0, 9895621.0], [9536763.0, 7697720.0, 3364822.0]]
 
 
-def test_uniform_over_positions_examples_epochs_and_seeds():
-    """Kolmogorov-Smirnov at the 0.1 % level, and the ends of the range."""
-    example = torch.tensor([3])
-    for draws in (
-        noise.uniform(keys_of(1), noise.ANCHOR, 100_000),
-        noise.uniform(keys_of(100_000), noise.TIME, 1),
-        noise.uniform(torch.cat([noise.example_keys(42, n, example) for n in range(2000)]), noise.TIME, 1),
-        noise.uniform(torch.cat([noise.example_keys(n, 0, example) for n in range(2000)]), noise.TIME, 1),
-    ):
-        values = draws.flatten().double().sort().values
-        n = len(values)
-        steps = torch.arange(n + 1, dtype=torch.float64) / n
-        assert torch.maximum((steps[1:] - values).max(), (values - steps[:-1]).max()) < 1.95 / math.sqrt(n)
-        assert 0 <= values[0] < 20 / n and 1 - 20 / n < values[-1] < 1
-
-
 def test_streams_epochs_seeds_and_neighbours_are_uncorrelated():
     shape = 500  # positions: 1e5 numbers a comparison
     draws = [noise.uniform(keys_of(200), stream, shape) for stream in STREAMS]

@@ -36,9 +36,6 @@ def tiny_memory(kind: str = "llama", dtype: torch.dtype = torch.float32, **setti
     return prompt_memory(tiny(kind, dtype), memory_for(kind), **settings)
 
 
-# === what it depends on ===
-
-
 @pytest.mark.parametrize("attention", ["full", "block_causal"])
 @pytest.mark.parametrize(
     ("kind", "dtype", "tolerance", "shift"),
@@ -72,10 +69,8 @@ def test_it_is_written_as_by_a_naive_inner_loop(kind, shift, attention, monkeypa
     """Every token maskable, anchor ratio 0.2, uniform weights; φ0 and the masks are given to the naive loop."""
     prompts = tiny_memory(kind, shift=shift, attention=attention, block_size=4)
     memory, trajectories = prompts.memory, []
-    write = memory.write
-    monkeypatch.setattr(
-        memory, "write", lambda trajectory, **kw: trajectories.append(trajectory) or write(trajectory, **kw)
-    )
+    own = memory.write
+    monkeypatch.setattr(memory, "write", lambda given, **kw: trajectories.append(given) or own(given, **kw))
     text = random_prompts(60)[0]
     written = prompts.recall([text])
     (trajectory,) = trajectories
@@ -100,9 +95,6 @@ def test_prompts_are_written_on_without_what_belongs_to_training():
     trained = MemoryConfig(enabled=False, scope="batch", sync=True, dropout=0.5, rank=4, anchor_ratio=0.4)
     config = at_inference(trained, inner_lr=0.3)
     assert config == MemoryConfig(weighting="uniform", rank=4, anchor_ratio=0.4, inner_lr=0.3)
-
-
-# === shared, kept, left out ===
 
 
 def test_prompts_on_the_same_text_share_one_memory():

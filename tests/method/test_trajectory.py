@@ -19,7 +19,6 @@ from dllm_memdlm.method.trajectory import (
     Trajectory,
     build_trajectory,
     pre_anchor_count,
-    prompt_trajectory,
     reveal_counts,
     sample_anchor,
     smallest,
@@ -41,16 +40,8 @@ def test_equals_one_made_sample_by_sample(config):
     assert built.input_ids is input_ids and built.noise_keys is keys and built.noise_level is t
     torch.testing.assert_close(built.noise_weight, 1 / (t + 1e-6))
     torch.testing.assert_close(built.inner_weights, 1 / (built.inner_ratios + 1e-6), rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=name_of)
-def test_states_only_reveal_and_never_mask_the_prompt(config):
-    built = build(config)
-    assert subset(built.anchor_mask, built.maskable) and subset(built.inner_masks, built.maskable[:, None])
-    assert subset(built.inner_masks[:, 1:], built.inner_masks[:, :-1])
-    input_ids, maskable, t, keys = make_batch()
-    everything = torch.ones_like(t)
-    assert torch.equal(build_trajectory(input_ids, maskable, t, everything, keys, config).anchor_mask, maskable)
+    all_masked = build_trajectory(input_ids, maskable, t, torch.ones_like(t), keys, config)
+    assert torch.equal(all_masked.anchor_mask, maskable) and subset(all_masked.inner_masks, maskable[:, None])
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -65,9 +56,6 @@ def test_the_last_state_is_the_anchor_and_the_first_a_pre_anchor(strategy, steps
     if strategy == "pre_anchor_only" or (strategy == "anchor_consistent" and steps > 1):
         assert subset(anchor, pre) and (pre.sum(-1) > anchor.sum(-1)).sum() > 30
     assert set(STRATEGIES) == set(typing.get_args(typing.get_type_hints(MemoryConfig)["strategy"]))
-
-
-# === counts ===
 
 
 @pytest.mark.parametrize("scale", (1.0, *SCALES))
@@ -106,21 +94,6 @@ def test_inconsistent_levels_are_not_rounded_below_whole_tokens(start, end, step
     maskable, t = torch.ones(64, total, dtype=torch.bool), torch.full((64,), 0.5)
     built = build_trajectory(maskable.long(), maskable, t, t, noise.example_keys(0, 0, torch.arange(64)), config)
     assert built.inner_masks[:, 1].sum(-1).max() == second
-
-
-@pytest.mark.parametrize("ratio", [0.2, 0.5])
-def test_prompt_trajectory(ratio):
-    samples, length = 2000, 60
-    maskable = torch.arange(length) >= torch.arange(samples)[:, None] % 20  # left padding
-    keys = noise.example_keys(4, 0, torch.arange(samples))
-    built = prompt_trajectory(torch.full((samples, length), 5), maskable, keys, MemoryConfig(anchor_ratio=ratio))
-    count = int(maskable.sum())
-    assert abs(int(built.anchor_mask.sum()) / count - ratio) < 4 * math.sqrt(ratio * (1 - ratio) / count)
-    assert torch.equal(built.noise_level, torch.full((samples,), ratio))
-    assert subset(built.inner_masks, maskable[:, None]) and torch.equal(built.inner_masks[:, 1], built.anchor_mask)
-
-
-# === batches ===
 
 
 @pytest.mark.parametrize("config", CONFIGS[::3], ids=name_of)
