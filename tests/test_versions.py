@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ast
-import functools
-import importlib
 import json
+import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,28 +29,16 @@ PUBLIC = {"_asdict", "_fields", "_replace", "_exit"}
 
 
 def training(**values: Any) -> Any:
-    given = {"use_cpu": True, "bf16": False, "max_steps": 50, **values}
-    return build_recipe(
-        {"model": {"architecture": "LlamaForCausalLM"}, "data": {"dataset": "x"}, "training": given}, "runs/x"
-    ).training
-
-
-def look_up(path: str) -> Any:
-    parts = path.split(".")
-    for length in range(len(parts), 0, -1):
-        try:
-            module = importlib.import_module(".".join(parts[:length]))
-        except ImportError:
-            continue
-        return functools.reduce(getattr, parts[length:], module)
-    raise ImportError(path)
+    values = {"use_cpu": True, "bf16": False, "max_steps": 50, **values}
+    recipe = {"model": {"architecture": "LlamaForCausalLM"}, "data": {"dataset": "x"}, "training": values}
+    return build_recipe(recipe, "runs/x").training
 
 
 def test_private_parts_are_where_they_were():
     objects = {"torch.nn.Module": torch.nn.Module, "transformers.TrainingArguments": training}  # whose own some are
     for path, reason in versions.PRIVATE.items():
         owner, name = path.rpartition(".")[::2]
-        look_up(path) if owner not in objects else getattr(objects[owner](), name)
+        pkgutil.resolve_name(path) if owner not in objects else getattr(objects[owner](), name)
         assert reason, path
 
 
@@ -116,24 +103,20 @@ def test_the_newer_words_mean_the_same():
         training(train_sampling_strategy="sequential")
 
 
-OLD = {"rope_theta": 777.0, "rope_scaling": None}
-NEW = {"rope_parameters": {"rope_theta": 777.0, "rope_type": "default"}}
-LINEAR_OLD = {"rope_theta": 777.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}
-LINEAR_NEW = {"rope_parameters": {"rope_theta": 777.0, "rope_type": "linear", "factor": 4.0}}
-
-
-def frequencies(folder: Path, kind: str, rope: dict[str, Any]) -> torch.Tensor:
-    values = tiny_config(kind).to_dict()
-    for name in ("rope_theta", "rope_scaling", "rope_parameters"):
-        values.pop(name, None)
-    (folder / "config.json").write_text(json.dumps(values | rope))
-    config = read_config(str(folder))
-    return model_class(config.architectures[0])(config).model.rotary_emb.inv_freq
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_positions_turn_alike_however_a_config_says_it(kind, tmp_path):
     turned = 4 if kind == "llada2" else 8  # of the 8 features of a head
     expected = 777.0 ** -(torch.arange(0, turned, 2) / turned)
-    for rope, factor in ((OLD, 1.0), (NEW, 1.0), (LINEAR_OLD, 4.0), (LINEAR_NEW, 4.0)):
-        torch.testing.assert_close(frequencies(tmp_path, kind, rope), expected / factor)
+    names = ("rope_theta", "rope_scaling", "rope_parameters")
+    values = {name: value for name, value in tiny_config(kind).to_dict().items() if name not in names}
+    linear = {"rope_type": "linear", "factor": 4.0}
+    for rope, factor in (
+        ({"rope_theta": 777.0, "rope_scaling": None}, 1.0),
+        ({"rope_parameters": {"rope_theta": 777.0, "rope_type": "default"}}, 1.0),
+        ({"rope_theta": 777.0, "rope_scaling": linear}, 4.0),
+        ({"rope_parameters": {"rope_theta": 777.0, **linear}}, 4.0),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(values | rope))
+        config = read_config(str(tmp_path))
+        frequencies = model_class(config.architectures[0])(config).model.rotary_emb.inv_freq
+        torch.testing.assert_close(frequencies, expected / factor)
