@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import pkgutil
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,6 @@ from dllm_memdlm.config import ConfigError
 from dllm_memdlm.training.recipe import build_recipe
 
 SOURCES = sorted(Path(dllm_memdlm.__file__).parent.rglob("*.py"))
-#: Classes that ours are made of, or that ours are given.
-FOREIGN = (transformers.Trainer, transformers.PreTrainedModel, transformers.PretrainedConfig)
-#: Documented though they begin with an underscore: named tuples', and os'.
-PUBLIC = {"_asdict", "_fields", "_replace", "_exit"}
 
 
 def training(**values: Any) -> Any:
@@ -42,46 +38,24 @@ def test_private_parts_are_where_they_were():
         assert reason, path
 
 
-def private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__") and name not in PUBLIC
-
-
-def own_names(tree: ast.AST) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            yield node.name
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            yield node.attr
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            yield node.id
-
-
-def used_of_others(tree: ast.AST, own: set[str]) -> Iterator[str]:
-    """Private names of other libraries that a module reads, sets, overrides or imports."""
-    foreign = {name for thing in (*FOREIGN, torch.nn.Module(), training()) for name in dir(thing)}
-    for node in ast.walk(tree):
-        names: list[str] = []
-        if isinstance(node, ast.Attribute) and (node.attr in foreign or node.attr not in own):
-            names = [node.attr]
-        elif isinstance(node, ast.ClassDef) and node.bases:
-            defined = [part.name for part in node.body if isinstance(part, ast.FunctionDef)]
-            defined += [t.id for part in node.body if isinstance(part, ast.Assign) for t in part.targets]
-            names = [name for name in defined if name in foreign]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [*node.module.split("."), *(alias.name for alias in node.names)]
-            names = names if any(map(private, names)) else []
-            yield from ({names[-1]} if names else ())
-            continue
-        yield from filter(private, names)
-
-
 def test_no_other_private_part_is_used():
-    listed = {path.rpartition(".")[2] for path in versions.PRIVATE}
-    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
-    own = {name for tree in trees.values() for name in own_names(tree)}
-    used = {path.name: set(used_of_others(tree, own)) for path, tree in trees.items()}
-    assert {file: names - listed for file, names in used.items() if names - listed} == {}
-    assert listed - set().union(*used.values()) == set()  # and what is listed is used
+    """None that is read, imported or overridden; and what is listed is used."""
+    nodes = [node for path in SOURCES for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    defined = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    assigned = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
+    own = defined | assigned | {node.attr for node in attributes if isinstance(node.ctx, ast.Store)}
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    imported = {n.names[-1].name for n in imports if re.search(r"\._[^_]", f".{n.module}.{n.names[-1].name}")}
+    parts = [part for node in nodes if isinstance(node, ast.ClassDef) and node.bases for part in node.body]
+    overridden = {part.name for part in parts if isinstance(part, ast.FunctionDef)}
+    overridden |= {target.id for part in parts if isinstance(part, ast.Assign) for target in part.targets}
+    theirs = (transformers.Trainer, transformers.PreTrainedModel, transformers.PretrainedConfig)
+    foreign = {name for thing in (*theirs, torch.nn.Module(), training()) for name in dir(thing)}
+    used = {node.attr for node in attributes if node.attr not in own}
+    used |= foreign & ({node.attr for node in attributes} | overridden)
+    used = {name for name in used if re.match("_[^_]", name)} - {"_asdict", "_fields", "_replace", "_exit"}  # public
+    assert used | imported == {path.rpartition(".")[2] for path in versions.PRIVATE}
 
 
 def test_a_recipe_says_warm_up_and_checkpointing_in_the_same_words():

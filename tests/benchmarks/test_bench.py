@@ -75,20 +75,6 @@ def test_checkpointing_takes_another_forward_pass_and_no_other_numbers(bench):
         assert profiling.parts(case, 1.0).flops > 1.2 * profiling.parts(without[name], 1.0).flops
 
 
-def test_flops_of_every_kind_of_product_and_of_nothing_else():
-    a, b, out = torch.randn(1, 2, 3), torch.randn(1, 3, 5), torch.zeros(2, 5)
-
-    def products() -> None:
-        torch.bmm(a, b)
-        torch.mm(a[0], b[0], out=out)
-        torch.addmm(out, a[0], b[0])
-        torch.nn.functional.scaled_dot_product_attention(a[None], a[None], a[None]).exp()
-
-    found = profiling.parts(products, 1.0)
-    assert found.flops == 3 * 2 * (2 * 3 * 5)
-    assert min(found.products, found.attention) > 0 and sum(found[:3]) == pytest.approx(1)
-
-
 @pytest.mark.parametrize("shape", training.QUICK.shapes[1:], ids=str)
 def test_peaks_are_those_of_the_allocator(shape, found):
     for case in training.Bench(training.QUICK, shape).all().values():

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from pathlib import Path
@@ -89,16 +88,6 @@ def test_what_takes_too_long_is_ended_with_all_that_it_has_started(check, tmp_pa
     while state.exists() and "zombie" not in state.read_text():
         assert time.monotonic() < end, "it lives on"
         time.sleep(0.1)
-
-
-def test_a_stop_ends_what_runs_and_begins_nothing_more(check):
-    parts = [python(name, "import time; time.sleep(100)") for name in "abcdef"]
-    timer = threading.Timer(1.0, check.stop)
-    timer.start()
-    start = time.monotonic()
-    check.run_together(parts)
-    assert time.monotonic() - start < 20 and len(check.failed) == len(parts)
-    assert {row[1] for row in check.ended} <= {"exit code -9", "no time left"}
 
 
 def test_wheels_are_put_in_front_and_need_no_network(tmp_path, monkeypatch):

@@ -123,17 +123,6 @@ def test_every_way_to_score_a_model_has_a_folder_of_its_own():
     assert replace(CPU, questions=3).evaluated("x", model, "m", ["3"]) != CPU.evaluated("x", model, "m", ["40"])
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_a_table_has_a_number_for_every_column_that_we_score(name):
-    table = PAPER[name]
-    assert table["columns"] == [column for task in TABLES[name] for column in task.columns]
-    for backbone, rows in table.items():
-        if backbone not in ("title", "columns"):
-            assert backbone in {backbone.title for backbone in SCALES["paper"].backbones}
-            assert [len(row) for row in rows] == [len(table["columns"])] * 3
-            assert all(0 < score <= 100 for row in rows for score in row)
-
-
 @pytest.mark.parametrize("task", [t for t in TASKS if isinstance(t, Harness)], ids=lambda t: f"{t.config}-{t.lengths}")
 def test_what_is_read_is_what_its_configuration_asks(task):
     config = yaml.safe_load((RECIPES / "eval" / f"{task.config}.yaml").read_text(encoding="utf-8"))
