@@ -70,10 +70,8 @@ def test_noise(device):
 
 def test_fast_weights_to_begin_with(device):
     shapes = [SiteShape("experts", 96, 64, 5), SiteShape("shared", 64, 96, None)]
-    cpu, gpu = (
-        FastWeights.initial(shapes, MemoryConfig(rank=8), KEYS.to(where), where)
-        for where in (torch.device("cpu"), device)
-    )
+    places, memory = (torch.device("cpu"), device), MemoryConfig(rank=8)
+    cpu, gpu = (FastWeights.initial(shapes, memory, KEYS.to(where), where) for where in places)
     assert all(torch.equal(value, gpu.tensors[name].cpu()) for name, value in cpu.tensors.items())
 
 
