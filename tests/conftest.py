@@ -44,20 +44,12 @@ EOS, BOS, MASK = 0, 1, 2
 KINDS = ("llada_moe", "llada2", "llama")
 ARCHITECTURES = {"llada_moe": "LLaDAMoEModelLM", "llada2": "LLaDA2MoeModelLM", "llama": "LlamaForCausalLM"}
 
-COMMON = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "pad_token_id": EOS} | {
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+COMMON = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "pad_token_id": EOS}
+COMMON |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 #: Every kind of layer that a backbone has: dense and sparse ones, shared experts, grouped queries, a fused projection.
 DIMENSIONS: dict[str, dict[str, Any]] = {
-    "llada_moe": {
-        "dense_intermediate_size": 48,
-        "expert_intermediate_size": 16,
-        "shared_expert_intermediate_size": 24,
-        "num_experts": 5,
-        "num_experts_per_tok": 2,
-        "moe_layer_freq": [0, 1, 1],
-    },
+    "llada_moe": {"dense_intermediate_size": 48, "expert_intermediate_size": 16, "shared_expert_intermediate_size": 24}
+    | {"num_experts": 5, "num_experts_per_tok": 2, "moe_layer_freq": [0, 1, 1]},
     "llada2": {"intermediate_size": 48, "moe_intermediate_size": 16, "num_experts": 6, "num_experts_per_tok": 2}
     | {"n_group": 3, "topk_group": 2},
     "llama": {"intermediate_size": 48},
@@ -65,11 +57,8 @@ DIMENSIONS: dict[str, dict[str, Any]] = {
 CONFIGS = {"llada_moe": LLaDAMoEConfig, "llada2": LLaDA2MoeConfig, "llama": transformers.LlamaConfig}
 
 #: Settings under which a wrong inner loop shows: with the paper's lr of 0.1 it hardly moves these models.
-AMPLIFIED = {
-    "llada_moe": {"inner_lr": 10.0, "grad_clip": 0.2},
-    "llada2": {"inner_lr": 30.0, "grad_clip": 0.02},
-    "llama": {"inner_lr": 10.0, "grad_clip": 0.2},
-}
+AMPLIFIED = {kind: {"inner_lr": 10.0, "grad_clip": 0.2} for kind in ("llada_moe", "llama")}
+AMPLIFIED["llada2"] = {"inner_lr": 30.0, "grad_clip": 0.02}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -155,20 +144,19 @@ def tiny(
         scale_up(model)
         model = model.to(dtype)
         if dtype == torch.float64:
+
+            def in_float64(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
+                return norm.weight * x * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+
             for module in model.modules():
                 if isinstance(module, LlamaRMSNorm):  # which computes in float32 whatever it is given
-                    module.forward = types.MethodType(rms_norm, module)
+                    module.forward = types.MethodType(in_float64, module)
         if lora is not False:
             model = with_lora(model, LoraConfig(r=rank, alpha=2 * rank, dropout=0.0 if lora is True else lora))
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:  # zero to begin with, which would hide every gradient of A
                     nn.init.normal_(parameter, std=0.1)
     return model.to(torch.get_default_device()).train()
-
-
-def rms_norm(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
-    """The same in the precision of x."""
-    return norm.weight * x * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
 
 
 def scale_up(model: nn.Module) -> None:
@@ -212,10 +200,8 @@ def make_tokenizer(**special: str) -> transformers.PreTrainedTokenizerFast:
     words = {"<eos>": EOS, "<bos>": BOS, "<mask>": MASK} | {f"w{i}": i for i in range(3, VOCABULARY)}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w3"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    special = special or {"bos_token": "<bos>", "mask_token": "<mask>"}
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, eos_token="<eos>", pad_token="<eos>", padding_side="right", **special
-    )
+    special = {"eos_token": "<eos>", "pad_token": "<eos>"} | (special or {"bos_token": "<bos>", "mask_token": "<mask>"})
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, padding_side="right", **special)
 
 
 def examples(

@@ -43,24 +43,17 @@ def test_help_version_and_no_such_command(argv, code, text, capsys):
         cli.main(argv)
     assert stopped.value.code == code
     assert text in "".join(capsys.readouterr())
-
-
-def test_without_a_command_they_are_explained(capsys):
-    assert cli.main([]) == 2 and "export  " in capsys.readouterr().err
-
-
-# === how a command ends ===
-
-
-def ending(error: BaseException | None, **settings: bool) -> int:
-    def command() -> None:
-        if error is not None:
-            raise error
-
-    return cli.exit_code(command, **settings)
+    assert cli.main([]) == 2 and "export  " in capsys.readouterr().err, "without a command they are explained"
 
 
 def test_exit_codes(capsys, monkeypatch):
+    def ending(error: BaseException | None, **settings: bool) -> int:
+        def command() -> None:
+            if error is not None:
+                raise error
+
+        return cli.exit_code(command, **settings)
+
     assert (ending(None), ending(KeyboardInterrupt())) == (0, 130)
     said = "error: what, where\n"
     for rank, first_only, heard in (("0", True, said), ("1", True, ""), ("1", False, said)):
@@ -81,16 +74,9 @@ def test_a_process_of_several_skips_the_end_of_its_interpreter(last, code, ends_
 
     What fails after a command, in a script that calls it, keeps its code.
     """
-    script = f"""if True:
-        from dllm_memdlm.cli import end
-        import atexit
-        class Last:
-            def __del__(self): print("interpreter ended")
-        kept = Last()
-        atexit.register(lambda: print("handlers run"))
-        {last}
-    """
-    done = run("-c", script, LOCAL_RANK="0")
+    script = "import atexit; from dllm_memdlm.cli import end; atexit.register(lambda: print('handlers run'))\n"
+    script += "class Last:\n    def __del__(self): print('interpreter ended')\n"
+    done = run("-c", f"{script}kept = Last()\n{last}", LOCAL_RANK="0")
     assert done.returncode == code
     assert done.stdout == "handlers run\n" + "interpreter ended\n" * ends_whole
 
@@ -106,34 +92,19 @@ def test_files_that_cannot_be_written(tmp_path):
     assert (tmp_path / "file").read_text() == "mine" and not list((tmp_path / "new").iterdir())
 
 
-# === one process of several ===
-
-ONE_OF_SEVERAL = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-
-
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {},  # from a shell
-        {"ACCELERATE_USE_CPU": "True"},  # one process was asked for
-        {"MASTER_ADDR": "127.0.0.1"},
-        {**ONE_OF_SEVERAL, "RANK": "0"},  # started by torchrun: all of them are there
-    ],
-)
-def test_nothing_is_missing_where_all_processes_run(environment, monkeypatch):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    train.check_processes()
-
-
-def test_one_process_of_several_is_refused(recipe, capsys, monkeypatch):
-    for name, value in ONE_OF_SEVERAL.items():
-        monkeypatch.setenv(name, value)
+def test_one_process_of_several_is_refused_and_nothing_else(recipe, capsys, monkeypatch):
+    """From a shell, or as the one process that was asked for, there is no address; torchrun has given a rank."""
+    several = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for whole in ({}, {"ACCELERATE_USE_CPU": "True"}, {"MASTER_ADDR": "127.0.0.1"}, {**several, "RANK": "0"}):
+        with monkeypatch.context() as patch:
+            for item in whole.items():
+                patch.setenv(*item)
+            train.check_processes()
+    for item in several.items():
+        monkeypatch.setenv(*item)
     assert "accelerate has started one process of several" in error_of(capsys, recipe)
     assert train.main([recipe, "--dry-run"]) == 0, "which needs one process"
 
-
-# === the network ===
 
 ASK = """
 import json, sys, socket
@@ -192,9 +163,8 @@ def test_threads_that_wait_do_not_spin_long(theirs, expected, monkeypatch):
     """Set before torch is there, by every command, for its child processes too; what a user sets stays."""
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
-    modules = [*(f"dllm_memdlm.{name}" for name in cli.COMMANDS), "reproduce.smollm2"]
-    script = "import os, sys, dllm_memdlm; assert not {'torch', 'pydantic'} & set(sys.modules); import " + (
-        f"{', '.join(modules)}; print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('OMP_WAIT_POLICY'))"
-    )
+    modules = ", ".join([*(f"dllm_memdlm.{name}" for name in cli.COMMANDS), "reproduce.smollm2"])
+    script = "import os, sys, dllm_memdlm; assert not {'torch', 'pydantic'} & set(sys.modules); "
+    script += f"import {modules}; print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('OMP_WAIT_POLICY'))"
     done = run("-c", script, **theirs)
     assert done.stdout == f"{expected}\n", done.stderr

@@ -13,7 +13,6 @@ from typing import Any
 import packed_models
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import KINDS, examples, make_trainer, tiny, train_batch
 from saved_models import answers_of, decoder_with, pretrained_of, prompt_memory, random_prompts
 from steps import OFF, Step, memory_for
@@ -71,10 +70,8 @@ def test_noise(device):
 
 def test_fast_weights_to_begin_with(device):
     shapes = [SiteShape("experts", 96, 64, 5), SiteShape("shared", 64, 96, None)]
-    cpu, gpu = (
-        FastWeights.initial(shapes, MemoryConfig(rank=8), KEYS.to(where), where)
-        for where in (torch.device("cpu"), device)
-    )
+    places, memory = (torch.device("cpu"), device), MemoryConfig(rank=8)
+    cpu, gpu = (FastWeights.initial(shapes, memory, KEYS.to(where), where) for where in places)
     assert all(torch.equal(value, gpu.tensors[name].cpu()) for name, value in cpu.tensors.items())
 
 
@@ -121,14 +118,8 @@ def test_as_many_groups_as_the_kernel_takes(device, compare):
     compare("product", found, grouped.grouped_linear_loop(x, weight, ends), 1e-2)
 
 
-def test_sums_of_a_tokens_rows(device, compare):
-    rows, back = torch.randn(4096, 256, device="cpu").bfloat16(), torch.randint(0, 4096, (512, 8), device="cpu")
-    found = F.embedding_bag(back.to(device), rows.to(device), mode="sum")
-    compare("sum", found, rows.double()[back].sum(1), 1e-2)
-
-
 def through(experts: RoutedExperts, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Outputs and all gradients of experts with LoRA and fast weights, on given routes.
+    """Outputs and all gradients of experts with LoRA and fast weights.
 
     On given routes: a whole step in bfloat16 sends tokens through other experts, and says nothing.
     """
@@ -137,9 +128,8 @@ def through(experts: RoutedExperts, device: torch.device, dtype: torch.dtype) ->
     x, d = (torch.randn(batch, tokens, width, generator=generator, device="cpu") for _ in range(2))
     routes = torch.rand(batch, tokens, len(experts), generator=generator, device="cpu").topk(chosen).indices
     weights = torch.rand(batch, tokens, chosen, generator=generator, device="cpu")
-    names = ("gate_proj", "up_proj", "down_proj")
-    linears = [getattr(experts, name) for name in names]
-    shapes = [SiteShape(n, m.in_features, m.out_features, len(experts)) for n, m in zip(names, linears, strict=True)]
+    sites = {name: getattr(experts, name) for name in ("gate_proj", "up_proj", "down_proj")}
+    shapes = [SiteShape(name, m.in_features, m.out_features, len(experts)) for name, m in sites.items()]
     start = FastWeights.initial(shapes, MemoryConfig(rank=8, alpha=16), KEYS[:batch], torch.device("cpu"))
     for name in sorted(start.tensors):
         if name.endswith(".B"):
@@ -147,7 +137,7 @@ def through(experts: RoutedExperts, device: torch.device, dtype: torch.dtype) ->
     fast = FastWeights(moved(start.tensors, device), start.scaling).leaves()
     x, weights = (tensor.to(device, dtype).requires_grad_() for tensor in (x, weights))
     experts = copy.deepcopy(experts).to(device)
-    experts.fast = {name: fast.site(name) for name in names}
+    experts.fast = {name: fast.site(name) for name in sites}
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         output = experts(x, routes.to(device), weights)
     output.backward(d.to(device, output.dtype))
@@ -184,11 +174,9 @@ def test_a_step_in_float32(kind, checkpointing, device, tokenizer, tmp_path, com
     model = tiny(kind, lora=True)
     if checkpointing:
         checkpoint_activations(model)
-    steps = []
+    steps, training = [], {"gradient_checkpointing": checkpointing}
     for where in (torch.device("cpu"), device):
-        trainer = trainer_on(
-            *(where, copy.deepcopy(model), tokenizer, tmp_path, memory_for(kind)), gradient_checkpointing=checkpointing
-        )
+        trainer = trainer_on(where, copy.deepcopy(model), tokenizer, tmp_path, memory_for(kind), **training)
         steps.append(Step(trainer, moved(train_batch(trainer), where)))
     cpu, gpu = steps
     compare("loss", gpu.loss, cpu.loss, 1e-4)
@@ -249,9 +237,8 @@ def test_a_saved_memory(device, tmp_path):
     loaded = pretrained_of(model, config)
     save_snapshot(tmp_path / "memory.safetensors", fast, loaded.name, config, text)
     again = memory_for_prompts(loaded, {}, str(tmp_path / "memory.safetensors"))
-    assert answers_of(decoder_with(again, model), [text]) == answers_of(
-        decoder_with(prompt_memory(model, config), model), [text]
-    )
+    saved, own = (answers_of(decoder_with(memory, model), [text]) for memory in (again, prompt_memory(model, config)))
+    assert saved == own
 
 
 @pytest.mark.parametrize("attention", ["full", "block_causal"])

@@ -20,15 +20,13 @@ def test_every_setting_is_a_key_with_type_default_and_help():
     expected = [f"{section}.{f.name}" for section, config in info.SECTIONS.items() for f in dataclasses.fields(config)]
     assert list(keys) == expected
     assert all(key.help and key.type for key in keys.values())
-    assert keys["memory.inner_lr"][1:3] == ("number of at least 0", "0.1")
+    assert not any(set("<|:") & set(key.type) for key in keys.values()), "in words"
     assert keys["memory.clip"][1:3] == ("one of local, global, none", '"local"')
     assert keys["memory.target_modules"].default == '["gate_proj", "up_proj", "down_proj"]'
     assert keys["model.path"][1:3] == ("folder or hub name or none", "null")
-    assert keys["model.dimensions"][1:3] == ("mapping", "{}")
-    assert keys["lora.enabled"][1:3] == ("true or false", "true")
 
 
-def test_keys_are_printed_uncut_on_a_narrow_terminal_without_torch(capsys, monkeypatch):
+def test_keys_are_printed_uncut_on_a_narrow_terminal_without_torch():
     done = run("-X", "importtime", "-m", "dllm_memdlm.info", "--keys", COLUMNS="80")
     assert done.returncode == 0 and "MemDLMConfig" in done.stdout
     assert [key.name for key in info.recipe_keys() if key.name not in done.stdout] == []

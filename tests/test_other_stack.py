@@ -33,11 +33,9 @@ PROMPT = torch.tensor([[1, 30, 31, 32, 33, 34, 35, 2, 2, 2]])
 
 
 def elsewhere(*command: str) -> str:
-    """What a command prints in the other stack."""
+    """The exit code of a command in the other stack, and what it prints."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [OTHER, *command], env=environment, cwd=ROOT, text=True, capture_output=True, timeout=300, check=False
-    )
+    done = subprocess.run([OTHER, *command], env=environment, cwd=ROOT, text=True, capture_output=True, timeout=300)
     return f"{done.returncode}\n{done.stdout}{done.stderr}"
 
 
@@ -97,25 +95,22 @@ import sys, torch
 from dllm_memdlm.inference.pretrained import load_pretrained
 torch.set_num_threads(1)
 model = load_pretrained(sys.argv[1], device="cpu").model
-torch.save(model(torch.load(sys.argv[2])).logits.detach(), sys.argv[3])
+torch.save(model(torch.tensor(eval(sys.argv[2]))).logits.detach(), sys.argv[3])
 """
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_we_have_saved_the_other_reads(kind, runs, tmp_path):
-    torch.save(PROMPT, tmp_path / "prompt.pt")
-    told = elsewhere("-c", LOGITS, str(runs[kind, "here"]), str(tmp_path / "prompt.pt"), str(tmp_path / "logits.pt"))
+    told = elsewhere("-c", LOGITS, str(runs[kind, "here"]), str(PROMPT.tolist()), str(tmp_path / "logits.pt"))
     assert told.startswith("0\n"), told
     own = load_pretrained(str(runs[kind, "here"]), device="cpu").model(PROMPT).logits
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), own.detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_run_goes_on_in_its_own_stack_alone(runs, capsys):
-    recipe, folder = runs["scratch", "here"].parent / "tiny.yaml", runs["scratch", "there"]
-    assert train.main([str(recipe), f"training.output_dir={folder}", "--resume"]) == 2
-    told = elsewhere(
-        "-m", "dllm_memdlm.train", str(recipe), f"training.output_dir={runs['scratch', 'here']}", "--resume"
-    )
-    for text in (capsys.readouterr().err, told):
+    recipe = str(runs["scratch", "here"].parent / "tiny.yaml")
+    here, there = ([recipe, f"training.output_dir={runs['scratch', where]}", "--resume"] for where in ("here", "there"))
+    assert train.main(there) == 2
+    for text in (capsys.readouterr().err, elsewhere("-m", "dllm_memdlm.train", *here)):
         assert "checkpoint-4: made with transformers " in text and "; resume with that release, or start" in text
         assert "Traceback" not in text

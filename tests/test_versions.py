@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ast
-import functools
-import importlib
 import json
-from collections.abc import Iterator
+import pkgutil
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,78 +22,40 @@ from dllm_memdlm.config import ConfigError
 from dllm_memdlm.training.recipe import build_recipe
 
 SOURCES = sorted(Path(dllm_memdlm.__file__).parent.rglob("*.py"))
-#: Classes that ours are made of, or that ours are given.
-FOREIGN = (transformers.Trainer, transformers.PreTrainedModel, transformers.PretrainedConfig)
-#: Documented though they begin with an underscore: named tuples', and os'.
-PUBLIC = {"_asdict", "_fields", "_replace", "_exit"}
 
 
 def training(**values: Any) -> Any:
-    given = {"use_cpu": True, "bf16": False, "max_steps": 50, **values}
-    return build_recipe(
-        {"model": {"architecture": "LlamaForCausalLM"}, "data": {"dataset": "x"}, "training": given}, "runs/x"
-    ).training
-
-
-def look_up(path: str) -> Any:
-    parts = path.split(".")
-    for length in range(len(parts), 0, -1):
-        try:
-            module = importlib.import_module(".".join(parts[:length]))
-        except ImportError:
-            continue
-        return functools.reduce(getattr, parts[length:], module)
-    raise ImportError(path)
+    values = {"use_cpu": True, "bf16": False, "max_steps": 50, **values}
+    recipe = {"model": {"architecture": "LlamaForCausalLM"}, "data": {"dataset": "x"}, "training": values}
+    return build_recipe(recipe, "runs/x").training
 
 
 def test_private_parts_are_where_they_were():
     objects = {"torch.nn.Module": torch.nn.Module, "transformers.TrainingArguments": training}  # whose own some are
     for path, reason in versions.PRIVATE.items():
         owner, name = path.rpartition(".")[::2]
-        look_up(path) if owner not in objects else getattr(objects[owner](), name)
+        pkgutil.resolve_name(path) if owner not in objects else getattr(objects[owner](), name)
         assert reason, path
 
 
-def private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__") and name not in PUBLIC
-
-
-def own_names(tree: ast.AST) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            yield node.name
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            yield node.attr
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            yield node.id
-
-
-def used_of_others(tree: ast.AST, own: set[str]) -> Iterator[str]:
-    """Private names of other libraries that a module reads, sets, overrides or imports."""
-    foreign = {name for thing in (*FOREIGN, torch.nn.Module(), training()) for name in dir(thing)}
-    for node in ast.walk(tree):
-        names: list[str] = []
-        if isinstance(node, ast.Attribute) and (node.attr in foreign or node.attr not in own):
-            names = [node.attr]
-        elif isinstance(node, ast.ClassDef) and node.bases:
-            defined = [part.name for part in node.body if isinstance(part, ast.FunctionDef)]
-            defined += [t.id for part in node.body if isinstance(part, ast.Assign) for t in part.targets]
-            names = [name for name in defined if name in foreign]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [*node.module.split("."), *(alias.name for alias in node.names)]
-            names = names if any(map(private, names)) else []
-            yield from ({names[-1]} if names else ())
-            continue
-        yield from filter(private, names)
-
-
 def test_no_other_private_part_is_used():
-    listed = {path.rpartition(".")[2] for path in versions.PRIVATE}
-    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
-    own = {name for tree in trees.values() for name in own_names(tree)}
-    used = {path.name: set(used_of_others(tree, own)) for path, tree in trees.items()}
-    assert {file: names - listed for file, names in used.items() if names - listed} == {}
-    assert listed - set().union(*used.values()) == set()  # and what is listed is used
+    """None that is read, imported or overridden; and what is listed is used."""
+    nodes = [node for path in SOURCES for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    defined = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    assigned = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
+    own = defined | assigned | {node.attr for node in attributes if isinstance(node.ctx, ast.Store)}
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    imported = {n.names[-1].name for n in imports if re.search(r"\._[^_]", f".{n.module}.{n.names[-1].name}")}
+    parts = [part for node in nodes if isinstance(node, ast.ClassDef) and node.bases for part in node.body]
+    overridden = {part.name for part in parts if isinstance(part, ast.FunctionDef)}
+    overridden |= {target.id for part in parts if isinstance(part, ast.Assign) for target in part.targets}
+    theirs = (transformers.Trainer, transformers.PreTrainedModel, transformers.PretrainedConfig)
+    foreign = {name for thing in (*theirs, torch.nn.Module(), training()) for name in dir(thing)}
+    used = {node.attr for node in attributes if node.attr not in own}
+    used |= foreign & ({node.attr for node in attributes} | overridden)
+    used = {name for name in used if re.match("_[^_]", name)} - {"_asdict", "_fields", "_replace", "_exit"}  # public
+    assert used | imported == {path.rpartition(".")[2] for path in versions.PRIVATE}
 
 
 def test_a_recipe_says_warm_up_and_checkpointing_in_the_same_words():
@@ -116,24 +77,20 @@ def test_the_newer_words_mean_the_same():
         training(train_sampling_strategy="sequential")
 
 
-OLD = {"rope_theta": 777.0, "rope_scaling": None}
-NEW = {"rope_parameters": {"rope_theta": 777.0, "rope_type": "default"}}
-LINEAR_OLD = {"rope_theta": 777.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}
-LINEAR_NEW = {"rope_parameters": {"rope_theta": 777.0, "rope_type": "linear", "factor": 4.0}}
-
-
-def frequencies(folder: Path, kind: str, rope: dict[str, Any]) -> torch.Tensor:
-    values = tiny_config(kind).to_dict()
-    for name in ("rope_theta", "rope_scaling", "rope_parameters"):
-        values.pop(name, None)
-    (folder / "config.json").write_text(json.dumps(values | rope))
-    config = read_config(str(folder))
-    return model_class(config.architectures[0])(config).model.rotary_emb.inv_freq
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_positions_turn_alike_however_a_config_says_it(kind, tmp_path):
     turned = 4 if kind == "llada2" else 8  # of the 8 features of a head
     expected = 777.0 ** -(torch.arange(0, turned, 2) / turned)
-    for rope, factor in ((OLD, 1.0), (NEW, 1.0), (LINEAR_OLD, 4.0), (LINEAR_NEW, 4.0)):
-        torch.testing.assert_close(frequencies(tmp_path, kind, rope), expected / factor)
+    names = ("rope_theta", "rope_scaling", "rope_parameters")
+    values = {name: value for name, value in tiny_config(kind).to_dict().items() if name not in names}
+    linear = {"rope_type": "linear", "factor": 4.0}
+    for rope, factor in (
+        ({"rope_theta": 777.0, "rope_scaling": None}, 1.0),
+        ({"rope_parameters": {"rope_theta": 777.0, "rope_type": "default"}}, 1.0),
+        ({"rope_theta": 777.0, "rope_scaling": linear}, 4.0),
+        ({"rope_parameters": {"rope_theta": 777.0, **linear}}, 4.0),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(values | rope))
+        config = read_config(str(tmp_path))
+        frequencies = model_class(config.architectures[0])(config).model.rotary_emb.inv_freq
+        torch.testing.assert_close(frequencies, expected / factor)

@@ -55,27 +55,11 @@ def test_a_row_that_spells_special_tokens_has_those_of_the_template_alone(tmp_pa
     assert learned(tokenizer, other) == "a<|role_end|>"
 
 
-def test_rows_that_spell_none_keep_the_tokens_they_had(tmp_path):
-    tokenizer = trained(texts=[f"{r['instruction']} {r['output']}" for r in ROWS] * 3, size=290)
-    rows = load_examples(write(tmp_path / "rows.json", ROWS), tokenizer).train
-    for row, given in zip(rows, ROWS, strict=True):
-        messages = chat(("user", given["instruction"]), ("assistant", given["output"]))["messages"]
-        prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
-        assert row["input_ids"] == tokenizer.apply_chat_template(messages, return_dict=False)
-        assert row["labels"] == [-100] * len(prompt) + row["input_ids"][len(prompt) :]
-
-
-# what a message says beside its text
-
-
 def test_tool_calls_and_tools_are_written_by_the_template(tmp_path):
     calling = trained(CALLING)
-    turns = [
-        {"role": "user", "content": "ant?"},
-        {"role": "assistant", "content": None, "tool_calls": CALLS},
-        {"role": "tool", "content": "an insect", "tool_call_id": "1", "name": "look_up"},
-        {"role": "assistant", "content": "An insect."},
-    ]
+    turns = [{"role": "user", "content": "ant?"}, {"role": "assistant", "content": None, "tool_calls": CALLS}]
+    turns += [{"role": "tool", "content": "an insect", "tool_call_id": "1", "name": "look_up"}]
+    turns += [{"role": "assistant", "content": "An insect."}]
     rows = [{"messages": turns[:2], "tools": TOOLS}, {"messages": turns, "tools": None}]
     examples = load_examples(write(tmp_path / "rows.jsonl", rows, lines=True), calling)
     assert (examples.train_counts.kept, examples.train_counts.empty) == (2, 0)
@@ -108,9 +92,6 @@ def test_what_an_earlier_turn_holds_must_be_written_but_for_its_reasoning(tmp_pa
     assert "train row 0: the chat template of the tokenizer leaves out tool_calls; expected" in message
 
 
-# the border between prompt and response
-
-
 @pytest.mark.parametrize("start", ["\n", "\n\n", "\n  x", "", "é", " "])
 def test_a_token_over_the_border_belongs_to_the_response(tmp_path, start):
     tokenizer = trained(MERGING, ["user:\n\nassistant:\n\n\n a:\n\n  x\n"] * 20, 300)
@@ -123,26 +104,20 @@ def test_a_token_over_the_border_belongs_to_the_response(tmp_path, start):
     # no token of the response is left out, and none that lies in the prompt is learned
     assert prompt.startswith(tokenizer.decode(row["input_ids"][:count]))
     assert len(tokenizer.decode(row["input_ids"][: count + 1])) > len(prompt)
-
-
-def test_the_border_is_found_beside_special_tokens_that_are_spelled(tmp_path):
-    tokenizer = trained(MERGING, ["user:\n\nassistant:\n\n\n a:\n\n  x\n"] * 20, 300)
-    config = write(tmp_path / "rows.json", [chat(("user", "<|mask|>"), ("assistant", "\n\n<|role_end|>"))])
-    (row,) = load_examples(config, tokenizer).train
-    assert learned(tokenizer, row).lstrip("\n") == "<|role_end|><|role_end|>"
+    spelled = chat(("user", "<|mask|>"), ("assistant", start + "<|role_end|>"))
+    (row,) = load_examples(write(tmp_path / "rows.json", [spelled]), tokenizer).train
+    assert learned(tokenizer, row).endswith(start + "<|role_end|><|role_end|>")
     assert [i for i in row["labels"] if 0 <= i < 7] == [END]
 
 
 def test_the_border_with_a_slow_tokenizer(tmp_path):
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "##a", "##b"]
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "##a", "##b"]))
     tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"))
     if tokenizer.is_fast:
         pytest.skip("transformers 5 has no slow tokenizer of this kind")
     tokenizer.chat_template = CONTENTS
     config = write(tmp_path / "rows.json", [chat(("user", "aa"), ("assistant", "b"))])
-    (row,) = load_examples(config, tokenizer).train
-    assert row == {"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}
+    assert load_examples(config, tokenizer).train.to_list() == [{"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}]
 
 
 def test_the_border_where_the_text_changes_its_length(tmp_path):

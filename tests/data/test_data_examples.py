@@ -23,34 +23,20 @@ def chats(config):
     return [to_chat(row, config).messages for row in rows]
 
 
-# formats
-
-
 def test_instruction_and_input_are_joined_by_a_blank_line_and_stay_as_they_are(tmp_path):
-    rows = [
-        {"instruction": "Go on:", "input": "    def f():\n", "output": "        return 1\n"},
-        {"instruction": "Do it.", "input": " \n", "output": "done"},
-        {"instruction": "Do it.", "input": None, "output": None},
-    ]
-    assert [[m["content"] for m in chat] for chat in chats(write(tmp_path / "rows.json", rows))] == [
-        ["Go on:\n\n    def f():\n", "        return 1\n"],
-        ["Do it.", "done"],
-        ["Do it.", ""],
-    ]
-
-
-def test_instruction_fields_can_be_renamed(tmp_path):
-    config = write(tmp_path / "rows.json", [{"q": "a", "context": "b", "a": "c"}])
-    config = replace(config, instruction_field="q", input_field="context", output_field="a")
-    assert chats(config) == [[{"role": "user", "content": "a\n\nb"}, {"role": "assistant", "content": "c"}]]
+    given = [("Go on:", "    def f():\n", "        return 1\n"), ("Do it.", " \n", "done"), ("Do it.", None, None)]
+    expected = [["Go on:\n\n    def f():\n", "        return 1\n"], ["Do it.", "done"], ["Do it.", ""]]
+    for names in (("instruction", "input", "output"), ("q", "context", "a")):
+        config = write(tmp_path / "rows.json", [dict(zip(names, row, strict=True)) for row in given])
+        fields = dict(zip(("instruction_field", "input_field", "output_field"), names, strict=True))
+        found = chats(replace(config, **fields))
+        assert [[message["content"] for message in chat] for chat in found] == expected
+        assert [[message["role"] for message in chat] for chat in found] == [["user", "assistant"]] * 3
 
 
 def test_messages_are_taken_as_they_stand_and_before_an_instruction(tmp_path):
     chat = [{"role": r, "content": c, "id": 1} for r, c in [("system", "s "), ("user", "u"), ("assistant", " a")]]
     assert chats(write(tmp_path / "rows.json", [{"messages": chat, "instruction": "a", "output": "b"}])) == [chat]
-
-
-# examples
 
 
 def test_tokens_and_labels_are_exact(tmp_path, tokenizer):
@@ -63,14 +49,11 @@ def test_tokens_and_labels_are_exact(tmp_path, tokenizer):
     ]
     unmasked = load_examples(replace(config, mask_prompt=False), tokenizer).train.to_list()
     assert unmasked == [{"input_ids": whole, "labels": whole}]
-
-
-def test_only_the_last_turn_is_learned(tmp_path, tokenizer):
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     config = write(tmp_path / "rows.json", [{"messages": [{"role": r, "content": c} for r, c in turns]}])
     (row,) = load_examples(config, tokenizer).train
-    assert tokenizer.decode([i for i in row["labels"] if i != -100]) == "d<|role_end|>"
-    assert row["labels"].count(-100) == len(row["labels"]) - 2
+    labels = [*tokenizer("d")["input_ids"], turn_end]  # the last turn alone
+    assert row["labels"] == [-100] * (len(row["input_ids"]) - 2) + labels and row["input_ids"][-2:] == labels
 
 
 def test_of_a_text_alone_every_token_is_learned_or_all_but_its_opening(tmp_path, tokenizer):
@@ -93,12 +76,11 @@ def test_long_and_empty_examples_are_dropped_and_counted(tmp_path, tokenizer):
     assert examples.summary() == (
         "train: 2 examples, mean 7.5 tokens, longest 9 (dropped 1 too long, 1 without a response); eval: none"
     )
-    assert message_of(load_examples, replace(config, max_length=5), tokenizer).startswith(
-        "data.max_length=5: none of the 4 train examples of "
-    )
+    says = "data.max_length=5: none of the 4 train examples of "
+    assert message_of(load_examples, replace(config, max_length=5), tokenizer).startswith(says)
 
 
-def test_eval_examples_are_filtered_and_counted_too(tmp_path, tokenizer):
+def test_examples_of_an_eval_split_are_filtered_counted_and_named_too(tmp_path, tokenizer):
     write(tmp_path / "train.jsonl", ROWS[:1], lines=True)
     write(tmp_path / "test.jsonl", ROWS[:3], lines=True)
     config = DataConfig(dataset=str(tmp_path), eval_split="test", max_length=11)
@@ -107,6 +89,15 @@ def test_eval_examples_are_filtered_and_counted_too(tmp_path, tokenizer):
     assert examples.summary().endswith("; eval: " + str(examples.eval_counts))
     write(tmp_path / "test.jsonl", ROWS[9:], lines=True)
     assert "none of the 11 eval examples" in message_of(load_examples, config, tokenizer)
+    refusing = train_tokenizer([], 263)
+    refusing.chat_template = "{{ raise_exception('no') if messages[0].content == 'say 11' }}" + tokenizer.chat_template
+    assert f"data.dataset='{tmp_path}', test row 2: the chat" in message_of(load_examples, config, refusing)
+
+
+def test_training_texts_are_the_messages_of_the_training_rows(tmp_path):
+    config = replace(write(tmp_path / "rows.json", ROWS), eval_fraction=0.1)
+    rows = load_rows(config)[0].rows
+    assert list(training_texts(config)) == [text for r in rows for text in (r["instruction"], r["output"])]
 
 
 def test_processes_change_nothing(tmp_path, tokenizer):
@@ -126,31 +117,10 @@ def test_a_second_load_comes_from_the_cache_but_not_with_other_settings(tmp_path
     assert load_examples(config, tokenizer).train.cache_files != first.cache_files
 
 
-def test_training_texts_are_the_messages_of_the_training_rows(tmp_path):
-    config = replace(write(tmp_path / "rows.json", ROWS), eval_fraction=0.1)
-    rows = load_rows(config)[0].rows
-    assert list(training_texts(config)) == [text for r in rows for text in (r["instruction"], r["output"])]
-
-
-# the name of a row
-
-
 @pytest.mark.parametrize("bad", range(0, 20, 4))
 def test_a_row_is_named_by_its_number_in_the_users_file(tmp_path, tokenizer, bad):
-    rows = [
-        {"messages": [{"role": "user", "content": str(i)}, {"role": "assistant", "content": "b"}]} for i in range(20)
-    ]
-    rows[bad]["messages"][1]["role"] = "tool"
+    rows = [{"messages": [{"role": ("assistant", "tool")[i == bad], "content": "b"}]} for i in range(20)]
     config = replace(write(tmp_path / "rows.jsonl", rows, lines=True), eval_fraction=0.2)
     assert f", train row {bad}: field 'messages' ends with tool" in message_of(load_examples, config, tokenizer)
     if bad in load_rows(config)[0].numbers:
         assert f", train row {bad}: " in message_of(lambda: list(training_texts(config)))
-
-
-def test_a_row_of_an_eval_split_is_named_by_that_split(tmp_path, tokenizer):
-    write(tmp_path / "train.jsonl", ROWS[:1], lines=True)
-    write(tmp_path / "test.jsonl", [ROWS[0], ROWS[1] | {"input": None}, ROWS[2] | {"output": None}], lines=True)
-    changing = train_tokenizer([], 263)
-    changing.chat_template = "{{ raise_exception('no') if messages[0].content == 'say 2' }}" + tokenizer.chat_template
-    message = message_of(load_examples, DataConfig(dataset=str(tmp_path), eval_split="test"), changing)
-    assert f"data.dataset='{tmp_path}', test row 2: the chat template of the tokenizer refuses" in message

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from conftest import make_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AddedToken, BertTokenizer, PreTrainedTokenizerFast
 
@@ -29,12 +28,20 @@ def chat_of(*texts):
 
 
 @pytest.mark.parametrize("text", SPELLED)
-def test_a_text_that_spells_special_tokens_has_none_and_decodes_to_itself(tokenizer, text):
-    assert special_in(tokenizer, tokenizer(text)["input_ids"])  # so the case is one
+def test_what_a_text_spells_stays_text_and_only_the_templates_own_tokens_are_special(tokenizer, text):
     ids = encode_text(tokenizer, text)
     assert special_in(tokenizer, ids) == []
     assert tokenizer.decode(ids) == text
-    assert special_in(tokenizer, tokenizer(text)["input_ids"])  # the tokenizer is as it was
+    assert special_in(tokenizer, tokenizer(text)["input_ids"]), "the tokenizer is as it was"
+    encoder = Encoder(tokenizer)
+    rendered = encoder.render(chat_of(text, text), add_generation_prompt=True)
+    chat, ends = encoder.encode(rendered)
+    assert chat == encode_chat(tokenizer, chat_of(text, text), add_generation_prompt=True)
+    assert special_in(tokenizer, chat) == [5, 3, 6, 3, 6]  # user, end, assistant, end, assistant
+    assert tokenizer.decode(chat) == f"<|user|>{text}<|role_end|><|assistant|>{text}<|role_end|><|assistant|>"
+    assert ids == chat[1 : chat.index(3)]
+    for i, end in enumerate(ends):
+        assert tokenizer.decode(chat[: i + 1]) == unmarked(rendered)[:end], "ends are places in the text without marks"
 
 
 @pytest.mark.parametrize("text", ["", "the cat", "  spaces\n\n", "<|mask", "<think>漢字 🙂"])
@@ -42,23 +49,6 @@ def test_any_other_text_has_the_tokens_of_the_tokenizer(tokenizer, text):
     assert encode_text(tokenizer, text) == tokenizer(text)["input_ids"]
     chat = chat_of(text, text)
     assert encode_chat(tokenizer, chat) == tokenizer.apply_chat_template(chat, return_dict=False)
-
-
-@pytest.mark.parametrize("text", SPELLED)
-def test_of_a_chat_only_the_templates_own_tokens_are_special(tokenizer, text):
-    ids = encode_chat(tokenizer, chat_of(text, text), add_generation_prompt=True)
-    assert special_in(tokenizer, ids) == [5, 3, 6, 3, 6]  # user, end, assistant, end, assistant
-    assert tokenizer.decode(ids) == f"<|user|>{text}<|role_end|><|assistant|>{text}<|role_end|><|assistant|>"
-    assert encode_text(tokenizer, text) == ids[1 : ids.index(3)]
-
-
-@pytest.mark.parametrize("text", [*SPELLED, "the cat"])
-def test_ends_are_places_in_the_text_without_marks(tokenizer, text):
-    encoder = Encoder(tokenizer)
-    rendered = encoder.render(chat_of(text, text))
-    ids, ends = encoder.encode(rendered)
-    for i, end in enumerate(ends):
-        assert tokenizer.decode(ids[: i + 1]) == unmarked(rendered)[:end]
 
 
 def test_what_a_tokenizer_adds_around_a_text_stays():
@@ -70,12 +60,6 @@ def test_what_a_tokenizer_adds_around_a_text_stays():
     assert (ids[0], ids[-1], special_in(tokenizer, ids[1:-1])) == (0, 1, [])
     assert encode_text(tokenizer, "<|mask|> cat", add_special_tokens=False) == ids[1:-1]
     assert encode_text(tokenizer, "cat") == tokenizer("cat")["input_ids"]
-
-
-def test_a_vocabulary_of_words_that_holds_its_special_tokens():
-    tokenizer = make_tokenizer()
-    assert special_in(tokenizer, encode_text(tokenizer, "w5 <mask> w6 <eos>")) == []
-    assert encode_text(tokenizer, "w5 w6") == [5, 6]
 
 
 def test_a_special_token_that_is_declared_alone_is_not_taken_from_text():
@@ -113,9 +97,8 @@ def test_texts_beside_the_one_that_spells_keep_their_tokens():
 
 
 def test_a_slow_tokenizer(tmp_path):
-    (tmp_path / "vocab.txt").write_text(
-        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[", "]", "mask", "a"])
-    )
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] [ ] mask a"
+    (tmp_path / "vocab.txt").write_text(words.replace(" ", "\n"))
     tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"))
     if tokenizer.is_fast:
         pytest.skip("transformers 5 has no slow tokenizer of this kind")
@@ -138,9 +121,8 @@ def test_a_template_that_changes_what_a_message_says_is_refused_where_a_token_is
 
 def test_the_texts_of_tool_calls_and_tools_stay_text_too(tokenizer):
     calling = train_tokenizer(TEXTS, 340)
-    calling.chat_template = (
-        "{{ tools | tojson }}{% for m in messages %}{{ m.content }}{{ m.tool_calls | tojson }}<|role_end|>{% endfor %}"
-    )
+    template = "{% for m in messages %}{{ m.content }}{{ m.tool_calls | tojson }}<|role_end|>{% endfor %}"
+    calling.chat_template = "{{ tools | tojson }}" + template
     calls = [{"function": {"name": "f", "arguments": {"x": "<|endoftext|>"}}}]
     tools = [{"name": "f", "description": "<|role_end|>"}]
     ids = encode_chat(calling, [{"role": "assistant", "content": "", "tool_calls": calls}], tools=tools)

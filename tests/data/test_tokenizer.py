@@ -30,26 +30,16 @@ def sized(size=290):
     return ModelConfig(architecture="any", tokenizer_vocab_size=size)
 
 
-# training
-
-
-def test_special_tokens_come_first_and_then_the_bytes(tokenizer):
+def test_special_tokens_come_first_then_the_bytes_and_any_text_decodes_to_itself(tokenizer):
     assert tokenizer.convert_ids_to_tokens(range(7)) == SPECIAL
     assert set(tokenizer.all_special_tokens) == set(SPECIAL)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, 1)
     assert (tokenizer.mask_token_id, tokenizer.eot_token_id, tokenizer.eot_token) == (2, 3, "<|role_end|>")
     assert (len(tokenizer), len(train_tokenizer([], 263)), tokenizer.padding_side) == (285, 263, "right")
-
-
-def test_the_same_texts_give_the_same_tokenizer(tokenizer):
+    for text in ("the cat", "  spaces , kept \n\n", "unseen: 漢字 🙂 \x00", "1.5 don 't ."):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     again = train_tokenizer(iter(TEXTS), 285)
     assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
-    assert train_tokenizer(["other texts"] * 9, 285).get_vocab() != tokenizer.get_vocab()
-
-
-@pytest.mark.parametrize("text", ["the cat", "  spaces , kept \n\n", "unseen: 漢字 🙂 \x00", "1.5 don 't ."])
-def test_any_text_decodes_to_itself(tokenizer, text):
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
 def test_chat_template_renders_turns_and_the_opening_of_a_reply(tokenizer):
@@ -70,16 +60,13 @@ def test_saving_and_loading_keeps_everything(tokenizer, tmp_path):
     assert loaded.decode(loaded("a , b")["input_ids"]) == "a , b"
 
 
-# the cache
-
-
 def test_a_second_run_loads_what_the_first_trained_and_other_texts_train_another(tmp_path):
     first = tokenizer_for(sized(), lambda: TEXTS, tmp_path)
     (folder,) = tmp_path.iterdir()
     before = (folder / "tokenizer.json").stat().st_mtime_ns
     calls = []
     second = tokenizer_for(sized(), lambda: calls.append(1) or TEXTS, tmp_path)
-    assert len(calls) == 1  # to find the cache; a second call would train
+    assert len(calls) == 1, "to find the cache; a second call would train"
     assert (folder / "tokenizer.json").stat().st_mtime_ns == before
     assert first.get_vocab() == second.get_vocab()
     assert first.name_or_path == second.name_or_path == str(folder)
@@ -107,39 +94,22 @@ def test_a_rank_that_comes_second_keeps_the_first_ones_tokenizer(tmp_path):
     assert [str(folder) for folder in (tmp_path / "shared").iterdir()] == [tokenizer.name_or_path]
 
 
-# checkpoints' tokenizers
-
-
 def test_undeclared_special_tokens_are_declared(tokenizer, tmp_path):
     config = saved_without(tokenizer, tmp_path, eos_token="<|endoftext|>", padding_side="left")
     loaded = tokenizer_for(config, never, tmp_path / "unused")
     assert (loaded.mask_token_id, loaded.pad_token_id, loaded.bos_token_id, loaded.eot_token_id) == (2, 1, 1, 3)
     assert (loaded.eot_token, loaded.padding_side, len(loaded)) == ("<|role_end|>", "right", len(tokenizer))
     assert not (tmp_path / "unused").exists()
-
-
-def test_declared_special_tokens_stay(tokenizer, tmp_path):
     declared = {"eos_token": "<|role_end|>", "pad_token": "<|mask|>", "bos_token": "<|user|>", "mask_token": "the"}
-    loaded = tokenizer_for(saved_without(tokenizer, tmp_path, **declared), never, tmp_path)
-    assert {name: getattr(loaded, name) for name in declared} == declared
-
-
-def test_path_is_used_when_no_tokenizer_is_named_and_tokenizer_wins(tokenizer, tmp_path):
-    for name, end in (("a", "<|endoftext|>"), ("b", "<|role_end|>")):
-        saved_without(tokenizer, tmp_path / name, eos_token=end)
-    by_path = ModelConfig(path=str(tmp_path / "a"))
-    by_both = ModelConfig(path=str(tmp_path / "a"), tokenizer=str(tmp_path / "b"))
-    assert [tokenizer_for(c, never, tmp_path).eos_token for c in (by_path, by_both)] == [
-        "<|endoftext|>",
-        "<|role_end|>",
-    ]
+    named = saved_without(tokenizer, tmp_path / "declared", **declared)  # and what is named wins over the path
+    loaded = tokenizer_for(ModelConfig(path=config.tokenizer, tokenizer=named.tokenizer), never, tmp_path)
+    assert {name: getattr(loaded, name) for name in declared} == declared, "what is declared stays"
 
 
 def test_a_tokenizer_without_a_mask_token_is_refused(tokenizer, tmp_path):
     text = tokenizer.backend_tokenizer.to_str().replace("<|mask|>", "<|spare|>")
     plain = tokenizer.backend_tokenizer.from_str(text)
     PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<|endoftext|>").save_pretrained(tmp_path)
-    with pytest.raises(
-        ConfigError, match=r"^model.path='.*: declares no mask token, and <\|mask\|> or .*; declare the"
-    ):
+    says = r"^model.path='.*: declares no mask token, and <\|mask\|> or .*; declare the"
+    with pytest.raises(ConfigError, match=says):
         tokenizer_for(ModelConfig(path=str(tmp_path)), never, tmp_path)

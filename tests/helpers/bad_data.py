@@ -177,22 +177,6 @@ TOKENIZERS: list[Row] = [
     ("vocabulary-larger", {}, "model.dimensions.vocab_size=9", "vocab_size 9 | expected at least | 263"),
 ]
 # fmt: on
-SETTINGS: list[Row] = [
-    (name, {}, f"data.{setting}", f"data.{says}")
-    for name, setting, says in [
-        ("format", "format=alpaca", "format='alpaca': expected one of auto, instruction, messages"),
-        ("fraction-all", "eval_fraction=1", "eval_fraction=1: expected number in [0, 1)"),
-        ("fraction-text", "eval_fraction=half", "eval_fraction='half': expected number"),
-        ("length-none", "max_length=0", "max_length=0: expected whole number of at least 1"),
-        ("length-number", "max_length=1.5", "max_length=1.5: expected whole number"),
-        ("train-size", "train_size=0", "train_size=0: expected whole number of at least 1"),
-        ("eval-size", "eval_size=-1", "eval_size=-1: expected whole number of at least 1"),
-        ("processes", "num_proc=0", "num_proc=0: expected whole number of at least 1"),
-        ("mask", "mask_prompt=1", "mask_prompt=1: expected true or false"),
-        ("split", "split=null", "split=None: expected text"),
-        ("field", "output_field=null", "output_field=None: expected text"),
-    ]
-]
 
 
 def taking(files: dict[str, Any], whole: bool) -> list[str]:
@@ -207,12 +191,8 @@ def taking(files: dict[str, Any], whole: bool) -> list[str]:
 BAD = [
     (f"{section}-{name}", files, [*taking(files, whole), *filter(None, [more])], says.split(" | "))
     for section, table, whole in [
-        ("source", SOURCES, False),
-        ("content", CONTENT, False),
-        ("field", FIELDS, True),
-        ("template", TEMPLATES, True),
-        ("tokenizer", TOKENIZERS, False),
-        ("setting", SETTINGS, False),
+        *(("source", SOURCES, False), ("content", CONTENT, False), ("field", FIELDS, True)),
+        *(("template", TEMPLATES, True), ("tokenizer", TOKENIZERS, False)),
     ]
     for name, given, more, says in table
     for files in [given if isinstance(given, dict) else {"d.jsonl": given}]

@@ -6,7 +6,6 @@ from typing import Any
 
 import matplotlib.image
 import pytest
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 
@@ -27,9 +26,3 @@ def figures(monkeypatch) -> list[Figure]:
 def lines_of(ax: Any) -> dict[str, list[list[float]]]:
     """By label, the points of each line."""
     return {line.get_label(): line.get_xydata().round(6).tolist() for line in ax.get_lines()}
-
-
-def bands_of(ax: Any) -> dict[str, list[tuple[float, float]]]:
-    """By colour, the corners of each band."""
-    found = {to_hex(band.get_facecolor()): band.get_paths()[0].vertices for band in ax.collections}
-    return {color: sorted(set(map(tuple, corners.round(6).tolist()))) for color, corners in found.items()}

