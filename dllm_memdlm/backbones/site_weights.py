@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import MemoryConfig
-from .grouped import grouped_linear
 
 
 @dataclass(frozen=True)
@@ -60,12 +59,6 @@ class SiteWeights(NamedTuple):
             raise ValueError(f"fast weights of {self.samples} samples on activations of shape {tuple(x.shape)}")
         for matrix in self._matrices():
             x = torch.bmm(x, matrix.to(x.dtype).transpose(1, 2))
-        return x * self.scaling
-
-    def grouped(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """The same for rows sorted by (expert, sample). x [T, in], offsets [E·S] → [T, out]."""
-        for matrix in self._matrices():
-            x = grouped_linear(x, matrix.flatten(0, 1), offsets)
         return x * self.scaling
 
     def _matrices(self) -> Iterable[Tensor]:

@@ -1,13 +1,10 @@
-"""Recipes that the tests write, and what they say of those that cannot be read."""
+"""Recipes that the tests write."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-from dllm_memdlm.config import ConfigError
-from dllm_memdlm.training.recipe import Recipe, load_recipe
+from dllm_memdlm.training.recipe import Recipe
 
 SECTIONS = ("model", "lora", "data", "memory")
 
@@ -23,15 +20,6 @@ def write(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def message(path: Path, *overrides: str) -> str:
-    """The text of the ConfigError, which must be one line that names the file; what follows the name."""
-    with pytest.raises(ConfigError) as error:
-        load_recipe(path, overrides)
-    text = str(error.value)
-    assert "\n" not in text and text.startswith(f"{path}: ")
-    return text.removeprefix(f"{path}: ")
 
 
 def assert_same(first: Recipe, second: Recipe) -> None:
