@@ -54,8 +54,11 @@ class Trajectory:
 
     def loss_positions(self, state: int, targets: str = "masked") -> Positions:
         """Return the positions that `loss_mask` marks."""
+        mask = self.loss_mask(state, targets)
+        if not self.loss_index:  # of a trajectory that `build_trajectory` has not made
+            return positions_of(mask)
         index = self.loss_index[state]
-        return Positions(index, self.loss_mask(state, targets).gather(1, index))
+        return Positions(index, mask.gather(1, index))
 
     def to_batch(self) -> dict[str, Tensor]:
         """Return the fields as a flat dict, which collators, data loaders and accelerate carry."""

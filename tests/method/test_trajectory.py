@@ -143,3 +143,5 @@ def test_where_each_state_has_its_loss(config, targets):
         assert torch.equal(torch.zeros_like(mask).scatter(1, found.index, found.valid), mask)
         assert found.index.shape[1] == max(1, int(mask.sum(-1).max()))  # no further than the longest
     assert all(torch.equal(*pair) for pair in zip(found, built.loss_positions(-1), strict=True))
+    by_hand = dataclasses.replace(built, loss_index=()).loss_positions(-1)
+    assert all(torch.equal(*pair) for pair in zip(found, by_hand, strict=True))
