@@ -18,7 +18,7 @@ from dllm_memdlm.inference.samplers import LLaDA21Sampler, MDLMSampler
 from dllm_memdlm.method.fast_weights import FastWeights
 from dllm_memdlm.method.inner_loop import ParametricMemory
 from dllm_memdlm.method.reference import Phi, one_by_one, write_naively
-from dllm_memdlm.method.trajectory import prompt_trajectory
+from dllm_memdlm.method.windows import prompt_trajectory
 
 from . import models
 from .naive_experts import plain_experts

@@ -34,7 +34,7 @@ _HOME = {
     "MemDLMTrainer": "training.trainer",
     "Trajectory": "method.trajectory",
     "build_trajectory": "method.trajectory",
-    "prompt_trajectory": "method.trajectory",
+    "prompt_trajectory": "method.windows",
 }
 
 __all__ = ["__version__", *_HOME]

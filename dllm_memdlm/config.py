@@ -56,10 +56,11 @@ class MemoryConfig:
     enabled: bool = knob(True, "train with fast weights; false is plain MDLM on the same masks")
 
     # the trajectory (section 3.2)
-    strategy: Literal["anchor_consistent", "inconsistent", "pre_anchor_only", "anchor_only"] = knob(
-        "anchor_consistent", "which denoising states the inner loop visits"
+    strategy: Literal["anchor_consistent", "inconsistent", "pre_anchor_only", "anchor_only", "cover"] = knob(
+        "anchor_consistent",
+        "which denoising states the inner loop visits; cover (ours) masks every token in one of them, 1/K in each",
     )
-    steps: Count = knob(2, "K, inner steps along one trajectory (anchor_consistent, inconsistent)")
+    steps: Count = knob(2, "K, inner steps along one trajectory (anchor_consistent, inconsistent, cover)")
     epochs: Natural = knob(1, "passes over the trajectory; 0 trains with empty fast weights")
     pre_anchor_scale: Annotated[float, Field(ge=1, description="number of at least 1")] = knob(
         1.5, "masked tokens of the pre-anchor state over those of the anchor"
@@ -75,7 +76,7 @@ class MemoryConfig:
         "cross_entropy", "inner loss: on the clean tokens, or towards a teacher that sees the next state"
     )
     weighting: Literal["scheduler", "uniform"] = knob(
-        "scheduler", "weight of an inner token: w(r) at the state's masked ratio r, or 1 (inference)"
+        "scheduler", "weight of an inner token: w(r) at the state's masked ratio r, or 1, as it always is of a prompt"
     )
     inner_lr: NotNegative = knob(0.1, "learning rate of the inner SGD")
     clip: Literal["local", "global", "none"] = knob(
@@ -99,6 +100,16 @@ class MemoryConfig:
     layer_fraction: Share = knob(0.1, "share of the layers, counted from the last, that carry fast weights")
 
     # ours, not the paper's
+    source: Literal["response", "prompt"] = knob(
+        "response", "what fast weights are written on in training: the response (the paper), or the prompt, as in use"
+    )
+    window: Count | None = knob(
+        None, "tokens of a prompt that are read at a time, one window after the other; none reads it whole"
+    )
+    prompt_loss: NotNegative = knob(
+        0.0,
+        "weight of the denoising loss of prompts, without fast weights, beside that of responses; memory off or on",
+    )
     dropout: Probability = knob(
         0.0, "probability that a training example sees no fast weights in the outer pass; not in the paper"
     )
@@ -185,6 +196,9 @@ class DataConfig:
         "see and learn padding, which is end-of-sequence, as dllm does; false hides it, as an evaluation always does",
     )
     mask_prompt: bool = knob(True, "keep the prompt out of the masks and of the loss")
+    visible: Count | None = knob(
+        None, "tokens of a prompt that the model sees, counted from its end; a memory reads all; none shows all"
+    )
     train_size: Count | None = knob(None, "use the first N training rows, before long ones are dropped")
     eval_size: Count | None = knob(None, "use the first N evaluation rows, before long ones are dropped")
     num_proc: Count = knob(1, "processes that tokenise")
@@ -192,6 +206,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_types(self, "data")
         require("data", self, "dataset", self.dataset != "", "a dataset name or path")
+        require("data", self, "visible", self.visible is None or self.mask_prompt, "none with data.mask_prompt=False")
 
 
 def require(section: str, config: Any, name: str, holds: bool, accepted: str) -> None:

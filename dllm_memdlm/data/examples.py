@@ -39,7 +39,10 @@ class Counts(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """Tokenised splits. A row of either is {"input_ids": list[int], "labels": list[int]}, both of one length."""
+    """Tokenised splits. A row of either is {"input_ids": list[int], "labels": list[int]}, both of one length.
+
+    With `data.visible` they are what the model sees, and {"prompt_ids": list[int]} is the whole prompt.
+    """
 
     train: datasets.Dataset
     eval: datasets.Dataset | None
@@ -147,11 +150,16 @@ def _encode(
         last = chat.messages[-1]
         responses.append(last["content"].strip() or any(last.get(field) for field in HELD))
     encoded: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
+    if config.visible is not None:
+        encoded["prompt_ids"] = []
     for tokens, prompt, response in zip(encoder.encode_all(wholes), prompts, responses, strict=True):
         border = _border(encoder, tokens, prompt)
-        encoded["input_ids"].append(tokens.ids)
-        encoded["labels"].append([IGNORED] * border + tokens.ids[border:])
-        encoded["length"].append(len(tokens.ids) if response and border < len(tokens.ids) else 0)
+        start = 0 if config.visible is None else max(0, border - config.visible)
+        encoded["input_ids"].append(tokens.ids[start:])
+        encoded["labels"].append([IGNORED] * (border - start) + tokens.ids[border:])
+        encoded["length"].append(len(tokens.ids) - start if response and border < len(tokens.ids) else 0)
+        if config.visible is not None:
+            encoded["prompt_ids"].append(tokens.ids[:border])
     return encoded
 
 

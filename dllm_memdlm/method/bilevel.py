@@ -2,10 +2,13 @@
 
 anchor x_t ─► prefix ─┬─ with gradient ─► suffix with φ_K in place ─► Σ w(t) · NLL, the outer loss
                       └─ detached ─► inner loop over the trajectory ─► φ_K
+
+With `memory.source: prompt` the inner loop runs over the windows of the prompt instead, as it does in use.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 from ..backbones import staged_backbone
 from .fast_weights import FastWeights
 from .inner_loop import ParametricMemory, Written
-from .losses import masked_diffusion_loss
+from .losses import NORMS, masked_diffusion_loss
 from .trajectory import Trajectory
 
 
@@ -31,7 +34,9 @@ class BilevelStep:
     memory: ParametricMemory | None  #: none for plain MDLM
     trajectory: Trajectory
     mask_token_id: int
-    attention_mask: Tensor | None = None
+    windows: Sequence[Trajectory] = ()  #: of the prompts, which `memory.source: prompt` writes on
+    prompt: Trajectory | None = None  #: one window of each prompt, whose anchor `prompt_nll` is of
+    prompt_loss: float = 0.0  #: `memory.prompt_loss`
     loss_weight: str = "scheduler"  #: w(t) of the schedule, or `uniform`
     loss_norm: str = "token"  #: a key of `losses.NORMS`
     right_shift_logits: bool = False
@@ -42,14 +47,30 @@ class BilevelStep:
         last = len(staged_backbone(self.model).layers) - 1
         self._where = {
             "boundary": last if self.memory is None else self.memory.boundary,
-            "attention_mask": self.attention_mask,
+            "attention_mask": self.trajectory.attention_mask,
         }
         anchor = self.trajectory.state(self.trajectory.anchor_mask, self.mask_token_id)
         self.prefix = self.model(stage="prefix", input_ids=anchor, **self._where).hidden
 
     def write(self) -> Written:
-        """Run the inner loop, from the prefix's output on."""
-        return self.memory.write(self.trajectory, anchor_prefix=self.prefix, attention_mask=self.attention_mask)
+        """Run the inner loop, from the prefix's output on, or on the windows of the prompts."""
+        if self.memory.config.source == "prompt":
+            return self.memory.write_all(self.windows)
+        return self.memory.write(self.trajectory, anchor_prefix=self.prefix)
+
+    def prompt_nll(self) -> tuple[Tensor, Tensor]:
+        """Return the NLL of the masked tokens of each prompt [B], summed, and their number [B]; without φ (ours).
+
+        It keeps a model able to denoise prompts, which it must be to write on them.
+        """
+        trajectory, positions = self.prompt, self.prompt.loss_positions(-1)
+        nll = self.model(
+            input_ids=trajectory.state(trajectory.anchor_mask, self.mask_token_id),
+            attention_mask=trajectory.attention_mask,
+            positions=positions.logit_index(self.right_shift_logits),
+            tokens=positions.gather(trajectory.input_ids),
+        ).nll
+        return (nll * positions.valid).sum(-1), positions.valid.sum(-1)
 
     def loss(
         self, model: nn.Module, fast: FastWeights | None = None, count: Tensor | None = None
@@ -74,3 +95,14 @@ class BilevelStep:
         if self.loss_weight == "uniform":
             weight = torch.ones_like(weight)
         return masked_diffusion_loss(nll, positions.valid, weight, maskable, self.loss_norm, count)
+
+    def prompt_term(self, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return what prompts add to the outer loss, and the mean NLL of their masked tokens; `count` as in `loss`.
+
+        The mean NLL of a prompt weighs as much as that of its response.
+        """
+        nll, masked = self.prompt_nll()
+        maskable = self.trajectory.maskable.sum(-1)
+        divided_by = maskable if self.loss_norm != "token" or count is None else count
+        term = NORMS[self.loss_norm](nll / masked.clamp_min(1) * maskable, divided_by)
+        return self.prompt_loss * term, nll.detach().sum() / masked.sum().clamp_min(1)

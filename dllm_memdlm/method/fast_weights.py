@@ -115,6 +115,7 @@ class InnerStep(NamedTuple):
     loss: Tensor  #: of each set of fast weights, before the step [S]
     grad_norm: Tensor  #: over all its tensors, before clipping [S]
     finite: Tensor  #: whether both are finite [S] bool
+    tokens: Tensor | None = None  #: tokens that the loss is the mean of [S]; of none it says nothing
 
 
 def sgd_step(

@@ -8,7 +8,7 @@ with memory.holding(written.fast_weights):
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -77,7 +77,6 @@ class ParametricMemory:
         trajectory: Trajectory,
         *,
         anchor_prefix: Tensor | None = None,
-        attention_mask: Tensor | int | None = None,
         initial: FastWeights | None = None,
     ) -> Written:
         """Run the inner loop along a trajectory: φ0 → … → φK, for every epoch.
@@ -88,7 +87,6 @@ class ParametricMemory:
         Args:
             trajectory: the states, on the model's device.
             anchor_prefix: the prefix's output on the anchor [B, L, D], if the caller has it; it is not computed again.
-            attention_mask: as in `StagedForward.forward`.
             initial: φ0; drawn from the trajectory's noise keys by default.
         """
         device = trajectory.input_ids.device
@@ -102,16 +100,26 @@ class ParametricMemory:
             if k not in prefixes:
                 state = trajectory.state(trajectory.inner_masks[:, k], self.mask_token_id)
                 with torch.no_grad():
-                    prefixes[k] = self.prefix(state, attention_mask)
+                    prefixes[k] = self.prefix(state, trajectory.attention_mask)
             return prefixes[k]
 
         for _ in range(self.config.epochs):
             for k in range(trajectory.steps):
                 next_prefix = None if self.objective is None else prefix_of(k + 1)
-                fast, step = self._inner_step(fast, trajectory, k, prefix_of(k), next_prefix, attention_mask)
+                fast, step = self._inner_step(fast, trajectory, k, prefix_of(k), next_prefix)
                 steps.append(step)
                 finite = finite & step.finite
         return Written(fast.keep(finite), steps, finite)
+
+    def write_all(self, trajectories: Iterable[Trajectory]) -> Written:
+        """Run the inner loop along one trajectory after another: the windows of a prompt, into one φ (ours)."""
+        written, steps = None, []
+        for trajectory in trajectories:
+            part = self.write(trajectory, initial=written and written.fast_weights)
+            steps += part.steps
+            finite = part.finite if written is None else written.finite & part.finite
+            written = Written(part.fast_weights.keep(finite), steps, finite)
+        return written
 
     def _inner_step(
         self,
@@ -120,10 +128,9 @@ class ParametricMemory:
         k: int,
         prefix: Tensor,
         next_prefix: Tensor | None,
-        attention_mask: Tensor | int | None,
     ) -> tuple[FastWeights, InnerStep]:
         """Take one SGD step on state k: pre-anchor alignment for the first, anchor-to-target for the last."""
-        objective, config = self.objective, self.config
+        objective, config, attention_mask = self.objective, self.config, trajectory.attention_mask
         positions = trajectory.loss_positions(k, config.targets)
         index = positions.logit_index(self.right_shift_logits)
 
@@ -145,7 +152,7 @@ class ParametricMemory:
                 losses = self.suffix(prefix, index, attention_mask, tokens=tokens).nll
             # 3. The mean of a sample's tokens, weighted; of all the batch's where its samples share one φ.
             total, count = (losses * positions.valid).sum(-1), positions.valid.sum(-1)  # [B]
-            if config.weighting == "scheduler":
+            if config.weighting == "scheduler" and config.source == "response":
                 total = total * trajectory.inner_weights[:, k]
             if fast.samples == 1:
                 total, count = total.sum(0, keepdim=True), count.sum(0, keepdim=True)
@@ -156,7 +163,8 @@ class ParametricMemory:
             gradients = torch.autograd.grad(loss.sum(), list(leaves.tensors.values()), materialize_grads=True)
         if config.sync:
             loss, *gradients = global_batch.total([loss.detach(), *gradients])
-        return sgd_step(fast, dict(zip(leaves.tensors, gradients, strict=True)), loss, config)
+        fast, step = sgd_step(fast, dict(zip(leaves.tensors, gradients, strict=True)), loss, config)
+        return fast, step._replace(tokens=count)
 
     def keys_of(self, trajectory: Trajectory) -> Tensor:
         """Return the noise key of each set of fast weights [S]: every sample's, or the first one's if they share."""

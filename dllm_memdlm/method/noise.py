@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 # The streams of one example. They are fixed numbers: a new one must not move the others.
-TIME, ANCHOR, REVEAL, DROPOUT, START = 1, 2, 3, 4, 5
+TIME, ANCHOR, REVEAL, DROPOUT, START, COVER, PROMPT, CHOICE = 1, 2, 3, 4, 5, 6, 7, 8
 #: The first of the streams that fast weights are initialised from, one a site.
 INITIAL = 1000
+#: The first of the streams of a prompt's windows, one a window.
+WINDOWS = 1 << 32
 
 #: The epoch and the seed of evaluation. Its noise never changes, so that eval curves can be compared point by point,
 #: and runs of one seed with runs of another.

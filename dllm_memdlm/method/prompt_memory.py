@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +24,8 @@ from ..config import ConfigError, MemoryConfig
 from . import noise
 from .fast_weights import FastWeights
 from .inner_loop import ParametricMemory
-from .trajectory import prompt_trajectory
+from .trajectory import Trajectory
+from .windows import window_trajectory, windows_of
 
 Text = Tensor | list[int]
 
@@ -72,7 +73,8 @@ class Tally:
 class PromptMemory:
     """Writes, keeps and holds the fast weights of prompts.
 
-    A prompt's memory depends on its tokens, the seed and the model alone: not on the batch, nor on its place in it.
+    A prompt is read in windows of `memory.config.window` tokens. Its memory depends on its tokens, the seed and the
+    model alone: not on the batch, nor on its place in it.
 
     Args:
         memory: the inner loop.
@@ -80,6 +82,7 @@ class PromptMemory:
         attention: who sees whom while the memory is written: every token every other (the paper), or the blocks of
             `block_size` before it and its own, as LLaDA2.1 decodes.
         fixed: one memory that was written before, for every prompt; nothing is written then.
+        progress: put around the windows of a text while they are read, such as a progress bar.
     """
 
     memory: ParametricMemory
@@ -87,6 +90,7 @@ class PromptMemory:
     attention: Literal["full", "block_causal"] = "full"
     block_size: int = 32
     fixed: FastWeights | None = None
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
     tally: Tally = field(default_factory=Tally)
     _kept: dict[bytes, FastWeights] = field(default_factory=dict, repr=False)
 
@@ -136,22 +140,24 @@ class PromptMemory:
         return written
 
     def _write(self, texts: list[Tensor]) -> list[FastWeights]:
-        lengths = torch.tensor([len(text) for text in texts])
-        input_ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self.memory.mask_token_id)
-        length = input_ids.shape[1]
-        maskable = (torch.arange(length) < lengths[:, None]).to(self._device)
         ids = torch.tensor([int.from_bytes(_digest(text)[:8], "little", signed=True) for text in texts])
-        keys = noise.example_keys(self.seed, noise.EVALUATION, ids).to(self._device)
-        trajectory = prompt_trajectory(input_ids.to(self._device), maskable, keys, self.memory.config)
-        mask = None if maskable.all() else maskable[:, None, None, :]
-        if self.attention == "block_causal":
-            if mask is None:
-                mask = self.block_size
-            else:
-                mask = mask & block_causal(torch.arange(length, device=self._device)[None], length, self.block_size)
-        written = self.memory.write(trajectory, attention_mask=mask)
+        keys = noise.example_keys(self.seed, noise.EVALUATION, ids)
+        written = self.memory.write_all(self._trajectories(windows_of(texts, self.memory.config.window), keys))
         self.tally.not_finite += int((~written.finite).sum())
         return [written.fast_weights.select([row]) for row in range(len(texts))]
+
+    def _trajectories(self, windows: list[list[Tensor]], keys: Tensor) -> Iterator[Trajectory]:
+        """Make the trajectories of windows, each when its turn has come."""
+        for number, rows in enumerate(self.progress(windows)):
+            trajectory = window_trajectory(rows, keys, self.memory.config, number)
+            if self.attention == "block_causal":
+                mask, length = trajectory.attention_mask, trajectory.input_ids.shape[1]
+                if mask is None:
+                    trajectory.attention_mask = self.block_size
+                else:
+                    blocks = block_causal(torch.arange(length)[None], length, self.block_size)
+                    trajectory.attention_mask = mask[:, None, None, :] & blocks
+            yield trajectory.to(self._device)
 
     def _nothing(self) -> FastWeights:
         """Make φ = 0."""

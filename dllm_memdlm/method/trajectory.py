@@ -35,6 +35,8 @@ class Trajectory:
     #: Where each inner state has its loss, then where the anchor has [B, M of that state] int64. The host finds these
     #: with the noise: a training step would have to wait for the device to learn how many there are.
     loss_index: tuple[Tensor, ...] = ()
+    #: As in `StagedForward.forward`. None: all tokens see each other.
+    attention_mask: Tensor | int | None = None
 
     @property
     def steps(self) -> int:
@@ -60,27 +62,58 @@ class Trajectory:
         index = self.loss_index[state]
         return Positions(index, mask.gather(1, index))
 
-    def to_batch(self) -> dict[str, Tensor]:
-        """Return the fields as a flat dict, which collators, data loaders and accelerate carry."""
-        index = {f"loss_index_{state}": index for state, index in enumerate(self.loss_index)}
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "loss_index"} | index
+    def without_loss(self) -> Trajectory:
+        """Return it with nothing masked and one token long: an inner loop along it leaves φ as it is."""
+        rows = len(self.input_ids)
+        mask = torch.zeros_like(self.anchor_mask[:, :1])
+        index = (torch.zeros_like(self.noise_keys[:, None]),) * (self.steps + 1)
+        masks = mask[:, None].expand(rows, self.steps + 1, 1)
+        return replace(
+            self,
+            input_ids=self.input_ids[:, :1],
+            maskable=mask,
+            anchor_mask=mask,
+            inner_masks=masks,
+            loss_index=index,
+            attention_mask=None,
+        )
+
+    def to(self, device: torch.device | str) -> Trajectory:
+        """Return it on another device."""
+        mask = self.attention_mask
+        moved = {name: getattr(self, name).to(device) for name in _TENSORS}
+        moved["attention_mask"] = mask.to(device) if isinstance(mask, Tensor) else mask
+        return replace(self, **moved, loss_index=tuple(index.to(device) for index in self.loss_index))
+
+    def to_batch(self, prefix: str = "") -> dict[str, Tensor]:
+        """Return the fields as a flat dict, which collators, data loaders and accelerate carry; `prefix` names them."""
+        batch = {name: getattr(self, name) for name in _TENSORS}
+        batch |= {f"loss_index_{state}": index for state, index in enumerate(self.loss_index)}
+        if self.attention_mask is not None:
+            batch["attention_mask"] = self.attention_mask
+        return {prefix + name: value for name, value in batch.items()}
 
     @classmethod
-    def from_batch(cls, batch: dict[str, Any]) -> Trajectory:
-        """Read what `to_batch` returned; other keys are ignored.
+    def from_batch(cls, batch: dict[str, Any], prefix: str = "") -> Trajectory:
+        """Read what `to_batch` returned, and the batch's attention mask; other keys are ignored.
 
         Raises:
             KeyError: a field is missing.
             ValueError: the tokens are not as many as the masks.
         """
-        tokens, masks = batch["input_ids"].shape, batch["anchor_mask"].shape
+        found = {name: batch[prefix + name] for name in _TENSORS}
+        tokens, masks = found["input_ids"].shape, found["anchor_mask"].shape
         if tokens != masks:
             raise ValueError(
                 f"tokens of shape {tuple(tokens)} with masks of shape {tuple(masks)}: a collator that changes the "
                 "length belongs inside AnchorTrajectoryCollator"
             )
-        index = tuple(batch[f"loss_index_{state}"] for state in range(batch["inner_masks"].shape[1]))
-        return cls(**{f.name: batch[f.name] for f in fields(cls) if f.name != "loss_index"}, loss_index=index)
+        states = range(found["inner_masks"].shape[1])
+        index = tuple(batch[f"{prefix}loss_index_{state}"] for state in states)
+        return cls(**found, loss_index=index, attention_mask=batch.get(f"{prefix}attention_mask"))
+
+
+_TENSORS = [f.name for f in fields(Trajectory) if f.name not in ("loss_index", "attention_mask")]
 
 
 def build_trajectory(
@@ -112,15 +145,6 @@ def build_trajectory(
     built = Trajectory(input_ids, maskable, noise_level, weight, anchor, masks, ratios, weights, keys)
     built.loss_index = tuple(positions_of(built.loss_mask(k, config.targets)).index for k in range(built.steps + 1))
     return built
-
-
-def prompt_trajectory(prompt_ids: Tensor, maskable: Tensor, keys: Tensor, config: MemoryConfig) -> Trajectory:
-    """Noise a prompt at inference (section 3.4), its anchor at `config.anchor_ratio`.
-
-    prompt_ids [B, L]; maskable [B, L] is true on the prompt's own tokens and false on padding; keys [B].
-    """
-    level = torch.full((len(prompt_ids),), config.anchor_ratio, device=prompt_ids.device)
-    return build_trajectory(prompt_ids, maskable, level, level, keys, config)
 
 
 def sample_anchor(maskable: Tensor, mask_probability: Tensor, keys: Tensor) -> Tensor:
@@ -200,12 +224,21 @@ def _inconsistent(config: MemoryConfig, maskable: Tensor, anchor: Tensor, t: Ten
     return _then_clean(masks), levels.to(torch.float32).expand(len(maskable), config.steps)
 
 
+def _cover(config: MemoryConfig, maskable: Tensor, anchor: Tensor, t: Tensor, keys: Tensor):
+    """K disjoint shares of the tokens, each masked in one state (ours): nothing goes unwritten. Blind to the anchor."""
+    ends = maskable.sum(-1, keepdim=True) * torch.arange(config.steps + 1, device=maskable.device) // config.steps
+    masked = smallest(noise.uniform(keys, noise.COVER, maskable.shape[1]), maskable, ends)
+    masks = masked[:, 1:] & ~masked[:, :-1]
+    return _then_clean(masks), masked_ratio(masks, maskable[:, None, :])
+
+
 #: Ways to make the states: (config, maskable, anchor, t, keys) → (inner_masks, inner_ratios) of `Trajectory`.
 STRATEGIES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "anchor_consistent": _anchor_consistent,
     "inconsistent": _inconsistent,
     "pre_anchor_only": _pre_anchor_only,
     "anchor_only": _anchor_only,
+    "cover": _cover,
 }
 
 #: Strategies whose last inner state is the anchor itself, so that its forward pass serves the outer loss too.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from ..compat.dllm_api import BaseAlphaScheduler, CollatorWrapper, LinearAlphaSc
 from ..config import ConfigError, MemoryConfig
 from ..method import noise
 from ..method.trajectory import build_trajectory
-from .example_ids import EXAMPLE_ID
+from ..method.windows import window_count, window_trajectory, windows_of
+from .example_ids import EXAMPLE_ID, OTHER_PROMPT, PROMPT, prompt_of
 
 
 @dataclass
@@ -38,6 +39,10 @@ class AnchorTrajectoryCollator(CollatorWrapper):
          "loss_index_0": [[3, 4, 5]],                    # where the two states have their loss
          "loss_index_1": [[4, 5]],
          "loss_index_2": [[4, 5]]}                       # and the anchor
+
+    Where prompts are written on (`memory.source: prompt`, and every evaluation with memory) the batch has a trajectory
+    of each of their windows, too, with `window_0_` before its names, `window_1_`, …; and where their own loss is wanted
+    one of a window of each, with `prompt_`.
 
     The noise of an example is a pure function of (seed, epoch, example): no worker, rank, batch or restart changes it.
     Put this wrapper outside those that change the length of the batch.
@@ -64,6 +69,7 @@ class AnchorTrajectoryCollator(CollatorWrapper):
     def __post_init__(self) -> None:
         # In shared memory, so that workers which outlive an epoch see the next one begin.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._evaluates = False
 
     @property
     def epoch(self) -> int:
@@ -77,7 +83,7 @@ class AnchorTrajectoryCollator(CollatorWrapper):
     def for_evaluation(self) -> AnchorTrajectoryCollator:
         """A copy with noise of its own: that of no training epoch, and the same for every epoch and seed."""
         fixed = copy.copy(self)
-        fixed.seed, fixed.padding_loss = noise.EVALUATION_SEED, False
+        fixed.seed, fixed.padding_loss, fixed._evaluates = noise.EVALUATION_SEED, False, True
         fixed._epoch = torch.tensor(noise.EVALUATION)
         return fixed
 
@@ -88,7 +94,9 @@ class AnchorTrajectoryCollator(CollatorWrapper):
                 "pass the dataset to MemDLMTrainer, or add each example's index under that name"
             )
         examples = torch.tensor([feature[EXAMPLE_ID] for feature in features], dtype=torch.int64)
-        features = [{k: v for k, v in feature.items() if k != EXAMPLE_ID} for feature in features]
+        texts = self._texts(features)
+        own = {EXAMPLE_ID, PROMPT, OTHER_PROMPT}
+        features = [{k: v for k, v in feature.items() if k not in own} for feature in features]
         batch = super().__call__(features, return_tensors)
         if batch.get("labels") is None:
             raise ConfigError(
@@ -98,7 +106,35 @@ class AnchorTrajectoryCollator(CollatorWrapper):
         if not self.padding_loss and (own := _own_tokens(batch, features)) is not None and not own.all():
             batch["labels"] = batch["labels"].masked_fill(~own, -100)
             batch["attention_mask"] = own.long()
-        return self.add_noise(batch, examples)
+        return self.add_noise(batch, examples) | self._noised(texts, examples)
+
+    def _texts(self, features: list[dict[str, Any]]) -> dict[str, list[Tensor]]:
+        """Return the prompts that a batch is to have windows of, by what they are wanted for."""
+        config, wanted = self.config, {}
+        writes = config.enabled and (self._evaluates or config.source == "prompt")
+        if writes or config.prompt_loss > 0:
+            prompts = [torch.as_tensor(prompt_of(feature), dtype=torch.int64) for feature in features]
+            wanted |= {"window": prompts} if writes else {}
+            wanted |= {"prompt": prompts} if self._evaluates or config.prompt_loss > 0 else {}
+        if writes and all(OTHER_PROMPT in feature for feature in features):
+            wanted["other"] = [torch.as_tensor(feature[OTHER_PROMPT], dtype=torch.int64) for feature in features]
+        return wanted
+
+    def _noised(self, texts: dict[str, list[Tensor]], examples: Tensor) -> dict[str, Tensor]:
+        """Return the trajectories of these texts' windows, and of one window of each prompt without inner states."""
+        keys = noise.stream_keys(noise.example_keys(self.seed, self.epoch, examples), noise.PROMPT)
+        batch: dict[str, Tensor] = {}
+        for use, rows in texts.items():
+            windows = windows_of(rows, self.config.window)
+            if use == "prompt":
+                drawn = noise.uniform(keys, noise.CHOICE, 1)[:, 0].tolist()
+                counts = [window_count(len(row), self.config.window) for row in rows]
+                chosen = [windows[int(u * n)][row] for row, (u, n) in enumerate(zip(drawn, counts, strict=True))]
+                batch |= window_trajectory(chosen, keys, replace(self.config, enabled=False)).to_batch("prompt_")
+                continue
+            for number, parts in enumerate(windows):
+                batch |= window_trajectory(parts, keys, self.config, number).to_batch(f"{use}_{number}_")
+        return batch
 
     def add_noise(self, batch: dict[str, Any], examples: Tensor) -> dict[str, Any]:
         """Add the fields of a `Trajectory` to a padded batch. examples [B] int64, indices in the dataset."""

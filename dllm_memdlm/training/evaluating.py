@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -10,19 +11,27 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from ..config import ConfigError, MemoryConfig
+from ..method.bilevel import BilevelStep
 from ..method.losses import NORMS
-from .example_ids import with_example_ids
+from .example_ids import with_example_ids, with_other_prompts
 
 
 class Evaluation(transformers.Trainer):
-    """The losses of an evaluation, with fast weights and without. To be mixed in before dllm's trainer.
+    """The losses of an evaluation. To be mixed in before dllm's trainer.
+
+    With memory on these are, of the same masked responses:
+    `eval_loss`: φ as in training, by default written on the response, so on the very tokens that are scored;
+    `eval_loss_memory_off`: without φ;
+    `eval_loss_memory_prompt`: φ written on the prompt alone, as in use;
+    `eval_loss_memory_other`: φ written on the prompt of another example, the control: what of the gain is no memory.
+    `eval_prompt_nll` (with memory, or `memory.prompt_loss`) says whether the model still denoises prompts, without φ.
 
     Padding is neither seen nor scored, and every example counts as the norm of the loss says, over the whole data: dllm
     and transformers take the mean of the batches' means, which another batch size changes.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._evaluated: list[Tensor] = []  #: of each batch [B, 3]: the weighted NLL with φ, without, maskable tokens
+        self._evaluated: dict[str, list[Tensor]] = defaultdict(list)  #: of each batch [B], by the names of losses
         super().__init__(*args, **kwargs)
 
     @torch.no_grad()
@@ -33,30 +42,56 @@ class Evaluation(transformers.Trainer):
         inputs = send_to_device(inputs, self.args.device)
         with self.compute_loss_context_manager():
             loss, found = self.compute_loss(model, inputs, return_outputs=True)
-        samples = torch.stack([found["total"], found["total_memory_off"], found["maskable"]], dim=-1)
-        self._evaluated.append(self.gather_function(samples.detach()).cpu())
+        names = list(found)
+        samples = torch.stack([found[name].to(torch.float32) for name in names], dim=-1)
+        for name, values in zip(names, self.gather_function(samples.detach()).cpu().unbind(-1), strict=True):
+            self._evaluated[name].append(values)
         return loss.detach(), None, None
+
+    @torch.no_grad()
+    def losses_beside(self, step: BilevelStep, inputs: dict[str, Any], total: Tensor) -> dict[str, Tensor]:
+        """Return the other losses of a batch [B], weighted and summed as `total`; and the NLL of its prompts."""
+        found: dict[str, Tensor] = {}
+        if step.prompt is not None:
+            found["prompt_nll"], found["prompt_masked"] = step.prompt_nll()
+        if self.memory is None:
+            return found
+        found["loss_memory_off"] = step.loss(step.model)[1]
+        for use, name in (("window", "loss_memory_prompt"), ("other", "loss_memory_other")):
+            if use == "window" and self.memory_config.source == "prompt":
+                found[name] = total
+            elif windows := self._windows(inputs, use):
+                found[name] = step.loss(step.model, self._of_prompts.write_all(windows).fast_weights)[1]
+        return found
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         self._evaluated.clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self._evaluated:
-            on, off, maskable = torch.cat(self._evaluated).double().unbind(-1)
+        found = {name: torch.cat(values).double() for name, values in self._evaluated.items()}
+        if found:
+            maskable = found.pop("maskable")
             # All processes hold all samples. The meter, which adds the processes up, gives eval_nll and eval_ppl.
             tokens = maskable.sum().clamp_min(1)
             share = (tokens / self.args.world_size).float().to(self.args.device)
-            self.meter.update(split="eval", value=(on.sum() / tokens).float().to(self.args.device), weight=share)
-            norm = NORMS[self.loss_norm_type]
-            output.metrics[f"{metric_key_prefix}_loss"] = norm(on, maskable).item()
-            if self.memory is not None:
-                output.metrics[f"{metric_key_prefix}_loss_memory_off"] = norm(off, maskable).item()
+            nll = (found["loss"].sum() / tokens).float().to(self.args.device)
+            self.meter.update(split="eval", value=nll, weight=share)
+            prompts = {name: found.pop(name).sum().item() for name in ("prompt_nll", "prompt_masked") if name in found}
+            losses = {name: NORMS[self.loss_norm_type](total, maskable).item() for name, total in found.items()}
+            if prompts.get("prompt_masked"):
+                losses["prompt_nll"] = prompts["prompt_nll"] / prompts["prompt_masked"]
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in losses.items()})
         return output
+
+    @staticmethod
+    def for_evaluation(dataset: Any) -> Any:
+        """The dataset, or datasets, with what their losses need beside the examples."""
+        return with_other_prompts(with_example_ids(dataset))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         training_collator = self.data_collator
         self.data_collator = training_collator.for_evaluation()
         try:
-            return super().get_eval_dataloader(with_example_ids(eval_dataset))
+            return super().get_eval_dataloader(self.for_evaluation(eval_dataset))
         finally:
             self.data_collator = training_collator
 
@@ -67,7 +102,11 @@ def check_best_metric(
     """Refuse a metric that no evaluation gives. Only a user's own function knows more of them."""
     if args.metric_for_best_model is None or compute_metrics is not None or isinstance(eval_dataset, dict):
         return
-    known = ["loss", *(["loss_memory_off"] if memory.enabled else [])]
+    known = ["loss"]
+    if memory.enabled:
+        known += ["loss_memory_off", "loss_memory_prompt", "loss_memory_other"]
+    if memory.enabled or memory.prompt_loss > 0:
+        known.append("prompt_nll")
     if args.metric_for_best_model.removeprefix("eval_") not in known:
         raise ConfigError(
             f"training.metric_for_best_model={args.metric_for_best_model!r}: expected one of "

@@ -135,6 +135,12 @@ def build_recipe(values: dict[str, Any], default_output_dir: str | None = None) 
         raise ConfigError(f"lora.path={built['lora'].path!r}: expected a model.path, of the base that it was made for")
     if built["model"].load_in_4bit and not built["lora"].enabled:
         raise ConfigError("model.load_in_4bit=True: expected lora.enabled=true, as packed weights are not trained")
+    memory = built["memory"]
+    if not built["data"].mask_prompt and (memory.source == "prompt" or memory.prompt_loss > 0):
+        raise ConfigError(
+            "data.mask_prompt=False: expected true with memory.source: prompt, and with memory.prompt_loss, as nothing "
+            "else says where a prompt ends"
+        )
     try:
         training = MemDLMConfig(**values["training"])
     except ConfigError:

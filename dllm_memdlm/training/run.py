@@ -26,7 +26,7 @@ from .arguments import MemDLMConfig
 from .checkpoints import CONTENTS, last_checkpoint, read_contents
 from .example_ids import digest_of
 from .model_card import write_run_card
-from .recipe import FILE_NAME, Recipe
+from .recipe import FILE_NAME, SECTIONS, Recipe
 from .trainer import MemDLMTrainer
 
 #: Tokenizers that were trained for runs, so that runs on the same texts share one.
@@ -197,7 +197,7 @@ def _changes(checkpoint: str, recipe: Recipe, sections: tuple[str, ...]) -> Iter
         values["training"] = {key: values["training"].get(key, default) for key, default in ORDER.items()}
     for section in sections:
         for key, value in now[section].items():
-            made = before.get(section, {}).get(key)
+            made = before.get(section, {}).get(key, getattr(SECTIONS[section], key, None))  # new keys: their defaults
             if _place(made) != _place(value):
                 yield f"{section}.{key}={made!r}, the recipe now says {value!r}"
 

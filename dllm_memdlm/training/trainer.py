@@ -14,9 +14,10 @@ from transformers.trainer_utils import TrainOutput, has_length
 from ..backbones import adopt, staged_backbone
 from ..compat.dllm_api import MDLMTrainer
 from ..config import ConfigError, MemoryConfig
-from ..method import noise
+from ..method import global_batch, noise
 from ..method.bilevel import BilevelStep
 from ..method.inner_loop import ParametricMemory, Written
+from ..method.prompt_memory import at_inference
 from ..method.trajectory import Trajectory
 from . import engines
 from .arguments import MemDLMConfig
@@ -33,8 +34,8 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
 
     Both see the same noise for the same seed. Beside dllm's logs there are, with memory on: `loss_memory_off` (the
     train loss of one micro-batch with the fast weights discarded), `inner_loss_k` and `inner_grad_norm_k` of each
-    inner step, and `nonfinite_samples`, the samples that fell back to no fast weights since the last log; and in an
-    evaluation `eval_loss` and `eval_loss_memory_off`.
+    inner step, and `nonfinite_samples`, the samples that fell back to no fast weights since the last log; with
+    `memory.prompt_loss` `prompt_nll`; and in an evaluation the losses of `Evaluation`.
 
     Args:
         model: a backbone of `dllm_memdlm.backbones`, or a LLaDA-MoE, LLaDA2.1 or A2D model of dllm's, which gets our
@@ -73,7 +74,7 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
             model=model,
             args=args,
             train_dataset=with_example_ids(train_dataset),
-            eval_dataset=with_example_ids(eval_dataset),
+            eval_dataset=self.for_evaluation(eval_dataset),
             data_collator=data_collator,
             **kwargs,
         )
@@ -107,9 +108,9 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
         self.model_accepts_loss_kwargs = self.loss_norm_type == "token"
         self.memory_config, self.memory = memory, None
         if memory.enabled:
-            self.memory = ParametricMemory(
-                self.model, memory, self.mask_token_id, right_shift_logits=self.right_shift_logits
-            )
+            settings = self.mask_token_id, self.right_shift_logits
+            self.memory = ParametricMemory(self.model, memory, *settings)
+            self._of_prompts = ParametricMemory(self.model, at_inference(memory), *settings)
         self._train_log = Averages()
         self._clock = EpochClock(self.data_collator, self._train_log)
         self.add_callback(self._clock)
@@ -156,7 +157,9 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
             self.memory,
             trajectory,
             self.mask_token_id,
-            inputs.get("attention_mask"),
+            self._windows(inputs, "window"),
+            Trajectory.from_batch(inputs, "prompt_") if "prompt_input_ids" in inputs else None,
+            self.memory_config.prompt_loss,
             self.loss_weight_type,
             self.loss_norm_type,
             self.right_shift_logits,
@@ -178,19 +181,30 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
         if count is not None and self.args.average_tokens_across_devices:
             count = count / self.accelerator.num_processes
         loss, total = step.loss(model, fast, count)
-        # 4. For the logs: the mean of tokens, and in an evaluation of each sample, with memory and without.
+        if training and step.prompt_loss > 0:
+            term, nll = step.prompt_term(count)
+            loss = loss + term
+            self._train_log.add("prompt_nll", nll)
+        # 4. For the logs: the mean of tokens, and in an evaluation the losses of each sample.
         maskable = trajectory.maskable.sum(-1).to(total.dtype)
         if training:
             tokens = maskable.sum()
             self.meter.update(split="train", value=total.sum() / tokens.clamp_min(1), weight=tokens)
         if not return_outputs:
             return loss
-        off = total if self.memory is None else self._memory_off(step)[1]
-        return loss, {"total": total, "total_memory_off": off, "maskable": maskable}
+        return loss, {"loss": total, "maskable": maskable, **self.losses_beside(step, inputs, total)}
 
     @torch.no_grad()
     def _memory_off(self, step: BilevelStep) -> tuple[Tensor, Tensor]:
         return step.loss(step.model)
+
+    def _windows(self, inputs: dict[str, Any], use: str) -> list[Trajectory]:
+        """Read the windows of a batch; as many as any process has, since engines that share weights walk in step."""
+        windows: list[Trajectory] = []
+        while f"{use}_{len(windows)}_input_ids" in inputs:
+            windows.append(Trajectory.from_batch(inputs, f"{use}_{len(windows)}_"))
+        missing = global_batch.most(len(windows), self.args.device) - len(windows) if windows else 0
+        return windows + missing * [windows[-1].without_loss()] if missing else windows
 
     # === order ===
 
@@ -227,9 +241,11 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
     # === logs ===
 
     def _note(self, step: BilevelStep, written: Written) -> None:
-        for number, inner in enumerate(written.steps, start=1):
-            self._train_log.add(f"inner_loss_{number}", inner.loss, inner.finite)
-            self._train_log.add(f"inner_grad_norm_{number}", inner.grad_norm, inner.finite)
+        passes = self.memory_config.epochs * (step.windows or [step.trajectory])[0].steps
+        for number, inner in enumerate(written.steps):
+            place, where = number % passes + 1, inner.finite & (inner.tokens > 0)  # of each window the first, …
+            self._train_log.add(f"inner_loss_{place}", inner.loss, where)
+            self._train_log.add(f"inner_grad_norm_{place}", inner.grad_norm, where)
         self._train_log.count("nonfinite_samples", (~written.finite).sum())
         last = self.state.global_step + 1
         if self.accelerator.sync_gradients and (last % self.state.logging_steps == 0 or last == 1):

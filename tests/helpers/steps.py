@@ -61,7 +61,7 @@ class Step:
         write = trainer.memory.write if trainer.memory else None
 
         def recording(*args: Any, **kwargs: Any) -> Written:
-            self.written = write(*args, **kwargs, initial=start)
+            self.written = write(*args, **{"initial": start, **kwargs})
             return self.written
 
         if write:

@@ -50,7 +50,7 @@ def test_the_last_state_is_the_anchor_and_the_first_a_pre_anchor(strategy, steps
     built = build(MemoryConfig(strategy=strategy, steps=steps), samples=50)
     pre, anchor, after = built.inner_masks[:, 0], built.anchor_mask, built.inner_masks[:, -1]
     assert torch.equal(built.inner_masks[:, built.steps - 1], anchor) == (strategy in ENDS_ON_ANCHOR)
-    assert built.steps == (steps if strategy in ("anchor_consistent", "inconsistent") else 1)
+    assert built.steps == (steps if strategy in ("anchor_consistent", "inconsistent", "cover") else 1)
     # What the last state's teacher sees, and so what `newly_revealed` takes from it.
     assert torch.equal(after, anchor if strategy == "pre_anchor_only" else torch.zeros_like(anchor))
     if strategy == "pre_anchor_only" or (strategy == "anchor_consistent" and steps > 1):

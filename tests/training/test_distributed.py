@@ -33,6 +33,8 @@ COMMON = (
 CHECKPOINTING, ACCUMULATION = "training.gradient_checkpointing=true", "training.gradient_accumulation_steps=2"
 EPSILON = "training.adam_epsilon=1e-3"
 WIDE_MEMORY = ("memory.layer_fraction=0.67", "memory.steps=3", "memory.objective=kl")
+#: Prompts are of several lengths, so the processes differ in their windows.
+OF_PROMPTS = ("memory.source=prompt", "memory.strategy=cover", "memory.window=3", "memory.prompt_loss=0.3")
 LORA = ("lora.enabled=true", "lora.r=4", "lora.alpha=8", "lora.dropout=0.0")
 #: A first layer that is dense, then routed and shared experts.
 LLADA2 = {"hidden_size": 32, **DIMENSIONS["llada2"]}
@@ -44,6 +46,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "LLaDA-MoE, all weights, AdamW": ("training.optim=adamw_torch", "training.learning_rate=1e-3", EPSILON),
     "LLaDA-MoE, LoRA, MDLM": (*LORA, "memory.enabled=false"),
     "LLaDA-MoE, LoRA, one φ for all (memory.sync)": (*LORA, "memory.scope=batch", "memory.sync=true"),
+    "LLaDA-MoE, LoRA, memory of prompts": (*LORA, *OF_PROMPTS),
     "LLaDA2.1, LoRA, two adapted layers, K = 3, KL": (*LORA, *WIDE_MEMORY),
     "LLaDA2.1, all weights, checkpointing": (CHECKPOINTING,),
     # with a seed of 42 rounding sends a token through another expert: 3e-4 apart, under every engine

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import pytest
 import torch
-from conftest import KINDS, examples, make_trainer, tiny
+from conftest import KINDS, MASK, examples, make_trainer, tiny
 from steps import OFF, memory_for, plain_loss
+
+from dllm_memdlm.method.inner_loop import ParametricMemory
+from dllm_memdlm.method.prompt_memory import at_inference
+from dllm_memdlm.method.trajectory import Trajectory
+from dllm_memdlm.method.windows import window_trajectory, windows_of
+from dllm_memdlm.training.example_ids import prompt_of
 
 # dllm's meter computes both splits when an evaluation ends, and torchmetrics says so of the one without tokens
 pytestmark = pytest.mark.filterwarnings(
@@ -42,6 +49,43 @@ def test_evaluation_reports_both_losses(kind, tokenizer, tmp_path):
     assert logged["eval_nll"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
     assert logged["eval_ppl"] == pytest.approx(math.exp(metrics["eval_loss"]), rel=1e-4)
     assert not any(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_losses_with_memory_as_it_is_used(window, tokenizer, tmp_path):
+    """φ of the own prompt, and of the next example's, on the same masks; whatever the batches, and by hand."""
+    rows, model = examples(5, seed=5), tiny("llama", lora=True)
+    memory = memory_for("llama", strategy="cover", window=window, weighting="scheduler")
+
+    def evaluated(size: int, rows: Any = rows, **changes: Any) -> dict[str, float]:
+        settings = {"eval_data": rows, "per_device_eval_batch_size": size}
+        changed = dataclasses.replace(memory, **changes)
+        return make_trainer(model, tokenizer, tmp_path, changed, **settings).evaluate()
+
+    found, alone = evaluated(3), evaluated(1)
+    names = [f"eval_{name}" for name in ("loss", "loss_memory_off", "loss_memory_prompt", "loss_memory_other")]
+    assert len({round(found[name], 4) for name in names}) == 4
+    for name in (*names, "eval_prompt_nll"):
+        assert found[name] == pytest.approx(alone[name], rel=1e-4), name
+    # of a model that writes on prompts in training, too, they are the losses that it is trained on
+    deployed = evaluated(3, source="prompt")
+    assert deployed["eval_loss"] == deployed["eval_loss_memory_prompt"]
+    for name in (*names[1:], "eval_prompt_nll"):
+        assert deployed[name] == pytest.approx(found[name], rel=1e-5), name
+    # an example beside itself alone: the other one's prompt is its own
+    once = evaluated(1, rows[:1])
+    assert once["eval_loss_memory_other"] == pytest.approx(once["eval_loss_memory_prompt"], rel=1e-6)
+    # by hand: the first example's response with φ of the second one's prompt in place
+    trainer = make_trainer(model, tokenizer, tmp_path, memory, eval_data=rows[:2])
+    model.eval()
+    batch = dict(trainer.data_collator.for_evaluation()([trainer.eval_dataset[0]]))
+    writer, texts = ParametricMemory(model, at_inference(memory), MASK), [torch.tensor(prompt_of(rows[1]))]
+    keys = Trajectory.from_batch(batch, "window_0_").noise_keys
+    windows = [window_trajectory(parts, keys, writer.config, n) for n, parts in enumerate(windows_of(texts, window))]
+    with torch.no_grad(), writer.holding(writer.write_all(windows).fast_weights):
+        expected = plain_loss(model, batch).item() * batch["maskable"].sum().item()
+    total = trainer.compute_loss(model, batch, return_outputs=True)[1]["loss_memory_other"]
+    assert total.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_evaluation_repeats_itself(tokenizer, tmp_path):

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 from ...backbones import staged_backbone
 from ...config import ConfigError
 from ...method.inner_loop import ParametricMemory
+from ...method.windows import window_count
 from ..recipe import Recipe
 from .shapes import active_count, held_bytes, parameter_count, shape_model
 from .step import ACTIVATIONS, FAST, GRADIENTS, LOGITS, Sizes, fake_model, step
@@ -115,18 +116,25 @@ def make_plans(
     """Return the plans of a recipe without memory and with it, by whether it has one.
 
     All examples are taken to be of `data.max_length` tokens, and the last `response_share` of each, or all of it where
-    the prompt is masked too, to be masked whole, as it is at worst. cuda and cpu differ in what autocast and dropout
-    keep: `device` says whose way is followed. `model`, if it is there already, is used up.
+    the prompt is masked too, to be masked whole, as it is at worst. A prompt that `data.visible` cuts counts as what is
+    seen of it: what a memory reads beyond that takes time, but no more bytes than any other window. cuda and cpu differ
+    in what autocast and dropout keep: `device` says whose way is followed. `model`, if it is there already, is used up.
     """
     args, model = recipe.training, shape_model(recipe, config) if model is None else model
     engine = "none" if gpus == 1 else "ddp" if args.engine == "auto" else args.engine
     low = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     cast = low if engine in (*ZERO, "fsdp2") else None  # then there is no autocast, or nothing left for it
     length = recipe.data.max_length
+    masked = max(1, math.ceil(length * (response_share if recipe.data.mask_prompt else 1)))
+    prompt = max(1, length - masked)
+    windows = window_count(prompt, recipe.memory.window)
     sizes = Sizes(
         batch=args.per_device_train_batch_size,
         length=length,
-        masked=max(1, math.ceil(length * (response_share if recipe.data.mask_prompt else 1))),
+        masked=masked,
+        prompt=math.ceil(prompt / windows),
+        windows=windows,
+        prompt_loss=recipe.memory.prompt_loss,
         norm=args.loss_norm_type,
         amp=low if cast is None else None,
         cast=cast,

@@ -19,6 +19,7 @@ from ...method import noise
 from ...method.bilevel import BilevelStep
 from ...method.inner_loop import ParametricMemory
 from ...method.trajectory import Trajectory, build_trajectory
+from ...method.windows import prompt_trajectory
 from ...versions import checkpoint_activations
 from .live import LiveBytes
 from .shapes import held_bytes, materialise
@@ -34,6 +35,9 @@ class Sizes:
     batch: int  #: samples of one micro-batch
     length: int  #: tokens of a sample
     masked: int  #: tokens of a sample with a loss
+    prompt: int = 1  #: tokens of a window of its prompt
+    windows: int = 1  #: of a prompt
+    prompt_loss: float = 0.0  #: the weight of the loss of prompts
     norm: str = "token"  #: how the outer loss is normalised, a key of `losses.NORMS`
     amp: torch.dtype | None = None  #: autocast's dtype; none where it is off
     cast: torch.dtype | None = None  #: what an engine turns all weights into, if it does
@@ -86,12 +90,16 @@ def step(
     with mode, live, watch or nullcontext():
         with torch.autocast("cpu", sizes.amp) if whole else nullcontext():
             live.moment = "outer forward"
-            outer, fast = BilevelStep(model, memory, Trajectory.from_batch(batch), 0, loss_norm=sizes.norm), None
+            windows = [Trajectory.from_batch(batch, "prompt_")] * sizes.windows
+            own = {"windows": windows, "prompt": windows[0], "prompt_loss": sizes.prompt_loss, "loss_norm": sizes.norm}
+            outer, fast = BilevelStep(model, memory, Trajectory.from_batch(batch), 0, **own), None
             if memory is not None:
                 live.moment = "inner loop"
                 fast = outer.write().fast_weights
             live.moment = "outer forward"
             loss, _ = outer.loss(model, fast)
+            if sizes.prompt_loss > 0:
+                loss = loss + outer.prompt_term()[0]
         del outer, fast
         live.moment = "outer backward"
         loss.backward()
@@ -109,7 +117,9 @@ def _batch(sizes: Sizes, memory: ParametricMemory | None) -> dict[str, Tensor]:
     keys, level = noise.example_keys(0, 0, torch.arange(sizes.batch)), torch.ones(sizes.batch)
     # At worst an inner state reveals as much as it masks: here, where all is masked, it would reveal nothing.
     config = MemoryConfig(enabled=False) if memory is None else replace(memory.config, targets="masked")
-    return build_trajectory(tokens, maskable, level, level, keys, config).to_batch()
+    batch = build_trajectory(tokens, maskable, level, level, keys, config).to_batch()
+    window = torch.ones(sizes.batch, sizes.prompt, dtype=torch.int64)
+    return batch | prompt_trajectory(window, window.bool(), keys, config).to_batch("prompt_")
 
 
 def _kinds(model: nn.Module, memory: ParametricMemory | None, sizes: Sizes) -> Any:
