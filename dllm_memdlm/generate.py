@@ -1,6 +1,7 @@
 """Ask a trained model about a document, and watch it unmask the answer.
 
 python -m dllm_memdlm.generate --model runs/mine --prompt-file doc.txt --question "Who wrote it?" --memory
+python -m dllm_memdlm.generate --model runs/mine --prompt-file book.txt --chat --memory --window 4096
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress import track
 from rich.text import Text
 
 from .cli import check_writable, exit_code
@@ -34,6 +36,7 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="of an answer (default: 128)")
     memory = parser.add_argument_group("memory")
     memory.add_argument("--memory", action="store_true", help="adapt to the document before answering")
+    memory.add_argument("--window", type=int, metavar="N", help="read so many tokens at a time, a text of any length")
     either = memory.add_mutually_exclusive_group()
     either.add_argument("--save-memory", metavar="FILE", help="adapt, and keep the fast weights (.safetensors)")
     either.add_argument("--load-memory", metavar="FILE", help="use what --save-memory kept; nothing is adapted")
@@ -54,6 +57,10 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--max-new-tokens {args.max_new_tokens}: expected at least 1")
     if args.save_memory and args.prompt_file is None and args.question is None:
         parser.error("--save-memory: nothing to remember; give --prompt-file or --question")
+    if args.window is not None:
+        if not (args.memory or args.save_memory):
+            parser.error("--window: it is how a memory reads; give --memory or --save-memory, too")
+        args.settings.append(f"memory_window={args.window}")
     if args.memory and args.load_memory:
         parser.error("--memory adapts, --load-memory uses what was kept: give one of them")
     return args
@@ -111,6 +118,13 @@ def answer(conversation: Any, question: str, out: Console) -> None:
     out.print(f"{progress.steps} steps, {time.perf_counter() - started:.1f} s", style="dim", highlight=False)
 
 
+def reading(windows: list[list[Any]], notes: Console) -> Iterator[list[Any]]:
+    """Yield the windows of a text under a progress bar, and say how many tokens were read in what time."""
+    started, tokens = time.perf_counter(), sum(len(row) for rows in windows for row in rows)
+    yield from track(windows, "reading", console=notes, transient=True)
+    notes.print(f"read {tokens:,} tokens in {len(windows)} windows, {time.perf_counter() - started:.1f} s")
+
+
 def run(args: argparse.Namespace) -> None:
     """Load, adapt if asked to, and answer. Raises ConfigError for what the user can correct."""
     # Here, not above: these imports take seconds.
@@ -125,6 +139,8 @@ def run(args: argparse.Namespace) -> None:
     notes, out = Console(stderr=True, highlight=False), Console()
     with notes.status("loading"):
         decoder = parsed.open()
+    if decoder.reads_windows:
+        decoder.memory.progress = lambda windows: reading(windows, notes)
     conversation = Conversation(decoder, document, args.max_new_tokens, parsed.arguments.seed)
     if args.save_memory:
         text = conversation.memory_text(args.question or "")

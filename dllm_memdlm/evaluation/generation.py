@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config import ConfigError
 from ..inference.arguments import NONE_IS_A_CHOICE, as_meant
-from ..inference.decoding import sampler_settings
+from ..inference.decoding import Decoder, sampler_settings
 from ..method.prompt_memory import shared_prefixes
 
 _logger = logging.getLogger(__name__)
@@ -25,8 +25,8 @@ class Prompt:
     """One request to generate."""
 
     number: int  #: among the requests
-    tokens: list[int]  #: of an over-long prompt the last ones
-    text: list[int] | None  #: what its memory is written on; none for an over-long prompt
+    tokens: list[int]  #: what the model sees
+    text: list[int] | None  #: what its memory is written on; see `Decoder.parts`
     new_tokens: int
     changes: dict[str, Any]  #: settings of the sampler that the task makes
     seed: int
@@ -51,26 +51,25 @@ def read_prompts(
     arguments: Sequence[tuple[str, dict[str, Any]]],
     names: Sequence[Any],
     encode: Callable[[str], list[int]],
-    sampler: str,
+    decoder: Decoder,
     default_new_tokens: int,
-    max_length: int,
     seed: int,
 ) -> list[Prompt]:
     """Return the prompts of lm-eval's (context, generation settings) pairs.
 
-    Of an over-long prompt the last tokens are kept, as lm-eval's own models do. `names` tell the questions apart
+    Of an over-long prompt the model sees the last tokens, as lm-eval's own models do. `names` tell the questions apart
     everywhere: a prompt's random numbers depend on its name, its tokens, and how often it was asked before.
 
     Raises:
-        ConfigError: a setting is not what it should be, or the answers alone are longer than `max_length`.
+        ConfigError: a setting is not what it should be, or the answers alone leave no room.
     """
-    prompts, seen, ignored, own = [], Counter(), set(), sampler_settings(sampler)
+    prompts, seen, ignored, sampler, limit = [], Counter(), set(), decoder.sampler, decoder.max_length
+    own = sampler_settings(sampler)
     for number, (context, settings) in enumerate(arguments):
         new_tokens = _number(settings, ("max_gen_toks", "max_new_tokens"), int, default_new_tokens)
-        room = max_length - new_tokens
-        if room < 1:
+        if limit <= new_tokens:
             raise ConfigError(
-                f"model_args.max_length={max_length}: answers of {new_tokens} tokens leave no room for a prompt; "
+                f"model_args.max_length={limit}: answers of {new_tokens} tokens leave no room for a prompt; "
                 "expected a larger one, or --gen_kwargs max_gen_toks=N"
             )
         changes = {name: as_meant(value, name in NONE_IS_A_CHOICE) for name, value in settings.items() if name in own}
@@ -87,17 +86,14 @@ def read_prompts(
         name = str((seed, names[number], tokens))
         digest = hashlib.blake2b(f"{name} {seen[name]}".encode(), digest_size=7).digest()
         seen[name] += 1
-        text = tokens if len(tokens) <= room else None
+        shown, text = decoder.parts(tokens, new_tokens)
         own_seed = int.from_bytes(digest, "little")
-        prompts.append(Prompt(number, last(tokens, room), text, new_tokens, changes, own_seed, stops))
+        prompts.append(Prompt(number, shown, text, new_tokens, changes, own_seed, stops))
     if ignored:
-        _logger.warning("ignored, as the %s sampler has no such setting: %s", sampler, ", ".join(sorted(ignored)))
+        _logger.warning(
+            "ignored, as the %s sampler has no such setting: %s", sampler, ", ".join(sorted(ignored))
+        )
     return prompts
-
-
-def last(tokens: list[int], count: int) -> list[int]:
-    """Return the last `count` tokens, or all where there are fewer."""
-    return tokens[max(0, len(tokens) - count) :]
 
 
 def _number(settings: dict[str, Any], names: Sequence[str], kind: type, default: Any) -> Any:

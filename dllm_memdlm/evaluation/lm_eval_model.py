@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ..data.encoding import decode_text
 from ..inference.arguments import parse
 from .batching import Batches
-from .generation import Prompt, cut, in_order, last, read_prompts, share_prefixes
+from .generation import Prompt, cut, in_order, read_prompts, share_prefixes
 from .likelihood import Masked, log_likelihoods, states
 from .texts import Pair, Texts
 
@@ -63,9 +63,8 @@ class MemDLMEvalLM(LM):
             arguments,
             [(request.task_name, request.doc_id, request.idx) for request in requests],
             lambda context: self.texts.context(context).ids,
-            self.decoder.sampler,
+            self.decoder,
             self.arguments.max_gen_toks,
-            self.max_length,
             self.arguments.seed,
         )
         for prompt in prompts:  # a wrong setting is refused before anything is decoded
@@ -169,9 +168,9 @@ class MemDLMEvalLM(LM):
         items, texts = [], []
         for number, (context, continuation) in enumerate(pairs):
             kept = continuation[-self.max_length :]
-            room = self.max_length - len(kept)
-            texts.append(context if len(context) <= room else None)
-            items += states(number, last(context, room), kept, self.arguments.mc_num, self.arguments.seed)
+            seen, text = self.decoder.parts(context, len(kept))
+            texts.append(text)
+            items += states(number, seen, kept, self.arguments.mc_num, self.arguments.seed)
         items.sort(key=lambda item: (-item.length, item.prompt, item.request))
         counted: set[int] = set()  #: requests that the memory's tally has seen
         adapt = adapt or (self.memory is not None and self.memory.fixed is not None)
@@ -194,10 +193,8 @@ class MemDLMEvalLM(LM):
         """Tell whether the tokens that decoding gives are those of the continuation."""
         prompts = []
         for number, (context, continuation) in enumerate(pairs):
-            room = max(0, self.max_length - len(continuation))
-            text = context if len(context) <= room else None
-            greedy = {"temperature": 0.0}
-            prompts.append(Prompt(number, last(context, room), text, len(continuation), greedy, seed=0, stops=[]))
+            seen, text = self.decoder.parts(context, len(continuation))
+            prompts.append(Prompt(number, seen, text, len(continuation), {"temperature": 0.0}, seed=0, stops=[]))
         decoded = self._answers([prompt for prompt in prompts if prompt.new_tokens], "greedy", quiet, whole=True)
         found = {prompt.number: answer for prompt, answer in decoded}
         return [found.get(number, []) == continuation for number, (_, continuation) in enumerate(pairs)]

@@ -35,7 +35,7 @@ from .pretrained import load_pretrained
 _logger = logging.getLogger("lm_eval.models.memdlm")  # lm-eval shows the messages of its own loggers only
 
 #: Fields of `MemoryConfig` that mean nothing for a prompt, or are declared below in another form.
-TRAINING_ONLY = {"enabled", "dropout", "scope", "sync", "weighting"}
+TRAINING_ONLY = {"enabled", "dropout", "scope", "sync", "weighting", "source", "prompt_loss"}
 
 #: The other fields, by the names of their arguments.
 MEMORY = {f"memory_{f.name}": f.name for f in dataclasses.fields(MemoryConfig) if f.name not in TRAINING_ONLY}
@@ -71,6 +71,7 @@ class EvalArguments:
     batch_size: _BatchSize = knob(1, "prompts at a time; auto: as many as fit")
     max_batch_size: Count | None = knob(None, "the most that auto tries; none is 64")
     max_length: _AtLeastTwo | None = knob(None, "tokens of prompt and answer together; none is the model's")
+    visible: Count | None = knob(None, "tokens of a prompt that the model sees, from its end; none: as it was trained")
     max_gen_toks: Count = knob(256, "new tokens where the task does not say")
     sampler: Literal["auto", "mdlm", "llada21"] = knob("auto", "how to decode; auto is what the model was made for")
     seed: _Seed = knob(0, "of the memory's masks, of sampling, and of the likelihood's masks")
@@ -122,7 +123,7 @@ class Parsed:
             block_size = self.sampler.get("block_size") or 32
             settings = {"seed": own.seed, "attention": own.memory_attention, "block_size": block_size}
             memory = memory_for(pretrained, self.memory, own.fast_weights, **settings)
-        return Decoder(pretrained, own.sampler, self.sampler, memory, own.max_length)
+        return Decoder(pretrained, own.sampler, self.sampler, memory, own.max_length, own.visible)
 
 
 def device_of(name: str | None) -> torch.device:

@@ -55,14 +55,19 @@ class Conversation:
             ConfigError: the prompt is too long, or a chat goes on without a chat template.
         """
         prompt = self.prompt(question, self.turns)
-        length = len(prompt) + self.new_tokens
-        if length > self.decoder.max_length:
+        text, room = self.memory_text(question), self.decoder.max_length - self.new_tokens
+        # a memory that reads windows takes the place of what is not seen, but not of the question
+        unseen = len(text) if self.document and self.decoder.reads_windows else 0
+        if len(prompt) - unseen > room:
             raise ConfigError(
                 f"prompt of {len(prompt)} tokens and answer of {self.new_tokens}: expected at most "
-                f"{self.decoder.max_length} together; max_length={length} tries it all the same"
+                f"{self.decoder.max_length} together, or --memory and --window N, which read a longer document; "
+                f"max_length={len(prompt) + self.new_tokens} tries it all the same"
             )
+        prompt, _ = self.decoder.parts(prompt, self.new_tokens)
+        length = len(prompt) + self.new_tokens
         tokens: list[int] = []
-        with self.decoder.recalled([self.memory_text(question)]):
+        with self.decoder.recalled([text]):
             canvases = self.decoder.stream([prompt], self.new_tokens, seeds=[self.seed + len(self.turns)])
             for steps, canvas in enumerate(canvases):
                 tokens = canvas[0, len(prompt) : length].tolist()

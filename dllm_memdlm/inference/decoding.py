@@ -49,6 +49,7 @@ class Decoder:
             block, and as many steps as tokens.
         memory: writes or holds the fast weights; none decodes with the model as it is.
         max_length: tokens of a prompt and its answer; what the model declares if none.
+        visible: tokens of a prompt that the model sees, counted from its end; as it was trained if none.
     """
 
     pretrained: Pretrained
@@ -56,6 +57,7 @@ class Decoder:
     settings: dict[str, Any] = field(default_factory=dict)
     memory: PromptMemory | None = None
     max_length: int | None = None
+    visible: int | None = None
     answered: int = field(default=0, init=False)  #: answers so far
     left_masked: int = field(default=0, init=False)  #: those among them in which a mask is left
 
@@ -65,6 +67,7 @@ class Decoder:
             self.sampler = sampler_name(model)
         self._sampler = SAMPLERS[self.sampler](model, tokenizer)
         self._ends = tokenizer.eos_token_id, tokenizer.eot_token_id  # of a text, of a turn
+        self.visible = self.visible or self.pretrained.visible
         self.max_length = self.max_length or model.config.max_position_embeddings
         if not isinstance(self.max_length, int) or self.max_length < 2:
             raise ConfigError(
@@ -85,6 +88,22 @@ class Decoder:
             known = all(0 <= token < vocabulary for token in getattr(config, name) or ())
             require("sampler", config, name, known, f"tokens below the vocabulary's size, {vocabulary}")
         return config
+
+    @property
+    def reads_windows(self) -> bool:
+        """Whether a memory reads texts of any length."""
+        return self.memory is not None and self.memory.memory.config.window is not None
+
+    def parts(self, prompt: list[int], new_tokens: int) -> tuple[list[int], list[int] | None]:
+        """Return what the model sees of a prompt beside an answer of `new_tokens`, and what a memory is written on.
+
+        It sees the last tokens: as many as there is room for, or `visible` of them. Of a prompt that leaves no room for
+        the answer only a memory that reads windows is written.
+        """
+        room = max(0, self.max_length - new_tokens)
+        seen = room if self.visible is None else min(room, self.visible)
+        text = prompt if len(prompt) <= room or self.reads_windows else None
+        return prompt[max(0, len(prompt) - seen) :], text
 
     def recalled(
         self, texts: Sequence[Text | None], counted: Sequence[bool] | None = None

@@ -30,6 +30,7 @@ class Pretrained:
     tokenizer: PreTrainedTokenizerBase
     memory: MemoryConfig  #: as it was trained; the paper's settings where no recipe stands beside the weights
     right_shift_logits: bool
+    visible: int | None = None  #: `data.visible` of the training
 
 
 @dataclass
@@ -140,6 +141,7 @@ def load_pretrained(
         tokenizer=loaded,
         memory=_memory_of(source),
         right_shift_logits=bool(source.recipe.get("training", {}).get("right_shift_logits", False)),
+        visible=source.recipe.get("data", {}).get("visible"),
     )
 
 

@@ -35,8 +35,8 @@ NOTHING = b""
 
 def at_inference(config: MemoryConfig, **changes: object) -> MemoryConfig:
     """Turn a training configuration into that for prompts: uniform weights, and fast weights of each prompt's own."""
-    settings = {"enabled": True, "weighting": "uniform", "scope": "sample", "sync": False, "dropout": 0.0, **changes}
-    return replace(config, **settings)
+    settings = {"enabled": True, "source": "prompt", "weighting": "uniform", "scope": "sample", "sync": False}
+    return replace(config, **settings, **{"dropout": 0.0, "prompt_loss": 0.0, **changes})
 
 
 @dataclass

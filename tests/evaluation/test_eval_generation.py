@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from conftest import tiny
+from saved_models import pretrained_of
 
 from dllm_memdlm.evaluation.batching import CPU_TOKENS, Batches
 from dllm_memdlm.evaluation.generation import Prompt, cut, in_order, read_prompts, share_prefixes
+from dllm_memdlm.inference.decoding import Decoder
 from dllm_memdlm.method.prompt_memory import shared_prefixes
 
 
@@ -21,7 +24,8 @@ def encode(text: str) -> list[int]:
 def read(*arguments: tuple[str, dict[str, Any]], sampler: str = "mdlm", **settings: Any) -> list[Prompt]:
     settings = {"default_new_tokens": 8, "max_length": 20, "seed": 0, **settings}
     names = settings.pop("names", [None] * len(arguments))
-    return read_prompts(arguments, names, encode, sampler, **settings)
+    decoder = Decoder(pretrained_of(tiny("llama")), sampler, max_length=settings.pop("max_length"))
+    return read_prompts(arguments, names, encode, decoder, **settings)
 
 
 def prompt_of(sampler: str = "mdlm", **settings: Any) -> Prompt:

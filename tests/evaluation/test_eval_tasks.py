@@ -83,9 +83,8 @@ def test_the_papers_tasks_and_settings(manager):
 def test_the_papers_decoding_of_llada21(name, new_tokens, steps):
     """Its code edits no token and takes min(32, max_gen_toks) steps a block; the sampler's own defaults are dllm's."""
     decoder = decoder_with(None, tiny("llada2"))
-    encode = {"encode": lambda text: [3], "sampler": "llada21", "default_new_tokens": 1, "max_length": 999, "seed": 0}
     asked = {"max_gen_toks": new_tokens, "until": [], **SETTINGS[name]["gen_kwargs"]}
-    (prompt,) = read_prompts([("", asked)], [None], **encode)
+    (prompt,) = read_prompts([("", asked)], [None], lambda text: [3], decoder, default_new_tokens=1, seed=0)
     config = decoder.config_for(prompt.new_tokens, **prompt.changes)
     assert (config.editing_threshold, config.block_size, config.threshold) == (None, 32, 0.95)
     rows = Rows([1], config, torch.device("cpu"))
