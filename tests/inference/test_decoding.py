@@ -122,7 +122,8 @@ def test_after_decoding_the_model_is_as_before(kind):
 
 
 def test_the_memory_has_the_settings_of_training_but_for_changes_or_those_it_was_saved_with(tmp_path):
-    trained = MemoryConfig(rank=4, layer_fraction=0.4, inner_lr=0.7, dropout=0.5, scope="batch")
+    of_training = {"enabled": False, "dropout": 0.5, "scope": "batch", "sync": True}
+    trained = MemoryConfig(rank=4, layer_fraction=0.4, inner_lr=0.7, **of_training)
     pretrained, path = pretrained_of(tiny("llama"), trained, shift=True), tmp_path / "memory"
     memory = memory_of(pretrained, {"inner_lr": 0.3}, seed=5, attention="block_causal")
     expected = MemoryConfig(rank=4, layer_fraction=0.4, inner_lr=0.3, weighting="uniform")

@@ -1,25 +1,29 @@
-"""The memory leaves no trace: not after an exception, not in a checkpoint, not in the optimizer."""
+"""The memory leaves no trace, not even after an exception, and its samples do not touch one another."""
 
 from __future__ import annotations
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import KINDS, MASK, make_trainer, tiny
+from conftest import KINDS, MASK, assert_close_relative, examples, make_trainer, tiny
 from conftest import train_batch as batch_of
+from inputs import poisoned
 from safetensors.torch import load_file
-from steps import SMALL, Step, initial, memory_for
+from steps import SMALL, VARIANTS, Step, flat, initial, memory_for
 from torch import Tensor, nn
 
 from dllm_memdlm.backbones import staged_backbone
 from dllm_memdlm.backbones.expert_names import split_names
 from dllm_memdlm.backbones.moe import RoutedExperts
 from dllm_memdlm.config import MemoryConfig
+from dllm_memdlm.method import global_batch
 from dllm_memdlm.method.fast_weights import FastWeights
-from dllm_memdlm.method.inner_loop import ParametricMemory
+from dllm_memdlm.method.inner_loop import ParametricMemory, Written
 from dllm_memdlm.method.trajectory import Trajectory
 
 
@@ -151,3 +155,118 @@ def test_a_set_shared_by_the_batch_starts_from_its_first_sample(tokenizer, tmp_p
     written, start = trainer.memory.write(trajectory).fast_weights, initial(trainer, batch)
     assert written.samples == 1
     assert all(torch.equal(value, start.tensors[name]) for name, value in written.tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "variant", "dtype", "tolerance"),
+    [
+        *((kind, "paper", torch.float32, 2e-5) for kind in KINDS),  # the others amplify its rounding
+        ("llada_moe", "full", torch.float64, 1e-6),
+        ("llada2", "three_steps", torch.float64, 1e-6),
+        ("llama", "global_clip", torch.float64, 1e-6),
+    ],
+)
+def test_a_batch_is_as_many_batches_of_one(kind, variant, dtype, tolerance, tokenizer, tmp_path):
+    memory, model = memory_for(kind, **VARIANTS[variant]), tiny(kind, dtype, lora=True)
+    trainer = make_trainer(model, tokenizer, tmp_path, memory, examples(5), loss_norm_type="batch")
+    batch = batch_of(trainer, range(5))
+    assert len(set(batch["anchor_mask"].sum(-1).tolist())) > 2, "samples should differ in their number of masks"
+    singles = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(5)]
+    whole = Step(trainer, batch, initial(trainer, batch))
+    alone = [Step(trainer, single, initial(trainer, single)) for single in singles]
+
+    assert whole.loss.item() == pytest.approx(sum(s.loss.item() for s in alone) / 5, rel=tolerance)
+    together = flat(whole.written.fast_weights)
+    for i, single in enumerate(alone):
+        assert single.written.fast_weights.samples == 1
+        for name, value in flat(single.written.fast_weights)[0].items():
+            assert_close_relative(together[i][name], value, tolerance, f"sample {i}: {name}")
+        for ours, theirs in zip(whole.written.steps, single.written.steps, strict=True):
+            assert ours.loss[i].item() == pytest.approx(theirs.loss.item(), rel=tolerance)
+            assert ours.grad_norm[i].item() == pytest.approx(theirs.grad_norm.item(), rel=10 * tolerance)
+    mean = torch.cat([torch.stack([s.gradients[n] for s in alone]).mean(0).flatten() for n in whole.gradients])
+    assert_close_relative(torch.cat([g.flatten() for g in whole.gradients.values()]), mean, tolerance, "gradient")
+
+
+def test_a_sample_without_masks_writes_nothing(tokenizer, tmp_path):
+    trainer = make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama"))
+    batch = batch_of(trainer)
+    for name in ("anchor_mask", "maskable", "inner_masks"):
+        batch[name][1] = False
+    batch["inner_ratios"][1] = 0.0
+    step = Step(trainer, batch)
+    assert step.loss.isfinite() and step.written.finite.all()
+    assert all((v[1] == 0).all() for k, v in step.written.fast_weights.tensors.items() if k.endswith(".B"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_processes_that_share_a_set_write_that_of_the_whole_batch(kind, tokenizer, tmp_path, monkeypatch):
+    """Two threads stand for two processes, of three samples and of two."""
+    barrier, sent, process = threading.Barrier(2), {}, threading.local()
+
+    def exchange(tensor, received):
+        sent[process.rank] = tensor.clone()
+        barrier.wait(60)
+        value = received([sent[0], sent[1]])
+        barrier.wait(60)
+        tensor.copy_(value)
+
+    monkeypatch.setattr(global_batch, "is_initialized", lambda: hasattr(process, "rank"))
+    monkeypatch.setattr(global_batch, "all_reduce", lambda tensor: exchange(tensor, sum))
+    monkeypatch.setattr(global_batch, "broadcast", lambda tensor, src: exchange(tensor, lambda all_: all_[src]))
+    settings = memory_for(kind, scope="batch", sync=True)
+    batch = batch_of(make_trainer(tiny(kind), tokenizer, tmp_path, settings, examples(5)), range(5))
+    memories = [ParametricMemory(tiny(kind, torch.float64), settings, MASK) for _ in range(3)]
+
+    def write(rank: int, rows: slice) -> Written:
+        process.rank = rank
+        return memories[rank].write(Trajectory.from_batch({name: value[rows] for name, value in batch.items()}))
+
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(write, (0, 1), (slice(0, 3), slice(3, 5)))
+    whole = memories[2].write(Trajectory.from_batch(batch))
+    for name, value in whole.fast_weights.tensors.items():
+        assert torch.equal(first.fast_weights.tensors[name], second.fast_weights.tensors[name])
+        assert_close_relative(first.fast_weights.tensors[name], value, 1e-4, name)
+    for ours, expected in zip(first.steps, whole.steps, strict=True):
+        assert ours.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_one_bad_sample_falls_back_and_leaves_the_others(kind, value, tokenizer, tmp_path):
+    rows = examples(3)
+    for row in rows:
+        row["input_ids"][0] = 3
+    trainer = make_trainer(tiny(kind), tokenizer, tmp_path, memory_for(kind), rows)
+    clean = batch_of(trainer)
+    bad = {**clean, "input_ids": clean["input_ids"].clone()}
+    bad["input_ids"][1, 0] = 47
+    clean["input_ids"][1, 0] = 46
+    for batch in (clean, bad):  # nowhere else
+        batch["input_ids"][:, 1:][batch["input_ids"][:, 1:] == 47] = 5
+    poisoned(trainer.model, 47, value)
+    expected, written = (trainer.memory.write(Trajectory.from_batch(batch)) for batch in (clean, bad))
+    assert expected.finite.all() and written.finite.tolist() == [True, False, True]
+    for name, tensor in written.fast_weights.tensors.items():
+        # A product over an expert's rows rounds by how many there are, and the bad sample chose others.
+        for sample in (0, 2):
+            ours, theirs = (t[..., sample, :, :] for t in (tensor, expected.fast_weights.tensors[name]))
+            assert_close_relative(ours, theirs, 0.0 if kind == "llama" else 1e-5, name)
+        assert tensor.isfinite().all() and (name.endswith(".A") or not tensor[..., 1, :, :].any())
+
+
+@pytest.mark.parametrize("scope", ["sample", "batch"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_diverging_inner_loop_is_counted_and_the_run_goes_on(kind, scope, tokenizer, tmp_path):
+    """Steps so large that the second inner loss overflows: every sample falls back, and the loss is plain MDLM's."""
+    memory = memory_for(kind, inner_lr=1e38, scope=scope)
+    rows = examples(6, shortest=40, longest=40)
+    trainer = make_trainer(tiny(kind, lora=True), tokenizer, tmp_path, memory, rows, max_steps=2)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["nonfinite_samples"] for log in logs] == ([3, 3] if scope == "sample" else [1, 1])
+    assert all(math.isfinite(log["loss"]) and math.isfinite(log["inner_loss_1"]) for log in logs)
+    assert all("inner_loss_2" not in log for log in logs)
+    assert [log["loss"] for log in logs] == [pytest.approx(log["loss_memory_off"], abs=1e-4) for log in logs]
+    assert all(p.isfinite().all() for p in trainer.model.parameters())

@@ -19,7 +19,6 @@ from dllm_memdlm.method.trajectory import (
     Trajectory,
     build_trajectory,
     pre_anchor_count,
-    reveal_counts,
     sample_anchor,
     smallest,
 )
@@ -69,12 +68,6 @@ def test_pre_anchor_count_is_exact(scale):
         ratios = [Fraction(m, max(n, 1)) for m, n in pairs[start : start + 500]]
         starts = [min(1, max(Fraction(scale) * r, r)) for r in ratios]
         assert count == [math.floor(n * r) for n, r in zip(total.tolist(), starts, strict=True)]
-
-
-def test_reveal_counts_are_equal_shares():
-    assert reveal_counts(torch.tensor([7, 1000]), 4).tolist() == [[7, 4, 2, 0], [1000, 666, 333, 0]]
-    assert reveal_counts(torch.tensor([7]), 3).tolist() == [[7, 3, 0]]
-    assert reveal_counts(torch.tensor([7]), 1).tolist() == [[0]]
 
 
 def test_smallest_against_sorting():
