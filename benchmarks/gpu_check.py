@@ -32,7 +32,7 @@ SECONDS = 540  #: of everything
 TOGETHER = 150  #: of each part that runs beside others
 SLOWER = 4  #: times a CPU may take as long
 UNIT_TESTS = (
-    *("canvas_cache", "dense_lora", "expert_ffn", "fast_weights", "losses", "memory_step", "moe", "noise"),
+    *("canvas_cache", "dense_lora", "fast_weights", "losses", "memory_step", "moe", "noise"),
     *("objectives", "samplers_llada21", "samplers_mdlm", "trajectory"),
 )
 #: Recipes, bits of a weight of the base, and the seconds that each may take.

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KINDS, assert_close_relative, tiny
-from inputs import tokens
+from conftest import assert_close_relative
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
@@ -71,20 +70,6 @@ def test_all_the_logits_are_never_there(monkeypatch):
     with Largest() as largest:
         layer(rows, wanted).sum().backward()
     assert largest.elements == max(B * M * D, V * D, 3 * V) < B * M * V
-
-
-@pytest.mark.parametrize("stage", ["full", "suffix"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_backbone_gives_it(kind, stage):
-    model = tiny(kind, lora=True)
-    assert type(model.get_base_model().lm_head) is OutputLinear
-    positions, wanted = torch.tensor([[1, 3], [0, 2]]), torch.tensor([[5, 6], [7, 8]])
-    hidden = torch.randn(2, 9, model.get_base_model().config.hidden_size)
-    given = {"input_ids": tokens()[:2]} if stage == "full" else {"hidden": hidden, "boundary": 1}
-    expected = token_nll(model(stage=stage, positions=positions, **given).logits, wanted)
-    out = model(stage=stage, positions=positions, tokens=wanted, **given)
-    assert out.logits is None
-    torch.testing.assert_close(out.nll, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("turned", [8, 4], ids=["all features", "half of them"])
