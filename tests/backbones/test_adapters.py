@@ -151,17 +151,14 @@ def test_an_adapter_of_another_kind(what, tied, tmp_path):
 def more_weights(folder: Path) -> None:
     """PEFT would leave them out without a word."""
     path = folder / "adapter_model.safetensors"
-    more = {"base_model.model.model.layers.2.mlp.up_proj.base_layer.mem_inner_A": torch.zeros(2, 2)}
+    more = {"base_model.model.lm_head.mem_inner_A": torch.zeros(2, 2)}
     save_file({**load_file(path), **more}, path, {"format": "pt"})
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (
-            more_weights,
-            "made for another model; base_model.model.model.layers.2.mlp.up_proj.base_layer.mem_inner_A is in",
-        ),
+        (more_weights, "made for another model; base_model.model.lm_head.mem_inner_A is in"),
         (lambda folder: edit(folder, target_modules=["c_attn"]), "no adapter for this model ("),
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "an adapter of type None, expected one of"),
     ],

@@ -137,7 +137,7 @@ def test_a_folder_that_is_no_model_is_refused(break_it, reason, tmp_path):
     """Other refusals: helpers/bad_inference.py."""
     break_it(saved("llada_moe", tmp_path))
     assert message(load, tmp_path).startswith(f"model.path={str(tmp_path)!r}: {reason}")
-    assert message(load, Path("missing")) == "model.path='missing': no such folder"
+    assert message(config_of, ModelConfig(path="./missing")) == "model.path='./missing': no such folder"
 
 
 @pytest.mark.parametrize("kind", KINDS)

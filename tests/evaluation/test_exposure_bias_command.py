@@ -9,13 +9,12 @@ from typing import Any
 import fresh_python
 import pytest
 from conftest import AMPLIFIED, ARCHITECTURES
-from rich.console import Console
 from saved_models import byte_tokenizer, save_model
 from steps import SMALL
 
 from dllm_memdlm.data import load_rows
 from dllm_memdlm.evaluation import exposure_bias as command
-from dllm_memdlm.evaluation.exposure_bias import DenoisingStep, exposure_bias, held_out
+from dllm_memdlm.evaluation.exposure_bias import exposure_bias, held_out
 from dllm_memdlm.inference.arguments import parse
 from dllm_memdlm.machine import package_versions
 from dllm_memdlm.training.recipe import load_recipe
@@ -100,12 +99,3 @@ def test_help_does_not_wait_for_torch():
     heavy = '{"torch", "transformers", "datasets", "lm_eval", "numpy"} & sys.modules.keys()'
     code = f"import json, sys; import dllm_memdlm.evaluation.exposure_bias; print(json.dumps(sorted({heavy})))"
     assert fresh_python.printed(fresh_python.run("-c", code)) == []
-
-
-def test_the_table_ends_with_the_last_step():
-    steps = [DenoisingStep(s, 1 - s / 48, 1.5, 3.0, 48 - s) for s in range(48)]
-    for count, first in ((48, "5"), (3, "0"), (1, "0")):
-        console = Console(width=100, record=True)
-        console.print(command.table(steps[:count]))
-        lines = [line.split() for line in console.export_text().splitlines() if "2.0000" in line]
-        assert (lines[0][1], lines[-1][1], len(lines)) == (first, str(count - 1), min(count, 8))

@@ -204,9 +204,6 @@ def test_commands_know_the_model(name, request):
     assert {"dummy", "hf", "memdlm"} <= set(known_models(done))
 
 
-def test_our_command_is_lm_evals_with_the_model(tmp_path):
-    """The stand-in prints its arguments, and what it knows."""
-    main = """
 import json, sys
 import lm_eval, lm_eval.models
 from lm_eval.api.registry import model_registry

@@ -92,13 +92,6 @@ def test_an_adapter_is_for_the_base_that_is_named(adapter, tmp_path):
     assert not logits(load_pretrained(other, adapter)).any() and logits(load_pretrained(adapter)).any()
 
 
-def test_a_merged_adapter_gives_nearly_the_same(adapter):
-    beside, merged = load_pretrained(adapter), load_pretrained(adapter, merge_adapter=True)
-    torch.testing.assert_close(logits(merged), logits(beside), atol=1e-4, rtol=1e-4)
-    assert not isinstance(merged.model, peft.PeftModel)
-    assert not [name for name, _ in merged.model.named_modules() if "lora" in name]
-
-
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 @pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
 def test_experts_under_an_adapter_compute_in_the_bases_dtype(kind, load_in_4bit, products, tmp_path):
@@ -156,12 +149,7 @@ def test_an_adapter_of_another_model(kind, dimensions, base, adapter, tmp_path):
     assert message(base, deeper).startswith(f"adapter='{deeper}': ")
 
 
-def test_what_it_refuses_goes_by_the_names_of_the_arguments(base, copy_of, tmp_path):
-    """Though the rooms that refuse it know only a recipe's."""
-    folder = copy_of(base)
-    edit(folder / "config.json", architectures=None)
-    assert message(str(folder)).startswith(f"pretrained='{folder}': its config.json names no architecture; expected ")
-    make_tokenizer(bos_token="<bos>").save_pretrained(tmp_path / "other")
-    said = message(base, tokenizer=str(tmp_path / "other"))
-    assert said.startswith(f"tokenizer='{tmp_path}/other': declares no mask token")
-    assert said.endswith("set tokenizer to it")
+def test_what_it_refuses_goes_by_the_names_of_the_arguments(base, tmp_path):
+    make_tokenizer(bos_token="<bos>").save_pretrained(tmp_path)
+    said = message(base, tokenizer=str(tmp_path))
+    assert said.startswith(f"tokenizer='{tmp_path}': declares no mask token") and said.endswith("set tokenizer to it")

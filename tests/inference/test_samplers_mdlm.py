@@ -11,7 +11,7 @@ from naive_samplers import Denoiser, Draws, cosine, decoder, linear, moves, prom
 from torch import Tensor, nn
 
 from dllm_memdlm.compat.bundled import CosineAlphaScheduler
-from dllm_memdlm.inference.samplers import MDLMSampler, MDLMSamplerConfig, completions
+from dllm_memdlm.inference.samplers import MDLMSampler, MDLMSamplerConfig
 
 NEW = 13
 
@@ -187,10 +187,3 @@ def test_a_lower_threshold_takes_fewer_steps_and_none_leaves_a_mask(cache, token
         assert not (output.sequences == MASK)[:, 9:].any()
     assert counts[0] == NEW and counts[-1] == 3, "one token a step, and one step a block"
     assert counts == sorted(counts, reverse=True) and len(set(counts)) > 2
-
-
-def test_completions_end_at_the_first_stop():
-    canvas = torch.tensor([[3, 4, 5, 9, 6, 7, 0, 0], [3, 5, 6, 7, 8, 10, 9, 9]])
-    assert completions(canvas, [2, 1], 5, [9, 0]) == [[5], [5, 6, 7, 8, 10]]
-    assert completions(canvas, [2, 1], 3, []) == [[5, 9, 6], [5, 6, 7]]
-    assert completions(canvas, [3, 5], 2, [9]) == [[], [10]]
