@@ -204,17 +204,6 @@ def test_commands_know_the_model(name, request):
     assert {"dummy", "hf", "memdlm"} <= set(known_models(done))
 
 
-import json, sys
-import lm_eval, lm_eval.models
-from lm_eval.api.registry import model_registry
-def cli_evaluate():
-    print(json.dumps([sys.argv[1:], sorted(model_registry)]))
-"""
-    write_lm_eval(tmp_path, **{"__main__.py": main})
-    done = run("-m", "dllm_memdlm.evaluate", "ls", "tasks", paths=(tmp_path, ROOT))
-    assert printed(done) == [["ls", "tasks"], ["dummy", "memdlm"]]
-
-
 def test_without_lm_eval_our_command_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     finders = list(sys.meta_path)
