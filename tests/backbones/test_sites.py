@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
 from conftest import KINDS, tiny
 from torch import nn
 
-from dllm_memdlm.backbones import LLaDAMoEConfig, LLaDAMoEModelLM, adapted_layers, find_sites, staged_backbone
+from dllm_memdlm.backbones import adapted_layers, find_sites, staged_backbone
 from dllm_memdlm.backbones.experts import ExpertLinear
 from dllm_memdlm.backbones.moe import RoutedExperts
 from dllm_memdlm.config import ConfigError, MemoryConfig
@@ -57,17 +56,8 @@ def test_fast_parameters_are_counted(kind, form):
     assert ParametricMemory(model, config, mask_token_id=2).fast_parameters == expected
 
 
-def test_llada_moe_in_its_own_size():
-    """The fast weights of the published dimensions: 2 layers, 64 experts of width 1024, rank 32."""
-    with torch.device("meta"):
-        model = LLaDAMoEModelLM(LLaDAMoEConfig())
-    memory = ParametricMemory(model, MemoryConfig(), mask_token_id=2)
-    assert (memory.boundary, memory.fast_parameters) == (14, 2 * 64 * 3 * 32 * (2048 + 1024))
-
-
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_target_that_matches_nothing_is_refused(lora):
-    """With all that there is instead."""
     memory = MemoryConfig(target_modules=("gate_proj", "c_fc"), layer_fraction=0.4)
     with pytest.raises(ConfigError, match=r"^memory\.target_modules: 'c_fc' matches nothing in layers 1-2 of") as error:
         find_sites(staged_backbone(tiny("llada2", lora=lora)), memory)
