@@ -16,7 +16,6 @@ pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'dllm-memdlm[e
 from lm_eval.api.model import CachingLM, hash_args
 from local_tasks import (
     DOCUMENTS,
-    NEW,
     ROWS,
     asking,
     data_in,
@@ -165,25 +164,6 @@ def test_where_an_answer_ends(model, caplog):
     with caplog.at_level("WARNING", "lm_eval"):
         assert generate(lm, "Ada", "Bob") == ["", ""] and lm.get_model_info()["answers_left_masked"] == 2
     assert any("2 of 2 answers have masks left" in message for message in caplog.messages)
-
-
-def test_sampling_is_seeded_by_prompt(model):
-    settings = {"temperature": 1.0, "do_sample": True}
-    first = generate(model(batch_size=3), *[TEXTS[0]] * 3, TEXTS[1], **settings)
-    assert len(set(first[:3])) == 3, "asked again, it answers anew"
-    assert generate(model(batch_size=1), *[TEXTS[0]] * 3, TEXTS[1], **settings) == first
-    assert generate(model(seed=1), TEXTS[0], **settings) != first[:1]
-    greedy = generate(model(), TEXTS[0])
-    assert generate(model(temperature=1.0), TEXTS[0], do_sample=False, temperature=1.0) == greedy
-
-
-def test_an_over_long_prompt_is_decoded_without_memory(model, folder):
-    lm = model(memory=True, max_length=80)
-    long, short = TEXTS[0] + TEXTS[1], TEXTS[1][-30:]
-    found = generate(lm, long, short)
-    assert found == [*decoded(folder, [long[-(80 - NEW) :]], None), *decoded(folder, [short], [short])]
-    tally = lm.get_model_info()["memory_tally"]
-    assert (tally["written"], tally["without"], tally["reused"]) == (1, 1, 0)
 
 
 def test_a_saved_memory_is_in_place_for_every_prompt(model, folder, tmp_path):

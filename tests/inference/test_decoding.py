@@ -67,14 +67,6 @@ def test_an_empty_prompt_has_an_answer_of_its_own_length():
     assert [answer] == decoder.answers([[decoder.pretrained.tokenizer.bos_token_id]], NEW, whole=True)
 
 
-@every_kind
-def test_a_stream_ends_with_the_answer(kind):
-    decoder, prompts = decoder_of(kind), random_prompts(9, 14)
-    with decoder.recalled(prompts):
-        steps = [completions(canvas, [9, 14], NEW, ()) for canvas in decoder.stream(prompts, NEW)]
-    assert steps[0] == [[MASK] * NEW] * 2 and steps[-1] == answers_of(decoder, prompts) and len(steps) > 2
-
-
 @pytest.mark.parametrize("way", ["answers", "stream"])
 def test_answers_that_are_left_masked_are_counted(way):
     """This model chooses the mask for some tokens, and its text leaves those out."""
@@ -106,19 +98,6 @@ def test_a_batch_answers_as_each_prompt_alone(kind, shift, attention):
     assert answers_of(decoder, [prompts[i] for i in turned]) == [alone[i] for i in turned]
     with decoder.recalled([None, prompts[1], [], *prompts[3:]]):
         assert decoder.answers(prompts, NEW, whole=True) == [plain[0], alone[1], plain[2], *alone[3:]]
-
-
-@every_kind
-def test_after_decoding_the_model_is_as_before(kind):
-    decoder, prompts = decoder_of(kind), random_prompts(9, 14)
-    model, plain = decoder.pretrained.model, answers_of(without(decoder), prompts)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    answers_of(decoder, prompts)
-    with pytest.raises(ConfigError, match="not a setting"), decoder.recalled(prompts):
-        decoder.answers(prompts, NEW, colour="red")
-    assert answers_of(without(decoder), prompts) == plain
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_the_memory_has_the_settings_of_training_but_for_changes_or_those_it_was_saved_with(tmp_path):

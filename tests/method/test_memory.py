@@ -12,9 +12,8 @@ import pytest
 import torch
 from conftest import KINDS, MASK, assert_close_relative, examples, make_trainer, tiny
 from conftest import train_batch as batch_of
-from inputs import poisoned
 from safetensors.torch import load_file
-from steps import SMALL, VARIANTS, Step, flat, initial, memory_for
+from steps import SMALL, Step, initial, memory_for
 from torch import Tensor, nn
 
 from dllm_memdlm.backbones import staged_backbone
@@ -157,37 +156,6 @@ def test_a_set_shared_by_the_batch_starts_from_its_first_sample(tokenizer, tmp_p
     assert all(torch.equal(value, start.tensors[name]) for name, value in written.tensors.items())
 
 
-@pytest.mark.parametrize(
-    ("kind", "variant", "dtype", "tolerance"),
-    [
-        *((kind, "paper", torch.float32, 2e-5) for kind in KINDS),  # the others amplify its rounding
-        ("llada_moe", "full", torch.float64, 1e-6),
-        ("llada2", "three_steps", torch.float64, 1e-6),
-        ("llama", "global_clip", torch.float64, 1e-6),
-    ],
-)
-def test_a_batch_is_as_many_batches_of_one(kind, variant, dtype, tolerance, tokenizer, tmp_path):
-    memory, model = memory_for(kind, **VARIANTS[variant]), tiny(kind, dtype, lora=True)
-    trainer = make_trainer(model, tokenizer, tmp_path, memory, examples(5), loss_norm_type="batch")
-    batch = batch_of(trainer, range(5))
-    assert len(set(batch["anchor_mask"].sum(-1).tolist())) > 2, "samples should differ in their number of masks"
-    singles = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(5)]
-    whole = Step(trainer, batch, initial(trainer, batch))
-    alone = [Step(trainer, single, initial(trainer, single)) for single in singles]
-
-    assert whole.loss.item() == pytest.approx(sum(s.loss.item() for s in alone) / 5, rel=tolerance)
-    together = flat(whole.written.fast_weights)
-    for i, single in enumerate(alone):
-        assert single.written.fast_weights.samples == 1
-        for name, value in flat(single.written.fast_weights)[0].items():
-            assert_close_relative(together[i][name], value, tolerance, f"sample {i}: {name}")
-        for ours, theirs in zip(whole.written.steps, single.written.steps, strict=True):
-            assert ours.loss[i].item() == pytest.approx(theirs.loss.item(), rel=tolerance)
-            assert ours.grad_norm[i].item() == pytest.approx(theirs.grad_norm.item(), rel=10 * tolerance)
-    mean = torch.cat([torch.stack([s.gradients[n] for s in alone]).mean(0).flatten() for n in whole.gradients])
-    assert_close_relative(torch.cat([g.flatten() for g in whole.gradients.values()]), mean, tolerance, "gradient")
-
-
 def test_a_sample_without_masks_writes_nothing(tokenizer, tmp_path):
     trainer = make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama"))
     batch = batch_of(trainer)
@@ -230,30 +198,6 @@ def test_processes_that_share_a_set_write_that_of_the_whole_batch(kind, tokenize
         assert_close_relative(first.fast_weights.tensors[name], value, 1e-4, name)
     for ours, expected in zip(first.steps, whole.steps, strict=True):
         assert ours.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_one_bad_sample_falls_back_and_leaves_the_others(kind, value, tokenizer, tmp_path):
-    rows = examples(3)
-    for row in rows:
-        row["input_ids"][0] = 3
-    trainer = make_trainer(tiny(kind), tokenizer, tmp_path, memory_for(kind), rows)
-    clean = batch_of(trainer)
-    bad = {**clean, "input_ids": clean["input_ids"].clone()}
-    bad["input_ids"][1, 0] = 47
-    clean["input_ids"][1, 0] = 46
-    for batch in (clean, bad):  # nowhere else
-        batch["input_ids"][:, 1:][batch["input_ids"][:, 1:] == 47] = 5
-    poisoned(trainer.model, 47, value)
-    expected, written = (trainer.memory.write(Trajectory.from_batch(batch)) for batch in (clean, bad))
-    assert expected.finite.all() and written.finite.tolist() == [True, False, True]
-    for name, tensor in written.fast_weights.tensors.items():
-        # A product over an expert's rows rounds by how many there are, and the bad sample chose others.
-        for sample in (0, 2):
-            ours, theirs = (t[..., sample, :, :] for t in (tensor, expected.fast_weights.tensors[name]))
-            assert_close_relative(ours, theirs, 0.0 if kind == "llama" else 1e-5, name)
-        assert tensor.isfinite().all() and (name.endswith(".A") or not tensor[..., 1, :, :].any())
 
 
 @pytest.mark.parametrize("scope", ["sample", "batch"])
