@@ -1,4 +1,4 @@
-"""From a folder or dimensions to a model: config.json by its architecture, and one line for what is wrong with it."""
+"""From a folder, from dimensions or from dllm to a model, and one line for what is wrong with a folder."""
 
 from __future__ import annotations
 
@@ -6,16 +6,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
 from conftest import ARCHITECTURES, DIMENSIONS, KINDS, scale_up, tiny, tiny_config
+from inputs import mask_of, tokens
 from safetensors.torch import load_file, save_file
+from stock_models import a2d_llama, dllms_model
+from stock_models import config_of as adapter_config
 
-from dllm_memdlm.backbones import DECODERS, config_of, find_sites, load_model, with_lora
+from dllm_memdlm.backbones import DECODERS, adopt, config_of, find_sites, load_model, model_class, with_lora
+from dllm_memdlm.backbones.expert_names import split_names
 from dllm_memdlm.config import ConfigError, LoraConfig, MemoryConfig, ModelConfig
+from dllm_memdlm.method.inner_loop import ParametricMemory
 
 TOKENS = torch.arange(3, 23).view(2, 10)
+SPARSE = ("llada_moe", "llada2")
 
 
 def saved(kind: str, folder: Path, **changes: Any) -> Path:
@@ -61,7 +68,7 @@ def test_a_saved_model_is_loaded_again(kind, tied, tmp_path):
     torch.testing.assert_close(loaded(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
 
 
-@pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
+@pytest.mark.parametrize("kind", SPARSE)
 def test_a_bfloat16_model_from_scratch_keeps_exact_positions(kind, tmp_path):
     model = load_model(ModelConfig(architecture=ARCHITECTURES[kind], dtype="bfloat16"), tiny_config(kind))
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
@@ -151,3 +158,75 @@ def test_weights_that_are_not_there_are_counted(kind, tmp_path):
 def test_lora_targets_that_match_nothing_are_refused():
     text = message(with_lora, tiny("llama"), LoraConfig(target_modules=("c_attn",)))
     assert text.startswith("lora.target_modules=('c_attn',): ") and "c_attn" in text.partition(": ")[2]
+
+
+@pytest.mark.dllm
+@pytest.mark.parametrize("kind", SPARSE)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_bundled_models_are_dllms(kind, attention):
+    theirs = dllms_model(kind, attn_implementation=attention)
+    scale_up(theirs)
+    names = ("rope_theta", "rms_norm_eps", "partial_rotary_factor", "num_key_value_heads")
+    dimensions = {name: getattr(theirs.config, name) for name in names if hasattr(theirs.config, name)}
+    shared = "shared_expert_intermediate_size" if kind == "llada_moe" else "num_shared_experts"
+    config = tiny_config(kind, **dimensions, **{shared: getattr(theirs.config, shared)})
+    config._attn_implementation = attention
+    ours = model_class(config.architectures[0])(config)
+    assert split_names(ours.state_dict()).keys() == theirs.state_dict().keys()
+    ours.load_state_dict(theirs.state_dict())
+    forms = {"llada_moe": ["none", "2-D"], "llada2": ["none", "4-D bool", "4-D additive", "4-D of zeros"]}[kind]
+    for training in (True, False):
+        for form in forms:
+            given = {"input_ids": tokens(), "attention_mask": mask_of(form, torch.float32)}
+            with torch.no_grad():
+                expected = theirs.train(training)(**given).logits
+                torch.testing.assert_close(ours.train(training)(**given).logits, expected, rtol=1e-4, atol=1e-4)
+            assert expected.std() > 0.1
+    theirs.load_state_dict(split_names(ours.state_dict()))  # and the other way
+
+
+@pytest.mark.dllm
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_dllms_gets_our_forward(kind, lora):
+    """The same parameters under the same names, the same logits and gradients; and stages, and sites for memory."""
+    model = a2d_llama() if kind == "llama" else dllms_model(kind)
+    scale_up(model)
+    if lora:
+        model = with_lora(model, LoraConfig(r=4, dropout=0.0))
+        scale_up(model)
+    names, before = sorted(model.train().state_dict()), dict(model.named_parameters())
+
+    def logits_and_gradients():
+        model.zero_grad()
+        logits = model(input_ids=tokens()).logits
+        logits.square().mean().backward()
+        gradients = split_names({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        return logits.detach(), {name: gradient.clone() for name, gradient in gradients.items() if gradient.any()}
+
+    logits, gradients = logits_and_gradients()
+    adopt(model)
+    assert sorted(split_names(model.state_dict())) == names
+    assert all(p is before[name] for name, p in model.named_parameters() if ".experts." not in name)
+    again, gradients_again = logits_and_gradients()
+    torch.testing.assert_close(again, logits, rtol=1e-4, atol=1e-4)
+    assert logits.std() > 0.1
+    torch.testing.assert_close(gradients_again, gradients, rtol=1e-3, atol=1e-5)
+
+    memory = ParametricMemory(model, MemoryConfig(rank=4, layer_fraction=0.3), mask_token_id=0)
+    positions = torch.arange(tokens().shape[1]).expand(len(tokens()), -1)
+    torch.testing.assert_close(memory.suffix(memory.prefix(tokens()), positions).logits, again, rtol=1e-4, atol=1e-4)
+    adopt(model)  # once is enough, and twice changes nothing
+    assert sorted(split_names(model.state_dict())) == names
+
+
+@pytest.mark.dllm
+@pytest.mark.parametrize("kind", SPARSE)
+def test_the_adapter_of_an_adopted_model_names_dllms_class(kind, tmp_path):
+    """A LoRA that PEFT's own function has put on dllm's own model, as `dllm.utils.get_model` does."""
+    model = dllms_model(kind)
+    expected = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["o_proj", "dense"]))
+    adopt(wrapped)
+    wrapped.save_pretrained(tmp_path)
+    assert adapter_config(tmp_path)["auto_mapping"] == expected

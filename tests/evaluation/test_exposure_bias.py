@@ -1,7 +1,4 @@
-"""Exposure bias: both trajectories as in a plain reference; and the command that measures it.
-
-What the command refuses: bad_inference.py.
-"""
+"""Exposure bias: both trajectories as in a plain reference; and the command, whose refusals are in bad_inference.py."""
 
 from __future__ import annotations
 
