@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import ARCHITECTURES, DIMENSIONS, KINDS, scale_up, tiny, tiny_config
+from data_files import message_of
 from inputs import mask_of, tokens
 from safetensors.torch import load_file, save_file
 from stock_models import a2d_llama, dllms_model
@@ -18,7 +19,7 @@ from stock_models import config_of as adapter_config
 
 from dllm_memdlm.backbones import DECODERS, adopt, config_of, find_sites, load_model, model_class, with_lora
 from dllm_memdlm.backbones.expert_names import split_names
-from dllm_memdlm.config import ConfigError, LoraConfig, MemoryConfig, ModelConfig
+from dllm_memdlm.config import LoraConfig, MemoryConfig, ModelConfig
 from dllm_memdlm.method.inner_loop import ParametricMemory
 
 TOKENS = torch.arange(3, 23).view(2, 10)
@@ -40,14 +41,6 @@ def edit(folder: Path, **changes: Any) -> None:
 def load(folder: Path, **settings: Any) -> torch.nn.Module:
     model = ModelConfig(path=str(folder), **{"dtype": "float32", **settings})
     return load_model(model, config_of(model))
-
-
-def message(call: Any, *args: Any, **kwargs: Any) -> str:
-    """The whole text of the ConfigError, which must be one line."""
-    with pytest.raises(ConfigError) as error:
-        call(*args, **kwargs)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -143,8 +136,8 @@ def test_lora_is_wrapped_around_the_backbone(kind, tmp_path):
 def test_a_folder_that_is_no_model_is_refused(break_it, reason, tmp_path):
     """Other refusals: helpers/bad_inference.py."""
     break_it(saved("llada_moe", tmp_path))
-    assert message(load, tmp_path).startswith(f"model.path={str(tmp_path)!r}: {reason}")
-    assert message(config_of, ModelConfig(path="./missing")) == "model.path='./missing': no such folder"
+    assert message_of(load, tmp_path).startswith(f"model.path={str(tmp_path)!r}: {reason}")
+    assert message_of(config_of, ModelConfig(path="./missing")) == "model.path='./missing': no such folder"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -152,11 +145,11 @@ def test_weights_that_are_not_there_are_counted(kind, tmp_path):
     weights = load_file(saved(kind, tmp_path) / "model.safetensors")
     gone = sorted(name for name in weights if ".layers.2." in name and "norm" in name)
     save_file({n: w for n, w in weights.items() if n not in gone}, tmp_path / "model.safetensors", {"format": "pt"})
-    assert message(load, tmp_path).endswith(f": {len(gone)} weights are missing, {gone[0]} the first")
+    assert message_of(load, tmp_path).endswith(f": {len(gone)} weights are missing, {gone[0]} the first")
 
 
 def test_lora_targets_that_match_nothing_are_refused():
-    text = message(with_lora, tiny("llama"), LoraConfig(target_modules=("c_attn",)))
+    text = message_of(with_lora, tiny("llama"), LoraConfig(target_modules=("c_attn",)))
     assert text.startswith("lora.target_modules=('c_attn',): ") and "c_attn" in text.partition(": ")[2]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from data_files import ROWS, message_of, write
+from data_files import message_of, write
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AddedToken, BertTokenizer, PreTrainedTokenizerFast
 
@@ -78,16 +78,6 @@ def special_in(tokenizer, ids):
 
 def learned(tokenizer, row):
     return tokenizer.decode([i for i in row["labels"] if i != -100])
-
-
-def test_a_row_that_spells_special_tokens_has_those_of_the_template_alone(tmp_path):
-    tokenizer, document, answer = trained(), "<|mask|>" * 12 + "<|role_end|>", "<|endoftext|><|assistant|> no"
-    config = write(tmp_path / "rows.json", [{"instruction": document, "output": answer}, ROWS[0]])
-    row, other = load_examples(config, tokenizer).train
-    assert [i for i in row["input_ids"] if i < 7] == [USER, END, ASSISTANT, END]
-    assert tokenizer.decode(row["input_ids"]) == f"<|user|>{document}<|role_end|><|assistant|>{answer}<|role_end|>"
-    assert learned(tokenizer, row) == answer + "<|role_end|>"
-    assert learned(tokenizer, other) == "a<|role_end|>"
 
 
 def test_tool_calls_and_tools_are_written_by_the_template(tmp_path):

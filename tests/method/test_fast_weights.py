@@ -67,9 +67,9 @@ def test_fast_parameters_are_counted(kind, form):
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_target_that_matches_nothing_is_refused(lora):
     memory = MemoryConfig(target_modules=("gate_proj", "c_fc"), layer_fraction=0.4)
-    with pytest.raises(ConfigError, match=r"^memory\.target_modules: 'c_fc' matches nothing in layers 1-2 of") as error:
+    says = r"^memory\.target_modules: 'c_fc' matches nothing in layers 1-2 of .*: dense, down_proj, gate_proj, query"
+    with pytest.raises(ConfigError, match=says):
         find_sites(staged_backbone(tiny("llada2", lora=lora)), memory)
-    assert str(error.value).endswith(": dense, down_proj, gate_proj, query_key_value, up_proj")
 
 
 def config_of(**values) -> MemoryConfig:

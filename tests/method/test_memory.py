@@ -156,17 +156,6 @@ def test_a_set_shared_by_the_batch_starts_from_its_first_sample(tokenizer, tmp_p
     assert all(torch.equal(value, start.tensors[name]) for name, value in written.tensors.items())
 
 
-def test_a_sample_without_masks_writes_nothing(tokenizer, tmp_path):
-    trainer = make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama"))
-    batch = batch_of(trainer)
-    for name in ("anchor_mask", "maskable", "inner_masks"):
-        batch[name][1] = False
-    batch["inner_ratios"][1] = 0.0
-    step = Step(trainer, batch)
-    assert step.loss.isfinite() and step.written.finite.all()
-    assert all((v[1] == 0).all() for k, v in step.written.fast_weights.tensors.items() if k.endswith(".B"))
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_processes_that_share_a_set_write_that_of_the_whole_batch(kind, tokenizer, tmp_path, monkeypatch):
     """Two threads stand for two processes, of three samples and of two."""
