@@ -113,18 +113,6 @@ def test_every_decoder_loads_sees_both_ways_and_has_sites(name, tmp_path):
     assert len(find_sites(model, MemoryConfig(layer_fraction=0.5))) == 3
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_lora_is_wrapped_around_the_backbone(kind, tmp_path):
-    settings = ModelConfig(path=str(saved(kind, tmp_path)), dtype="bfloat16")
-    model = load_model(settings, config_of(settings), LoraConfig(r=2, alpha=4, dropout=0.25))
-    config = model.peft_config["default"]
-    assert (config.r, config.lora_alpha, config.lora_dropout) == (2, 4, 0.25)
-    assert {"lora_" in name for name, p in model.named_parameters() if p.requires_grad} == {True}
-    assert next(model.parameters()).dtype == torch.bfloat16
-    off = load_model(settings, config_of(settings), LoraConfig(enabled=False))
-    assert all(p.requires_grad for p in off.parameters())
-
-
 @pytest.mark.parametrize(
     ("break_it", "reason"),
     [

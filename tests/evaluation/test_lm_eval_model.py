@@ -43,9 +43,6 @@ MEMORY = {"rank": 4, "alpha": 8.0, "layer_fraction": 0.4, "inner_lr": 1.0}
 KINDS_OF_TASK = ["tiny_generate", "tiny_choose", "tiny_roll"]
 TEXTS = [row["question"] for row in ROWS]
 LETTERS = [*range(7), *range(100, BYTES)]  #: tokens that are none
-with_and_without_memory = pytest.mark.parametrize(
-    "memory", [{}, {"memory": True}, {"memory": True, "memory_scope": "prefix"}], ids=["off", "prompt", "prefix"]
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,7 +68,9 @@ def model(folder):
     return lambda **arguments: MemDLMEvalLM(**{"pretrained": folder, "device": "cpu", "mc_num": 4, **arguments})
 
 
-@with_and_without_memory
+@pytest.mark.parametrize(
+    "memory", [{}, {"memory": True}, {"memory": True, "memory_scope": "prefix"}], ids=["off", "prompt", "prefix"]
+)
 def test_every_kind_of_task(memory, folder, tasks):
     given = {"pretrained": folder, "mc_num": 4, **memory}
     results = evaluate(tasks, KINDS_OF_TASK, given, batch_size=2)
@@ -140,18 +139,6 @@ def test_arguments_of_the_command_line(folder, caplog, monkeypatch):
     info = lm.get_model_info()
     assert info["memory"]["steps"] == 3 and info["memory"]["inner_lr"] == 2.0
     assert info["sampler"] == "mdlm" and info["sampler_settings"] == {"suppress_tokens": [5, 7], "steps": 3}
-
-
-@with_and_without_memory
-def test_the_batch_size_changes_nothing(memory, model):
-    pairs = [(row["question"], choice) for row in ROWS for choice in row["choices"]]
-    one = model(batch_size=1, **memory)
-    answers, likelihoods = generate(one, *TEXTS, "short"), values(one, *pairs)
-    assert len(set(answers)) > 2
-    for size in (3, "auto:2"):
-        lm = model(batch_size=size, **memory)
-        assert generate(lm, *TEXTS, "short") == answers, size
-        assert values(lm, *pairs) == pytest.approx(likelihoods, rel=1e-4), size
 
 
 def test_where_an_answer_ends(model, caplog):
