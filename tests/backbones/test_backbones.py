@@ -21,7 +21,6 @@ CLOSE = {"rtol": 1e-6, "atol": 1e-6}  # routers compute in float32, and round wh
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("form", ["none", "2-D", "4-D bool"])
 def test_prefix_and_suffix_are_the_full_forward(kind, attention, form):
-    """From tokens or their embeddings; the gradients, too."""
     model, given = tiny(kind, torch.float64, attention=attention), {"attention_mask": mask_of(form, torch.float64)}
     full = model(input_ids=tokens(), **given).logits
     take(full, POSITIONS).square().sum().backward()

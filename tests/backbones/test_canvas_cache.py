@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import KINDS, tiny
 from inputs import BATCH, LENGTH, tokens
-from torch import Tensor, nn
+from torch import Tensor
 
 from dllm_memdlm.backbones.cache import CanvasCache
 from dllm_memdlm.backbones.layers import take
@@ -21,16 +21,12 @@ def close(actual: Tensor, expected: Tensor) -> None:
     assert expected.std() > 0.1
 
 
-def wide(kind: str, attention: str = "sdpa") -> nn.Module:
-    return tiny(kind, torch.float64, attention=attention).eval()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
 def test_filling_and_reading_a_cache_change_nothing(kind, attention):
     """The window is at another place in each row: keys and values of the rest are those of the full forward."""
-    model = wide(kind, attention)
+    model = tiny(kind, torch.float64, attention=attention).eval()
     expected = model(input_ids=tokens()).logits
     for positions in (None, WINDOW):
         cache = CanvasCache(len(model.layers), LENGTH)

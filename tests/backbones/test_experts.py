@@ -97,7 +97,6 @@ def test_a_base_in_4_bit_is_not_saved(tmp_path):
 
 @pytest.mark.parametrize(("lora", "merged"), [(False, False), (True, False), (True, True)])
 def test_modules_become_tensors(lora, merged):
-    """Under PEFT's own LoRA, too, merged or not."""
     whole = tiny("llada2").eval()
     model = apart("llada2", whole)
     if lora:

@@ -32,7 +32,6 @@ def layer_and_rows(dtype: torch.dtype, frozen: bool, bias: bool = False) -> tupl
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_is_the_loss_of_the_logits(dtype, frozen, chunk, monkeypatch):
-    """And the gradients under factors that differ from row to row."""
     monkeypatch.setitem(output.CHUNK, "cpu", chunk)
     layer, rows, wanted = layer_and_rows(torch.float32 if dtype == "autocast" else dtype, frozen)
     results = []

@@ -26,10 +26,8 @@ TOKENS = torch.arange(3, 23).view(2, 10)
 SPARSE = ("llada_moe", "llada2")
 
 
-def saved(kind: str, folder: Path, **changes: Any) -> Path:
-    """A checkpoint of a tiny model, its config.json changed."""
+def saved(kind: str, folder: Path) -> Path:
     tiny(kind).save_pretrained(folder)
-    edit(folder, **changes)
     return folder
 
 
@@ -113,18 +111,10 @@ def test_every_decoder_loads_sees_both_ways_and_has_sites(name, tmp_path):
     assert len(find_sites(model, MemoryConfig(layer_fraction=0.5))) == 3
 
 
-@pytest.mark.parametrize(
-    ("break_it", "reason"),
-    [
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"{}"), "no weights ("),
-        (lambda folder: edit(folder, vocab_size=64), "weights of another shape ("),
-        (lambda folder: (folder / "adapter_config.json").write_text("{}"), "holds an adapter (adapter_config.json)"),
-    ],
-)
-def test_a_folder_that_is_no_model_is_refused(break_it, reason, tmp_path):
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
     """Other refusals: helpers/bad_inference.py."""
-    break_it(saved("llada_moe", tmp_path))
-    assert message_of(load, tmp_path).startswith(f"model.path={str(tmp_path)!r}: {reason}")
+    edit(saved("llada_moe", tmp_path), vocab_size=64)
+    assert message_of(load, tmp_path).startswith(f"model.path={str(tmp_path)!r}: weights of another shape (")
     assert message_of(config_of, ModelConfig(path="./missing")) == "model.path='./missing': no such folder"
 
 

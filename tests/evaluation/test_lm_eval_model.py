@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,7 +112,6 @@ def test_chats_with_shots_and_a_begun_answer(folder, tasks):
 
 
 def test_a_second_run_is_answered_from_the_cache(folder, tasks, tmp_path):
-    """By a model that would say something else."""
     cache, given = str(tmp_path / "cache"), {"pretrained": folder, "mc_num": 2}
     first = evaluate(tasks, KINDS_OF_TASK, given, use_cache=cache)
     other = {**given, "memory": True, "seed": 1}
@@ -168,22 +169,18 @@ def test_generators_of_the_program_go_on_as_if_nothing_had_been_drawn(model, mon
     def numbers() -> tuple[float, float, float]:
         return random.random(), float(np.random.rand()), float(torch.rand(()))
 
-    def seeded() -> tuple[float, float, float]:
+    def drawn_after(work: Callable[[], Any]) -> tuple[float, float, float]:
         random.seed(3)
         np.random.seed(3)
         torch.manual_seed(3)
+        work()
         return numbers()
 
-    seeded()
-    expected = numbers()
-    seeded()
+    lm, expected = model(memory=True), drawn_after(lambda: None)
     monkeypatch.setattr(arguments, "load_pretrained", lambda *args, **kw: (numbers(), load_pretrained(*args, **kw))[1])
-    lm = model(memory=True)
-    assert numbers() == expected
-    seeded()
-    generate(lm, TEXTS[0], temperature=1.0)
-    score(lm, (TEXTS[0], " yes"))
-    assert numbers() == expected, "nor by answers"
+    assert drawn_after(lambda: model(memory=True)) == expected
+    assert drawn_after(lambda: generate(lm, TEXTS[0], temperature=1.0)) == expected
+    assert drawn_after(lambda: score(lm, (TEXTS[0], " yes"))) == expected
 
 
 @pytest.mark.parametrize("memory", [False, True])

@@ -196,7 +196,6 @@ COMMANDS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_commands_know_the_model(name, request):
-    """The stock ones, and our own also where torch loads nothing of others."""
     if name == "our own":
         done = run(*COMMANDS[name], *UNKNOWN, paths=(ROOT,), TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     else:

@@ -95,7 +95,6 @@ def test_answers_that_are_left_masked_are_counted(way):
 @pytest.mark.parametrize("attention", ["full", "block_causal"])
 @pytest.mark.parametrize(("kind", "shift"), [*((kind, False) for kind in KINDS), ("llama", True)])
 def test_a_batch_answers_as_each_prompt_alone(kind, shift, attention):
-    """Without a text as the model by itself."""
     decoder = decoder_of(kind, torch.float64, shift, attention=attention, block_size=8)
     prompts, turned = random_prompts(9, 30, 16, 1, 23), [3, 0, 4, 1, 2]
     alone, plain = [answers_of(decoder, [prompt])[0] for prompt in prompts], answers_of(without(decoder), prompts)
@@ -201,7 +200,6 @@ def test_in_bfloat16(kind, temperature, tokenizer):
 @pytest.mark.dllm
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_dllms_settings_are_ours_without_what_we_added(name, model, tokenizer):
-    """Same names, same defaults; and its objects will do."""
     from dllm.core.samplers import MDLMSamplerConfig as TheirMDLM
     from dllm.pipelines.llada21.sampler import LLaDA21SamplerConfig as TheirLLaDA21
 

@@ -150,7 +150,6 @@ def test_what_the_memory_is_written_on_and_what_is_asked(pretrained):
 
 
 def test_progress_ends_at_the_answer(pretrained):
-    """Shown with its masks, up to the end of the turn."""
     chat = about(pretrained)
     steps, mask = list(chat.ask("Who?")), chat.tokenizer.mask_token_id
     assert [progress.steps for progress in steps] == list(range(len(steps)))

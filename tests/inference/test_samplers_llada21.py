@@ -126,7 +126,6 @@ def test_prompts_of_several_chunks(prefill, tokenizer, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_fast_weights_of_each_sample_held(kind, tokenizer):
-    """Cached, uncached, in a batch and alone: the tokens of the reference with the row's own fast weights."""
     model, inputs = decoder(kind), prompts(9, 3)
     sampler, settings = LLaDA21Sampler(model, tokenizer), settings_of(editing_threshold=0.2, max_post_steps=1)
     memory = ParametricMemory(model, MemoryConfig(rank=4, layer_fraction=0.4), mask_token_id=MASK)

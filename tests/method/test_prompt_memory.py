@@ -197,15 +197,15 @@ def test_a_memory_is_for_the_weights_wherever_they_lie(tmp_path):
 
 
 def test_other_files_are_refused(tmp_path):
+    """More of them: helpers/bad_inference.py."""
     path, prompts = tmp_path / "memory", prompt_memory(tiny("llada2"), memory_for("llada2"))
     fast, config = prompts.recall([TEXT]), prompts.memory.config
 
-    def refused(match: str, model: str = "runs/mine") -> None:
+    def refused(match: str) -> None:
         with pytest.raises(ConfigError, match=f"memory: {match}"):
-            load_snapshot(path, model)
+            load_snapshot(path, "runs/mine")
 
     save_snapshot(path, fast, "runs/mine", config, TEXT)
-    refused("written with the model 'runs/mine', not 'runs/other'$", "runs/other")
     content = path.read_bytes()
     for part in (content[: len(content) // 2], content[:5], b"", b"no safetensors, but long enough to be read"):
         path.write_bytes(part)
@@ -214,16 +214,11 @@ def test_other_files_are_refused(tmp_path):
     for metadata in (None, {"format": "pt"}, ours, ours | {"header": "{"}):
         save_file(fast.tensors, path, metadata)
         refused(r"not a fast-weight snapshot \(")
-    one_text = "expected the memory of one text, as --save-memory writes it$"
     fast.save(path, {"note": "ü"})  # as a user may keep them
     assert FastWeights.load(path)[1] == {"note": "ü"}
-    refused(one_text)
+    refused("expected the memory of one text, as --save-memory writes it$")
     fast.save(path, {"model": "runs/mine", "memory": {"rnak": 4}})
     refused("not the memory settings of this version .*rnak")
-    save_snapshot(path, FastWeights.stack([fast, fast]), "runs/mine", config, TEXT)
-    refused(one_text)
-    path.unlink()
-    refused(r"not a fast-weight snapshot \(No such file")
     with pytest.raises(ConfigError, match=r"memory: cannot be written \("):
         save_snapshot(tmp_path / "nowhere" / "memory", fast, "runs/mine", config, TEXT)
 
