@@ -32,12 +32,12 @@ SECONDS = 540  #: of everything
 TOGETHER = 150  #: of each part that runs beside others
 SLOWER = 4  #: times a CPU may take as long
 UNIT_TESTS = (
-    *("canvas_cache", "dense_lora", "expert_ffn", "fast_weights", "inner_sgd", "losses", "memory_step", "moe", "noise"),
+    *("canvas_cache", "dense_lora", "fast_weights", "memory_step", "moe", "noise"),
     *("objectives", "samplers_llada21", "samplers_mdlm", "trajectory"),
 )
 #: Recipes, bits of a weight of the base, and the seconds that each may take.
 TIMED = (("llada_moe", 16, 100), ("llada_moe", 4, 100), ("llada2_mini", 16, 150), ("llada2_mini", 4, 180))
-FEW_UNIT_TESTS = ("losses", "noise")
+FEW_UNIT_TESTS = ("noise", "objectives")
 #: Every part is a group of processes, so that it ends with all that it has started; not a session, which would outlive
 #: one that is killed whole.
 GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}

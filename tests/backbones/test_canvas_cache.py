@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import KINDS, tiny
 from inputs import BATCH, LENGTH, tokens
-from torch import Tensor, nn
+from torch import Tensor
 
-from dllm_memdlm.backbones.cache import CanvasCache, block_causal
+from dllm_memdlm.backbones.cache import CanvasCache
 from dllm_memdlm.backbones.layers import take
 
 EVERYWHERE = torch.arange(LENGTH)[None]
@@ -21,23 +21,12 @@ def close(actual: Tensor, expected: Tensor) -> None:
     assert expected.std() > 0.1
 
 
-def wide(kind: str, attention: str = "sdpa") -> nn.Module:
-    return tiny(kind, torch.float64, attention=attention).eval()
-
-
-def test_block_causal_says_who_sees_whom():
-    mask = block_causal(torch.tensor([[0, 1, 2, 3], [5, 4, 7, 2]]), 6, 2)
-    assert mask.shape == (2, 1, 4, 6) and mask.dtype == torch.bool
-    rows = [["110000", "110000", "111100", "111100"], ["111111", "111111", "111111", "111100"]]
-    assert [["".join(str(int(x)) for x in query) for query in row[0]] for row in mask.tolist()] == rows
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
 def test_filling_and_reading_a_cache_change_nothing(kind, attention):
     """The window is at another place in each row: keys and values of the rest are those of the full forward."""
-    model = wide(kind, attention)
+    model = tiny(kind, torch.float64, attention=attention).eval()
     expected = model(input_ids=tokens()).logits
     for positions in (None, WINDOW):
         cache = CanvasCache(len(model.layers), LENGTH)

@@ -63,7 +63,6 @@ def test_an_adapter_is_stock_in_files(kind, tmp_path):
     ],
 )
 def test_targets_are_those_of_a_module_an_expert(targets, tmp_path):
-    """The same layers as in stock PEFT, and the same words in the adapter's config."""
     expected = stock(tmp_path / "theirs", target_modules=targets).state_dict().keys()
     theirs = load_adapter(tiny("llada_moe"), str(tmp_path / "theirs"))
     ours = with_lora(tiny("llada_moe"), LoraConfig(r=2, alpha=8, target_modules=targets))
@@ -106,7 +105,6 @@ def test_a_new_lora_is_drawn_as_pefts():
 
 @pytest.mark.parametrize("pattern", [r"experts\.\d+\.up_proj", "up_proj", "mlp.experts.{}.up_proj"])
 def test_ranks_and_alphas_of_their_own(pattern, tmp_path):
-    """By patterns of a module an expert: the scaling is PEFT's."""
     keys = [pattern.format(number) for number in range(5)] if "{}" in pattern else [pattern]
     patterns = {"rank_pattern": dict.fromkeys(keys, 3), "alpha_pattern": dict.fromkeys(keys, 30)}
     theirs = stock(tmp_path, lora_alpha=4, target_modules=["up_proj", "down_proj"], **patterns)
@@ -121,7 +119,6 @@ def test_ranks_and_alphas_of_their_own(pattern, tmp_path):
 
 
 def test_a_second_adapter(tmp_path):
-    """Its targets are a pattern of a module an expert. Both are saved, each by itself."""
     stock(tmp_path / "theirs", r=3, target_modules=r".*\.experts\.\d+\.up_proj")
     model = tiny("llada_moe", lora=True)
     model.save_pretrained(tmp_path / "alone")

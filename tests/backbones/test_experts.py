@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -13,6 +12,7 @@ import torch
 from conftest import assert_close_relative, make_trainer, tiny, tiny_config
 from inputs import tokens
 from safetensors.torch import load_file
+from saved_models import weights_of
 from torch import Tensor, nn
 from transformers import trainer as transformers_trainer
 
@@ -43,7 +43,7 @@ def same(state: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sharded_checkpoint_of_published_names_is_trained_and_read_back(kind, tokenizer, tmp_path):
     apart(kind, tiny(kind)).save_pretrained(tmp_path / "published", max_shard_size="20KB")
-    published = read(tmp_path / "published")
+    published = weights_of(tmp_path / "published")
     assert any(".experts.3.down_proj.weight" in name for name in published)
     assert len(list((tmp_path / "published").glob("model-*.safetensors"))) > 3
     settings = ModelConfig(path=str(tmp_path / "published"), dtype="float32")
@@ -53,16 +53,12 @@ def test_a_sharded_checkpoint_of_published_names_is_trained_and_read_back(kind, 
     trainer = make_trainer(model, tokenizer, tmp_path / "run", max_steps=2, learning_rate=1e-2)
     trainer.train()
     trainer.save_model(str(tmp_path / "trained"))
-    saved = read(tmp_path / "trained")
+    saved = weights_of(tmp_path / "trained")
     assert {name: value.shape for name, value in saved.items()} == {n: v.shape for n, v in published.items()}
     moved = [not torch.equal(saved[name], published[name]) for name in saved if ".experts." in name]
     assert sum(moved) > len(moved) / 2
     again = load_model(ModelConfig(path=str(tmp_path / "trained"), dtype="float32"), config_of(settings))
     assert same(again.state_dict(), model.state_dict())
-
-
-def read(folder: Path) -> dict[str, Tensor]:
-    return {name: value for path in folder.glob("model*.safetensors") for name, value in load_file(path).items()}
 
 
 def test_a_state_dict_may_have_either_names():
@@ -101,7 +97,6 @@ def test_a_base_in_4_bit_is_not_saved(tmp_path):
 
 @pytest.mark.parametrize(("lora", "merged"), [(False, False), (True, False), (True, True)])
 def test_modules_become_tensors(lora, merged):
-    """Under PEFT's own LoRA, too, merged or not."""
     whole = tiny("llada2").eval()
     model = apart("llada2", whole)
     if lora:

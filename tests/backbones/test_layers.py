@@ -1,4 +1,4 @@
-"""What the backbones are made of: the loss without the logits against the loss of the logits, rotations and norms."""
+"""What the backbones are made of: grouped products, the loss without the logits, rotations and norms."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KINDS, assert_close_relative, tiny
-from inputs import tokens
+from conftest import assert_close_relative
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
 
+from benchmarks.device import Clock
 from dllm_memdlm.backbones import output
+from dllm_memdlm.backbones.grouped import grouped_linear, grouped_linear_loop, grouped_outer
 from dllm_memdlm.backbones.layers import RMSNorm, rotate
 from dllm_memdlm.backbones.output import OutputLinear, token_nll
 
@@ -31,7 +32,6 @@ def layer_and_rows(dtype: torch.dtype, frozen: bool, bias: bool = False) -> tupl
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_is_the_loss_of_the_logits(dtype, frozen, chunk, monkeypatch):
-    """And the gradients under factors that differ from row to row."""
     monkeypatch.setitem(output.CHUNK, "cpu", chunk)
     layer, rows, wanted = layer_and_rows(torch.float32 if dtype == "autocast" else dtype, frozen)
     results = []
@@ -73,20 +73,6 @@ def test_all_the_logits_are_never_there(monkeypatch):
     assert largest.elements == max(B * M * D, V * D, 3 * V) < B * M * V
 
 
-@pytest.mark.parametrize("stage", ["full", "suffix"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_backbone_gives_it(kind, stage):
-    model = tiny(kind, lora=True)
-    assert type(model.get_base_model().lm_head) is OutputLinear
-    positions, wanted = torch.tensor([[1, 3], [0, 2]]), torch.tensor([[5, 6], [7, 8]])
-    hidden = torch.randn(2, 9, model.get_base_model().config.hidden_size)
-    given = {"input_ids": tokens()[:2]} if stage == "full" else {"hidden": hidden, "boundary": 1}
-    expected = token_nll(model(stage=stage, positions=positions, **given).logits, wanted)
-    out = model(stage=stage, positions=positions, tokens=wanted, **given)
-    assert out.logits is None
-    torch.testing.assert_close(out.nll, expected, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("turned", [8, 4], ids=["all features", "half of them"])
 def test_rotation(turned):
     generator = torch.Generator().manual_seed(0)
@@ -105,7 +91,6 @@ def test_rotation(turned):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_norm(autocast, dtype, tolerance):
-    """In the dtype of its input, under autocast too."""
     results = []
     for kind in (LlamaRMSNorm, RMSNorm):
         norm = kind(16, eps=1e-5)
@@ -118,3 +103,54 @@ def test_norm(autocast, dtype, tolerance):
     for expected, found in zip(*results, strict=True):
         assert_close_relative(found, expected, tolerance)
         assert found.dtype == dtype
+
+
+GROUPED = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+SIZES = [[3, 5, 2], [0, 4, 0, 0, 6], [0, 0], [4, 4, 4]]
+
+
+def make_case(sizes: list[int], inner: int, outer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, weight, offsets, and the gradient that comes back."""
+    generator = torch.Generator().manual_seed(sum(sizes) + inner + outer)
+    x = torch.randn(sum(sizes), inner, generator=generator, dtype=torch.float64) / inner**0.5
+    weight = torch.randn(len(sizes), outer, inner, generator=generator, dtype=torch.float64)
+    upstream = torch.randn(sum(sizes), outer, generator=generator, dtype=torch.float64)
+    x, weight = (value.to(dtype).requires_grad_() for value in (x, weight))
+    return x, weight, torch.tensor(sizes).cumsum(0).to(torch.int32), upstream.to(dtype)
+
+
+def explicit(x: Tensor, weight: Tensor, sizes: list[int], upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and the gradients of x and weight, row by row in float64."""
+    x, weight = (value.detach().double().requires_grad_() for value in (x, weight))
+    of_rows = weight.repeat_interleave(torch.tensor(sizes), dim=0)
+    y = (of_rows @ x[:, :, None])[:, :, 0]
+    return y, *torch.autograd.grad(y, (x, weight), upstream.double())
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", GROUPED, ids=str)
+@pytest.mark.parametrize("widths", [(16, 32), (6, 10), (16, 5)], ids=str)
+def test_equals_row_by_row(widths, dtype, sizes):
+    """Groups without rows receive zeros as gradient; where all have equally many no offsets are needed."""
+    x, weight, offsets, upstream = make_case(sizes, *widths, dtype)
+    expected = explicit(x, weight, sizes, upstream)
+    ways = [(grouped_linear, offsets), (grouped_linear_loop, offsets)]
+    ways += [(grouped_linear, None)] if len(set(sizes)) == 1 and sum(sizes) else []
+    for function, ends in ways:
+        y = function(x, weight, ends)
+        found = y, *torch.autograd.grad(y, (x, weight), upstream), grouped_outer(upstream, x.detach(), ends, len(sizes))
+        for actual, of_it in zip(found, (*expected, expected[2]), strict=True):
+            assert actual.dtype == dtype and actual.shape == of_it.shape
+            torch.testing.assert_close(actual.double(), of_it, atol=GROUPED[dtype], rtol=GROUPED[dtype])
+
+
+@pytest.mark.parametrize("dtype", GROUPED, ids=str)
+@pytest.mark.parametrize("widths", [(16, 32), (4, 3)], ids=str)
+def test_which_cases_run_on_the_kernel(dtype, widths):
+    """Of all widths, though it reads 16 bytes at a time; torch's loop over the groups is in it, on a CPU."""
+    x, weight, offsets, upstream = make_case([3, 0, 5], *widths, dtype)
+    with Clock() as clock:
+        torch.autograd.grad(grouped_linear(x, weight, offsets), (x, weight), upstream)
+        grouped_outer(upstream, x.detach(), offsets, 3)
+    found = clock.calls["aten::_grouped_mm"], clock.calls["aten::mm"]
+    assert found == (4, 0) if dtype != torch.float64 else found[0] == 0 < found[1]

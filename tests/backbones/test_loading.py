@@ -1,4 +1,4 @@
-"""From a folder or dimensions to a model: config.json by its architecture, and one line for what is wrong with it."""
+"""From a folder, from dimensions or from dllm to a model, and one line for what is wrong with a folder."""
 
 from __future__ import annotations
 
@@ -6,22 +6,28 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
 from conftest import ARCHITECTURES, DIMENSIONS, KINDS, scale_up, tiny, tiny_config
+from data_files import message_of
+from inputs import mask_of, tokens
 from safetensors.torch import load_file, save_file
+from stock_models import a2d_llama, dllms_model
+from stock_models import config_of as adapter_config
 
-from dllm_memdlm.backbones import DECODERS, config_of, find_sites, load_model, model_class, read_config, with_lora
-from dllm_memdlm.config import ConfigError, LoraConfig, MemoryConfig, ModelConfig
+from dllm_memdlm.backbones import DECODERS, adopt, config_of, find_sites, load_model, model_class, with_lora
+from dllm_memdlm.backbones.expert_names import split_names
+from dllm_memdlm.config import LoraConfig, MemoryConfig, ModelConfig
+from dllm_memdlm.method.inner_loop import ParametricMemory
 
 TOKENS = torch.arange(3, 23).view(2, 10)
+SPARSE = ("llada_moe", "llada2")
 
 
-def saved(kind: str, folder: Path, **changes: Any) -> Path:
-    """A checkpoint of a tiny model, its config.json changed."""
+def saved(kind: str, folder: Path) -> Path:
     tiny(kind).save_pretrained(folder)
-    edit(folder, **changes)
     return folder
 
 
@@ -33,14 +39,6 @@ def edit(folder: Path, **changes: Any) -> None:
 def load(folder: Path, **settings: Any) -> torch.nn.Module:
     model = ModelConfig(path=str(folder), **{"dtype": "float32", **settings})
     return load_model(model, config_of(model))
-
-
-def message(call: Any, *args: Any, **kwargs: Any) -> str:
-    """The whole text of the ConfigError, which must be one line."""
-    with pytest.raises(ConfigError) as error:
-        call(*args, **kwargs)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -61,7 +59,7 @@ def test_a_saved_model_is_loaded_again(kind, tied, tmp_path):
     torch.testing.assert_close(loaded(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
 
 
-@pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
+@pytest.mark.parametrize("kind", SPARSE)
 def test_a_bfloat16_model_from_scratch_keeps_exact_positions(kind, tmp_path):
     model = load_model(ModelConfig(architecture=ARCHITECTURES[kind], dtype="bfloat16"), tiny_config(kind))
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
@@ -113,55 +111,11 @@ def test_every_decoder_loads_sees_both_ways_and_has_sites(name, tmp_path):
     assert len(find_sites(model, MemoryConfig(layer_fraction=0.5))) == 3
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_lora_is_wrapped_around_the_backbone(kind, tmp_path):
-    settings = ModelConfig(path=str(saved(kind, tmp_path)), dtype="bfloat16")
-    model = load_model(settings, config_of(settings), LoraConfig(r=2, alpha=4, dropout=0.25))
-    config = model.peft_config["default"]
-    assert (config.r, config.lora_alpha, config.lora_dropout) == (2, 4, 0.25)
-    assert {"lora_" in name for name, p in model.named_parameters() if p.requires_grad} == {True}
-    assert next(model.parameters()).dtype == torch.bfloat16
-    off = load_model(settings, config_of(settings), LoraConfig(enabled=False))
-    assert all(p.requires_grad for p in off.parameters())
-
-
-CONFIG_AND_WEIGHTS = {  # what is done to a folder: what the message says after its name
-    "no config": (lambda f: (f / "config.json").unlink(), "a folder without a readable config.json"),
-    "not JSON": (lambda f: (f / "config.json").write_text("{"), "a folder without a readable config.json"),
-    "nameless": (lambda f: edit(f, architectures=None), "its config.json names no architecture; expected one"),
-    "no list": (lambda f: edit(f, architectures="Llama"), "its config.json has architectures='Llama'; expected a list"),
-    "a bad value": (lambda f: edit(f, hidden_size="32"), "a config.json that makes no "),
-    "quantised": (lambda f: edit(f, quantization_config={"quant_method": "awq"}), "its weights are quantised already"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights ("),
-    "pickled": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "no weights ("),
-    "cut off": (lambda f: (f / "model.safetensors").write_bytes(b"{}"), "no weights ("),
-    "another shape": (lambda f: edit(f, vocab_size=64), "weights of another shape ("),
-    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "holds an adapter (adapter_config.json)"),
-}
-
-
-@pytest.mark.parametrize("what", CONFIG_AND_WEIGHTS)
-@pytest.mark.parametrize("kind", ["llada_moe", "llama"])
-def test_a_folder_that_is_no_model_is_refused(kind, what, tmp_path):
-    break_it, reason = CONFIG_AND_WEIGHTS[what]
-    break_it(saved(kind, tmp_path))
-    assert message(load, tmp_path).startswith(f"model.path={str(tmp_path)!r}: {reason}")
-
-
-def test_a_missing_folder_is_named(tmp_path):
-    for name in (str(tmp_path / "missing"), "./missing"):
-        assert message(read_config, name) == f"model.path={name!r}: no such folder"
-    assert message(read_config, "a/b").startswith("model.path='a/b': no such folder, and no local copy or network")
-
-
-def test_an_unknown_architecture_is_refused(tmp_path):
-    saved("llama", tmp_path, architectures=["GPT2LMHeadModel"])
-    known = r"LLaDAMoEModelLM, .*LLaDA2MoeModelLM, LlamaForCausalLM, .*, A2DQwen3LMHeadModel$"
-    for call, given in ((read_config, str(tmp_path)), (model_class, "GPT2LMHeadModel")):
-        with pytest.raises(ConfigError, match=r"^model\.architecture='GPT2LMHeadModel': no backbone.*" + known):
-            call(given)
-    edit(tmp_path, architectures=None)
-    assert isinstance(read_config(str(tmp_path), "LlamaForCausalLM"), transformers.LlamaConfig)
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    """Other refusals: helpers/bad_inference.py."""
+    edit(saved("llada_moe", tmp_path), vocab_size=64)
+    assert message_of(load, tmp_path).startswith(f"model.path={str(tmp_path)!r}: weights of another shape (")
+    assert message_of(config_of, ModelConfig(path="./missing")) == "model.path='./missing': no such folder"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -169,9 +123,81 @@ def test_weights_that_are_not_there_are_counted(kind, tmp_path):
     weights = load_file(saved(kind, tmp_path) / "model.safetensors")
     gone = sorted(name for name in weights if ".layers.2." in name and "norm" in name)
     save_file({n: w for n, w in weights.items() if n not in gone}, tmp_path / "model.safetensors", {"format": "pt"})
-    assert message(load, tmp_path).endswith(f": {len(gone)} weights are missing, {gone[0]} the first")
+    assert message_of(load, tmp_path).endswith(f": {len(gone)} weights are missing, {gone[0]} the first")
 
 
 def test_lora_targets_that_match_nothing_are_refused():
-    text = message(with_lora, tiny("llama"), LoraConfig(target_modules=("c_attn",)))
+    text = message_of(with_lora, tiny("llama"), LoraConfig(target_modules=("c_attn",)))
     assert text.startswith("lora.target_modules=('c_attn',): ") and "c_attn" in text.partition(": ")[2]
+
+
+@pytest.mark.dllm
+@pytest.mark.parametrize("kind", SPARSE)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_bundled_models_are_dllms(kind, attention):
+    theirs = dllms_model(kind, attn_implementation=attention)
+    scale_up(theirs)
+    names = ("rope_theta", "rms_norm_eps", "partial_rotary_factor", "num_key_value_heads")
+    dimensions = {name: getattr(theirs.config, name) for name in names if hasattr(theirs.config, name)}
+    shared = "shared_expert_intermediate_size" if kind == "llada_moe" else "num_shared_experts"
+    config = tiny_config(kind, **dimensions, **{shared: getattr(theirs.config, shared)})
+    config._attn_implementation = attention
+    ours = model_class(config.architectures[0])(config)
+    assert split_names(ours.state_dict()).keys() == theirs.state_dict().keys()
+    ours.load_state_dict(theirs.state_dict())
+    forms = {"llada_moe": ["none", "2-D"], "llada2": ["none", "4-D bool", "4-D additive", "4-D of zeros"]}[kind]
+    for training in (True, False):
+        for form in forms:
+            given = {"input_ids": tokens(), "attention_mask": mask_of(form, torch.float32)}
+            with torch.no_grad():
+                expected = theirs.train(training)(**given).logits
+                torch.testing.assert_close(ours.train(training)(**given).logits, expected, rtol=1e-4, atol=1e-4)
+            assert expected.std() > 0.1
+    theirs.load_state_dict(split_names(ours.state_dict()))  # and the other way
+
+
+@pytest.mark.dllm
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_dllms_gets_our_forward(kind, lora):
+    """The same parameters under the same names, the same logits and gradients; and stages, and sites for memory."""
+    model = a2d_llama() if kind == "llama" else dllms_model(kind)
+    scale_up(model)
+    if lora:
+        model = with_lora(model, LoraConfig(r=4, dropout=0.0))
+        scale_up(model)
+    names, before = sorted(model.train().state_dict()), dict(model.named_parameters())
+
+    def logits_and_gradients():
+        model.zero_grad()
+        logits = model(input_ids=tokens()).logits
+        logits.square().mean().backward()
+        gradients = split_names({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        return logits.detach(), {name: gradient.clone() for name, gradient in gradients.items() if gradient.any()}
+
+    logits, gradients = logits_and_gradients()
+    adopt(model)
+    assert sorted(split_names(model.state_dict())) == names
+    assert all(p is before[name] for name, p in model.named_parameters() if ".experts." not in name)
+    again, gradients_again = logits_and_gradients()
+    torch.testing.assert_close(again, logits, rtol=1e-4, atol=1e-4)
+    assert logits.std() > 0.1
+    torch.testing.assert_close(gradients_again, gradients, rtol=1e-3, atol=1e-5)
+
+    memory = ParametricMemory(model, MemoryConfig(rank=4, layer_fraction=0.3), mask_token_id=0)
+    positions = torch.arange(tokens().shape[1]).expand(len(tokens()), -1)
+    torch.testing.assert_close(memory.suffix(memory.prefix(tokens()), positions).logits, again, rtol=1e-4, atol=1e-4)
+    adopt(model)  # once is enough, and twice changes nothing
+    assert sorted(split_names(model.state_dict())) == names
+
+
+@pytest.mark.dllm
+@pytest.mark.parametrize("kind", SPARSE)
+def test_the_adapter_of_an_adopted_model_names_dllms_class(kind, tmp_path):
+    """A LoRA that PEFT's own function has put on dllm's own model, as `dllm.utils.get_model` does."""
+    model = dllms_model(kind)
+    expected = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["o_proj", "dense"]))
+    adopt(wrapped)
+    wrapped.save_pretrained(tmp_path)
+    assert adapter_config(tmp_path)["auto_mapping"] == expected

@@ -80,7 +80,6 @@ def test_every_linear_layer_but_the_output_is_packed_and_adapted(kind, folders):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_equals_one_with_the_weights_written_out(kind, folders, tokenizer, tmp_path):
-    """Fast weights, loss and the gradients of the LoRA, with an inner loop that moves far."""
     packed = load(folders[kind])
     with torch.no_grad():  # on some CPUs it would leave weights behind through which no gradient passes
         packed(input_ids=torch.arange(3, 11)[None])

@@ -1,18 +1,36 @@
-"""The patches to dllm: their form; on copies of an installed dllm, that they apply, and that the registry resolves."""
+"""The patches to dllm, on copies of an installed dllm: that they apply, and that each does what it claims.
+
+The registry resolves our trainer; a plain install works; dllm's plain trainer takes our collator's noise.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import hashlib
 import json
 import re
 import shutil
+import subprocess
+import zipfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
-from patched_dllm import ALL, FOLDER, GIT, PATCH, REGISTRY, apply, files, told, with_patches
+import torch
+from conftest import examples, make_tokenizer, make_trainer, scale_up, seq2seq, take_gradients
+from fresh_python import printed, run
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from patched_dllm import ALL, FOLDER, GIT, INSTALL, NOISE, PATCH, REGISTRY, apply, files, told, with_patches
+from steps import OFF
+from stock_models import a2d_llama
+from torch import Tensor, nn
 
 import dllm_memdlm
-from dllm_memdlm.compat.dllm_api import DLLM_COMMIT
+from dllm_memdlm.compat.dllm_api import DLLM_COMMIT, MDLMConfig, MDLMTrainer
+from dllm_memdlm.training.example_ids import with_example_ids
 
 
 def changes(patch: str) -> str:
@@ -75,3 +93,196 @@ def test_the_registry_resolves_memdlm(tree):
     assert bd3lm == [f"dllm.core.trainers.bd3lm.BD3LM{end}" for end in ("Trainer", "Config")]
     assert dream == [f"dllm.pipelines.dream.trainer.DreamTrainer{end}" for end in ("", ".DreamConfig")]
     assert editflow == [f"dllm.pipelines.editflow.trainer.EditFlowTrainer{end}" for end in ("", ".EditFlowConfig")]
+
+
+#: Only the distributions given are there, others' modules are hidden. Then the code given runs.
+HIDING = """
+import json, re, sys
+from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
+
+kept, hidden, code = json.loads(sys.argv[1])
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, *args, **kwargs):
+        return None if name.partition(".")[0] in hidden else super().find_spec(name, *args, **kwargs)
+
+    @classmethod
+    def find_distributions(cls, *args, **kwargs):
+        named = ((re.sub(r"[-_.]+", "-", d.name).lower(), d) for d in super().find_distributions(*args, **kwargs))
+        return (distribution for name, distribution in named if name in kept)
+
+sys.meta_path[:] = [BuiltinImporter, FrozenImporter, Finder]
+exec(code)
+"""
+#: But for the scripts in tools, which run when they are imported.
+IMPORT_EVERYTHING = """
+import importlib
+from pathlib import Path
+import dllm
+
+root, names, missing = Path(dllm.__file__).parents[1], [], {}
+for path in sorted(path for path in root.glob("dllm/**/*.py") if path.parent.name != "tools"):
+    names.append(".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"))
+    try:
+        importlib.import_module(names[-1])
+    except ModuleNotFoundError as error:
+        missing[names[-1]] = error.name
+print(json.dumps([str(root), len(names), missing]))
+"""
+#: As attributes first: an import statement would set them.
+RESOLVE = """
+import json, sys
+import dllm
+early = [name for name in ("lm_eval", "trl") if name in sys.modules]
+found = [dllm.core.eval.mdlm.MDLMEvalConfig, dllm.pipelines.rl.DiffuGRPOTrainer]
+from dllm.core.eval import MDLMEvalHarness
+from dllm.pipelines.rl import DiffuGRPOConfig
+found += [MDLMEvalHarness, DiffuGRPOConfig]
+print(json.dumps([early, [f"{cls.__module__}.{cls.__name__}" for cls in found], hasattr(dllm.core, "evil")]))
+"""
+
+
+def plain_install(tree: Path) -> tuple[Path, list[str]]:
+    """The wheel of this tree, unpacked as pip does it, and what it declares to need."""
+    build = shutil.copytree(tree, tree.parent / "build")
+    options = ("--no-index", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tree.parent))
+    done = run("-m", "pip", "wheel", *options, str(build), PIP_DISABLE_PIP_VERSION_CHECK="1")
+    if re.search("No module named pip|BackendUnavailable|invalid command 'bdist_wheel'", done.stderr):
+        pytest.skip("needs pip and setuptools 70.1 to build a wheel")
+    assert done.returncode == 0, done.stderr[-3000:]
+    [wheel], site = tree.parent.glob("dllm-*.whl"), tree.parent / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    [distribution] = metadata.distributions(path=[str(site)])
+    return site, distribution.requires
+
+
+def brought_in(requirements: list[str]) -> set[str]:
+    """The distributions that these bring along, where they are installed."""
+    seen, waiting = set(), [(text, "") for text in requirements]
+    while waiting:
+        text, extra = waiting.pop()
+        needed = Requirement(text)
+        if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+            for pair in {(canonicalize_name(needed.name), wanted) for wanted in ("", *needed.extras)} - seen:
+                seen.add(pair)
+                with contextlib.suppress(metadata.PackageNotFoundError):
+                    waiting += [(text, pair[1]) for text in metadata.requires(needed.name) or []]
+    return {name for name, _ in seen}
+
+
+def run_with(requirements: list[str], code: str, path: Path) -> subprocess.CompletedProcess[str]:
+    """Run code where only these are installed, and what they bring along."""
+    kept = brought_in(requirements)
+    owners = {**metadata.packages_distributions(), "lm_eval": ["lm_eval"], "trl": ["trl"]}
+    hidden = [module for module, names in owners.items() if kept.isdisjoint(map(canonicalize_name, names))]
+    hidden = [module for module in hidden if module != "dllm"]  # here it comes from the path
+    return run("-c", HIDING, json.dumps([sorted(kept), hidden, code]), paths=(path,))
+
+
+@pytest.mark.dllm
+@with_patches((INSTALL,), ALL)
+def test_a_plain_install_works(tree):
+    site, declared = plain_install(tree)
+    assert files(site / "dllm") == files(tree / "dllm")
+    place, modules, missing = printed(run_with(declared, IMPORT_EVERYTHING, site))
+    assert place == str(site) and modules > 100
+    assert {"dllm.core.eval": "lm_eval", "dllm.pipelines.rl": "trl"}.items() <= missing.items()
+    for name, module in missing.items():
+        assert module == ("trl" if ".rl" in name else "lm_eval" if ".eval" in name else None), name
+    early, found, misspelt = printed(run("-c", RESOLVE, paths=(site,)))
+    assert early == [] and misspelt is False
+    harness, grpo = "dllm.core.eval.mdlm.MDLMEval", "dllm.pipelines.rl.grpo.trainer.DiffuGRPO"
+    assert found == [f"{harness}Config", f"{grpo}Trainer", f"{harness}Harness", f"{grpo}Config"]
+
+
+class SameNoise(MDLMTrainer):
+    """As in the README of the patches."""
+
+    def _sample_noise(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return inputs["noise_level"], inputs["anchor_mask"]
+
+
+def a2d_model() -> nn.Module:
+    torch.manual_seed(0)
+    model = a2d_llama()
+    scale_up(model)
+    return model.train()
+
+
+def dllms_trainer(trainer: type, config: type, model: nn.Module, shift: bool, collator: Any = None) -> Any:
+    quiet = {"use_cpu": True, "bf16": False, "report_to": "none", "eval_strategy": "no", "dataloader_pin_memory": False}
+    options = {"remove_unused_columns": False, "per_device_train_batch_size": 3, "right_shift_logits": shift}
+    return trainer(
+        args=config("runs", **options, **quiet),
+        model=model,
+        train_dataset=with_example_ids(examples(6, prompt=0)),
+        data_collator=collator or seq2seq(make_tokenizer()),
+        processing_class=make_tokenizer(),
+    )
+
+
+def step(trainer: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    loss.backward()
+    return loss.detach(), take_gradients(trainer.model)
+
+
+def print_steps_on_given_noise() -> None:
+    """dllm's own model and trainers, and our trainer without memory, on a batch of our collator."""
+    from dllm.core.trainers import BD3LMConfig, BD3LMTrainer
+
+    class SameBlocks(SameNoise, BD3LMTrainer):
+        pass
+
+    results = []
+    for shift in (False, True):
+        model, data = a2d_model(), examples(6, prompt=0)
+        ours = make_trainer(copy.deepcopy(model), make_tokenizer(), Path("ours"), OFF, data, right_shift_logits=shift)
+        kinds = ((SameNoise, MDLMConfig), (SameBlocks, BD3LMConfig), (MDLMTrainer, MDLMConfig))
+        theirs, blocks, ignoring = (dllms_trainer(*kind, model, shift, ours.data_collator) for kind in kinds)
+        batch, calls = next(iter(theirs.get_train_dataloader())), []
+        model.register_forward_pre_hook(lambda *call, calls=calls: calls.append(sorted(call[2])), with_kwargs=True)
+        (our_loss, our_gradients), state = step(ours, batch), torch.get_rng_state()
+        loss, gradients = step(theirs, batch)
+        step(blocks, batch)
+        drawn = not torch.equal(state, torch.get_rng_state())
+        off = [(gradients[name] - gradient).norm() / gradient.norm() for name, gradient in our_gradients.items()]
+        losses = (our_loss, loss, step(ignoring, batch)[0])
+        results.append([*(loss.item() for loss in losses), max(off).item(), drawn, calls])
+    print(json.dumps(results))
+
+
+@pytest.mark.dllm
+@with_patches((NOISE,))
+def test_given_noise_is_used_as_in_our_trainer(tree):
+    plain = ["attention_mask", "input_ids"]
+    for ours, theirs, ignored, gradients, drawn, calls in told(print_steps_on_given_noise, tree):
+        assert theirs == pytest.approx(ours, rel=1e-6) and gradients < 3e-6
+        assert abs(ignored - ours) > 0.01 * ours, "without the override other noise is drawn"
+        assert not drawn
+        assert calls == [plain, [*plain, "position_ids"], plain], "nothing else of the batch reaches the model"
+
+
+def print_drawn_steps() -> None:
+    """Loss, gradients and the generator after a step, of dllm's trainers as they are."""
+    from dllm.core.trainers import BD3LMConfig, BD3LMTrainer
+
+    results = []
+    kinds = ((MDLMTrainer, MDLMConfig, False), (MDLMTrainer, MDLMConfig, True), (BD3LMTrainer, BD3LMConfig, False))
+    for trainer_class, config, shift in kinds:
+        trainer = dllms_trainer(trainer_class, config, a2d_model(), shift)
+        batch = next(iter(trainer.get_train_dataloader()))
+        torch.manual_seed(1)
+        loss, gradients = step(trainer, batch)
+        data = b"".join(tensor.numpy().tobytes() for tensor in (loss, *gradients.values(), torch.get_rng_state()))
+        results.append([loss.item(), hashlib.sha256(data).hexdigest()])
+    print(json.dumps(results))
+
+
+@pytest.mark.dllm
+@with_patches(ALL)
+def test_drawn_noise_gives_the_same_bits(tree, unpatched):
+    drawn = told(print_drawn_steps, tree)
+    assert drawn == told(print_drawn_steps, unpatched)
+    assert len({loss for loss, _ in drawn}) == len(drawn)

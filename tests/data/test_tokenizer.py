@@ -42,14 +42,6 @@ def test_special_tokens_come_first_then_the_bytes_and_any_text_decodes_to_itself
     assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
 
 
-def test_chat_template_renders_turns_and_the_opening_of_a_reply(tokenizer):
-    render = tokenizer.apply_chat_template
-    assert render(CHAT, tokenize=False) == "<|user|>the cat<|role_end|><|assistant|> the dog<|role_end|>"
-    assert render(CHAT[:1], tokenize=False, add_generation_prompt=True) == "<|user|>the cat<|role_end|><|assistant|>"
-    ids = render(CHAT, return_dict=False)
-    assert (ids[0], ids[-1], ids.count(tokenizer.eot_token_id)) == (5, 3, 2)
-
-
 def test_saving_and_loading_keeps_everything(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)

@@ -203,7 +203,6 @@ def test_what_does_not_fit_is_halved_until_it_does(size, error):
 
 
 def test_what_is_not_a_matter_of_size():
-    """Other errors, single items, and an answer too few. Results come as they are made."""
     work = Work()
     assert next(Batches(2, None, CPU).run(work, [Item(1), Item(2), Item(3)])) == (Item(1), 2) and work.tried == [[1, 2]]
     with pytest.raises(ValueError, match="shorter"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,6 @@ pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'dllm-memdlm[e
 from lm_eval.api.model import CachingLM, hash_args
 from local_tasks import (
     DOCUMENTS,
-    NEW,
     ROWS,
     asking,
     data_in,
@@ -44,9 +45,6 @@ MEMORY = {"rank": 4, "alpha": 8.0, "layer_fraction": 0.4, "inner_lr": 1.0}
 KINDS_OF_TASK = ["tiny_generate", "tiny_choose", "tiny_roll"]
 TEXTS = [row["question"] for row in ROWS]
 LETTERS = [*range(7), *range(100, BYTES)]  #: tokens that are none
-with_and_without_memory = pytest.mark.parametrize(
-    "memory", [{}, {"memory": True}, {"memory": True, "memory_scope": "prefix"}], ids=["off", "prompt", "prefix"]
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,7 +70,9 @@ def model(folder):
     return lambda **arguments: MemDLMEvalLM(**{"pretrained": folder, "device": "cpu", "mc_num": 4, **arguments})
 
 
-@with_and_without_memory
+@pytest.mark.parametrize(
+    "memory", [{}, {"memory": True}, {"memory": True, "memory_scope": "prefix"}], ids=["off", "prompt", "prefix"]
+)
 def test_every_kind_of_task(memory, folder, tasks):
     given = {"pretrained": folder, "mc_num": 4, **memory}
     results = evaluate(tasks, KINDS_OF_TASK, given, batch_size=2)
@@ -112,7 +112,6 @@ def test_chats_with_shots_and_a_begun_answer(folder, tasks):
 
 
 def test_a_second_run_is_answered_from_the_cache(folder, tasks, tmp_path):
-    """By a model that would say something else."""
     cache, given = str(tmp_path / "cache"), {"pretrained": folder, "mc_num": 2}
     first = evaluate(tasks, KINDS_OF_TASK, given, use_cache=cache)
     other = {**given, "memory": True, "seed": 1}
@@ -143,18 +142,6 @@ def test_arguments_of_the_command_line(folder, caplog, monkeypatch):
     assert info["sampler"] == "mdlm" and info["sampler_settings"] == {"suppress_tokens": [5, 7], "steps": 3}
 
 
-@with_and_without_memory
-def test_the_batch_size_changes_nothing(memory, model):
-    pairs = [(row["question"], choice) for row in ROWS for choice in row["choices"]]
-    one = model(batch_size=1, **memory)
-    answers, likelihoods = generate(one, *TEXTS, "short"), values(one, *pairs)
-    assert len(set(answers)) > 2
-    for size in (3, "auto:2"):
-        lm = model(batch_size=size, **memory)
-        assert generate(lm, *TEXTS, "short") == answers, size
-        assert values(lm, *pairs) == pytest.approx(likelihoods, rel=1e-4), size
-
-
 def test_where_an_answer_ends(model, caplog):
     (whole,) = generate(model(), TEXTS[0])
     assert generate(model(), TEXTS[0], until=["zzz", "", whole[2]]) == [whole[: whole.index(whole[2])]]
@@ -165,25 +152,6 @@ def test_where_an_answer_ends(model, caplog):
     with caplog.at_level("WARNING", "lm_eval"):
         assert generate(lm, "Ada", "Bob") == ["", ""] and lm.get_model_info()["answers_left_masked"] == 2
     assert any("2 of 2 answers have masks left" in message for message in caplog.messages)
-
-
-def test_sampling_is_seeded_by_prompt(model):
-    settings = {"temperature": 1.0, "do_sample": True}
-    first = generate(model(batch_size=3), *[TEXTS[0]] * 3, TEXTS[1], **settings)
-    assert len(set(first[:3])) == 3, "asked again, it answers anew"
-    assert generate(model(batch_size=1), *[TEXTS[0]] * 3, TEXTS[1], **settings) == first
-    assert generate(model(seed=1), TEXTS[0], **settings) != first[:1]
-    greedy = generate(model(), TEXTS[0])
-    assert generate(model(temperature=1.0), TEXTS[0], do_sample=False, temperature=1.0) == greedy
-
-
-def test_an_over_long_prompt_is_decoded_without_memory(model, folder):
-    lm = model(memory=True, max_length=80)
-    long, short = TEXTS[0] + TEXTS[1], TEXTS[1][-30:]
-    found = generate(lm, long, short)
-    assert found == [*decoded(folder, [long[-(80 - NEW) :]], None), *decoded(folder, [short], [short])]
-    tally = lm.get_model_info()["memory_tally"]
-    assert (tally["written"], tally["without"], tally["reused"]) == (1, 1, 0)
 
 
 def test_a_saved_memory_is_in_place_for_every_prompt(model, folder, tmp_path):
@@ -201,22 +169,18 @@ def test_generators_of_the_program_go_on_as_if_nothing_had_been_drawn(model, mon
     def numbers() -> tuple[float, float, float]:
         return random.random(), float(np.random.rand()), float(torch.rand(()))
 
-    def seeded() -> tuple[float, float, float]:
+    def drawn_after(work: Callable[[], Any]) -> tuple[float, float, float]:
         random.seed(3)
         np.random.seed(3)
         torch.manual_seed(3)
+        work()
         return numbers()
 
-    seeded()
-    expected = numbers()
-    seeded()
+    lm, expected = model(memory=True), drawn_after(lambda: None)
     monkeypatch.setattr(arguments, "load_pretrained", lambda *args, **kw: (numbers(), load_pretrained(*args, **kw))[1])
-    lm = model(memory=True)
-    assert numbers() == expected
-    seeded()
-    generate(lm, TEXTS[0], temperature=1.0)
-    score(lm, (TEXTS[0], " yes"))
-    assert numbers() == expected, "nor by answers"
+    assert drawn_after(lambda: model(memory=True)) == expected
+    assert drawn_after(lambda: generate(lm, TEXTS[0], temperature=1.0)) == expected
+    assert drawn_after(lambda: score(lm, (TEXTS[0], " yes"))) == expected
 
 
 @pytest.mark.parametrize("memory", [False, True])

@@ -196,26 +196,11 @@ COMMANDS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_commands_know_the_model(name, request):
-    """The stock ones, and our own also where torch loads nothing of others."""
     if name == "our own":
         done = run(*COMMANDS[name], *UNKNOWN, paths=(ROOT,), TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     else:
         done = run(*COMMANDS[name], *UNKNOWN, paths=(request.getfixturevalue("installed"),))
     assert {"dummy", "hf", "memdlm"} <= set(known_models(done))
-
-
-def test_our_command_is_lm_evals_with_the_model(tmp_path):
-    """The stand-in prints its arguments, and what it knows."""
-    main = """
-import json, sys
-import lm_eval, lm_eval.models
-from lm_eval.api.registry import model_registry
-def cli_evaluate():
-    print(json.dumps([sys.argv[1:], sorted(model_registry)]))
-"""
-    write_lm_eval(tmp_path, **{"__main__.py": main})
-    done = run("-m", "dllm_memdlm.evaluate", "ls", "tasks", paths=(tmp_path, ROOT))
-    assert printed(done) == [["ls", "tasks"], ["dummy", "memdlm"]]
 
 
 def test_without_lm_eval_our_command_says_what_to_install(monkeypatch, capsys):

@@ -1,21 +1,26 @@
-"""Answers to prompts: the sampler that suits a model and its settings, with and without a memory of the prompts."""
+"""Answers to prompts: the sampler that suits a model, its settings, with and without a memory of the prompts."""
 
 from __future__ import annotations
 
+import dataclasses
+import types
+
 import pytest
 import torch
-from conftest import EOS, KINDS, MASK, tiny
+from conftest import EOS, KINDS, MASK, make_tokenizer, tiny
+from data_files import message_of
+from naive_samplers import decoder as decoding_model
+from naive_samplers import prompts as texts_of
 from saved_models import answers_of, decoder_with, pretrained_of, prompt_memory, random_prompts
 from steps import memory_for
 
 from dllm_memdlm.config import ConfigError, MemoryConfig
 from dllm_memdlm.inference.decoding import Decoder
 from dllm_memdlm.inference.decoding import memory_for as memory_of
-from dllm_memdlm.inference.samplers import completions
+from dllm_memdlm.inference.samplers import LLaDA21Sampler, MDLMSampler, completions
 from dllm_memdlm.method.prompt_memory import save_snapshot
 
 NEW = 6
-every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def decoder_of(kind: str, dtype: torch.dtype = torch.float32, shift: bool = False, **settings) -> Decoder:
@@ -67,14 +72,6 @@ def test_an_empty_prompt_has_an_answer_of_its_own_length():
     assert [answer] == decoder.answers([[decoder.pretrained.tokenizer.bos_token_id]], NEW, whole=True)
 
 
-@every_kind
-def test_a_stream_ends_with_the_answer(kind):
-    decoder, prompts = decoder_of(kind), random_prompts(9, 14)
-    with decoder.recalled(prompts):
-        steps = [completions(canvas, [9, 14], NEW, ()) for canvas in decoder.stream(prompts, NEW)]
-    assert steps[0] == [[MASK] * NEW] * 2 and steps[-1] == answers_of(decoder, prompts) and len(steps) > 2
-
-
 @pytest.mark.parametrize("way", ["answers", "stream"])
 def test_answers_that_are_left_masked_are_counted(way):
     """This model chooses the mask for some tokens, and its text leaves those out."""
@@ -98,7 +95,6 @@ def test_answers_that_are_left_masked_are_counted(way):
 @pytest.mark.parametrize("attention", ["full", "block_causal"])
 @pytest.mark.parametrize(("kind", "shift"), [*((kind, False) for kind in KINDS), ("llama", True)])
 def test_a_batch_answers_as_each_prompt_alone(kind, shift, attention):
-    """Without a text as the model by itself."""
     decoder = decoder_of(kind, torch.float64, shift, attention=attention, block_size=8)
     prompts, turned = random_prompts(9, 30, 16, 1, 23), [3, 0, 4, 1, 2]
     alone, plain = [answers_of(decoder, [prompt])[0] for prompt in prompts], answers_of(without(decoder), prompts)
@@ -108,21 +104,9 @@ def test_a_batch_answers_as_each_prompt_alone(kind, shift, attention):
         assert decoder.answers(prompts, NEW, whole=True) == [plain[0], alone[1], plain[2], *alone[3:]]
 
 
-@every_kind
-def test_after_decoding_the_model_is_as_before(kind):
-    decoder, prompts = decoder_of(kind), random_prompts(9, 14)
-    model, plain = decoder.pretrained.model, answers_of(without(decoder), prompts)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    answers_of(decoder, prompts)
-    with pytest.raises(ConfigError, match="not a setting"), decoder.recalled(prompts):
-        decoder.answers(prompts, NEW, colour="red")
-    assert answers_of(without(decoder), prompts) == plain
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert not any(module._forward_hooks for module in model.modules())
-
-
 def test_the_memory_has_the_settings_of_training_but_for_changes_or_those_it_was_saved_with(tmp_path):
-    trained = MemoryConfig(rank=4, layer_fraction=0.4, inner_lr=0.7, dropout=0.5, scope="batch")
+    of_training = {"enabled": False, "dropout": 0.5, "scope": "batch", "sync": True}
+    trained = MemoryConfig(rank=4, layer_fraction=0.4, inner_lr=0.7, **of_training)
     pretrained, path = pretrained_of(tiny("llama"), trained, shift=True), tmp_path / "memory"
     memory = memory_of(pretrained, {"inner_lr": 0.3}, seed=5, attention="block_causal")
     expected = MemoryConfig(rank=4, layer_fraction=0.4, inner_lr=0.3, weighting="uniform")
@@ -135,3 +119,95 @@ def test_the_memory_has_the_settings_of_training_but_for_changes_or_those_it_was
         memory_of(pretrained, {"rank": 4}, path)
     with pytest.raises(ConfigError, match="fast weights that do not fit this model"):
         memory_of(pretrained_of(tiny("llama", num_hidden_layers=5)), {}, path)
+
+
+SAMPLERS = {"mdlm": MDLMSampler, "llada21": LLaDA21Sampler}
+both = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return decoding_model("llama")
+
+
+@both
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"temprature": 0.5}, ["temprature", " sampler", "known: ", "block_size, "]),
+        ({"max_new_tokens": None, "max_length": 9}, ["sampler.max_length=9", "more than the prompt's 9"]),
+        ({"max_new_tokens": None, "max_length": None}, ["sampler.max_length=None"]),
+        ({"max_new_tokens": -3}, ["sampler.max_new_tokens=-3", "at least 1"]),
+        ({"block_size": "32"}, ["sampler.block_size='32'", "whole number"]),
+        ({"seeds": [1]}, ["1 seeds for 2 prompts"]),
+    ],
+)
+def test_a_wrong_setting_is_one_line(sampler, settings, parts, model, tokenizer):
+    message = message_of(lambda: sampler(model, tokenizer).sample(texts_of(9, 4), **settings))
+    assert [part for part in parts if part not in message] == [], message
+
+
+@both
+def test_what_cannot_be_decoded_is_refused(sampler, model, tokenizer):
+    """Filling in takes no cache, and no blocks from left to right."""
+    with pytest.raises(ConfigError, match="no prompt to decode"):
+        sampler(model, tokenizer).sample([])
+    with pytest.raises(ConfigError, match="tokenizer without mask_token_id"):
+        sampler(model, make_tokenizer(bos_token="<bos>"))
+    with pytest.raises(ConfigError, match="tokenizer without eos_token_id"):
+        sampler(model, types.SimpleNamespace(mask_token_id=2, eos_token_id=None))
+    with pytest.raises(TypeError, match="Linear"):
+        sampler(torch.nn.Linear(2, 2), tokenizer)
+    with pytest.raises((ConfigError, TypeError), match=r"sampler\.cache='dual': expected none|MDLMSampler\.infill can"):
+        sampler(model, tokenizer).infill(texts_of(4), **{"cache": "dual"} if sampler is MDLMSampler else {})
+
+
+@both
+def test_keywords_come_before_the_object(sampler, model, tokenizer):
+    decode, config = sampler(model, tokenizer).sample, sampler.CONFIG(max_new_tokens=6, block_size=4)
+    assert decode(texts_of(4), config).shape[1] == decode(texts_of(4), max_new_tokens=6, block_size=4).shape[1]
+    assert len(decode(texts_of(4), config, return_dict=True).histories) > 1
+    assert torch.equal(decode(texts_of(4), config, block_size=3), decode(texts_of(4), max_new_tokens=6, block_size=3))
+    assert config.block_size == 4, "the caller's object stays as it was"
+
+
+@both
+def test_steps_yield_the_canvas_as_it_changes(sampler, model, tokenizer):
+    sampler, settings, (prompt,) = sampler(model, tokenizer), {"max_new_tokens": 7, "block_size": 4}, texts_of(9)
+    canvases = sampler.steps([prompt], **settings)
+    first = next(canvases)
+    assert first[0, :16].tolist() == [*prompt, *[tokenizer.mask_token_id] * 7]
+    assert torch.is_grad_enabled(), "between two steps the caller's own mode holds"
+    seen = [first.clone(), *(canvas.clone() for canvas in canvases if canvas is first)]
+    output = sampler.sample([prompt], **settings, return_dict=True)
+    assert [c.tolist() for c in seen] == [c.tolist() for c in output.histories]
+    assert torch.equal(first, output.sequences) and torch.equal(sampler.sample([prompt], **settings), first)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [0.0, 0.6])
+def test_in_bfloat16(kind, temperature, tokenizer):
+    model, settings = decoding_model(kind, torch.bfloat16), {"max_new_tokens": 13, "temperature": temperature}
+    for changes in ({}, {"cache": "dual"}, {"cache": "prefix", "cfg_scale": 0.5}):
+        tokens = MDLMSampler(model, tokenizer).sample(texts_of(9, 5), block_size=5, steps=13, **settings, **changes)
+        assert tokens.dtype == torch.long and not (tokens == MASK).any()
+    for cached in (True, False):
+        more = {"threshold": 0.3, "editing_threshold": 0.3, "top_k": 20, "top_p": 0.9, "use_cache": cached}
+        tokens = LLaDA21Sampler(model, tokenizer).sample(texts_of(9, 3), block_size=4, **settings, **more)
+        assert tokens.dtype == torch.long and not (tokens == MASK)[0].any()
+
+
+@pytest.mark.dllm
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_dllms_settings_are_ours_without_what_we_added(name, model, tokenizer):
+    from dllm.core.samplers import MDLMSamplerConfig as TheirMDLM
+    from dllm.pipelines.llada21.sampler import LLaDA21SamplerConfig as TheirLLaDA21
+
+    ours, theirs = SAMPLERS[name].CONFIG, {"mdlm": TheirMDLM, "llada21": TheirLLaDA21}[name]
+    mine, yours = dataclasses.asdict(ours()), dataclasses.asdict(theirs())
+    assert {name: mine[name] for name in yours} == yours
+    added = {"mdlm": {"cache", "threshold"}, "llada21": {"use_cache", "block_steps"}}
+    assert mine.keys() - yours.keys() == added[name]
+    decode, changes = SAMPLERS[name](model, tokenizer).sample, {"max_new_tokens": 7, "block_size": 3}
+    assert torch.equal(decode(texts_of(5), theirs(**changes)), decode(texts_of(5), ours(**changes)))
+    assert torch.equal(decode(texts_of(5), theirs(), **changes), decode(texts_of(5), ours(**changes)))

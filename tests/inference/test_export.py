@@ -94,7 +94,6 @@ def test_the_folder_is_complete(tmp_path):
 
 
 def test_a_model_without_an_adapter_is_converted(tmp_path, capsys):
-    """By the command, which says where it is; large weights go to several files."""
     base, out = save_model(tmp_path / "base", "llada_moe", recipe={"memory": {"rank": 6}}), tmp_path / "out"
     assert command.main(["--model", base, "--out", str(out), "--dtype", "bfloat16"]) == 0
     assert capsys.readouterr().out == f"saved to {out}\n"

@@ -8,19 +8,19 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
 import stock_models
 import torch
 from conftest import make_tokenizer, tiny
+from data_files import message_of
 from safetensors.torch import load_file, save_file
 from saved_models import prompt_memory, random_prompts, save_adapter, save_model, save_pair, save_recipe
 from steps import memory_for
 from torch import Tensor
 
-from dllm_memdlm.config import ConfigError, MemoryConfig
+from dllm_memdlm.config import MemoryConfig
 from dllm_memdlm.inference.pretrained import Pretrained, load_pretrained
 
 KIND = "llada_moe"
@@ -46,23 +46,11 @@ def copy_of(tmp_path):
     return lambda folder: Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
-def edit(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-
 def logits(pretrained: Pretrained) -> Tensor:
     """Of a model of which nothing is trainable and no part in training mode."""
     assert not any(parameter.requires_grad for parameter in pretrained.model.parameters())
     assert not any(module.training for module in pretrained.model.modules())
     return stock_models.logits(pretrained.model)
-
-
-def message(*args: Any, **arguments: Any) -> str:
-    """What is said, in one line, of arguments that do not fit."""
-    with pytest.raises(ConfigError) as error:
-        load_pretrained(*args, **arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def test_a_full_model(base):
@@ -90,13 +78,6 @@ def test_an_adapter_is_for_the_base_that_is_named(adapter, tmp_path):
     weights["lm_head.weight"] = torch.zeros_like(weights["lm_head.weight"])
     save_file(weights, f"{other}/model.safetensors", {"format": "pt"})
     assert not logits(load_pretrained(other, adapter)).any() and logits(load_pretrained(adapter)).any()
-
-
-def test_a_merged_adapter_gives_nearly_the_same(adapter):
-    beside, merged = load_pretrained(adapter), load_pretrained(adapter, merge_adapter=True)
-    torch.testing.assert_close(logits(merged), logits(beside), atol=1e-4, rtol=1e-4)
-    assert not isinstance(merged.model, peft.PeftModel)
-    assert not [name for name, _ in merged.model.named_modules() if "lora" in name]
 
 
 @pytest.mark.parametrize("load_in_4bit", [False, True])
@@ -140,7 +121,8 @@ def test_the_dtype_is_the_checkpoints_or_the_one_asked_for(dtype, tmp_path):
     folder = save_model(tmp_path, "llama", dtype=dtype)
     assert {p.dtype for p in load_pretrained(folder).model.parameters()} == {dtype}
     assert {p.dtype for p in load_pretrained(folder, dtype="float32").model.parameters()} == {torch.float32}
-    edit(tmp_path / "config.json", dtype=None)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": None}))
     assert {p.dtype for p in load_pretrained(folder).model.parameters()} == {torch.float32}
 
 
@@ -151,17 +133,12 @@ def test_the_dtype_is_the_checkpoints_or_the_one_asked_for(dtype, tmp_path):
 def test_an_adapter_of_another_model(kind, dimensions, base, adapter, tmp_path):
     """It would be as if there were none for the layers that it does not know; so would one of a deeper model."""
     other = save_model(tmp_path / "other", kind, **dimensions)
-    assert message(other, adapter).startswith(f"adapter='{adapter}': ")
+    assert message_of(load_pretrained, other, adapter).startswith(f"adapter='{adapter}': ")
     deeper = save_adapter(tmp_path / "deeper", base, tiny(KIND, **FOUR))
-    assert message(base, deeper).startswith(f"adapter='{deeper}': ")
+    assert message_of(load_pretrained, base, deeper).startswith(f"adapter='{deeper}': ")
 
 
-def test_what_it_refuses_goes_by_the_names_of_the_arguments(base, copy_of, tmp_path):
-    """Though the rooms that refuse it know only a recipe's."""
-    folder = copy_of(base)
-    edit(folder / "config.json", architectures=None)
-    assert message(str(folder)).startswith(f"pretrained='{folder}': its config.json names no architecture; expected ")
-    make_tokenizer(bos_token="<bos>").save_pretrained(tmp_path / "other")
-    said = message(base, tokenizer=str(tmp_path / "other"))
-    assert said.startswith(f"tokenizer='{tmp_path}/other': declares no mask token")
-    assert said.endswith("set tokenizer to it")
+def test_what_it_refuses_goes_by_the_names_of_the_arguments(base, tmp_path):
+    make_tokenizer(bos_token="<bos>").save_pretrained(tmp_path)
+    said = message_of(load_pretrained, base, None, str(tmp_path))
+    assert said.startswith(f"tokenizer='{tmp_path}': declares no mask token") and said.endswith("set tokenizer to it")

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import COMMON, DIMENSIONS, KINDS, MASK, scale_up, tiny_config
+from conftest import KINDS, MASK, scale_up, tiny_config
 from naive_samplers import decoder, prompts
-from stock_models import AS_PUBLISHED, DENSE_ATTRIBUTES, dllms
+from stock_models import DENSE_ATTRIBUTES, a2d_llama, dllms_model
 from torch import nn
 
 from dllm_memdlm.inference.samplers import LLaDA21Sampler, MDLMSampler
@@ -51,14 +51,12 @@ def decoders(name: str) -> tuple[nn.Module, nn.Module]:
         model = decoder(kind, torch.float32)
         return model, model
     if kind == "llama":
-        from dllm.pipelines.a2d import A2DLlamaConfig, A2DLlamaLMHeadModel
-
-        model = A2DLlamaLMHeadModel(A2DLlamaConfig(**{**COMMON, **DIMENSIONS[kind]}))
+        model = a2d_llama()
     else:
         shared = {field: getattr(tiny_config(kind), field) for field in DENSE_ATTRIBUTES}
         # Eager, since dllm's LLaDA21Sampler passes a mask in bfloat16, which sdpa takes with no other dtype.
         shared["attn_implementation"] = "eager" if kind == "llada2" else "sdpa"
-        model = dllms(kind, {**COMMON, **DIMENSIONS[kind], **shared, **AS_PUBLISHED[kind]})
+        model = dllms_model(kind, **shared)
     scale_up(model)
     with torch.no_grad():
         model.lm_head.weight[MASK] = 0  # never chosen

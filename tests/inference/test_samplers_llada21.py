@@ -81,16 +81,6 @@ def test_every_step_is_the_plain_samplers(kind, variant, tokenizer):
         assert not torch.equal(sampler.sample(inputs, settings, [1, 2, 3, 4]).sequences, batches[0][-1])
 
 
-def test_the_settings_matter(tokenizer):
-    """Each of these variants edits, stops or draws otherwise, or the test above would show little."""
-    model, (prompt,) = decoder("llama"), prompts(9)
-    histories = [str(naive(model, prompt, settings_of(**changes))) for changes in VARIANTS.values()]
-    assert len(set(histories)) == len(VARIANTS)
-    steps = naive(model, prompt, settings_of(**VARIANTS["editing"]))
-    edited = [a for a, b in itertools.pairwise(steps) if any(x not in (y, MASK) for x, y in zip(a, b, strict=True))]
-    assert edited and len(set(steps[-1][9:])) > 3
-
-
 @cached_or_not
 def test_an_empty_prompt_and_one_that_brings_masks_along(cached, tokenizer):
     """Its masks are text and stay, those in the block that is continued too, which dllm fills in."""
@@ -136,7 +126,6 @@ def test_prompts_of_several_chunks(prefill, tokenizer, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_fast_weights_of_each_sample_held(kind, tokenizer):
-    """Cached, uncached, in a batch and alone: the tokens of the reference with the row's own fast weights."""
     model, inputs = decoder(kind), prompts(9, 3)
     sampler, settings = LLaDA21Sampler(model, tokenizer), settings_of(editing_threshold=0.2, max_post_steps=1)
     memory = ParametricMemory(model, MemoryConfig(rank=4, layer_fraction=0.4), mask_token_id=MASK)

@@ -11,7 +11,7 @@ from naive_samplers import Denoiser, Draws, cosine, decoder, linear, moves, prom
 from torch import Tensor, nn
 
 from dllm_memdlm.compat.bundled import CosineAlphaScheduler
-from dllm_memdlm.inference.samplers import MDLMSampler, MDLMSamplerConfig, completions
+from dllm_memdlm.inference.samplers import MDLMSampler, MDLMSamplerConfig
 
 NEW = 13
 
@@ -174,23 +174,3 @@ def test_dual_computes_a_block_and_prefix_all_from_it_on(tokenizer):
         model.model.layers[0].register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].shape[1]))
         MDLMSampler(model, tokenizer).sample(prompts(10), max_new_tokens=8, block_size=4, steps=6, cache=cache)
     assert widths == {"none": [18] * 6, "prefix": [18, 8, 8, 18, 4, 4], "dual": [18, 4, 4, 18, 4, 4]}
-
-
-@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
-def test_a_lower_threshold_takes_fewer_steps_and_none_leaves_a_mask(cache, tokenizer):
-    """However many masks the prompt brings along."""
-    sampler, counts, inputs = MDLMSampler(decoder("llada_moe"), tokenizer), [], prompts(9, 5)
-    inputs[0][1:7] = [MASK] * 6
-    for threshold in (1.0, 0.3, 0.1, 0.0):
-        output = sampler.sample(inputs, settings_of(threshold=threshold, cache=cache, block_size=5))
-        counts.append(len(output.histories) - 1)
-        assert not (output.sequences == MASK)[:, 9:].any()
-    assert counts[0] == NEW and counts[-1] == 3, "one token a step, and one step a block"
-    assert counts == sorted(counts, reverse=True) and len(set(counts)) > 2
-
-
-def test_completions_end_at_the_first_stop():
-    canvas = torch.tensor([[3, 4, 5, 9, 6, 7, 0, 0], [3, 5, 6, 7, 8, 10, 9, 9]])
-    assert completions(canvas, [2, 1], 5, [9, 0]) == [[5], [5, 6, 7, 8, 10]]
-    assert completions(canvas, [2, 1], 3, []) == [[5, 9, 6], [5, 6, 7]]
-    assert completions(canvas, [3, 5], 2, [9]) == [[], [10]]

@@ -1,4 +1,4 @@
-"""Fast weights: their shapes and beginnings, and what they add to a layer."""
+"""Fast weights: where they go, how they begin, what is kept of them, and the inner SGD against the reference's."""
 
 from __future__ import annotations
 
@@ -6,37 +6,88 @@ import math
 
 import pytest
 import torch
-from small_fast_weights import DENSE, EXPERTS, KEYS, config_of, initial, randn, written
+from conftest import KINDS, tiny
+from steps import flat
+from torch import Tensor, nn
 
+from dllm_memdlm.backbones import adapted_layers, find_sites, staged_backbone
+from dllm_memdlm.backbones.experts import ExpertLinear
+from dllm_memdlm.backbones.moe import RoutedExperts
+from dllm_memdlm.backbones.site_weights import SiteShape
+from dllm_memdlm.config import ConfigError, MemoryConfig
 from dllm_memdlm.method import noise
-from dllm_memdlm.method.fast_weights import FastWeights
+from dllm_memdlm.method.fast_weights import FastWeights, sgd_step
+from dllm_memdlm.method.inner_loop import ParametricMemory
+from dllm_memdlm.method.reference import naive_sgd
 
-LORA, FULL = config_of(), config_of(kind="full")
-
-
-def test_shapes_and_scaling():
-    up, down = DENSE.name, EXPERTS.name
-    assert {k: tuple(v.shape) for k, v in initial(LORA).tensors.items()} == {
-        f"{up}.A": (5, 4, 24),
-        f"{up}.B": (5, 16, 4),
-        f"{down}.A": (5, 5, 4, 16),
-        f"{down}.B": (5, 5, 24, 4),
-    }
-    full = initial(FULL, KEYS[:2])
-    assert {k: tuple(v.shape) for k, v in full.tensors.items()} == {
-        f"{up}.delta": (2, 16, 24),
-        f"{down}.delta": (5, 2, 24, 16),
-    }
-    assert (DENSE.numel(LORA), EXPERTS.numel(LORA), DENSE.numel(FULL)) == (4 * 40, 5 * 4 * 40, 24 * 16)
-    assert all(v.dtype == torch.float32 and not v.requires_grad for v in initial(LORA).tensors.values())
-    assert (initial(LORA).samples, initial(LORA).scaling) == (5, 2.0) and (full.samples, full.scaling) == (2, 1.0)
+DENSE = SiteShape("layers.3.mlp.up_proj", in_features=24, out_features=16)
+EXPERTS = SiteShape("layers.3.mlp.experts.down_proj", in_features=16, out_features=24, experts=5)
+KEYS = noise.example_keys(42, 0, torch.arange(5))
+FFN = ["gate_proj", "up_proj", "down_proj"]
+SPARSE = {"llada_moe": ("mlp.experts", "shared_expert"), "llada2": ("mlp.experts", "mlp.shared_experts")}
+both_kinds = pytest.mark.parametrize("kind", ["lora", "full"])
 
 
-@pytest.mark.parametrize("config", [LORA, FULL], ids=["lora", "full"])
-def test_fast_weights_begin_without_effect(config):
+@pytest.mark.parametrize(
+    ("count", "fraction", "first"),
+    [(16, 0.1, 14), (20, 0.1, 18), (20, 0.05, 19), (16, 0.25, 12), (4, 0.1, 3), (4, 1.0, 0), (1, 0.1, 0)],
+)
+def test_the_share_is_counted_from_the_end(count, fraction, first):
+    assert adapted_layers(count, MemoryConfig(layer_fraction=fraction)) == range(first, count)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_share_a_site_and_lora_changes_none(kind):
+    """A dense first layer has plain sites, shared experts their own. Fast weights stand beside a LoRA, not under it."""
+    memory = MemoryConfig(layer_fraction=1.0)
+    sites = {site.shape.name: site.shape for site in find_sites(tiny(kind), memory)}
+    dense = [sites[f"layers.0.mlp.{name}"] for name in FFN]
+    assert [(s.in_features, s.out_features, s.experts) for s in dense] == [(32, 48, None)] * 2 + [(48, 32, None)]
+    last = {f"layers.2.{part}.{name}" for part in SPARSE.get(kind, ("mlp",)) for name in FFN}
+    assert {name for name in sites if name.startswith("layers.2.")} == last
+    assert {name for name, shape in sites.items() if shape.experts} == {name for name in sites if ".experts." in name}
+    wrapped = find_sites(staged_backbone(tiny(kind, lora=True)), memory)
+    assert [site.shape for site in wrapped] == list(sites.values())
+    assert all(isinstance(site.module, RoutedExperts) or hasattr(site.module, "lora_A") for site in wrapped)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["lora", "full"])
+def test_fast_parameters_are_counted(kind, form):
+    model = tiny(kind)
+    config = MemoryConfig(kind=form, rank=4, layer_fraction=0.4, target_modules=("up_proj", "down_proj"))
+    expected = 0
+    for name, module in nn.ModuleList(model.layers[1:]).named_modules():
+        if isinstance(module, (nn.Linear, ExpertLinear)) and name.endswith(("up_proj", "down_proj")):
+            *experts, rows, columns = module.weight.shape
+            expected += math.prod(experts) * (rows * columns if form == "full" else 4 * (rows + columns))
+    assert ParametricMemory(model, config, mask_token_id=2).fast_parameters == expected
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_target_that_matches_nothing_is_refused(lora):
+    memory = MemoryConfig(target_modules=("gate_proj", "c_fc"), layer_fraction=0.4)
+    says = r"^memory\.target_modules: 'c_fc' matches nothing in layers 1-2 of .*: dense, down_proj, gate_proj, query"
+    with pytest.raises(ConfigError, match=says):
+        find_sites(staged_backbone(tiny("llada2", lora=lora)), memory)
+
+
+def config_of(**values) -> MemoryConfig:
+    return MemoryConfig(**({"rank": 4, "alpha": 8.0} | values))
+
+
+def initial(config: MemoryConfig | None = None, keys: Tensor = KEYS) -> FastWeights:
+    return FastWeights.initial([DENSE, EXPERTS], config or config_of(), keys, torch.get_default_device())
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def written(config: MemoryConfig | None = None) -> FastWeights:
+    """Fast weights of five samples, none of whose tensors is zero."""
     fast = initial(config)
-    assert all(value.any() == name.endswith(".A") for name, value in fast.tensors.items())
-    assert not fast.site(DENSE.name).dense(randn(5, 3, 24)).any()
+    return FastWeights({k: randn(*v.shape, seed=i) for i, (k, v) in enumerate(fast.tensors.items())}, fast.scaling)
 
 
 def test_a_is_a_function_of_its_samples_key_its_site_and_its_expert():
@@ -52,48 +103,8 @@ def test_a_is_a_function_of_its_samples_key_its_site_and_its_expert():
     assert all(torch.equal(value, fast.select([3, 0, 3]).tensors[name]) for name, value in shuffled.tensors.items())
 
 
-def test_sites_leaves_and_stacks():
-    fast = written()
-    site = fast.site(EXPERTS.name)
-    assert site.down is fast.tensors[f"{EXPERTS.name}.A"] and site.up is fast.tensors[f"{EXPERTS.name}.B"]
-    assert site.scaling == 2.0 and site.samples == 5
-    assert written(FULL).site(DENSE.name).down is None
-    with pytest.raises(KeyError, match="no_such_layer"):
-        fast.site("no_such_layer")
-    parent = FastWeights({k: (v * 2).requires_grad_() * 1 for k, v in fast.tensors.items()}, 2.0)
-    again = FastWeights.stack([parent.select([0, 1]), parent.select([2, 3, 4])]).leaves()
-    assert again.scaling == 2.0
-    for name, leaf in again.tensors.items():
-        assert leaf.is_leaf and leaf.requires_grad and torch.equal(leaf, parent.tensors[name])
-
-
-@pytest.mark.parametrize("kind", ["lora", "full"])
-@pytest.mark.parametrize("samples", [1, 5])
-def test_dense_sample_by_sample(kind, samples):
-    fast, x, upstream = written(config_of(kind=kind), KEYS[:samples]).leaves(), randn(5, 7, 24), randn(5, 7, 16, seed=4)
-    site = fast.site(DENSE.name)
-    y = site.dense(x)
-    up = site.up.double() if site.down is None else site.up.double() @ site.down.double()
-    expected = site.scaling * x.double() @ up.expand(5, -1, -1).mT
-    torch.testing.assert_close(y.double(), expected, atol=1e-4, rtol=1e-5)
-    leaves = [m for m in (site.down, site.up) if m is not None]
-    gradients = (torch.autograd.grad(z, leaves, upstream.to(z.dtype)) for z in (y, expected))
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-    half = site.dense(x.bfloat16())
-    assert half.dtype == torch.bfloat16  # that of the activations
-    torch.testing.assert_close(half.float(), y, atol=1.0, rtol=5e-2)
-    if samples == 1:  # which take activations of any shape
-        torch.testing.assert_close(site.dense(x.flatten(0, 1)), y.flatten(0, 1))
-        return
-    for shape in ((4, 7, 24), (35, 24), (5, 24)):
-        with pytest.raises(ValueError) as error:
-            site.dense(torch.zeros(*shape))
-        assert str(error.value) == f"fast weights of 5 samples on activations of shape {shape}"
-
-
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_keep(kind):
+@both_kinds
+def test_what_is_not_kept_has_no_effect(kind):
     fast, samples = written(config_of(kind=kind)), torch.tensor([True, False, True, True, False])
     kept = fast.keep(samples)
     assert kept.scaling == fast.scaling
@@ -103,3 +114,63 @@ def test_keep(kind):
     poisoned = {k: v if k.endswith(".A") else torch.full_like(v, math.nan) for k, v in fast.tensors.items()}
     none = FastWeights(poisoned, 1.0).keep(torch.zeros(5, dtype=torch.bool))
     assert not none.site(DENSE.name).dense(randn(5, 3, 24)).any()
+
+
+def gradients_of(fast: FastWeights) -> dict[str, Tensor]:
+    """Matrices of norms on both sides of 1."""
+    found = {}
+    for i, (name, value) in enumerate(fast.tensors.items()):
+        norm = 1.5 * randn(*value.shape[:-2], 1, 1, seed=50 + i).abs()
+        found[name] = norm * randn(*value.shape, seed=100 + i) / (value.shape[-2] * value.shape[-1]) ** 0.5
+    return found
+
+
+@both_kinds
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"clip": clip} for clip in ("local", "global", "none")),
+        *({"clip": clip, "grad_clip": 0} for clip in ("local", "global")),
+        {"clip": "local", "grad_clip": 0.5, "inner_lr": 3.0},
+        {"clip": "global", "grad_clip": 2.0},
+        {"inner_lr": 0},
+    ],
+    ids=str,
+)
+def test_sgd_tensor_by_tensor(settings, kind):
+    config = config_of(kind=kind, **settings)
+    fast = written(config).leaves()
+    gradients, before = gradients_of(fast), flat(written(config))
+    moved, step = sgd_step(fast, gradients, torch.arange(5.0, requires_grad=True) * 1, config)
+    assert moved.scaling == fast.scaling and list(moved.tensors) == list(fast.tensors)
+    assert not any(value.requires_grad for value in moved.tensors.values()) and not step.loss.requires_grad
+    of_samples = flat(FastWeights(gradients, 1.0))
+    for ours, phi, unchanged, g in zip(flat(moved), flat(fast), before, of_samples, strict=True):
+        for name, expected in naive_sgd(unchanged, g, config).items():
+            torch.testing.assert_close(ours[name], expected, atol=1e-6, rtol=1e-6)
+            assert torch.equal(phi[name], unchanged[name])
+    totals = [math.hypot(*(v.norm().item() for v in g.values())) for g in of_samples]
+    assert step.grad_norm.tolist() == pytest.approx(totals, rel=1e-5)
+    assert step.loss.tolist() == [0, 1, 2, 3, 4] and step.finite.all()
+
+
+@pytest.mark.parametrize("clip", ["local", "global", "none"])
+@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
+@pytest.mark.parametrize("where", ["loss", "dense", "expert"])
+def test_a_sample_that_is_not_finite_stays_where_it_is(clip, bad, where):
+    fast, config = written(), config_of(clip=clip)
+    gradients, loss = gradients_of(fast), torch.zeros(5)
+    if not bad:  # nor does one without a gradient move, and its norm of zero divides nothing
+        gradients = {name: g.index_fill(-3, torch.tensor([2]), 0.0) for name, g in gradients.items()}
+    expected, _ = sgd_step(fast, gradients, loss, config)
+    if where == "loss":
+        loss[2] = bad
+    elif where == "dense":
+        gradients[f"{DENSE.name}.B"][2, 3, 1] = bad
+    else:
+        gradients[f"{EXPERTS.name}.A"][4, 2, 0, 0] = bad
+    moved, step = sgd_step(fast, gradients, loss, config)
+    assert step.finite.tolist() == [True, True, not bad, True, True]
+    for s in range(5):
+        ours, theirs = moved.select([s]), (fast if s == 2 else expected).select([s])
+        assert all(torch.equal(value, theirs.tensors[name]) for name, value in ours.tensors.items())

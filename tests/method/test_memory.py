@@ -1,14 +1,16 @@
-"""The memory leaves no trace: not after an exception, not in a checkpoint, not in the optimizer."""
+"""The memory leaves no trace, not even after an exception, and its samples do not touch one another."""
 
 from __future__ import annotations
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import KINDS, MASK, make_trainer, tiny
+from conftest import KINDS, MASK, assert_close_relative, examples, make_trainer, tiny
 from conftest import train_batch as batch_of
 from safetensors.torch import load_file
 from steps import SMALL, Step, initial, memory_for
@@ -18,8 +20,9 @@ from dllm_memdlm.backbones import staged_backbone
 from dllm_memdlm.backbones.expert_names import split_names
 from dllm_memdlm.backbones.moe import RoutedExperts
 from dllm_memdlm.config import MemoryConfig
+from dllm_memdlm.method import global_batch
 from dllm_memdlm.method.fast_weights import FastWeights
-from dllm_memdlm.method.inner_loop import ParametricMemory
+from dllm_memdlm.method.inner_loop import ParametricMemory, Written
 from dllm_memdlm.method.trajectory import Trajectory
 
 
@@ -151,3 +154,52 @@ def test_a_set_shared_by_the_batch_starts_from_its_first_sample(tokenizer, tmp_p
     written, start = trainer.memory.write(trajectory).fast_weights, initial(trainer, batch)
     assert written.samples == 1
     assert all(torch.equal(value, start.tensors[name]) for name, value in written.tensors.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_processes_that_share_a_set_write_that_of_the_whole_batch(kind, tokenizer, tmp_path, monkeypatch):
+    """Two threads stand for two processes, of three samples and of two."""
+    barrier, sent, process = threading.Barrier(2), {}, threading.local()
+
+    def exchange(tensor, received):
+        sent[process.rank] = tensor.clone()
+        barrier.wait(60)
+        value = received([sent[0], sent[1]])
+        barrier.wait(60)
+        tensor.copy_(value)
+
+    monkeypatch.setattr(global_batch, "is_initialized", lambda: hasattr(process, "rank"))
+    monkeypatch.setattr(global_batch, "all_reduce", lambda tensor: exchange(tensor, sum))
+    monkeypatch.setattr(global_batch, "broadcast", lambda tensor, src: exchange(tensor, lambda all_: all_[src]))
+    settings = memory_for(kind, scope="batch", sync=True)
+    batch = batch_of(make_trainer(tiny(kind), tokenizer, tmp_path, settings, examples(5)), range(5))
+    memories = [ParametricMemory(tiny(kind, torch.float64), settings, MASK) for _ in range(3)]
+
+    def write(rank: int, rows: slice) -> Written:
+        process.rank = rank
+        return memories[rank].write(Trajectory.from_batch({name: value[rows] for name, value in batch.items()}))
+
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(write, (0, 1), (slice(0, 3), slice(3, 5)))
+    whole = memories[2].write(Trajectory.from_batch(batch))
+    for name, value in whole.fast_weights.tensors.items():
+        assert torch.equal(first.fast_weights.tensors[name], second.fast_weights.tensors[name])
+        assert_close_relative(first.fast_weights.tensors[name], value, 1e-4, name)
+    for ours, expected in zip(first.steps, whole.steps, strict=True):
+        assert ours.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("scope", ["sample", "batch"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_diverging_inner_loop_is_counted_and_the_run_goes_on(kind, scope, tokenizer, tmp_path):
+    """Steps so large that the second inner loss overflows: every sample falls back, and the loss is plain MDLM's."""
+    memory = memory_for(kind, inner_lr=1e38, scope=scope)
+    rows = examples(6, shortest=40, longest=40)
+    trainer = make_trainer(tiny(kind, lora=True), tokenizer, tmp_path, memory, rows, max_steps=2)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["nonfinite_samples"] for log in logs] == ([3, 3] if scope == "sample" else [1, 1])
+    assert all(math.isfinite(log["loss"]) and math.isfinite(log["inner_loss_1"]) for log in logs)
+    assert all("inner_loss_2" not in log for log in logs)
+    assert [log["loss"] for log in logs] == [pytest.approx(log["loss_memory_off"], abs=1e-4) for log in logs]
+    assert all(p.isfinite().all() for p in trainer.model.parameters())

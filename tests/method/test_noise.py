@@ -53,7 +53,6 @@ def test_keys_equal_pure_python():
 
 @pytest.mark.parametrize("stream", STREAMS)
 def test_uniform_equals_pure_python(stream):
-    """Whatever the batch, however long, and without torch's generator."""
     state = torch.get_rng_state()
     keys = [reference_key(42, 1, e) for e in range(5)] + [0, -1, -(2**63), 2**63 - 1]
     expected = [[reference_uniform(key, stream, i) for i in range(7)] for key in keys]
