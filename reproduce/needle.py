@@ -2,6 +2,8 @@
 
 python -m reproduce.needle --model runs/mine --memory --words 80 160 --output needle.json
 
+Where the model sees the end of a text alone (`data.visible`), the words in it and the hidden ones are counted apart.
+
 A task for models of a few hundred thousand parameters: keys and their values are drawn afresh for every text, so that
 nothing can be learned by heart; the prompt alone determines the response.
 """
@@ -26,6 +28,9 @@ from dllm_memdlm.config import ConfigError, DataConfig
 from dllm_memdlm.evaluation.command import finish, of_a_run, read
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dllm_memdlm.data.encoding import Encoder
     from dllm_memdlm.inference.decoding import Decoder
 
 # Each key has values of its own, so that a key finds its value in one step of attention. With values that any key can
@@ -47,6 +52,7 @@ VALUES = {key: tuple(values) for key, *values in map(str.split, TABLE.splitlines
 
 NEEDLES = 8  #: in a text
 NEEDLE = "The {} is {}."  #: the sentence of each
+PLACES = ("visible", "hidden")  #: where a needle is for a model that sees the end of a text
 SHORTEST = NEEDLES * len(NEEDLE.split())  #: words of a text that has room for them
 
 
@@ -57,12 +63,24 @@ class Planted(NamedTuple):
     response: str
     values: dict[str, str]
 
-    def right(self, answer: str) -> int:
-        """Count the keys to which an answer gives the right value: the first one it names after the key."""
+    def right(self, answer: str) -> set[str]:
+        """Return the keys to which an answer gives the right value: the first one it names after the key."""
         named: dict[str, str] = {}
         for key, value in itertools.pairwise(re.findall(r"\w+", answer)):
             named.setdefault(key, value)
-        return sum(named.get(key) == value for key, value in self.values.items())
+        return {key for key, value in self.values.items() if named.get(key) == value}
+
+    def planted_in(self, text: str) -> set[str]:
+        """Return the keys whose value stands in a text, the prompt or its end: no other key has the same one."""
+        return {key for key, value in self.values.items() if re.search(rf"\b{value}\b", text)}
+
+    def tokens(self, encoder: Encoder, keys: set[str]) -> tuple[list[int], Tensor]:
+        """Return the response's tokens, and which of them are the values of these keys [L] bool."""
+        import torch
+
+        ids, ends = encoder.text(self.response, add_special_tokens=False)
+        spans = [(self.response.index(f"{k} {v}") + len(k), len(v) + 1) for k, v in self.values.items() if k in keys]
+        return ids, torch.tensor([any(start < end <= start + length for start, length in spans) for end in ends])
 
 
 def plant(haystack: Sequence[str], words: int, count: int = NEEDLES) -> Planted:
@@ -124,22 +142,62 @@ def held_out(data: DataConfig, questions: int) -> list[list[str]]:
     return [text.split("\n") for text in rows.select(range(first, min(first + questions, len(rows))))["haystack"]]
 
 
-def found(decoder: Decoder, examples: Sequence[Planted], batch_size: int) -> list[int]:
-    """Count the values that each text's answer gives, with a memory of the text if the decoder has one."""
-    from dllm_memdlm.data.encoding import decode_text, encode_chat
+class Found(NamedTuple):
+    """What a model knows of one text, by key."""
 
-    tokenizer = decoder.pretrained.tokenizer
+    visible: set[str]  #: whose needle it sees
+    right: set[str]  #: to which its answer gives the value
+    nll: dict[str, float]  #: of the values that it sees, and of those it does not, all of them masked together
+
+
+def found(decoder: Decoder, examples: Sequence[Planted], batch_size: int, other: bool = False) -> list[Found]:
+    """Ask for the values of each text, with a memory of the text if the decoder has one.
+
+    With `other` it is a memory of the next text: the control, in which there is no value to be found.
+    """
+    from dllm_memdlm.data.encoding import Encoder, decode_text, encode_chat
+    from dllm_memdlm.evaluation.likelihood import Masked, log_likelihoods
+
+    tokenizer, model = decoder.pretrained.tokenizer, decoder.pretrained.model
+    encoder, settings = Encoder(tokenizer), (tokenizer.mask_token_id, decoder.pretrained.right_shift_logits)
     chats = [[{"role": "user", "content": example.prompt}] for example in examples]
     prompts = [encode_chat(tokenizer, chat, add_generation_prompt=True) for chat in chats]
     new_tokens = max(len(tokenizer(example.response)["input_ids"]) for example in examples) + 1
-    right = []
+    parts = [decoder.parts(prompt, new_tokens) for prompt in prompts]
+    texts = [text for _, text in parts]
+    if other:
+        texts = [*texts[1:], texts[0]]
+    results = []
     for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        with decoder.recalled(batch):
-            answers = decoder.answers(batch, new_tokens)
-        texts = (decode_text(tokenizer, answer) for answer in answers)
-        right += [example.right(text) for example, text in zip(examples[start:], texts, strict=False)]
-    return right
+        rows = range(start, min(start + batch_size, len(prompts)))
+        seen = [parts[row][0] for row in rows]
+        visible, states = [], []
+        for row, prompt in zip(rows, seen, strict=True):
+            visible.append(examples[row].planted_in(decode_text(tokenizer, prompt)))
+            for place in (visible[-1], examples[row].values.keys() - visible[-1]):
+                ids, mask = examples[row].tokens(encoder, place)
+                states.append(Masked(row, prompt, ids, mask, 1.0))
+        with decoder.recalled([texts[row] for row in rows]):
+            answers = decoder.answers(seen, new_tokens)
+        with decoder.recalled([texts[row] for row in rows for _ in PLACES]):
+            nats = [-value for value in log_likelihoods(model, states, *settings)]
+        for row, keys, answer, *own in zip(rows, visible, answers, nats[::2], nats[1::2], strict=True):
+            right = examples[row].right(decode_text(tokenizer, answer))
+            results.append(Found(keys, right, dict(zip(PLACES, own, strict=True))))
+    return results
+
+
+def summary(results: Sequence[Found]) -> dict[str, Any]:
+    """Count the right answers; where a model does not see all of a text, those to what it sees and the others apart."""
+    row: dict[str, Any] = {"right": sum(len(r.right) for r in results), "asked": len(results) * NEEDLES}
+    if sum(len(r.visible) for r in results) == row["asked"]:
+        return row
+    for place in PLACES:
+        keys = [r.visible if place == "visible" else VALUES.keys() - r.visible for r in results]
+        asked = sum(len(r.visible) if place == "visible" else NEEDLES - len(r.visible) for r in results)
+        right = sum(len(r.right & own) for r, own in zip(results, keys, strict=True))
+        row[place] = {"right": right, "asked": asked, "nll": sum(r.nll[place] for r in results) / max(1, asked)}
+    return row
 
 
 def run(args: argparse.Namespace) -> None:
@@ -147,20 +205,26 @@ def run(args: argparse.Namespace) -> None:
     # Trained with full attention, and asked for few words: decoded as LLaDA-MoE is, in one block.
     parsed, data = read(args, sampler="mdlm")
     haystacks, decoder = held_out(data, args.questions), parsed.open()
+    if args.other and decoder.memory is None:
+        raise ConfigError("--other: it is a memory of another text; give --memory, too")
     console, rows = Console(highlight=False), []
     for words in track(args.words, "asking", console=console, transient=True):
-        right = found(decoder, [plant(haystack, words) for haystack in haystacks], args.batch_size)
-        rows.append({"words": words, "right": sum(right), "asked": len(right) * NEEDLES})
+        results = found(decoder, [plant(text, words) for text in haystacks], args.batch_size, args.other)
+        rows.append({"words": words, **summary(results)})
     report: dict[str, Any] = {"model": args.model, "memory": decoder.memory is not None, "questions": len(haystacks)}
-    finish(args.output, report | {"scores": rows}, decoder, table(rows), console)
+    finish(args.output, report | {"other": args.other, "scores": rows}, decoder, table(rows), console)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """Show a column for each length."""
     result = Table(title="Values found")
+    result.add_column("")
     for row in rows:
         result.add_column(f"{row['words']} words", justify="right")
-    result.add_row(*(f"{row['right'] / row['asked']:.1%}" for row in rows))
+    for place in ("", *PLACES):
+        cells = [row.get(place) if place else row for row in rows]
+        if any(cells):
+            result.add_row(place, *(f"{c['right'] / c['asked']:.1%}" if c and c["asked"] else "-" for c in cells))
     return result
 
 
@@ -168,6 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 2 after one line about what the user can correct."""
     parser = of_a_run("python -m reproduce.needle", "Retrieval by context length.")
     parser.add_argument("--words", type=int, nargs="+", required=True, metavar="N", help="lengths of the texts")
+    parser.add_argument("--other", action="store_true", help="with a memory of another text: the control")
     parser.add_argument("--questions", type=int, default=50, metavar="N", help="texts of each length (default: 50)")
     parser.add_argument("--batch-size", type=int, default=25, metavar="N", help="texts at a time (default: 25)")
     args = parser.parse_intermixed_args(argv)

@@ -90,9 +90,7 @@ def read_prompts(
         own_seed = int.from_bytes(digest, "little")
         prompts.append(Prompt(number, shown, text, new_tokens, changes, own_seed, stops))
     if ignored:
-        _logger.warning(
-            "ignored, as the %s sampler has no such setting: %s", sampler, ", ".join(sorted(ignored))
-        )
+        _logger.warning("ignored, as the %s sampler has no such setting: %s", sampler, ", ".join(sorted(ignored)))
     return prompts
 
 

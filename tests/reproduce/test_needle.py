@@ -15,13 +15,14 @@ from small_run import RECIPE
 
 from dllm_memdlm.config import DataConfig
 from dllm_memdlm.data import load_rows
+from dllm_memdlm.data.encoding import Encoder
 from dllm_memdlm.inference.arguments import parse
 from dllm_memdlm.inference.decoding import Decoder
 from dllm_memdlm.machine import package_versions
 from dllm_memdlm.training import run
 from dllm_memdlm.training.recipe import load_recipe
 from reproduce import needle
-from reproduce.needle import Planted, found, held_out, plant
+from reproduce.needle import Planted, found, held_out, plant, summary
 
 pytestmark = pytest.mark.usefixtures("caches_of_runs")
 
@@ -71,10 +72,10 @@ def test_where_no_row_is_left_or_rows_have_no_text_it_is_said(data, tmp_path):
 def test_an_answer_is_scored_by_key():
     example = plant(["Ann wrote a book."], 60, 3)
     (first, value), *rest = example.values.items()
-    assert example.right(example.response) == 3
-    assert example.right(f"{first} {value}") == 1
-    assert example.right(f"Named: {first} {value}s {first} {value}") == 0, "the first value named counts"
-    assert example.right(" ".join(f"{key} {value}" for key, _ in rest)) == example.right("") == 0
+    assert example.right(example.response) == example.values.keys() == example.planted_in(example.prompt)
+    assert example.right(f"{first} {value}") == {first}
+    assert example.right(f"Named: {first} {value}s {first} {value}") == set(), "the first value named counts"
+    assert example.right(" ".join(f"{key} {value}" for key, _ in rest)) == example.right("") == set()
 
 
 def answers_from(examples: list[Planted], kept: dict[int, str], monkeypatch) -> list[list[str]]:
@@ -99,7 +100,7 @@ def test_right_answers_count_for_the_text_they_are_of(run_dir, data, monkeypatch
     examples = asked(data, 5)
     first_value = next(iter(examples[3].values.items()))
     batches = answers_from(examples, {0: examples[0].response, 3: " ".join(first_value)}, monkeypatch)
-    assert found(decoder_of(run_dir), examples, batch_size) == [8, 0, 0, 1, 0]
+    assert [len(each.right) for each in found(decoder_of(run_dir), examples, batch_size)] == [8, 0, 0, 1, 0]
     assert [len(batch) for batch in batches] == sizes
     for example, text in zip(examples, itertools.chain(*batches), strict=True):
         assert text.startswith("<|user|>") and text.endswith("<|assistant|>") and example.prompt in text
@@ -133,7 +134,14 @@ def test_the_report_has_what_was_found(run_dir, data, tmp_path, monkeypatch, cap
 
     report = report_of("--words", "40", "50")
     scores = [{"words": 40, "right": 16, "asked": 40}, {"words": 50, "right": 0, "asked": 40}]
-    told = {"model": str(run_dir), "memory": False, "questions": 5, "scores": scores, "versions": package_versions()}
+    told = {
+        "model": str(run_dir),
+        "memory": False,
+        "other": False,
+        "questions": 5,
+        "scores": scores,
+        "versions": package_versions(),
+    }
     assert report == told
     out = capsys.readouterr().out
     assert "40 words" in out and "40.0%" in out and out.rstrip().endswith(str(path))
@@ -143,9 +151,34 @@ def test_the_report_has_what_was_found(run_dir, data, tmp_path, monkeypatch, cap
     assert report["memory_tally"]["written"] == 8
 
 
+def test_words_that_the_model_does_not_see_are_counted_apart(run_dir, data, monkeypatch):
+    """By what of the prompt it is given; with the control, a memory of the next text is in place."""
+    examples, texts = asked(data, 3), []
+    decoder = parse({"pretrained": str(run_dir), "memory": True, "memory_window": 40, "visible": 100}).open()
+    recalled = Decoder.recalled
+    monkeypatch.setattr(Decoder, "recalled", lambda self, given, *more: texts.append(given) or recalled(self, given))
+    answers_from(examples, {}, monkeypatch)
+    monkeypatch.setattr(Decoder, "answers", lambda self, prompts, new_tokens: [response[-new_tokens:]] * len(prompts))
+    response = decoder.pretrained.tokenizer(examples[0].response)["input_ids"]
+    own, others = (found(decoder, examples, 25, other) for other in (False, True))
+    assert others[0].right == own[0].right == examples[0].values.keys()
+    row = summary(own)
+    assert row["visible"]["asked"] + row["hidden"]["asked"] == row["asked"] == 24
+    assert row["visible"]["right"] + row["hidden"]["right"] == row["right"] and 0 < row["visible"]["asked"] < 24
+    for example, each in zip(examples, own, strict=True):
+        end = example.prompt[-60:]
+        assert {key for key, value in example.values.items() if f"{value}." in end} <= each.visible
+    assert texts[2] == [*texts[0][1:], texts[0][0]] and all(len(text) > 100 for text in texts[0])
+    # nats of the values alone: of the same masks as by hand
+    ids, mask = examples[0].tokens(Encoder(decoder.pretrained.tokenizer), {"bird"} & examples[0].values.keys())
+    assert decoder.pretrained.tokenizer.decode(torch.tensor(ids)[mask]).strip() in ("", examples[0].values.get("bird"))
+    assert all(isinstance(value, float) and value >= 0 for each in own for value in each.nll.values())
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["--other"], "--other: it is a memory of another text; give --memory, too"),
         (["temprature=1"], "unknown model argument 'temprature'; did you mean"),
         (["--model", "nowhere"], "nowhere/recipe.yaml: no such recipe file"),
         (["--output", "."], "--output .: Is a directory"),
