@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from . import cases, draw
+from . import cases, documents, draw
 from .cases import PAPER, Case
 from .draw import Drawn
 from .scales import Scale
@@ -32,6 +32,7 @@ FIGURES = {
     "figure7": Figure("Anchor ratio at inference (figure 7)", cases.by_ratio, draw.by_ratio),
     "figure11": Figure("Exposure bias (figure 11)", cases.exposed, draw.exposed),
     "ablations": Figure("Ablations (figures 5 to 10)", cases.ablated, draw.ablated),
+    "documents": Figure("A document longer than what the model sees (ours)", documents.cases, documents.draw),
     "dropout": Figure("Memory dropout, from scratch (ours)", cases.from_scratch, draw.dropout),
     **{
         name: Figure(PAPER[name]["title"], partial(cases.table, name), partial(draw.table, name))

@@ -52,6 +52,8 @@ VALUES = {key: tuple(values) for key, *values in map(str.split, TABLE.splitlines
 
 NEEDLES = 8  #: in a text
 NEEDLE = "The {} is {}."  #: the sentence of each
+#: The memory that is in place: the control, `other`, is of the next text, in which no value is to be found.
+WHOSE = ("none", "other", "own")
 PLACES = ("visible", "hidden")  #: where a needle is for a model that sees the end of a text
 SHORTEST = NEEDLES * len(NEEDLE.split())  #: words of a text that has room for them
 
@@ -150,11 +152,8 @@ class Found(NamedTuple):
     nll: dict[str, float]  #: of the values that it sees, and of those it does not, all of them masked together
 
 
-def found(decoder: Decoder, examples: Sequence[Planted], batch_size: int, other: bool = False) -> list[Found]:
-    """Ask for the values of each text, with a memory of the text if the decoder has one.
-
-    With `other` it is a memory of the next text: the control, in which there is no value to be found.
-    """
+def found(decoder: Decoder, examples: Sequence[Planted], batch_size: int, whose: str = "own") -> list[Found]:
+    """Ask for the values of each text, with one of the memories of `WHOSE`, if the decoder has any."""
     from dllm_memdlm.data.encoding import Encoder, decode_text, encode_chat
     from dllm_memdlm.evaluation.likelihood import Masked, log_likelihoods
 
@@ -165,8 +164,8 @@ def found(decoder: Decoder, examples: Sequence[Planted], batch_size: int, other:
     new_tokens = max(len(tokenizer(example.response)["input_ids"]) for example in examples) + 1
     parts = [decoder.parts(prompt, new_tokens) for prompt in prompts]
     texts = [text for _, text in parts]
-    if other:
-        texts = [*texts[1:], texts[0]]
+    if whose != "own":
+        texts = [*texts[1:], texts[0]] if whose == "other" else [None] * len(texts)
     results = []
     for start in range(0, len(prompts), batch_size):
         rows = range(start, min(start + batch_size, len(prompts)))
@@ -205,26 +204,25 @@ def run(args: argparse.Namespace) -> None:
     # Trained with full attention, and asked for few words: decoded as LLaDA-MoE is, in one block.
     parsed, data = read(args, sampler="mdlm")
     haystacks, decoder = held_out(data, args.questions), parsed.open()
-    if args.other and decoder.memory is None:
-        raise ConfigError("--other: it is a memory of another text; give --memory, too")
+    whose = args.whose or (["none"] if decoder.memory is None else ["own"])
     console, rows = Console(highlight=False), []
-    for words in track(args.words, "asking", console=console, transient=True):
-        results = found(decoder, [plant(text, words) for text in haystacks], args.batch_size, args.other)
-        rows.append({"words": words, **summary(results)})
+    for words, own in track([*itertools.product(args.words, whose)], "asking", console=console, transient=True):
+        results = found(decoder, [plant(text, words) for text in haystacks], args.batch_size, own)
+        rows.append({"words": words, "whose": own, **summary(results)})
     report: dict[str, Any] = {"model": args.model, "memory": decoder.memory is not None, "questions": len(haystacks)}
-    finish(args.output, report | {"other": args.other, "scores": rows}, decoder, table(rows), console)
+    finish(args.output, report | {"scores": rows}, decoder, table(rows), console)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Show a column for each length."""
-    result = Table(title="Values found")
-    result.add_column("")
-    for row in rows:
-        result.add_column(f"{row['words']} words", justify="right")
-    for place in ("", *PLACES):
-        cells = [row.get(place) if place else row for row in rows]
-        if any(cells):
-            result.add_row(place, *(f"{c['right'] / c['asked']:.1%}" if c and c["asked"] else "-" for c in cells))
+    """Show a column for each length, and a row for each memory and place."""
+    lengths = dict.fromkeys(row["words"] for row in rows)
+    cells = {(row["whose"], row["words"], place): row.get(place, row) for row in rows for place in ("", *PLACES)}
+    places = ("", *PLACES) if any(PLACES[0] in row for row in rows) else ("",)
+    result = Table("memory", "", *(f"{words} words" for words in lengths), title="Values found")
+    for whose in dict.fromkeys(row["whose"] for row in rows):
+        for place in places:
+            own = (cells[whose, words, place] for words in lengths)
+            result.add_row(whose, place, *(f"{cell['right'] / max(1, cell['asked']):.1%}" for cell in own))
     return result
 
 
@@ -232,10 +230,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 2 after one line about what the user can correct."""
     parser = of_a_run("python -m reproduce.needle", "Retrieval by context length.")
     parser.add_argument("--words", type=int, nargs="+", required=True, metavar="N", help="lengths of the texts")
-    parser.add_argument("--other", action="store_true", help="with a memory of another text: the control")
+    parser.add_argument("--whose", nargs="+", choices=WHOSE, help="memories to compare (default: own with --memory)")
     parser.add_argument("--questions", type=int, default=50, metavar="N", help="texts of each length (default: 50)")
     parser.add_argument("--batch-size", type=int, default=25, metavar="N", help="texts at a time (default: 25)")
     args = parser.parse_intermixed_args(argv)
+    args.memory = args.memory or bool({"own", "other"} & set(args.whose or ()))
     for name, values, least in (
         ("words", args.words, SHORTEST),
         ("questions", [args.questions], 1),

@@ -72,6 +72,19 @@ def line(ax: Axes, points: pd.DataFrame, by: str, value: str, label: str, noisy:
         ax.fill_between(found.index, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
 
 
+def columns(ax: Axes, groups: dict[str, dict[str, pd.Series]]) -> None:
+    """Draw a group of columns for each label, one for the mean over the seeds of each of its series."""
+    names = list(next(iter(groups.values())))
+    for number, (name, color) in enumerate(zip(names, (LIGHT, GREY, BLUE), strict=False)):
+        for place, group in enumerate(groups.values()):
+            seeds = group[name]
+            spread = {"yerr": seeds.std(), "error_kw": {"linewidth": 1, "capsize": 2}} if len(seeds) > 1 else {}
+            x, label = place + 0.27 * (number - (len(names) - 1) / 2), name if place == 0 else None
+            ax.bar(x, seeds.mean(), 0.25, color=color, label=label, **spread)
+            ax.annotate(f"{seeds.mean():.0f}", (x, seeds.mean()), ha="center", va="bottom", fontsize=8)
+    ax.set_xticks(range(len(groups)), [label.replace(", ", ",\n") for label in groups], fontsize=9)
+
+
 def bars(ax: Axes, labels: Sequence[str], values: Sequence[Sequence[float]], color: str) -> None:
     """Draw a bar for the mean over the seeds of each of `values`, an empty place where there are none."""
     for place, seeds in enumerate(map(pd.Series, values)):

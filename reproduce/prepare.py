@@ -77,6 +77,7 @@ FILES: dict[str, Callable[[Row], Row]] = {
     "hotpotqa-texts": text,
     "needles-32-64": partial(needles, lengths=(32, 32, 32, 64)),  # 32 are the needles alone, which are learned fast
     "needles-120": partial(needles, lengths=(120,)),
+    "needles-40": partial(needles, lengths=(40,)),
 }
 
 

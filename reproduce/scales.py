@@ -62,6 +62,7 @@ class Scale:
     about: str  #: what it can show, and what it cannot
     backbones: tuple[Backbone, ...]
     seeds: tuple[int, ...]
+    documents: Backbone | None = None  #: that is trained on documents longer than what it sees
     launch: tuple[str, ...]  #: what stands before a recipe on the command line
     jobs: int  #: commands at a time
     questions: int  #: held-out texts of each length, or examples, that our own evaluations score a model on
@@ -165,6 +166,7 @@ CPU = Scale(
         Backbone("LLaDA-MoE", "cpu/llada_moe", "cpu/llada_moe_base"),
         Backbone("LLaDA2.1", "cpu/llada2", "cpu/llada2_base"),
     ),
+    documents=Backbone("LLaDA-MoE", "documents/llada_moe", "cpu/llada_moe_base"),
     seeds=(42, 43, 44),
     launch=_TRAIN,
     # One thread each, as more bring little at this size; and the same numbers for any count of them.

@@ -19,6 +19,7 @@ import yaml
 
 from dllm_memdlm.config import ConfigError
 
+from .needle import PLACES, WHOSE
 from .scales import RECIPES, Model, Scale
 from .steps import FOLDER, Step
 
@@ -28,6 +29,7 @@ class PlantedWords:
     """Words found in texts of several lengths."""
 
     words: tuple[int, ...]
+    whose: tuple[str, ...] = ()  #: memories to compare, of `needle.WHOSE`
 
     @property
     def columns(self) -> list[str]:
@@ -41,14 +43,20 @@ class PlantedWords:
     def step(self, scale: Scale, model: Model, memory: bool, *settings: str) -> Step:
         """Score a model, with settings of decoding and memory as memdlm generate takes them."""
         # The settings stand first: behind `--words` they would be read as lengths.
-        arguments = [*settings, *["--memory"] * memory, "--words", *map(str, self.words)]
+        compared = ["--whose", *self.whose] if self.whose else []
+        arguments = [*settings, *["--memory"] * memory, *compared, "--words", *map(str, self.words)]
         arguments += ["--questions", str(scale.questions)]
         return scale.evaluated(f"needle-{'on' if memory else 'off'}", model, "reproduce.needle", arguments)
 
     def read(self, folder: Path) -> Iterator[dict[str, Any]]:
-        """The scores that a step has left."""
+        """The scores that a step has left; where a model does not see all of a text, of either place, too."""
         for row in read_json(folder / "scores.json")["scores"]:
-            yield {"column": f"{row['words']} words", "score": 100 * row["right"] / row["asked"]}
+            column = {"column": f"{row['words']} words", "whose": row["whose"]}
+            yield {**column, "score": 100 * row["right"] / row["asked"]}
+            for place in PLACES:
+                if place in row:
+                    own = row[place]
+                    yield {**column, "place": place, "score": 100 * own["right"] / own["asked"], "nll": own["nll"]}
 
 
 @dataclass(frozen=True)
@@ -160,6 +168,9 @@ RETRIEVAL: dict[str, Sequence[Task]] = {
     "small": [_offline("ruler_small", f"{n}K", 1024 * n) for n in (1, 2, 4)],
     "paper": [_babilong(name) for name in ("1K", "2K", "4K", "8K", "16K", "32K")],
 }
+
+#: What is asked of documents that are longer than what a model sees.
+DOCUMENTS = {"cpu": PlantedWords((40,), WHOSE)}
 
 #: What the anchor ratio at inference is tried on: the paper stops at 16K.
 ANCHORED = {**RETRIEVAL, "paper": RETRIEVAL["paper"][:-1]}

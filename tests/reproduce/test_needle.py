@@ -133,20 +133,15 @@ def test_the_report_has_what_was_found(run_dir, data, tmp_path, monkeypatch, cap
         return json.loads(path.read_text())
 
     report = report_of("--words", "40", "50")
-    scores = [{"words": 40, "right": 16, "asked": 40}, {"words": 50, "right": 0, "asked": 40}]
-    told = {
-        "model": str(run_dir),
-        "memory": False,
-        "other": False,
-        "questions": 5,
-        "scores": scores,
-        "versions": package_versions(),
-    }
-    assert report == told
+    scores = [{"words": w, "whose": "none", "right": right, "asked": 40} for w, right in ((40, 16), (50, 0))]
+    told = {"model": str(run_dir), "memory": False, "questions": 5}
+    assert report == {**told, "scores": scores, "versions": package_versions()}
     out = capsys.readouterr().out
     assert "40 words" in out and "40.0%" in out and out.rstrip().endswith(str(path))
     report = report_of("memory_inner_lr=0.0", "--words", "40", "--questions", "100")
-    assert report["scores"] == [{"words": 40, "right": 16, "asked": 8 * 8}] and report["questions"] == 8, "what is left"
+    assert (
+        report["scores"] == [{"words": 40, "whose": "own", "right": 16, "asked": 8 * 8}] and report["questions"] == 8
+    ), "what is left"
     assert report["memory"] is True, "a setting of the memory asks for it"
     assert report["memory_tally"]["written"] == 8
 
@@ -160,7 +155,7 @@ def test_words_that_the_model_does_not_see_are_counted_apart(run_dir, data, monk
     answers_from(examples, {}, monkeypatch)
     monkeypatch.setattr(Decoder, "answers", lambda self, prompts, new_tokens: [response[-new_tokens:]] * len(prompts))
     response = decoder.pretrained.tokenizer(examples[0].response)["input_ids"]
-    own, others = (found(decoder, examples, 25, other) for other in (False, True))
+    own, others, _ = (found(decoder, examples, 25, whose) for whose in ("own", "other", "none"))
     assert others[0].right == own[0].right == examples[0].values.keys()
     row = summary(own)
     assert row["visible"]["asked"] + row["hidden"]["asked"] == row["asked"] == 24
@@ -169,6 +164,7 @@ def test_words_that_the_model_does_not_see_are_counted_apart(run_dir, data, monk
         end = example.prompt[-60:]
         assert {key for key, value in example.values.items() if f"{value}." in end} <= each.visible
     assert texts[2] == [*texts[0][1:], texts[0][0]] and all(len(text) > 100 for text in texts[0])
+    assert texts[4] == [None] * 3
     # nats of the values alone: of the same masks as by hand
     ids, mask = examples[0].tokens(Encoder(decoder.pretrained.tokenizer), {"bird"} & examples[0].values.keys())
     assert decoder.pretrained.tokenizer.decode(torch.tensor(ids)[mask]).strip() in ("", examples[0].values.get("bird"))
@@ -178,7 +174,6 @@ def test_words_that_the_model_does_not_see_are_counted_apart(run_dir, data, monk
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--other"], "--other: it is a memory of another text; give --memory, too"),
         (["temprature=1"], "unknown model argument 'temprature'; did you mean"),
         (["--model", "nowhere"], "nowhere/recipe.yaml: no such recipe file"),
         (["--output", "."], "--output .: Is a directory"),

@@ -1,0 +1,91 @@
+"""A document longer than what the model sees (ours): trained in three ways, and asked with three memories."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.report import Section
+from dllm_memdlm.config import ConfigError
+
+from .cases import Case, scored
+from .draw import Drawn
+from .logs import last, logged, said
+from .needle import PLACES
+from .plots import columns, grid, line, save
+from .scales import MDLM, MEMDLM, Model, Scale
+from .scores import DOCUMENTS, without_memory
+
+#: The losses of an evaluation with memory, beside `eval_loss`.
+LOSSES = ("loss_memory_off", "loss_memory_prompt", "loss_memory_other")
+
+#: Ways to train for documents that are longer than what a model sees: the recipe, and what differs in it.
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "MDLM": (MDLM, {}),
+    "MemDLM, φ on the response": (
+        "response",
+        {"memory.source": "response", "memory.strategy": "anchor_consistent", "memory.steps": 2},
+    ),
+    "MemDLM, φ on the prompt": (MEMDLM, {}),
+}
+#: The memory in place when a model is asked.
+WHOSE = {"none": "none", "other": "another text's", "own": "its own"}
+
+
+def cases(scale: Scale) -> Iterator[Case]:
+    if scale.documents is None:
+        raise ConfigError(f"--scale {scale.name}: has no recipe for documents; expected cpu")
+    keys = [f"eval_{key}" for key in ("loss", *LOSSES, "prompt_nll")]
+    for seed in scale.seeds:
+        for way, (method, changes) in WAYS.items():
+            run, labels = scale.run(scale.documents, method, seed, **changes), {"way": way, "seed": seed}
+            yield Case(labels, run, partial(logged, keys=keys))
+            yield scored(DOCUMENTS[scale.name], scale, labels, Model.of(run), True)
+
+
+#: The curves of the picture of documents: of the model that writes on prompts, and of plain MDLM.
+OF_DOCUMENTS = {
+    "MDLM": ("MDLM", "eval_loss"),
+    "φ discarded": ("MemDLM, φ on the prompt", "eval_loss_memory_off"),
+    "φ of another text": ("MemDLM, φ on the prompt", "eval_loss_memory_other"),
+    "φ of its own text": ("MemDLM, φ on the prompt", "eval_loss_memory_prompt"),
+}
+
+
+def draw(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
+    figure, axes = grid(1, 3)
+    asked, rows = points[points.place.notna()], []
+    for ax, place in zip(axes[0], PLACES, strict=False):
+        title = "what the model sees" if place == "visible" else "what it does not see"
+        ax.set(title=f"Words of {title}", ylabel="right answers (%)", ylim=(0, 105))
+        scores = {key: own.score for key, own in asked[asked.place == place].groupby(["way", "whose"])}
+        columns(ax, {way: {f"memory: {name}": scores[way, key] for key, name in WHOSE.items()} for way in WAYS})
+    for label, (way, key) in OF_DOCUMENTS.items():
+        line(axes[0][2], points[(points.way == way) & (points.loss == key)], "step", "value", label)
+    axes[0][2].set(title="Eval loss of responses", xlabel="optimizer step", ylabel="loss (nats)")
+    save(figure, picture)
+    for way in WAYS:
+        trained = points[points.way == way]
+        for whose, name in WHOSE.items():
+            scores = trained[trained.whose == whose]
+            cells = [(scores[scores.place == place], value) for value in ("score", "nll") for place in PLACES]
+            prompt = said(last(trained, "eval_prompt_nll"), 2) if whose == "none" else ""
+            rows.append([way, name, *(said(own[value], 1 if value == "score" else 2) for own, value in cells), prompt])
+    titles = ["trained", "memory", "seen, % right", "not seen, % right", "seen, nats a word", "not seen, nats a word"]
+    return Drawn(
+        [
+            f"{scale.documents.title}, fine-tuned on texts of which it sees about half, and the question. A memory is "
+            "written on two windows, which together are the whole prompt, and is in place while the answer is decoded. "
+            "All three have the loss of prompts, and are asked with the memory of their own recipe.",
+            f"Asked: {DOCUMENTS[scale.name].asked(scale)}. A word has twelve values: who guesses is right in 8.3 %, at "
+            "2.48 nats. A memory of another text is the control: what it gains is not remembered.",
+            *without_memory(map(Path, points[points.score.notna()].run)),
+        ],
+        [Section("Mean ± standard deviation over the seeds", [*titles, "prompt NLL"], rows=rows)],
+        "Right answers about what the model sees and what it does not, by the memory in place; and the loss of "
+        "responses while training. Whiskers and band: a standard deviation over the seeds.",
+    )
