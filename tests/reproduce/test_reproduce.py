@@ -28,7 +28,9 @@ SETTINGS += ("training.eval_steps=2", "training.logging_steps=1", "training.save
 SETTINGS += ("training.per_device_train_batch_size=4", "training.per_device_eval_batch_size=2")
 
 
-def reproduced(python: str, folder: Path, *given: str, settings: tuple[str, ...] = SETTINGS) -> subprocess.CompletedProcess[str]:
+def reproduced(
+    python: str, folder: Path, *given: str, settings: tuple[str, ...] = SETTINGS
+) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, which becomes make; of one backbone, as each training takes its seconds."""
     argv = [*given, "--seeds", "1", "--jobs", "2", "--runs", str(folder / "runs"), "--reports", str(folder / "reports")]
     variables = {k: v for k, v in os.environ.items() if k not in (*LAUNCHED, "MAKEFLAGS")}
