@@ -6,6 +6,7 @@ What counts there is what the commands do and how they are started, not what a f
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import runpy
 import socket
@@ -27,6 +28,7 @@ server.sendall(json.dumps([sys.argv, dict(os.environ), os.getcwd()]).encode())
 server.shutdown(socket.SHUT_WR)
 sys.exit(int(server.recv(9) or 1))
 """
+START_METHOD = multiprocessing.get_start_method()
 
 
 @pytest.fixture(scope="session")
@@ -75,5 +77,6 @@ def _run(connection: socket.socket) -> None:
     sys.executable, sys.argv = client, words[name:]
     sys.path[:0] = [folder, *filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))]
     sys.stdout.reconfigure(line_buffering=True)
+    multiprocessing.set_start_method(START_METHOD, force=True)  # not that of the process which has started this one
     sys.modules.pop(words[name], None)  # as it runs anew, under the name of __main__
     runpy.run_module(words[name], run_name="__main__", alter_sys=True)
