@@ -32,12 +32,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "LLaDAMoEModelLM": {"expert_intermediate_size": 64, "dense_intermediate_size": 64},
     "LLaDA2MoeModelLM": {
         **{"moe_intermediate_size": 64, "intermediate_size": 64},
-        **{"num_key_value_heads": 2, "n_group": 4, "topk_group": 2},
+        **{"num_key_value_heads": 2, "n_group": 2, "topk_group": 1},
     },
 }
 SMALL_COMMON = {
-    **{"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 512},
-    **{"num_experts": 8, "num_experts_per_tok": 2},
+    **{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512},
+    **{"num_experts": 4, "num_experts_per_tok": 2},
 }
 SMALL_RECIPE = (
     *("training.use_cpu=true", "training.per_device_train_batch_size=2", "data.max_length=64"),

@@ -11,6 +11,8 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as a command where nobody watches
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# bitsandbytes would import torch's compiler, in each interpreter, and compile what is called a few times
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 import dllm_memdlm  # noqa: F401, I001 (before torch, which reads what it sets)
 
@@ -27,6 +29,7 @@ from run_fixtures import caches_of_runs, finished, recipe_file  # noqa: F401 (fi
 from small_run import write_recipe
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from warm_python import warm_python  # noqa: F401 (a fixture)
 
 with warnings.catch_warnings():
     for category in (DeprecationWarning, SyntaxWarning):  # of dllm's sources, when Python compiles them

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -22,10 +23,12 @@ MEMORY = pytest.mark.parametrize("memory", [MemoryConfig(), steps.PLAIN], ids=["
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
+def found(tmp_path_factory, warm_python) -> dict[str, list[dict[str, Any]]]:
     """The rows of every section, by column."""
     folder = tmp_path_factory.mktemp("reports")
-    assert command.main(["--quick", "--repeats", "1", "--output", str(folder)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", warm_python)
+        assert command.main(["--quick", "--repeats", "1", "--output", str(folder)]) == 0
     page, result = (folder / "bench.md").read_text(), json.loads((folder / "bench.json").read_text())
     assert all(f"## {section['title']}" in page for section in result["sections"])
     tables = zip(command.sections(True), result["sections"], strict=True)

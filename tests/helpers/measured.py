@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from conftest import make_tokenizer, seq2seq
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 
 from dllm_memdlm.backbones import config_of, load_model
 from dllm_memdlm.compat.dllm_api import NoAttentionMaskWrapper
@@ -45,10 +45,11 @@ def measure(build: Callable[[], MemDLMTrainer]) -> int:
 
 def allocated(case: Callable[[], Any]) -> int:
     """Most bytes that torch's allocator has handed out at a time, beyond what it had when `case` began."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    # Not torch.profiler, which makes a tree of all events
+    with profile(profile_memory=True, use_kineto=True) as profiler:
         case()
     live = highest = 0
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
         highest = max(highest, live)

@@ -28,22 +28,24 @@ SETTINGS += ("training.eval_steps=2", "training.logging_steps=1", "training.save
 SETTINGS += ("training.per_device_train_batch_size=4", "training.per_device_eval_batch_size=2")
 
 
-def reproduced(folder: Path, *given: str, settings: tuple[str, ...] = SETTINGS) -> subprocess.CompletedProcess[str]:
+def reproduced(
+    python: str, folder: Path, *given: str, settings: tuple[str, ...] = SETTINGS
+) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, which becomes make; of one backbone, as each training takes its seconds."""
     argv = [*given, "--seeds", "1", "--jobs", "2", "--runs", str(folder / "runs"), "--reports", str(folder / "reports")]
     variables = {k: v for k, v in os.environ.items() if k not in (*LAUNCHED, "MAKEFLAGS")}
     variables |= {"HF_HOME": str(folder / "home"), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     settings = (f"data.dataset={folder / 'rows.json'}", *settings)
-    command = [sys.executable, "-m", "reproduce", "dropout", *argv, "--set", *settings]
+    command = [python, "-m", "reproduce", "dropout", *argv, "--set", *settings]
     return subprocess.run(command, env=variables, cwd=RECIPES.parent, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> tuple[Path, list[str]]:
+def made(tmp_path_factory, warm_python) -> tuple[Path, list[str]]:
     """Where it is, and what was printed."""
     folder = tmp_path_factory.mktemp("reproduced")
     (folder / "rows.json").write_text(json.dumps(needle_rows()), encoding="utf-8")
-    done = reproduced(folder)
+    done = reproduced(warm_python, folder)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout.splitlines()
 
@@ -78,12 +80,12 @@ def test_both_methods_see_the_same_data_under_the_same_masks(made):
 
 
 @pytest.mark.slow
-def test_what_is_there_stays_and_another_recipe_has_folders_of_its_own(made):
+def test_what_is_there_stays_and_another_recipe_has_folders_of_its_own(made, warm_python):
     folder, before = made[0], {path: path.stat().st_mtime_ns for path in made[0].glob("runs/cpu/*/*/*")}
-    done = reproduced(folder)
+    done = reproduced(warm_python, folder)
     assert done.returncode == 0 and done.stdout.splitlines() == made[1][-1:], "drawn again, and nothing run"
     (folder / "rows.json").unlink()
-    done = reproduced(folder, settings=(*SETTINGS, "memory.rank=3"))
+    done = reproduced(warm_python, folder, settings=(*SETTINGS, "memory.rank=3"))
     assert done.returncode == 2 and "error: " in done.stderr and str(folder / "rows.json") in done.stderr
     assert before == {path: path.stat().st_mtime_ns for path in before}
 

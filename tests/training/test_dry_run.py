@@ -13,6 +13,7 @@ from command_line import error_of, make_chat_tokenizer
 from conftest import tiny
 
 from dllm_memdlm import train
+from dllm_memdlm.backbones import LLaDAMoEConfig
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 pytestmark = pytest.mark.usefixtures("as_from_a_shell")
@@ -47,27 +48,29 @@ def test_a_dry_run_of_a_saved_model_reads_its_config(recipe, tmp_path, capsys):
 
 
 def test_a_dry_run_of_the_papers_recipe_needs_nothing(capsys, monkeypatch):
-    """Parameters by formula: 16 layers of hidden size 2,048 with 64 experts of width 1,024, vocabulary 157,184."""
+    """Parameters by formula: hidden size 2,048, 64 experts of width 1,024, vocabulary 157,184; 4 of the 16 layers."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    assert train.main(["--dry-run", str(RECIPES / "llada_moe.yaml")]) == 2
+    few = ("model.dimensions.num_hidden_layers=4", "memory.layer_fraction=0.5")
+    assert train.main(["--dry-run", str(RECIPES / "llada_moe.yaml"), *few]) == 2
     captured = capsys.readouterr()
     out, line = captured.out, captured.err.splitlines()[-1]
     path = "inclusionAI/LLaDA-MoE-7B-A1B-Base"
     assert out.startswith(f"model:\n  path: {path}\n") and "  output_dir: runs/llada_moe\n" in out
     assert "Parameters (known dimensions of LLaDAMoEModelLM, as config.json is out of reach)" in out
 
-    v, d, layers, experts, f, r = 157_184, 2048, 16, 64, 1024, 32
+    v, d, layers, experts, f, r = 157_184, 2048, 4, 64, 1024, 32
     base = backbone_parameters(v, d, layers, 128, experts, f)
     lora = layers * r * (4 * (d + d) + (d + experts) + experts * 3 * (d + f))
-    assert base == 7_356_880_896
+    assert LLaDAMoEConfig().num_hidden_layers == 16
+    assert backbone_parameters(v, d, 16, 128, experts, f) == 7_356_880_896
     assert (cell(out, "all"), cell(out, "trainable")) == (f"{base + lora:,}", f"{lora:,}")
     site = experts * r * (d + f)
     assert cell(out, "fast weights, each sample") == f"{6 * site:,}"
-    assert "Fast weights: 6 sites, 384 linear layers, from layer 14 of 16 on" in out
+    assert "Fast weights: 6 sites, 384 linear layers, from layer 2 of 4 on" in out
     rows = re.findall(r"layers\.(\d+)\.mlp\.experts\.(\S+) +│ +(\d+) │ +(\d+ → \d+) │ +([\d,]+) ", out)
     shapes = {"gate_proj": f"{d} → {f}", "up_proj": f"{d} → {f}", "down_proj": f"{f} → {d}"}
-    expected = [(str(layer), *named, f"{site:,}") for layer in (14, 15) for named in shapes.items()]
+    expected = [(str(layer), *named, f"{site:,}") for layer in (2, 3) for named in shapes.items()]
     assert [(layer, name, shape, size) for layer, name, _, shape, size in rows] == expected
     assert {row[2] for row in rows} == {str(experts)}
 

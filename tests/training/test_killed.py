@@ -17,11 +17,11 @@ from dllm_memdlm.training.checkpoints import CONTENTS, last_checkpoint
 #: LoRA dropout and memory dropout draw random numbers, accumulated batches end epochs in the middle of a step, and
 #: examples of several lengths are sorted: whatever a resumed run could get wrong.
 SETTINGS = (
-    *("training.max_steps=40", "training.save_steps=1", "training.save_total_limit=2", "training.eval_steps=15"),
+    *("training.save_steps=1", "training.save_total_limit=2", "training.eval_steps=15"),
     *("training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=2", "lora.dropout=0.3"),
     *("training.group_by_length=true", "lora.enabled=true", "lora.r=4"),
 )
-#: Processes, kills and settings, by the name in the table.
+#: Processes, kills and settings, by the name in the table; of runs of 40 steps.
 KINDS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "one process": (1, 8, ()),
     "DDP": (2, 8, ("training.engine=ddp",)),
@@ -31,10 +31,10 @@ KINDS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "FSDP2": (2, 2, ("training.engine=fsdp2",)),
     "FSDP2, all weights": (2, 2, ("training.engine=fsdp2", "lora.enabled=false")),
 }
-#: In every `make test`; the others run in `make soak`.
-SHORT = {"one process": 2}
+#: Kills and steps in every `make test`; the others run in `make soak`.
+SHORT = {"one process": (2, 18)}
 ROWS = [{"instruction": "?" * (5 + 3 * i % 20), "output": chr(97 + i) * (6 + i % 4)} for i in range(19)]
-TABLE = "Runs of 40 steps, killed with SIGKILL and resumed, against one that was never stopped"
+TABLE = "Runs killed with SIGKILL and resumed, against one that was never stopped"
 
 
 def train(recipe: str, settings: tuple[str, ...]) -> None:
@@ -74,13 +74,16 @@ def killed_run(recipe: Path, folder: Path, count: int, settings: tuple[str, ...]
 
 
 @pytest.mark.parametrize(
-    ("kind", "kills"),
-    [*SHORT.items(), *(pytest.param(kind, KINDS[kind][1], marks=pytest.mark.soak) for kind in KINDS)],
+    ("kind", "kills", "steps"),
+    [
+        *((kind, *short) for kind, short in SHORT.items()),
+        *(pytest.param(kind, KINDS[kind][1], 40, marks=pytest.mark.soak) for kind in KINDS),
+    ],
 )
-def test_killed_runs_end_at_the_same_bits(kind, kills, tmp_path, record_property):
+def test_killed_runs_end_at_the_same_bits(kind, kills, steps, tmp_path, record_property):
     count, _, own = KINDS[kind]
     recipe = small_run.write_recipe(tmp_path, rows=ROWS)
-    settings = (*SETTINGS, *own)
+    settings = (*SETTINGS, *own, f"training.max_steps={steps}")
     if "lora.enabled=false" not in own:
         settings += small_run.write_base(recipe, tmp_path / "base")
     straight, again = tmp_path / "straight", tmp_path / "again"
@@ -97,5 +100,5 @@ def test_killed_runs_end_at_the_same_bits(kind, kills, tmp_path, record_property
     record_property("table", (TABLE, kind, "largest difference of a weight", f"{off:g}"))
     assert [name for name in expected if not torch.equal(expected[name], actual[name])] == [], f"seed {seed}"
     losses = [[log["loss"] for log in small_run.logs_of(run) if "loss" in log] for run in (straight, again)]
-    assert len(losses[0]) == 40 and losses[0] == losses[1], f"seed {seed}"
+    assert len(losses[0]) == steps and losses[0] == losses[1], f"seed {seed}"
     assert not saving(again)
