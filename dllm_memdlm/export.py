@@ -1,5 +1,7 @@
 """Merge an adapter into its base and write a plain checkpoint, which needs neither PEFT nor this package.
 
+A memory of a document is added, too, or becomes an adapter of its own.
+
 python -m dllm_memdlm.export --model runs/mine --out merged --dtype bfloat16
 python -m dllm_memdlm.export --model runs/mine --memory doc.safetensors --as-adapter --out doc-adapter
 """
@@ -14,7 +16,10 @@ from collections.abc import Sequence
 from .cli import exit_code
 from .config import DType
 
-DESCRIPTION = "Write a plain checkpoint, with the adapter added to the weights; those are loaded unquantised."
+DESCRIPTION = (
+    "Write a plain checkpoint, with the adapter added to the weights, which are loaded unquantised; "
+    "or the memory of a document as an adapter for stock PEFT."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="memdlm export", description=DESCRIPTION)
     parser.add_argument("--model", required=True, metavar="DIR", help="a run's folder, a hub name, or an adapter")
     parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter for the model")
-    parser.add_argument("--memory", metavar="FILE", help="what generate --save-memory kept; added to the weights, too")
-    parser.add_argument("--as-adapter", action="store_true", help="write the memory, and the adapter, as one adapter")
+    parser.add_argument("--memory", metavar="FILE", help="what generate --save-memory kept; it is added, too")
+    parser.add_argument("--as-adapter", action="store_true", help="write the memory as a LoRA, joined with the run's")
     parser.add_argument("--out", required=True, metavar="DIR", help="where to write; not there yet, or empty")
     dtypes = typing.get_args(DType)
     parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights (default: auto, the base's)")

@@ -24,9 +24,6 @@ from ..training.recipe import FILE_NAME
 from ..versions import readable_by_both
 from .pretrained import Pretrained, Source, file_beside, find_source, load_pretrained
 
-#: What a card says of a memory.
-MEMORY = "The memory is fast weights that the inner loop has written on one text; it fits no other weights."
-
 
 def export(
     model: str,
@@ -98,9 +95,9 @@ def export_adapter(model: str, out: str | Path, memory: str, adapter: str | None
     if settings.kind != "lora":
         raise ConfigError(f"{memory}: full-size differences (memory.kind: full), no LoRA; go without --as-adapter")
     loaded = load_pretrained(model, adapter)
-    places = _memory_of(loaded, settings)
-    places.check(fast_weights)
-    pairs = {f"model.{shape.name}": fast_weights.site(shape.name) for shape in places.shapes}
+    holder = _memory_of(loaded, settings)
+    holder.check(fast_weights)
+    pairs = {f"model.{shape.name}": fast_weights.site(shape.name) for shape in holder.shapes}
     with _appearing(out) as folder:
         folder.mkdir()
         save_pairs(folder, loaded.model, pairs, source.base, source.adapter)
@@ -167,13 +164,11 @@ def _write_beside(
         shutil.copyfile(source.recipe_file, folder / FILE_NAME)
     home = source.folders[0]
     training = Training.of(file_beside(home, FILE_NAME), file_beside(home, "trainer_state.json"))
-    base = source.base
+    base, of_run = source.base, training.section("model")
     if source.adapter is None and not is_adapter:
-        base = training.section("model").get("path") or base
-    elif source.adapter is not None and not is_adapter and training.section("model").get("load_in_4bit"):
+        base = of_run.get("path") or base
+    elif not is_adapter and of_run.get("load_in_4bit"):
         what += " The adapter was trained on the same weights in 4 bit, and is added to the full ones."
-    if memory is not None:
-        what += f" {MEMORY}"
     write_card(folder, folder.name, what, training, base, is_adapter, has_memory=memory is not None)
 
 

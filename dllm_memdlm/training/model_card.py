@@ -32,6 +32,8 @@ FITTED = (
     "`_memory_off` values: the same weights with the fast weights discarded."
 )
 
+REMEMBERED = " The memory is fast weights that the inner loop has written on one text. It fits no other weights."
+
 
 @dataclass
 class Training:
@@ -104,8 +106,8 @@ def write_card(
     method = f"with {PAPER}" if training.uses_memory else "with plain masked diffusion (MDLM), without memory,"
     trained = f" Trained {method} by dllm-memdlm." if training.recipe else ""
     kind = "It is a masked diffusion language model; attention is bidirectional."
-    sections = [f"# {name}", f"{what} {kind}{trained}", *([] if has_memory else _results(training))]
-    sections.append(_use(training, is_adapter, has_memory))
+    sections = [f"# {name}", f"{what} {kind}{trained}{REMEMBERED if has_memory else ''}"]
+    sections += [*([] if has_memory else _results(training)), _use(training, is_adapter, has_memory)]
     if training.recipe_text:
         sections.append(f"## Recipe\n\n```yaml\n{training.recipe_text.rstrip()}\n```")
     versions = "\n".join(f"- {package} {version}" for package, version in package_versions().items())

@@ -120,7 +120,7 @@ def test_the_cards_of_a_memory(adapter, tmp_path):
         in merged.text
     )
     for card, library in ((alone, "peft"), (merged, "transformers")):
-        assert "The memory is fast weights that the inner loop has written on one text;" in card.text
+        assert "The memory is fast weights that the inner loop has written on one text." in card.text
         assert 'generate --model FOLDER --question "Who wrote it?"\n' in card.text and "## Results" not in card.text
         assert (card.data.library_name, "lora" in card.data.tags) == (library, library == "peft")
         assert "memdlm" in card.data.tags and fenced(card.text, "yaml") == (Path(adapter) / "recipe.yaml").read_text()
