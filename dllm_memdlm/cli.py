@@ -23,7 +23,7 @@ COMMANDS = {
     "train": "train a recipe",
     "generate": "ask a model about a document",
     "evaluate": "lm-evaluation-harness, with the model `memdlm`",
-    "export": "write a plain checkpoint, with the adapter in its weights",
+    "export": "write a plain checkpoint, with the adapter in its weights, or a memory as an adapter",
     "info": "versions, devices, and all settings",
 }
 

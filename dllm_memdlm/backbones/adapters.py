@@ -57,7 +57,7 @@ def load_adapter(backbone: PreTrainedModel, name: str) -> peft.PeftModel:
     """
     where = f"adapter={name!r}"
     folder = adapter_folder(name)
-    return _loaded(backbone, folder, _read_config(folder, where), where)
+    return _loaded(backbone, folder, read_adapter_config(folder, where), where)
 
 
 def narrow(model: peft.PeftModel) -> None:
@@ -100,7 +100,7 @@ def adapter_folder(name: str) -> str:
 def _go_on_from(backbone: PreTrainedModel, lora: LoraConfig) -> peft.PeftModel:
     where = f"lora.path={lora.path!r}"
     folder = adapter_folder(lora.path)
-    config = _read_config(folder, where)
+    config = read_adapter_config(folder, where)
     if config.peft_type != peft.PeftType.LORA:
         raise ConfigError(f"{where}: an adapter of type {config.peft_type.value}, expected LORA")
     for name, made in (("r", config.r), ("alpha", config.lora_alpha), ("bias", config.bias)):
@@ -119,7 +119,8 @@ def _go_on_from(backbone: PreTrainedModel, lora: LoraConfig) -> peft.PeftModel:
     return model
 
 
-def _read_config(folder: str, where: str) -> peft.PeftConfig:
+def read_adapter_config(folder: str, where: str) -> peft.PeftConfig:
+    """The settings of an adapter of weights. Raises ConfigError, which begins with `where`, for any other."""
     try:
         with warnings.catch_warnings():  # PEFT's, of settings that a later release has
             warnings.simplefilter("ignore", UserWarning)

@@ -26,6 +26,12 @@ def split_name(name: str, experts: int) -> list[str]:
     return [f"{found[1]}{number}.{found[2]}" for number in range(experts)]
 
 
+def pattern_of(path: str) -> str:
+    """A regular expression of what files call a layer, or a layer of all experts."""
+    found = _STACKED.fullmatch(path)
+    return re.escape(path) if found is None else rf"{re.escape(found[1])}\d+\.{re.escape(found[2])}"
+
+
 def split_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict with a tensor an expert, as in files. Those of one layer are views of one tensor."""
     names: dict[str, Tensor] = {}

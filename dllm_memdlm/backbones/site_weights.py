@@ -61,5 +61,9 @@ class SiteWeights(NamedTuple):
             x = torch.bmm(x, matrix.to(x.dtype).transpose(1, 2))
         return x * self.scaling
 
+    def difference(self) -> Tensor:
+        """(α/r)·B·A, or the full-size difference: what it is to add them to the layer's weights [(E,) S, out, in]."""
+        return self.up * self.scaling if self.down is None else (self.up * self.scaling) @ self.down
+
     def _matrices(self) -> Iterable[Tensor]:
         return (self.up,) if self.down is None else (self.down, self.up)

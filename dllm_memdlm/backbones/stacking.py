@@ -36,7 +36,7 @@ def check_alike(linears: Sequence[nn.Module]) -> None:
     that they are under, and for adapters that are no plain LoRA."""
     first = linears[0]
     if any(isinstance(linear, BaseTunerLayer) for linear in linears):
-        same = all(type(linear) is type(first) and _is_plain(linear) for linear in linears)
+        same = all(type(linear) is type(first) and is_plain(linear) for linear in linears)
         if not same or any(_state_of(linear) != _state_of(first) for linear in linears):
             raise ValueError("experts under adapters that differ or are no plain LoRA; expected one LoRA for all")
         check_alike([linear.base_layer for linear in linears])
@@ -82,7 +82,8 @@ def _stacked_lora(linears: Sequence[LoraLayer]) -> ExpertLora:
     return whole
 
 
-def _is_plain(linear: nn.Module) -> bool:
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a layer is under a plain LoRA: two matrices, and nothing else."""
     return isinstance(linear, LoraLayer) and not (
         linear.lora_variant or any(linear.lora_bias.values()) or linear.lora_magnitude_vector
     )

@@ -141,17 +141,21 @@ def on_stacked(backbone: nn.Module, targets: str | Iterable[str] | None) -> str 
 
 
 def _patterns_on_stacked(backbone: nn.Module, patterns: dict[str, int]) -> dict[str, int]:
-    """PEFT's ranks, or alphas, by patterns of paths; those of the experts' layers by the paths that these have here."""
-    own = {}
+    """PEFT's ranks, or alphas, by patterns of paths; those of the experts' layers by the paths that these have here.
+
+    Of several patterns that fit a layer the first one counts.
+    """
+    own, of_others = {}, set()
     for path, layer in _layers(backbone) if patterns else ():
         names = _stock_names(path, layer)
         keys = {next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None) for name in names}
         if len({patterns.get(key) for key in keys}) > 1:
             raise ValueError(f"{patterns} differs between experts of {path}; expected one value for all")
-        if keys != {None}:
-            key = keys.pop()
-            own[re.escape(path) if isinstance(layer, ExpertLinear) else key] = patterns[key]
-    return own
+        if not isinstance(layer, ExpertLinear):
+            of_others |= keys
+        elif keys != {None}:
+            own[re.escape(path)] = patterns[keys.pop()]
+    return own | {key: value for key, value in patterns.items() if key in of_others}
 
 
 def _layers(backbone: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -45,6 +45,12 @@ class Source:
     recipe: dict[str, Any]  #: its sections; empty where there is no such file
 
     @property
+    def name(self) -> str:
+        """What a saved memory calls the model."""
+        name = self.adapter or self.base
+        return os.path.realpath(name) if os.path.isdir(name) else name
+
+    @property
     def dtype(self) -> str:
         """The name of the base's dtype."""
         return str(self.config.dtype or torch.float32).removeprefix("torch.")
@@ -134,9 +140,8 @@ def load_pretrained(
             narrow(model)
     if not load_in_4bit:  # those are put in place as they are loaded
         model = model.to(device)
-    name = source.adapter or source.base
     return Pretrained(
-        name=os.path.realpath(name) if os.path.isdir(name) else name,
+        name=source.name,
         model=model.eval().requires_grad_(False),
         tokenizer=loaded,
         memory=_memory_of(source),

@@ -218,6 +218,20 @@ class ParametricMemory:
                     stack.callback(site.module.register_forward_hook(_adding(weights)).remove)
             yield
 
+    @torch.no_grad()
+    def merge(self, fast_weights: FastWeights) -> None:
+        """Add the fast weights of one sample to the model's own, for good; layers under adapters cannot be added to.
+
+        Raises:
+            ConfigError: as `check`.
+        """
+        self.check(fast_weights)
+        for site in self.sites:
+            experts = isinstance(site.module, RoutedExperts)
+            linear = getattr(site.module, site.projection) if experts else site.module
+            (difference,) = fast_weights.site(site.shape.name).difference().unbind(-3)
+            linear.weight += difference
+
     def check(self, fast_weights: FastWeights) -> None:
         """Raise ConfigError unless they were written for these sites, and for layers of this size."""
         expected = {

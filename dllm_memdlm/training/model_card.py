@@ -32,6 +32,8 @@ FITTED = (
     "`_memory_off` values: the same weights with the fast weights discarded."
 )
 
+REMEMBERED = " The memory is fast weights that the inner loop has written on one text. It fits no other weights."
+
 
 @dataclass
 class Training:
@@ -78,12 +80,19 @@ def write_run_card(folder: str | Path) -> None:
 
 
 def write_card(
-    folder: Path, name: str, what: str, training: Training, base: str | None, is_adapter: bool = False
+    folder: Path,
+    name: str,
+    what: str,
+    training: Training,
+    base: str | None,
+    is_adapter: bool = False,
+    has_memory: bool = False,
 ) -> None:
     """Write README.md into a folder.
 
     `name` is its title, `what` a sentence that says what the weights are. `base` is the folder or hub name of the model
-    that they come from, or are an adapter for; none for one from scratch.
+    that they come from, or are an adapter for; none for one from scratch. With `has_memory` there is a text's memory in
+    them, with which the training has logged no losses.
     """
     on_hub, dataset = _hub_name(base), _hub_name(training.section("data").get("dataset"))
     data = ModelCardData(
@@ -92,12 +101,13 @@ def write_card(
         datasets=[dataset] if dataset else None,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["dllm", "masked-diffusion", *["memdlm"] * training.uses_memory, *["lora"] * is_adapter],
+        tags=["dllm", "masked-diffusion", *["memdlm"] * (training.uses_memory or has_memory), *["lora"] * is_adapter],
     )
     method = f"with {PAPER}" if training.uses_memory else "with plain masked diffusion (MDLM), without memory,"
     trained = f" Trained {method} by dllm-memdlm." if training.recipe else ""
     kind = "It is a masked diffusion language model; attention is bidirectional."
-    sections = [f"# {name}", f"{what} {kind}{trained}", *_results(training), _use(training, is_adapter)]
+    sections = [f"# {name}", f"{what} {kind}{trained}{REMEMBERED if has_memory else ''}"]
+    sections += [*([] if has_memory else _results(training)), _use(training, is_adapter, has_memory)]
     if training.recipe_text:
         sections.append(f"## Recipe\n\n```yaml\n{training.recipe_text.rstrip()}\n```")
     versions = "\n".join(f"- {package} {version}" for package, version in package_versions().items())
@@ -117,20 +127,21 @@ def _results(training: Training) -> list[str]:
     return [section + "\n".join(rows) + (f"\n\n{FITTED}" if training.uses_memory else "")]
 
 
-def _use(training: Training, is_adapter: bool) -> str:
+def _use(training: Training, is_adapter: bool, has_memory: bool) -> str:
     plain = (
         'The adapter is PEFT\'s own: `PeftModel.from_pretrained(base, "FOLDER")` puts it on the base model as dllm or\n'
         "transformers loads it."
         if is_adapter
         else "The weights have the names that dllm and transformers give them, and load there without dllm-memdlm."
     )
-    memory = " --memory" if training.uses_memory else ""
+    document = "" if has_memory else " --prompt-file doc.txt"
+    memory = " --memory" if training.uses_memory and not has_memory else ""
     return f"""## Use
 
 With `FOLDER` this folder or its hub name, and dllm-memdlm installed:
 
 ```
-memdlm generate --model FOLDER --prompt-file doc.txt --question "Who wrote it?"{memory}
+memdlm generate --model FOLDER{document} --question "Who wrote it?"{memory}
 ```
 
 ```python

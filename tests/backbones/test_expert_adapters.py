@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from conftest import tiny
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from stock_models import config_of
 from test_experts import apart
@@ -116,6 +117,16 @@ def test_ranks_and_alphas_of_their_own(pattern, tmp_path):
     ours.save_pretrained(tmp_path / "again")
     saved = config_of(tmp_path / "again")
     assert {name: saved[name] for name in patterns} == patterns
+
+
+def test_the_first_pattern_that_fits_counts(tmp_path):
+    """Also where a layer before it fits another one, as the dense ones do."""
+    patterns = {r"experts\.\d+\.up_proj": 3, "up_proj": 5}
+    stock(tmp_path, target_modules=["up_proj"], rank_pattern=patterns)
+    ours = load_adapter(tiny("llada_moe"), str(tmp_path))
+    ranks = {path: layer.r["default"] for path, layer in ours.named_modules() if isinstance(layer, LoraLayer)}
+    assert set(ranks.values()) == {3, 5}
+    assert all(rank == (3 if ".experts." in path else 5) for path, rank in ranks.items())
 
 
 def test_a_second_adapter(tmp_path):

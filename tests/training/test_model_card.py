@@ -10,11 +10,14 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from saved_models import byte_tokenizer, save_model, train_adapter
+from saved_models import byte_tokenizer, prompt_memory, save_model, train_adapter
 from small_run import logs_of, write_recipe
 
-from dllm_memdlm.inference.plain_checkpoint import export
+from dllm_memdlm.config import MemoryConfig
+from dllm_memdlm.inference.plain_checkpoint import export, export_adapter
+from dllm_memdlm.inference.pretrained import load_pretrained
 from dllm_memdlm.machine import package_versions
+from dllm_memdlm.method.prompt_memory import save_snapshot
 from dllm_memdlm.training import run
 from dllm_memdlm.training.model_card import label, write_run_card
 from dllm_memdlm.training.recipe import load_recipe
@@ -102,3 +105,22 @@ def test_an_exports_card(adapter, tmp_path):
     unknown = card_of(export(str(tmp_path / "base"), tmp_path / "copy"))  # nothing is known of these weights
     assert "`base` in float32." in unknown.text and "memdlm" not in unknown.data.tags
     assert "## Recipe" not in unknown.text and "## Results" not in unknown.text and "dllm-memdlm." in unknown.text
+
+
+def test_the_cards_of_a_memory(adapter, tmp_path):
+    """They say of which text, and do not ask to write another one; the run's losses are without it."""
+    loaded, memory = load_pretrained(adapter), str(tmp_path / "doc.safetensors")
+    prompts = prompt_memory(loaded.model, MemoryConfig(rank=2))
+    save_snapshot(memory, prompts.recall([[20, 21, 22]]), loaded.name, prompts.memory.config, [20, 21, 22])
+    alone = card_of(export_adapter(adapter, tmp_path / "adapter", memory))
+    merged = card_of(export(adapter, tmp_path / "merged", memory=memory))
+    assert "A PEFT LoRA adapter for `base`: the memory `doc.safetensors`, joined with the adapter `run`." in alone.text
+    assert (
+        "`base` with the adapter `run` and the memory `doc.safetensors` added to its weights, in float32."
+        in merged.text
+    )
+    for card, library in ((alone, "peft"), (merged, "transformers")):
+        assert "The memory is fast weights that the inner loop has written on one text." in card.text
+        assert 'generate --model FOLDER --question "Who wrote it?"\n' in card.text and "## Results" not in card.text
+        assert (card.data.library_name, "lora" in card.data.tags) == (library, library == "peft")
+        assert "memdlm" in card.data.tags and fenced(card.text, "yaml") == (Path(adapter) / "recipe.yaml").read_text()
