@@ -26,6 +26,9 @@ class Figure(NamedTuple):
     draw: Callable[[Scale, pd.DataFrame, Path], Drawn]  #: the points of the cases, to a PNG file
 
 
+#: Ours, which are run at no other scale.
+CPU_ALONE = ("documents", "dropout")
+
 FIGURES = {
     "figure3": Figure("Before and after fine-tuning, by context length (figure 3)", cases.by_length, draw.by_length),
     "figure4": Figure("Training dynamics (figure 4)", cases.pairs, draw.dynamics),

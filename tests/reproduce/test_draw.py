@@ -17,8 +17,9 @@ from drawings import lines_of
 from reproduce import __main__ as command
 from reproduce import draw, plots
 from reproduce.cases import BEFORE, DENOISING_STEPS, PAPER, points_of
-from reproduce.figures import FIGURES
+from reproduce.figures import CPU_ALONE, FIGURES
 from reproduce.logs import first_step_at, last, logged, tail
+from reproduce.needle import PLACES, WHOSE
 from reproduce.plots import DISCARDED
 from reproduce.scales import MDLM, MEMDLM, MODELS, SCALES
 from reproduce.scores import TABLES
@@ -158,6 +159,7 @@ CELLS = [cell for tasks in TABLES.values() for task in tasks for cell in task.ce
 def finish(target: str, scale) -> None:
     """What the commands would leave."""
     own = {"loss": 2.0, "eval_loss": 1.0, "inner_grad_norm_1": 0.5, "inner_grad_norm_2": 0.25}
+    own |= {"eval_loss_memory_prompt": 0.5, "eval_loss_memory_other": 1.5, "eval_prompt_nll": 3.0}
     history = [{"step": 10, "loss_memory_off": 2.5, "eval_loss_memory_off": 2.0, **own}]
     for case in FIGURES[target].cases(scale):
         for step in in_order([case.step]):
@@ -165,7 +167,10 @@ def finish(target: str, scale) -> None:
             share = RIGHT["memory"] if memory else RIGHT.get(step.folder.parent.name.partition("-")[0], 0.5)
             tasks = getattr(getattr(case.read, "__self__", None), "cells", CELLS)
             found = {name: {f"{metric},none": share for _, own, metric in tasks if own == name} for _, name, _ in tasks}
-            rows = [{"words": words, "right": 16 * share, "asked": 16} for words in (40, 80, 160, 320)]
+            score = {"right": 16 * share, "asked": 16, "nll": 2.0}
+            apart = dict.fromkeys(PLACES, score) if target == "documents" else {}
+            whose = WHOSE if target == "documents" else ("own",)
+            rows = [{"words": n, "whose": own, **score, **apart} for n in (40, 80, 160, 320) for own in whose]
             steps = [{"step": n, "ratio": share + n, "static": 1.0, "sequential": share + n} for n in range(48)]
             step.folder.mkdir(parents=True, exist_ok=True)
             step.done.write_text("60 s, 2026-01-01, commit abc\n")
@@ -180,8 +185,8 @@ def finish(target: str, scale) -> None:
 
 
 #: Every target at the scale of the paper, and some where there is another one.
-PAGES = [(target, "paper") for target in FIGURES if target != "dropout"]
-PAGES += [("dropout", "cpu"), ("figure3", "cpu"), ("figure11", "cpu"), ("table1", "cpu"), ("ablations", "small")]
+PAGES = [(target, "cpu" if target in CPU_ALONE else "paper") for target in FIGURES]
+PAGES += [("figure3", "cpu"), ("figure11", "cpu"), ("table1", "cpu"), ("ablations", "small")]
 
 
 @pytest.mark.parametrize(("target", "size"), PAGES)

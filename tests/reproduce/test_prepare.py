@@ -24,6 +24,7 @@ FACTS = [["Ann", 0], ["Book", 1], ["Book", 7]]
 ROW = hotpotqa([], context=list(map(list, PARAGRAPHS.items())), supporting_facts=FACTS)
 RECIPES = {"hotpotqa": "tiny_llada2", "hotpotqa-all": "small/smollm2", "hotpotqa-texts": "small/smollm2_base"}
 RECIPES |= {"needles-32-64": "cpu/llada_moe_base", "needles-120": "cpu/llada_moe"}
+RECIPES |= {"needles-40": "documents/llada_moe"}
 
 
 def test_a_question_quotes_the_supporting_sentences_in_the_order_of_the_text():

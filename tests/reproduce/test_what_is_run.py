@@ -15,7 +15,7 @@ from data_files import message_of
 
 from dllm_memdlm.training.recipe import load_recipe, resolve
 from reproduce.cases import PAPER, variants
-from reproduce.figures import FIGURES
+from reproduce.figures import CPU_ALONE, FIGURES
 from reproduce.scales import MDLM, MEMDLM, RECIPES, SCALES, Model, differences
 from reproduce.scores import ABLATED, ANCHORED, RETRIEVAL, RULER_OFFLINE, TABLES, Harness, PlantedWords, without_memory
 from reproduce.steps import Step, in_order
@@ -26,7 +26,7 @@ GROUPS = (*RETRIEVAL.values(), *ANCHORED.values(), *TABLES.values(), RULER_OFFLI
 TASKS = dict.fromkeys(itertools.chain(*GROUPS))
 CPU = replace(SCALES["cpu"], seeds=(1, 2))
 #: Dropout is tried from scratch, on the CPU alone.
-EVERYWHERE = [(name, size) for size in SCALES for name in FIGURES if name != "dropout" or size == "cpu"]
+EVERYWHERE = [(name, size) for size in SCALES for name in FIGURES if name not in CPU_ALONE or size == "cpu"]
 
 
 def steps_of(target: str, size: str) -> list[Step]:
