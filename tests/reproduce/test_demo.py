@@ -1,128 +1,60 @@
-"""The demo: numbers from logs, the reading of them, and which runs count as finished."""
+"""The demo: it trains, scores and asks by real commands, cut to seconds; and how it marks what is said."""
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
-import pandas as pd
 import pytest
-from rich.console import Console
+from conftest import LAUNCHED
+from data_files import needle_rows
 
 from reproduce import demo
+from reproduce.needle import plant
+from reproduce.scales import RECIPES
 
-RECIPES = ("tiny_llada2_mdlm", "tiny_llada2")
-
-
-def write_run(folder: Path, eval_loss: float, off: float | None = None, seconds: float = 1.0, steps: int = 200) -> Path:
-    """20 train logs with losses 20, 19, …, 1 and one evaluation; a MemDLM run where `off` is given."""
-    logs = [{"step": 10 * (i + 1), "loss": 20.0 - i, "step_seconds": seconds} for i in range(20)]
-    logs[0]["step_seconds"] = 100.0  # a slow first window moves a mean but not a median
-    if off is not None:
-        logs = [log | {"loss_memory_off": log["loss"] + 1} for log in logs]
-    logs += [{"step": 100, "eval_loss": 9.0}, {"step": 200, "eval_loss": eval_loss}]
-    logs[-1] |= {} if off is None else {"eval_loss_memory_off": off}
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {"global_step": steps, "max_steps": 200, "log_history": logs}
-    (folder / "trainer_state.json").write_text(json.dumps(state))
-    return folder
+#: Four steps each.
+TINY = ("training.max_steps=4", "training.eval_steps=4", "training.save_steps=4", "data.eval_size=2")
+TINY += ("training.per_device_train_batch_size=2", "data.eval_fraction=0.5", "memory.rank=2")
 
 
-@pytest.fixture
-def pair(tmp_path) -> list[pd.DataFrame]:
-    write_run(tmp_path / RECIPES[0], 2.0)
-    write_run(tmp_path / RECIPES[1], 1.5, off=1.9, seconds=1.25)
-    return [demo.points_of(name, tmp_path / name) for name in RECIPES]
+@pytest.mark.slow
+def test_it_runs_and_goes_on_where_it_was_stopped(tmp_path, warm_python, monkeypatch, capfd):
+    (tmp_path / "data").mkdir()
+    for name in ("needles-32-64", "needles-40"):
+        lines = "\n".join(map(json.dumps, needle_rows()))
+        (tmp_path / "data" / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(RECIPES.parent), *filter(None, sys.path)]))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "QUICK", TINY)
+    monkeypatch.setattr(demo.sys, "executable", warm_python)
+    assert demo.main(["--quick", "--runs", "runs"]) == 0, capfd.readouterr().err
+    out = capfd.readouterr().out
+    assert out.count("python -m dllm_memdlm.train ") == 4 and out.count("python -m reproduce.needle ") == 3
+    assert Path("runs/quick/report/documents.png").is_file() and "Right answers, %" in out
+    assert out.count("memory off") == out.count("memory on ") == demo.DOCUMENTS
+    (line,) = (line for line in out.splitlines() if line.strip().startswith("memdlm generate "))
+    assert Path("runs/quick/document.txt").read_text() in out and "--prompt-file runs/quick/document.txt" in line
+    assert demo.main(["--quick", "--runs", "runs"]) == 0
+    again = capfd.readouterr().out
+    assert "dllm_memdlm.train" not in again and again.count("memory off") == demo.DOCUMENTS
+    # what fails is said in a line, and where to look
+    for log in Path("runs").glob("quick/cpu/*/*/done"):
+        log.unlink()
+    for name in Path("data").iterdir():
+        name.unlink()
+    assert demo.main(["--quick", "--runs", "runs"]) == 2
+    assert "runs/quick/*/*/*/log.txt" in capfd.readouterr().err.splitlines()[-1]
 
 
-def test_the_summary_has_last_losses_and_median_seconds_against_the_own_baseline(pair, tmp_path):
-    names = ("tiny_llada_moe_mdlm", "tiny_llada_moe")
-    other = [demo.points_of(name, write_run(tmp_path / name, 2.0, seconds=4.0 + 4 * n)) for n, name in enumerate(names)]
-    rows = demo.summarise(pair + other)
-    assert [row["step_seconds_over_mdlm"] for row in rows] == [1.0, 1.25, 1.0, 2.0]
-    assert [(row["method"], row["backbone"], row["steps"]) for row in rows[:2]] == [
-        (method, "LLaDA2.1", 200) for method in ("mdlm", "memdlm")
-    ]
-    keys = ("loss", "loss_memory_off", "eval_loss", "eval_loss_memory_off", "step_seconds")
-    assert [[row[key] for key in keys] for row in rows[:2]] == [[1.5, None, 2.0, None, 1.0], [1.5, 2.5, 1.5, 1.9, 1.25]]
-
-
-@pytest.mark.parametrize(
-    ("on", "off", "says"),
-    [
-        (1.5, 1.9, ["1.500 (0.500 better than MDLM's 2.000)", "1.900 (0.100 better"]),
-        (2.5, 2.001, ["2.500 (0.500 worse than MDLM's 2.000)", "2.001 (the same as MDLM's 2.000"]),
-    ],
-)
-def test_the_reading_follows_the_numbers(pair, tmp_path, on, off, says):
-    own = demo.points_of(RECIPES[1], write_run(tmp_path / "other", on, off=off))
-    text = demo.reading(demo.summarise([pair[0], own]))
-    assert text.startswith("LLaDA2.1: ") and text.endswith(demo.CAUTION)
-    assert all(phrase in text for phrase in says)
-    assert "othing to compare" in demo.reading(demo.summarise([own]))
-
-
-def test_mdlm_stands_in_the_column_without_fast_weights(pair):
-    console = Console(width=120)
-    with console.capture() as captured:
-        console.print(demo.summary_table(demo.summarise(pair)))
-    mdlm, memdlm = (line for line in captured.get().splitlines() if "LLaDA2.1" in line)
-    assert [cell.strip() for cell in mdlm.split("│")[2:8]] == ["MDLM", "1.500", "-", "2.000", "1.00", "1.00"]
-    assert [cell.strip() for cell in memdlm.split("│")[2:8]] == ["MemDLM", "1.500", "1.500", "1.900", "1.25", "1.25"]
-
-
-@pytest.fixture
-def trained(tmp_path, monkeypatch) -> list[list[str]]:
-    """Commands the demo ran, on a recipe folder of two recipes; running one writes a finished run."""
-    commands = []
-    for name in RECIPES:
-        (tmp_path / f"{name}.yaml").write_text("training:\n  max_steps: 200\n")
-
-    def run(command: list[str], **_: object) -> None:
-        overrides = dict(argument.removeprefix("training.").split("=") for argument in command if "=" in argument)
-        commands.append(command)
-        write_run(Path(overrides["output_dir"]), 2.0, steps=int(overrides.get("max_steps", 200)))
-
-    monkeypatch.setattr(demo, "RECIPES", tmp_path)
-    monkeypatch.setattr(demo.subprocess, "run", run)
-    return commands
-
-
-def test_the_demo_trains_what_is_missing_and_reports(trained, tmp_path, capsys, figures):
-    output = tmp_path / "out"
-    arguments = ["--recipes", *RECIPES, "--output", str(output)]
-    assert demo.main([*arguments, "--steps", "50"]) == 0
-    assert [command[-3:] for command in trained] == [
-        [str(tmp_path / f"{name}.yaml"), f"training.output_dir={output / name}", "training.max_steps=50"]
-        for name in RECIPES
-    ]
-    summary = json.loads((output / "summary.json").read_text())
-    assert [row["method"] for row in summary["runs"]] == ["mdlm", "memdlm"] and summary["versions"]["torch"]
-    assert str(output / "curves.png") in capsys.readouterr().out and len(figures) == 1
-    for more, count in ((["--steps", "50"], 2), ([], 4), (["--force"], 6)):  # finished; the recipes ask for 200 steps
-        demo.main([*arguments, *more])
-        assert len(trained) == count
-    (output / RECIPES[0] / "trainer_state.json").write_text('{"global_step": 2')  # cut short while it was written
-    demo.main(arguments)
-    assert len(trained) == 7
-
-
-def test_a_failed_training_ends_the_demo_with_its_exit_code(trained, tmp_path, monkeypatch, capsys):
-    def fail(command: list[str], **_: object) -> None:
-        raise demo.subprocess.CalledProcessError(3, command)
-
-    monkeypatch.setattr(demo.subprocess, "run", fail)
-    run = write_run(tmp_path / "out" / "tiny_llada2", 2.0)
-    assert demo.main(["--recipes", "tiny_llada2", "--output", str(tmp_path / "out"), "--force"]) == 3
-    assert "failed with exit code 3" in capsys.readouterr().out
-    assert not demo.is_finished(run, tmp_path / "tiny_llada2.yaml", None)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(["--recipes", "tiny_lada2"], "tiny_llada2, tiny_llada2_mdlm"), (["--steps", "0"], "at least 1")],
-)
-def test_mistakes_are_named_in_a_line(trained, capsys, arguments, message):
-    with pytest.raises(SystemExit) as exit_:
-        demo.main(arguments)
-    assert exit_.value.code == 2 and message in capsys.readouterr().err and trained == []
+def test_answers_are_marked():
+    planted = plant(["Ann wrote a book."], 30, 3)
+    (first, right), (second, _), (third, other) = planted.values.items()
+    text = demo.marked(f"Named: {first} {right} {third} not{other}", planted, visible={first, second})
+    assert text.plain.split("  ")[:3] == [f"{first} {right} ✓", f"{second} - ✗", f"{third} not{other} ✗"]
+    assert [span.style for span in text.spans] == ["green", "red", "red bold"]
