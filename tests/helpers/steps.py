@@ -18,6 +18,8 @@ from dllm_memdlm.training.trainer import MemDLMTrainer
 
 SMALL = {"rank": 4, "alpha": 8.0, "layer_fraction": 0.4}  # layers 1 and 2 of 3
 OFF = MemoryConfig(**SMALL, enabled=False)
+#: Memory as it is used: of prompts in windows, which the tests' examples have one or two of.
+OF_PROMPTS = {"source": "prompt", "strategy": "cover", "steps": 3, "window": 3, "prompt_loss": 0.3}
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import KINDS, MASK, assert_close_relative, examples, make_trainer, take_gradients, tiny, train_batch
 from saved_models import prompt_memory, random_prompts
-from steps import OFF, SMALL, Step, flat, memory_for
+from steps import OF_PROMPTS, OFF, SMALL, Step, flat, memory_for
 from torch import Tensor
 
 from benchmarks.naive_experts import plain_experts
@@ -20,8 +20,6 @@ from dllm_memdlm.method.reference import adapted, full_forward, mdlm_loss, write
 from dllm_memdlm.method.trajectory import Trajectory, build_trajectory
 from dllm_memdlm.method.windows import window_trajectory, windows_of
 from dllm_memdlm.training.example_ids import prompt_of
-
-COVER = {"source": "prompt", "strategy": "cover", "steps": 3, "window": 3}
 
 
 def windows_in(batch: dict[str, Any], use: str = "window") -> list[Trajectory]:
@@ -91,7 +89,7 @@ def test_a_prompt_in_windows_depends_on_no_other(kind, attention):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_with_memory_of_prompts_is_the_naive_one(kind, tokenizer, tmp_path):
     """φ is written on each window in turn, by weights of 1; the outer loss has the loss of prompts beside it."""
-    memory, model = memory_for(kind, **COVER, prompt_loss=0.3), tiny(kind, torch.float64, lora=True)
+    memory, model = memory_for(kind, **OF_PROMPTS), tiny(kind, torch.float64, lora=True)
     trainer = make_trainer(model, tokenizer, tmp_path, memory, examples(4))
     batch = train_batch(trainer, range(4))
     windows, prompt = windows_in(batch), Trajectory.from_batch(batch, "prompt_")

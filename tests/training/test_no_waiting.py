@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import examples, make_trainer, tiny, train_batch
-from steps import OFF, VARIANTS, memory_for
+from steps import OF_PROMPTS, OFF, VARIANTS, memory_for
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
@@ -40,13 +40,19 @@ def step(trainer: MemDLMTrainer) -> list[Tensor]:
 #: With experts those that change what these do; "off" is plain MDLM of all weights.
 CASES = [("llama", name) for name in (*VARIANTS, "off")]
 for kind in ("llada_moe", "llada2"):
-    CASES += [(kind, name) for name in ("paper", "full_scope_batch", "kl", "all_layers", "odd_rank", "off")]
+    CASES += [(kind, name) for name in ("prompts", "paper", "full_scope_batch", "kl", "all_layers", "odd_rank", "off")]
 
 
 @pytest.mark.parametrize(("kind", "variant"), CASES)
 def test_a_step_needs_no_values(kind, variant, tokenizer, tmp_path):
     plain = variant == "off"
-    memory = OFF if plain else memory_for(kind, **{"rank": 4, **VARIANTS[variant], "dropout": 0.5})
+    memory = (
+        OFF
+        if plain
+        else memory_for(
+            kind, **{"rank": 4, **(OF_PROMPTS if variant == "prompts" else VARIANTS[variant]), "dropout": 0.5}
+        )
+    )
     trainer = make_trainer(tiny(kind, lora=not plain), tokenizer, tmp_path, memory, examples(4))
     assert all(isinstance(result, FakeTensor) for result in step(trainer) if result is not None)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import examples, make_trainer, tiny
-from steps import train_logs
+from steps import OF_PROMPTS, train_logs
 
 from dllm_memdlm.config import MemoryConfig
 
@@ -22,7 +23,8 @@ def run(folder: Path, tokenizer: Any, kind: str, resume: str | None = None, **se
     """
     defaults: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-2}
     model, rows = tiny(kind, lora=settings.pop("lora", 0.3)), examples(settings.pop("rows", 12))
-    trainer = make_trainer(model, tokenizer, folder, MEMORY, rows, **defaults | settings)
+    memory = replace(MEMORY, **settings.pop("memory", {}))
+    trainer = make_trainer(model, tokenizer, folder, memory, rows, **defaults | settings)
     if resume:
         torch.rand(5)  # where the generator stands must not matter to a resumed run
     trainer.train(resume_from_checkpoint=resume)
@@ -37,6 +39,7 @@ GROUPED = {"gradient_accumulation_steps": 2, "group_by_length": True, "per_devic
     ("kind", "stop", "settings"),
     [
         *(("llada_moe", 3, {}), ("llada2", 3, {}), ("llada_moe", 3, {"lora": False}), ("llama", 3, GROUPED)),
+        ("llama", 3, {"memory": OF_PROMPTS}),
         *(("llama", stop, {"rows": 6, "dataloader_num_workers": 2 * (stop == 2)}) for stop in (1, 2, 3)),
     ],
 )
