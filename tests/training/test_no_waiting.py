@@ -46,13 +46,8 @@ for kind in ("llada_moe", "llada2"):
 @pytest.mark.parametrize(("kind", "variant"), CASES)
 def test_a_step_needs_no_values(kind, variant, tokenizer, tmp_path):
     plain = variant == "off"
-    memory = (
-        OFF
-        if plain
-        else memory_for(
-            kind, **{"rank": 4, **(OF_PROMPTS if variant == "prompts" else VARIANTS[variant]), "dropout": 0.5}
-        )
-    )
+    settings = {**VARIANTS, "prompts": OF_PROMPTS, "off": {}}[variant]
+    memory = OFF if plain else memory_for(kind, **{"rank": 4, **settings, "dropout": 0.5})
     trainer = make_trainer(tiny(kind, lora=not plain), tokenizer, tmp_path, memory, examples(4))
     assert all(isinstance(result, FakeTensor) for result in step(trainer) if result is not None)
 
