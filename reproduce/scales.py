@@ -32,8 +32,8 @@ class Backbone(NamedTuple):
 
     title: str
     recipe: str  #: MemDLM's, in the recipe folder, without .yaml; plain MDLM's is called the same with _mdlm
-    base: str | None = None  #: the recipe that trains the weights to start from; none takes what `recipe` names
-    convert: str | None = None  #: the module that writes the weights which `base` starts from; none is from scratch
+    base: tuple[str, ...] = ()  #: recipes that train the weights to start from, in turn; none takes what `recipe` names
+    convert: str | None = None  #: the module that writes the weights which the first starts from; none is from scratch
 
     @property
     def key(self) -> str:
@@ -84,7 +84,10 @@ class Scale:
             argv = ("-m", backbone.convert, "--output", f"{FOLDER}/model")
             before = (self.step(f"{backbone.key}/converted", argv, backbone.convert),)
             start = (f"model.path={before[0].folder / 'model'}",)
-        return self._trained(f"{backbone.key}/{case}", backbone.base, start, changes, seed, before)
+        for recipe in backbone.base:
+            step = self._trained(f"{backbone.key}/{case}", recipe, start, changes, seed, before)
+            start, before = (f"model.path={step.folder}",), (step,)
+        return step
 
     def run(self, backbone: Backbone, method: str, seed: int, **changes: Any) -> Step:
         """Fine-tune: `method` is MDLM, MEMDLM, or the name of a variant of MemDLM, with changes in its recipe."""
@@ -163,10 +166,10 @@ CPU = Scale(
     "the method runs as described and which way it moves such models. It cannot say how models of billions of "
     "parameters fare, on natural tasks, or at the paper's lengths.",
     backbones=(
-        Backbone("LLaDA-MoE", "cpu/llada_moe", "cpu/llada_moe_base"),
-        Backbone("LLaDA2.1", "cpu/llada2", "cpu/llada2_base"),
+        Backbone("LLaDA-MoE", "cpu/llada_moe", ("cpu/llada_moe_base",)),
+        Backbone("LLaDA2.1", "cpu/llada2", ("cpu/llada2_base",)),
     ),
-    documents=Backbone("LLaDA-MoE", "documents/llada_moe", "cpu/llada_moe_base"),
+    documents=Backbone("LLaDA-MoE", "documents/llada_moe", ("documents/llada_moe_words", "documents/llada_moe_base")),
     seeds=(42, 43, 44),
     launch=_TRAIN,
     # One thread each, as more bring little at this size; and the same numbers for any count of them.
@@ -181,7 +184,7 @@ SMALL = Scale(
     about="SmolLM2-135M, a causal model, adapted to masked diffusion, then fine-tuned on HotpotQA with all ten "
     "paragraphs of a question (1,500 tokens on average). A real pretrained model and real text, but fifty times "
     "smaller than the paper's, and adapted for minutes only.",
-    backbones=(Backbone("SmolLM2-135M", "small/smollm2", "small/smollm2_base", "reproduce.smollm2"),),
+    backbones=(Backbone("SmolLM2-135M", "small/smollm2", ("small/smollm2_base",), "reproduce.smollm2"),),
     questions=200,
     **_ON_GPUS,
 )
