@@ -39,7 +39,7 @@ def test_defaults_are_the_papers():
 REFUSED: list[tuple[str, str, list[typing.Any], str]] = [
     # section, field, values, what is said to be accepted
     ("memory", "objective", ["distil"], "one of cross_entropy, kl, reverse_kl, hidden_mse, hidden_cosine"),
-    ("memory", "strategy", ["anchor"], "one of anchor_consistent, inconsistent, pre_anchor_only, anchor_only"),
+    ("memory", "strategy", ["anchor"], "one of anchor_consistent, inconsistent, pre_anchor_only, anchor_only, cover"),
     ("memory", "clip", [False, None, ["local"], "Local"], "one of local, global, none"),
     ("memory", "weighting", ["Uniform"], "one of scheduler, uniform"),
     ("memory", "kind", ["LoRA"], "one of lora, full"),

@@ -105,11 +105,11 @@ def test_a_batch_answers_as_each_prompt_alone(kind, shift, attention):
 
 
 def test_the_memory_has_the_settings_of_training_but_for_changes_or_those_it_was_saved_with(tmp_path):
-    of_training = {"enabled": False, "dropout": 0.5, "scope": "batch", "sync": True}
+    of_training = {"enabled": False, "dropout": 0.5, "scope": "batch", "sync": True, "prompt_loss": 0.3}
     trained = MemoryConfig(rank=4, layer_fraction=0.4, inner_lr=0.7, **of_training)
     pretrained, path = pretrained_of(tiny("llama"), trained, shift=True), tmp_path / "memory"
     memory = memory_of(pretrained, {"inner_lr": 0.3}, seed=5, attention="block_causal")
-    expected = MemoryConfig(rank=4, layer_fraction=0.4, inner_lr=0.3, weighting="uniform")
+    expected = MemoryConfig(rank=4, layer_fraction=0.4, inner_lr=0.3, weighting="uniform", source="prompt")
     assert memory.memory.config == expected and memory.memory.right_shift_logits
     assert (memory.seed, memory.attention, memory.fixed) == (5, "block_causal", None)
     (text,) = random_prompts(9)

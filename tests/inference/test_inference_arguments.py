@@ -154,7 +154,7 @@ def test_every_setting_of_a_sampler_and_of_the_memory_is_an_argument():
         for name in {f.name for f in dataclasses.fields(sampler.CONFIG)} - per_prompt:
             assert parsed(**{name: 3}).sampler == {name: 3}
     for field in dataclasses.fields(MemoryConfig):
-        if field.name not in {"enabled", "dropout", "weighting", "scope", "sync"}:
+        if field.name not in {"enabled", "dropout", "weighting", "scope", "sync", "source", "prompt_loss"}:
             assert parsed(**{f"memory_{field.name}": 3}).memory == {field.name: 3}
 
 
@@ -204,7 +204,7 @@ def test_what_is_opened_has_the_settings_that_were_given(tmp_path):
     assert decoder.settings == {"block_size": 16, "threshold": 0.5}
     memory = decoder.memory
     assert (memory.seed, memory.attention, memory.block_size) == (7, "block_causal", 16)
-    expected = {**trained, "steps": 3, "weighting": "uniform"}
+    expected = {**trained, "steps": 3, "weighting": "uniform", "source": "prompt"}
     assert {name: getattr(memory.memory.config, name) for name in expected} == expected
     assert decoder.pretrained.model.dtype == torch.bfloat16
     plain = parse({"pretrained": folder}).open()
