@@ -7,6 +7,7 @@ python -m dllm_memdlm.generate --model runs/mine --prompt-file book.txt --chat -
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -108,9 +109,10 @@ def answer(conversation: Any, question: str, out: Console) -> None:
             pass
         out.print(conversation.turns[-1][1], markup=False, highlight=False, soft_wrap=True)
         return
-    started = time.perf_counter()
+    states, started = conversation.ask(question), time.perf_counter()
+    first = next(states)  # a memory has been written by then, under a progress bar of its own
     with Live(console=out, refresh_per_second=20) as live:
-        for number, progress in enumerate(conversation.ask(question)):
+        for number, progress in enumerate(itertools.chain([first], states)):
             text = Text(conversation.text_of(progress.tokens, mask="░"))
             text.highlight_regex("░+", "dim")
             live.update(text, refresh=number == 0)  # at once, however short the answer
@@ -122,7 +124,8 @@ def reading(windows: list[list[Any]], notes: Console) -> Iterator[list[Any]]:
     """Yield the windows of a text under a progress bar, and say how many tokens were read in what time."""
     started, tokens = time.perf_counter(), sum(len(row) for rows in windows for row in rows)
     yield from track(windows, "reading", console=notes, transient=True)
-    notes.print(f"read {tokens:,} tokens in {len(windows)} windows, {time.perf_counter() - started:.1f} s")
+    many = f"{len(windows)} window{'s' if len(windows) > 1 else ''}"
+    notes.print(f"read {tokens:,} tokens in {many}, {time.perf_counter() - started:.1f} s")
 
 
 def run(args: argparse.Namespace) -> None:

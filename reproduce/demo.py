@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 SEED, DOCUMENTS, WORDS = 42, 3, 40
 #: Of every training, for --quick: too few to learn anything.
 QUICK = ("training.max_steps=30", "training.eval_steps=15", "training.save_steps=30", "data.eval_size=20")
-LEGEND = "✓ right, ✗ wrong. In bold: words that the model does not see, as it is given the end of a document alone."
+LEGEND = "✓ right, ✗ wrong; * the model does not see this word: it is given the end of a document alone"
 
 
 def train(runs: Path, quick: bool) -> None:
@@ -64,8 +64,8 @@ def marked(answer: str, planted: Planted, visible: set[str]) -> Text:
     """Return what an answer names, marked right or wrong."""
     named, right, text = planted.named(answer), planted.right(answer), Text()
     for key in planted.values:
-        style = f"{'green' if key in right else 'red'}{'' if key in visible else ' bold'}"
-        text.append(f"{key} {named.get(key, '-')} {'✓' if key in right else '✗'}  ", style)
+        said = f"{key} {named.get(key, '-')}{'' if key in visible else '*'} {'✓' if key in right else '✗'}  "
+        text.append(said, "green" if key in right else "red")
     return text
 
 

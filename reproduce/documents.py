@@ -79,7 +79,7 @@ def draw(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
     return Drawn(
         [
             f"{scale.documents.title}, fine-tuned on texts of which it sees about half, and the question. A memory is "
-            "written on two windows, which together are the whole prompt, and is in place while the answer is decoded. "
+            "written on three windows, together the whole prompt, and is in place while the answer is decoded. "
             "All three have the loss of prompts, and are asked with the memory of their own recipe.",
             f"Asked: {DOCUMENTS[scale.name].asked(scale)}. A word has twelve values: who guesses is right in 8.3 %, at "
             "2.48 nats. A memory of another text is the control: what it gains is not remembered.",

@@ -52,7 +52,7 @@ VALUES = {key: tuple(values) for key, *values in map(str.split, TABLE.splitlines
 
 NEEDLES = 8  #: in a text
 NEEDLE = "The {} is {}."  #: the sentence of each
-#: The memory that is in place: the control, `other`, is of the next text, in which no value is to be found.
+#: The memory that is in place: the control, `other`, is of the next text, whose values are others.
 WHOSE = ("none", "other", "own")
 PLACES = ("visible", "hidden")  #: where a needle is for a model that sees the end of a text
 SHORTEST = NEEDLES * len(NEEDLE.split())  #: words of a text that has room for them
@@ -181,9 +181,9 @@ def found(decoder: Decoder, examples: Sequence[Planted], batch_size: int, whose:
             for place in (visible[-1], examples[row].values.keys() - visible[-1]):
                 ids, mask = examples[row].tokens(encoder, place)
                 states.append(Masked(row, prompt, ids, mask, 1.0))
-        with decoder.recalled([texts[row] for row in rows]):
+        with decoder.recalled([texts[row] for row in rows], [whose != "none"] * len(rows)):
             answers = decoder.answers(seen, new_tokens)
-        with decoder.recalled([texts[row] for row in rows for _ in PLACES]):
+        with decoder.recalled([texts[row] for row in rows for _ in PLACES], [False] * len(states)):
             nats = [-value for value in log_likelihoods(model, states, *settings)]
         for row, keys, answer, *own in zip(rows, visible, answers, nats[::2], nats[1::2], strict=True):
             right = examples[row].right(decode_text(tokenizer, answer))

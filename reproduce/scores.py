@@ -56,7 +56,12 @@ class PlantedWords:
             for place in PLACES:
                 if place in row:
                     own = row[place]
-                    yield {**column, "place": place, "score": 100 * own["right"] / own["asked"], "nll": own["nll"]}
+                    yield {
+                        **column,
+                        "place": place,
+                        "score": 100 * own["right"] / max(1, own["asked"]),
+                        "nll": own["nll"],
+                    }
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,8 @@ class MemDLMEvalLM(LM):
         info: dict[str, Any] = {
             "model_num_parameters": sum(parameter.numel() for parameter in model.parameters()),
             "model_dtype": str(model.dtype),
+            "max_length": self.max_length,
+            "visible": self.decoder.visible,
             "sampler": self.decoder.sampler,
             "sampler_settings": self.decoder.settings,
             "answers_left_masked": self.decoder.left_masked,

@@ -56,13 +56,16 @@ class Conversation:
         """
         prompt = self.prompt(question, self.turns)
         text, room = self.memory_text(question), self.decoder.max_length - self.new_tokens
-        # a memory that reads windows takes the place of what is not seen, but not of the question
-        unseen = len(text) if self.document and self.decoder.reads_windows else 0
-        if len(prompt) - unseen > room:
+        seen = min(room, self.decoder.visible or room)
+        # of the document the end will do, where a memory reads all of it or the model was trained so; of a question not
+        cut = len(text) if self.document and (self.decoder.reads_windows or self.decoder.visible) else 0
+        if len(prompt) - cut > seen:
+            beside = " beside the document" if cut else ""
+            longer = ", or --memory and --window N, which read a longer document" if self.document and not cut else ""
+            tried = f"visible={len(prompt) - cut}" if seen < room else f"max_length={len(prompt) + self.new_tokens}"
             raise ConfigError(
                 f"prompt of {len(prompt)} tokens and answer of {self.new_tokens}: expected at most "
-                f"{self.decoder.max_length} together, or --memory and --window N, which read a longer document; "
-                f"max_length={len(prompt) + self.new_tokens} tries it all the same"
+                f"{seen + self.new_tokens} together{beside}{longer}; {tried} tries it all the same"
             )
         prompt, _ = self.decoder.parts(prompt, self.new_tokens)
         length = len(prompt) + self.new_tokens

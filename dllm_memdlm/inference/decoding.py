@@ -74,6 +74,11 @@ class Decoder:
                 f"pretrained={self.pretrained.name!r}: config.json has max_position_embeddings={self.max_length!r}; "
                 "expected a whole number of at least 2, or max_length=N"
             )
+        if self.reads_windows and self.memory.memory.config.window > self.max_length:
+            raise ConfigError(
+                f"memory.window={self.memory.memory.config.window}: expected at most max_length={self.max_length}, the "
+                "tokens that the model takes at a time"
+            )
         self.config_for(1)  # a wrong setting is refused before anything is decoded
 
     def config_for(self, new_tokens: int, **changes: Any) -> SamplerConfig:

@@ -64,11 +64,14 @@ class BilevelStep:
         It keeps a model able to denoise prompts, which it must be to write on them.
         """
         trajectory, positions = self.prompt, self.prompt.loss_positions(-1)
-        nll = self.model(
-            input_ids=trajectory.state(trajectory.anchor_mask, self.mask_token_id),
-            attention_mask=trajectory.attention_mask,
+        where = {**self._where, "attention_mask": trajectory.attention_mask}
+        state = trajectory.state(trajectory.anchor_mask, self.mask_token_id)
+        nll = self.model(  # in two stages, of which the first can be checkpointed
+            stage="suffix",
+            hidden=self.model(stage="prefix", input_ids=state, **where).hidden,
             positions=positions.logit_index(self.right_shift_logits),
             tokens=positions.gather(trajectory.input_ids),
+            **where,
         ).nll
         return (nll * positions.valid).sum(-1), positions.valid.sum(-1)
 

@@ -95,8 +95,8 @@ class AnchorTrajectoryCollator(CollatorWrapper):
             )
         examples = torch.tensor([feature[EXAMPLE_ID] for feature in features], dtype=torch.int64)
         texts = self._texts(features)
-        own = {EXAMPLE_ID, PROMPT, OTHER_PROMPT}
-        features = [{k: v for k, v in feature.items() if k not in own} for feature in features]
+        beside = {EXAMPLE_ID, PROMPT, OTHER_PROMPT}
+        features = [{k: v for k, v in feature.items() if k not in beside} for feature in features]
         batch = super().__call__(features, return_tensors)
         if batch.get("labels") is None:
             raise ConfigError(

@@ -58,9 +58,9 @@ class Evaluation(transformers.Trainer):
             return found
         found["loss_memory_off"] = step.loss(step.model)[1]
         for use, name in (("window", "loss_memory_prompt"), ("other", "loss_memory_other")):
-            if use == "window" and self.memory_config.source == "prompt":
+            if use == "window" and (self.memory_config.source, self.memory_config.scope) == ("prompt", "sample"):
                 found[name] = total
-            elif windows := self._windows(inputs, use):
+            elif windows := step.windows if use == "window" else self._windows(inputs, use):
                 found[name] = step.loss(step.model, self._of_prompts.write_all(windows).fast_weights)[1]
         return found
 

@@ -24,8 +24,17 @@ LOSSES = {
     "eval_loss": "held-out examples",
     "loss_memory_off": "one training batch, fast weights discarded",
     "eval_loss_memory_off": "held-out examples, fast weights discarded",
+    "eval_loss_memory_prompt": "held-out examples, fast weights written on their prompts alone",
+    "eval_loss_memory_other": "held-out examples, fast weights written on the prompts of others",
+    "eval_prompt_nll": "masked tokens of held-out prompts, without fast weights",
 }
 
+#: How to read the losses, by what fast weights were written on in training.
+ON_PROMPTS = (
+    "`loss` and `eval_loss` are computed with fast weights written on the prompts, as in use. What those remember is how "
+    "far `_memory_other`, with the memory of another text, is above. To compare with a model that has no memory, take "
+    "the `_memory_off` values."
+)
 FITTED = (
     "`loss` and `eval_loss` are computed with fast weights that have just been fitted to the very tokens being scored, "
     "so part of them is the inner loop having seen the answer. To compare with a model that has no memory, take the "
@@ -124,7 +133,10 @@ def _results(training: Training) -> list[str]:
         return []
     steps, epochs = training.state["global_step"], training.state["epoch"]
     section = f"## Results\n\nAfter {steps} steps ({epochs:.2f} epochs), in nats:\n\n| | | on |\n|---|---|---|\n"
-    return [section + "\n".join(rows) + (f"\n\n{FITTED}" if training.uses_memory else "")]
+    reading = ON_PROMPTS if training.section("memory").get("source") == "prompt" else FITTED
+    if training.section("memory").get("prompt_loss"):
+        reading += " `loss` has the loss of prompts in it."
+    return [section + "\n".join(rows) + (f"\n\n{reading}" if training.uses_memory else "")]
 
 
 def _use(training: Training, is_adapter: bool, has_memory: bool) -> str:

@@ -241,7 +241,7 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
     # === logs ===
 
     def _note(self, step: BilevelStep, written: Written) -> None:
-        passes = self.memory_config.epochs * (step.windows or [step.trajectory])[0].steps
+        passes = len(written.steps) // (len(step.windows) if self.memory_config.source == "prompt" else 1)
         for number, inner in enumerate(written.steps):
             place, where = number % passes + 1, inner.finite & (inner.tokens > 0)  # of each window the first, …
             self._train_log.add(f"inner_loss_{place}", inner.loss, where)

@@ -47,7 +47,8 @@ def test_a_long_document_is_read_asked_saved_and_loaded(ask, tmp_path):
     # the beginning, long out of sight, still matters; without a memory it does not
     other = DOCUMENT.replace("Ada", "Bob")
     assert ask("--window", "16", "--memory", document=other)[1] != answer
-    assert ask("visible=40")[1] == ask("visible=40", document=other)[1] != answer
+    unseen = [ask("visible=40", document=document)[:2] for document in (DOCUMENT, other)]
+    assert unseen[0] == unseen[1] == (0, unseen[0][1]) and unseen[0][1] != answer
 
 
 def test_without_windows_it_is_refused(ask):
@@ -56,6 +57,9 @@ def test_without_windows_it_is_refused(ask):
         assert code == 2 and notes.count("\n") == 1 and "--window" in notes and "max_length=" in notes
     code, _, notes = ask("--memory", "--window", "16", "--max-new-tokens", "47")  # no room for the question
     assert code == 2 and "expected at most 48" in notes
+    code, _, notes = ask("--memory", "--window", "16", "visible=4")  # nor is the question itself cut
+    assert code == 2 and "expected at most 12 together beside the document; visible=" in notes
+    assert "memory.window=49: expected at most max_length=48" in ask("--memory", "--window", "49")[2]
     with pytest.raises(SystemExit):
         ask("--window", "16")
 

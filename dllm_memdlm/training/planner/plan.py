@@ -116,8 +116,9 @@ def make_plans(
     """Return the plans of a recipe without memory and with it, by whether it has one.
 
     All examples are taken to be of `data.max_length` tokens, and the last `response_share` of each, or all of it where
-    the prompt is masked too, to be masked whole, as it is at worst. A prompt that `data.visible` cuts counts as what is
-    seen of it: what a memory reads beyond that takes time, but no more bytes than any other window. cuda and cpu differ
+    the prompt is masked too, to be masked whole, as it is at worst. With `data.visible` a prompt
+    counts as one window, and as what is seen of it where it is read whole: other windows take time, but no more bytes.
+    cuda and cpu differ
     in what autocast and dropout keep: `device` says whose way is followed. `model`, if it is there already, is used up.
     """
     args, model = recipe.training, shape_model(recipe, config) if model is None else model
@@ -127,6 +128,8 @@ def make_plans(
     length = recipe.data.max_length
     masked = max(1, math.ceil(length * (response_share if recipe.data.mask_prompt else 1)))
     prompt = max(1, length - masked)
+    if recipe.data.visible is not None:  # a memory reads more than that: how much, the data says
+        prompt = recipe.memory.window or prompt
     windows = window_count(prompt, recipe.memory.window)
     sizes = Sizes(
         batch=args.per_device_train_batch_size,
