@@ -31,9 +31,9 @@ LOSSES = {
 
 #: How to read the losses, by what fast weights were written on in training.
 ON_PROMPTS = (
-    "`loss` and `eval_loss` are computed with fast weights written on the prompts, as in use. What those remember is how "
-    "far `_memory_other`, with the memory of another text, is above. To compare with a model that has no memory, take "
-    "the `_memory_off` values."
+    "`loss` and `eval_loss` are computed with fast weights written on the prompts, as in use. What they remember is by "
+    "how much `_memory_other`, with the memory of another text, is higher. To compare with a model that has no memory, "
+    "take the `_memory_off` values."
 )
 FITTED = (
     "`loss` and `eval_loss` are computed with fast weights that have just been fitted to the very tokens being scored, "
