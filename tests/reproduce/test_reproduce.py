@@ -105,7 +105,7 @@ def test_commands_are_shown_and_nothing_is_run(scale, tmp_path, capsys, monkeypa
             recipe = next(word for word in words if word.endswith(".yaml"))
             assert Path(recipe).is_file(), "as seen from here"
             assert "memory.rank=3" in words and words[-1] == "--resume"
-            assert "training.seed=7" in words or recipe.endswith("_base.yaml")
+            assert "training.seed=7" in words or recipe.endswith(("_base.yaml", "_words.yaml"))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -54,6 +54,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "LLaDA2.1, LoRA, checkpointing": (*LORA, CHECKPOINTING),
     "a checkpoint, LoRA": LORA,
     "4 bit, LoRA": (*LORA, "model.load_in_4bit=true"),
+    "4 bit, LoRA, memory of prompts": (*LORA, *OF_PROMPTS, "model.load_in_4bit=true"),
 }
 #: In every `make test`, under all engines but ZeRO-1; the others run in `make test-distributed`.
 SHORT = "LLaDA-MoE, LoRA, checkpointing, accumulation"
