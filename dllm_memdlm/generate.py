@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> None:
         decoder.memory.progress = lambda windows: reading(windows, notes)
     conversation = Conversation(decoder, document, args.max_new_tokens, parsed.arguments.seed)
     if args.save_memory:
-        text = conversation.memory_text(args.question or "")
+        _, text = conversation.parts(args.question or "")  # what cannot be asked about is not written
         fast_weights, config = decoder.memory.recall([text]), decoder.memory.memory.config
         save_snapshot(args.save_memory, fast_weights, decoder.pretrained.name, config, text)
         notes.print(f"memory of {len(text)} tokens saved to {args.save_memory}", soft_wrap=True)

@@ -54,6 +54,18 @@ class Conversation:
         Raises:
             ConfigError: the prompt is too long, or a chat goes on without a chat template.
         """
+        prompt, text = self.parts(question)
+        length = len(prompt) + self.new_tokens
+        tokens: list[int] = []
+        with self.decoder.recalled([text]):
+            canvases = self.decoder.stream([prompt], self.new_tokens, seeds=[self.seed + len(self.turns)])
+            for steps, canvas in enumerate(canvases):
+                tokens = canvas[0, len(prompt) : length].tolist()
+                yield Progress(tokens, steps)
+        self.turns.append((question, self.text_of(tokens).strip()))
+
+    def parts(self, question: str) -> tuple[list[int], list[int]]:
+        """Return what the model sees of the prompt, and what the memory is written on. Raises ConfigError as `ask`."""
         prompt = self.prompt(question, self.turns)
         text, room = self.memory_text(question), self.decoder.max_length - self.new_tokens
         seen = min(room, self.decoder.visible or room)
@@ -67,15 +79,7 @@ class Conversation:
                 f"prompt of {len(prompt)} tokens and answer of {self.new_tokens}: expected at most "
                 f"{seen + self.new_tokens} together{beside}{longer}; {tried} tries it all the same"
             )
-        prompt, _ = self.decoder.parts(prompt, self.new_tokens)
-        length = len(prompt) + self.new_tokens
-        tokens: list[int] = []
-        with self.decoder.recalled([text]):
-            canvases = self.decoder.stream([prompt], self.new_tokens, seeds=[self.seed + len(self.turns)])
-            for steps, canvas in enumerate(canvases):
-                tokens = canvas[0, len(prompt) : length].tolist()
-                yield Progress(tokens, steps)
-        self.turns.append((question, self.text_of(tokens).strip()))
+        return self.decoder.parts(prompt, self.new_tokens)[0], text
 
     def memory_text(self, question: str) -> list[int]:
         """Return the tokens of the document as the prompts begin with it; the whole prompt if there is no document."""

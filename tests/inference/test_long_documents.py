@@ -51,7 +51,8 @@ def test_a_long_document_is_read_asked_saved_and_loaded(ask, tmp_path):
     assert unseen[0] == unseen[1] == (0, unseen[0][1]) and unseen[0][1] != answer
 
 
-def test_without_windows_it_is_refused(ask):
+def test_without_windows_it_is_refused(ask, tmp_path):
+    assert ask("--save-memory", str(tmp_path / "memory"))[0] == 2 and not (tmp_path / "memory").exists()
     for arguments in ((), ("--memory",)):
         code, _, notes = ask(*arguments)
         assert code == 2 and notes.count("\n") == 1 and "--window" in notes and "max_length=" in notes
