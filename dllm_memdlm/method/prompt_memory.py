@@ -149,7 +149,7 @@ class PromptMemory:
     def _trajectories(self, windows: list[list[Tensor]], keys: Tensor) -> Iterator[Trajectory]:
         """Make the trajectories of windows, each when its turn has come."""
         for number, rows in enumerate(self.progress(windows)):
-            trajectory = window_trajectory(rows, keys, self.memory.config, number)
+            trajectory = window_trajectory(rows, keys, self.memory.config, number, self.memory.right_shift_logits)
             if self.attention == "block_causal":
                 mask, length = trajectory.attention_mask, trajectory.input_ids.shape[1]
                 if mask is None:

@@ -35,7 +35,9 @@ def windows_of(texts: Sequence[Tensor], window: int | None) -> list[list[Tensor]
     ]
 
 
-def window_trajectory(rows: Sequence[Tensor], keys: Tensor, config: MemoryConfig, number: int = 0) -> Trajectory:
+def window_trajectory(
+    rows: Sequence[Tensor], keys: Tensor, config: MemoryConfig, number: int = 0, right_shift_logits: bool = False
+) -> Trajectory:
     """Noise one window of each text; the anchor is at `config.anchor_ratio`.
 
     Args:
@@ -43,17 +45,19 @@ def window_trajectory(rows: Sequence[Tensor], keys: Tensor, config: MemoryConfig
         keys: one noise key a text [B] int64, which its windows' own are made of; those of the first are the texts'.
         config: of the inner loop.
         number: of the window.
+        right_shift_logits: whether a token is predicted from the place before it: then the first one is never masked.
     """
     lengths = torch.tensor([len(row) for row in rows])
     ids = pad_sequence([row if len(row) else row.new_zeros(1) for row in rows], batch_first=True)
-    maskable = torch.arange(ids.shape[1]) < lengths[:, None]
+    own = torch.arange(ids.shape[1]) < lengths[:, None]
+    maskable = own.clone()
+    maskable[:, 0] &= not right_shift_logits
     if number:
         keys = noise.stream_keys(keys, noise.WINDOWS + number)
     trajectory = prompt_trajectory(ids, maskable, keys, config)
-    if not maskable.all():
-        seen = maskable.clone()
-        seen[:, 0] = True  # of an empty row, too: attention to nothing has no value
-        trajectory.attention_mask = seen
+    if not own.all():
+        own[:, 0] = True  # of an empty row, too: attention to nothing has no value
+        trajectory.attention_mask = own
     return trajectory
 
 

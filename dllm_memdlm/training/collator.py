@@ -109,13 +109,25 @@ class AnchorTrajectoryCollator(CollatorWrapper):
         return self.add_noise(batch, examples) | self._noised(texts, examples)
 
     def _texts(self, features: list[dict[str, Any]]) -> dict[str, list[Tensor]]:
-        """Return the prompts that a batch is to have windows of, by what they are wanted for."""
-        config, wanted = self.config, {}
+        """Return the prompts that a batch is to have windows of, by what they are wanted for.
+
+        Raises:
+            ConfigError: training wants them, and there are none.
+        """
+        config = self.config
+        trains = config.prompt_loss > 0 or (config.enabled and config.source == "prompt")
         writes = config.enabled and (self._evaluates or config.source == "prompt")
-        if writes or config.prompt_loss > 0:
-            prompts = [torch.as_tensor(prompt_of(feature), dtype=torch.int64) for feature in features]
-            wanted |= {"window": prompts} if writes else {}
-            wanted |= {"prompt": prompts} if self._evaluates or config.prompt_loss > 0 else {}
+        if not (trains or writes):
+            return {}
+        prompts = [torch.as_tensor(prompt_of(feature), dtype=torch.int64) for feature in features]
+        if trains and not any(map(len, prompts)):
+            raise ConfigError(
+                f"AnchorTrajectoryCollator: examples without a prompt (fields: {', '.join(features[0])}); expected "
+                f"labels of -100 on it, or {PROMPT!r}, with memory.source: prompt and with memory.prompt_loss"
+            )
+        wanted = {"window": prompts} if writes else {}
+        if self._evaluates or config.prompt_loss > 0:
+            wanted["prompt"] = prompts
         if writes and all(OTHER_PROMPT in feature for feature in features):
             wanted["other"] = [torch.as_tensor(feature[OTHER_PROMPT], dtype=torch.int64) for feature in features]
         return wanted
@@ -124,16 +136,19 @@ class AnchorTrajectoryCollator(CollatorWrapper):
         """Return the trajectories of these texts' windows, and of one window of each prompt without inner states."""
         keys = noise.stream_keys(noise.example_keys(self.seed, self.epoch, examples), noise.PROMPT)
         batch: dict[str, Tensor] = {}
+        shift = self.bos_token_id is not None
         for use, rows in texts.items():
             windows = windows_of(rows, self.config.window)
             if use == "prompt":
                 drawn = noise.uniform(keys, noise.CHOICE, 1)[:, 0].tolist()
                 counts = [window_count(len(row), self.config.window) for row in rows]
                 chosen = [windows[int(u * n)][row] for row, (u, n) in enumerate(zip(drawn, counts, strict=True))]
-                batch |= window_trajectory(chosen, keys, replace(self.config, enabled=False)).to_batch("prompt_")
+                anchors = replace(self.config, enabled=False)
+                batch |= window_trajectory(chosen, keys, anchors, right_shift_logits=shift).to_batch("prompt_")
                 continue
             for number, parts in enumerate(windows):
-                batch |= window_trajectory(parts, keys, self.config, number).to_batch(f"{use}_{number}_")
+                trajectory = window_trajectory(parts, keys, self.config, number, shift)
+                batch |= trajectory.to_batch(f"{use}_{number}_")
         return batch
 
     def add_noise(self, batch: dict[str, Any], examples: Tensor) -> dict[str, Any]:

@@ -15,6 +15,9 @@ from ..method.bilevel import BilevelStep
 from ..method.losses import NORMS
 from .example_ids import with_example_ids, with_other_prompts
 
+#: The losses with φ of the own prompt, and of another one's.
+OF_PROMPTS = ("loss_memory_prompt", "loss_memory_other")
+
 
 class Evaluation(transformers.Trainer):
     """The losses of an evaluation. To be mixed in before dllm's trainer.
@@ -54,10 +57,11 @@ class Evaluation(transformers.Trainer):
         found: dict[str, Tensor] = {}
         if step.prompt is not None:
             found["prompt_nll"], found["prompt_masked"] = step.prompt_nll()
+            found["prompt_tokens"] = step.prompt.maskable.sum(-1)
         if self.memory is None:
             return found
         found["loss_memory_off"] = step.loss(step.model)[1]
-        for use, name in (("window", "loss_memory_prompt"), ("other", "loss_memory_other")):
+        for use, name in zip(("window", "other"), OF_PROMPTS, strict=True):
             if use == "window" and (self.memory_config.source, self.memory_config.scope) == ("prompt", "sample"):
                 found[name] = total
             elif windows := step.windows if use == "window" else self._windows(inputs, use):
@@ -75,10 +79,12 @@ class Evaluation(transformers.Trainer):
             share = (tokens / self.args.world_size).float().to(self.args.device)
             nll = (found["loss"].sum() / tokens).float().to(self.args.device)
             self.meter.update(split="eval", value=nll, weight=share)
-            prompts = {name: found.pop(name).sum().item() for name in ("prompt_nll", "prompt_masked") if name in found}
+            prompts = {name: found.pop(name).sum().item() for name in [*found] if name.startswith("prompt_")}
             losses = {name: NORMS[self.loss_norm_type](total, maskable).item() for name, total in found.items()}
             if prompts.get("prompt_masked"):
                 losses["prompt_nll"] = prompts["prompt_nll"] / prompts["prompt_masked"]
+            if not prompts.get("prompt_tokens"):  # there is no memory of them then
+                losses = {name: loss for name, loss in losses.items() if name not in OF_PROMPTS}
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in losses.items()})
         return output
 
@@ -104,7 +110,7 @@ def check_best_metric(
         return
     known = ["loss"]
     if memory.enabled:
-        known += ["loss_memory_off", "loss_memory_prompt", "loss_memory_other"]
+        known += ["loss_memory_off", *OF_PROMPTS]
     if memory.enabled or memory.prompt_loss > 0:
         known.append("prompt_nll")
     if args.metric_for_best_model.removeprefix("eval_") not in known:

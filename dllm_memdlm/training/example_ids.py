@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import datasets
@@ -15,37 +15,33 @@ EXAMPLE_ID = "example_id"
 PROMPT, OTHER_PROMPT = "prompt_ids", "other_prompt_ids"
 
 
-class _Numbered(Dataset):
-    """A map-style dataset whose items carry their index."""
+class _With(Dataset):
+    """A map-style dataset whose items carry more: what `more` says of the dataset and an index."""
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.dataset[index], EXAMPLE_ID: index}
-
-
-class _WithOthers(Dataset):
-    """A map-style dataset whose items carry the prompt of the next one."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Any, more: Callable[[Any, int], dict[str, Any]]) -> None:
+        self.dataset, self.more = dataset, more
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.dataset[index], OTHER_PROMPT: prompt_of(self.dataset[(index + 1) % len(self)])}
+        return {**self.dataset[index], **self.more(self.dataset, index)}
+
+
+def _number(dataset: Any, index: int) -> dict[str, Any]:
+    return {EXAMPLE_ID: index}
+
+
+def _other_prompt(dataset: Any, index: int) -> dict[str, Any]:
+    return {OTHER_PROMPT: prompt_of(dataset[(index + 1) % len(dataset)])}
 
 
 def with_other_prompts(dataset: Any) -> Any:
-    """The dataset of `with_example_ids`, each example with the prompt of another; a streaming one stays as it is."""
+    """The dataset of `with_example_ids`, each example with the next one's prompt; a streaming one stays as it is."""
     if isinstance(dataset, dict):
         return {name: with_other_prompts(part) for name, part in dataset.items()}
-    return _WithOthers(dataset) if isinstance(dataset, (datasets.Dataset, _Numbered)) else dataset
+    without = isinstance(dataset, datasets.Dataset) or (isinstance(dataset, _With) and dataset.more is _number)
+    return _With(dataset, _other_prompt) if without else dataset
 
 
 def prompt_of(example: Mapping[str, Any]) -> list[int]:
@@ -61,7 +57,7 @@ def with_example_ids(dataset: Any) -> Any:
 
     Takes a `datasets` dataset, streaming ones too, any map-style dataset, a dict of them, or none.
     """
-    if dataset is None or isinstance(dataset, (str, _Numbered, _WithOthers)):
+    if dataset is None or isinstance(dataset, (str, _With)):
         return dataset
     if isinstance(dataset, datasets.IterableDataset):
         return dataset.map(lambda row, index: {EXAMPLE_ID: index}, with_indices=True)
@@ -69,7 +65,7 @@ def with_example_ids(dataset: Any) -> Any:
         return dataset if EXAMPLE_ID in dataset.column_names else dataset.add_column(EXAMPLE_ID, range(len(dataset)))
     if isinstance(dataset, dict):
         return {name: with_example_ids(part) for name, part in dataset.items()}
-    return _Numbered(dataset)
+    return _With(dataset, _number)
 
 
 def digest_of(rows: datasets.Dataset) -> str:
@@ -85,7 +81,7 @@ def digest_of(rows: datasets.Dataset) -> str:
 
 def lengths_of(dataset: Any) -> list[int]:
     """Tokens of every example of a map-style dataset."""
-    if isinstance(dataset, _WithOthers):
+    while isinstance(dataset, _With):
         dataset = dataset.dataset
     rows = dataset["input_ids"] if isinstance(dataset, datasets.Dataset) else (row["input_ids"] for row in dataset)
     return [len(row) for row in rows]

@@ -13,7 +13,7 @@ from steps import OF_PROMPTS, OFF, SMALL, Step, flat, memory_for
 from torch import Tensor
 
 from benchmarks.naive_experts import plain_experts
-from dllm_memdlm.config import MemoryConfig
+from dllm_memdlm.config import ConfigError, MemoryConfig
 from dllm_memdlm.method import noise
 from dllm_memdlm.method.fast_weights import FastWeights
 from dllm_memdlm.method.reference import adapted, full_forward, mdlm_loss, write_naively
@@ -176,3 +176,24 @@ def test_noise_of_windows_is_their_own():
     config = MemoryConfig(strategy="cover", steps=2)
     first, second = (window_trajectory(texts, keys, config, n) for n in (0, 1))
     assert torch.equal(first.noise_keys, keys) and not torch.equal(first.inner_masks, second.inner_masks)
+
+
+def test_the_first_token_of_a_window_is_not_predicted_from_its_own_place():
+    texts, keys = [torch.arange(3, 40), torch.arange(3, 9)], torch.tensor([3, 4])
+    config = MemoryConfig(strategy="cover", steps=2)
+    plain, shifted = (window_trajectory(texts, keys, config, 0, shift) for shift in (False, True))
+    assert plain.maskable[:, 0].all() and torch.equal(plain.attention_mask, shifted.attention_mask)
+    assert torch.equal(plain.maskable[:, 1:], shifted.maskable[:, 1:]) and not shifted.maskable[:, 0].any()
+    assert not shifted.inner_masks[..., 0].any() and not shifted.anchor_mask[:, 0].any()
+
+
+def test_examples_without_prompts(tokenizer, tmp_path):
+    """Training on prompts says so; an evaluation leaves the losses of prompts out."""
+    rows = [{**row, "labels": row["input_ids"]} for row in examples(3)]
+    for changes in ({"source": "prompt"}, {"prompt_loss": 0.3}):
+        trainer = make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama", **changes), rows)
+        with pytest.raises(ConfigError, match=r"^AnchorTrajectoryCollator: examples without a prompt .*'prompt_ids'"):
+            train_batch(trainer)
+    trainer = make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama"), rows, eval_data=rows)
+    losses = {name for name in trainer.evaluate() if "loss" in name or name.endswith("prompt_nll")}
+    assert losses == {"eval_loss", "eval_loss_memory_off"}

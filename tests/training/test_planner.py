@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from conftest import ARCHITECTURES
 from measured import held_storage, measure, measure_rank, trainer_of
 from processes import launch
+from steps import OF_PROMPTS
 from torch.utils.flop_counter import FlopCounterMode
 
 from dllm_memdlm.backbones import config_of, load_model
@@ -78,6 +80,7 @@ def assert_within(request, record_property) -> Callable[[Plan, int, float], None
         ("llada_moe", True, True, {"gradient_checkpointing": True}),
         ("llada2", False, False, {"gradient_checkpointing": True}),
         ("llada2", True, {"objective": "kl"}, {}),
+        ("llada2", False, {**OF_PROMPTS, "window": LENGTH // 4}, {"gradient_checkpointing": True}),
         ("llada2", False, True, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}),
         ("llama", False, {"layer_fraction": 1.0}, {"bf16": True}),
         ("llama", True, False, {"gradient_checkpointing": True, "bf16": True}),
@@ -100,6 +103,16 @@ def test_the_peak_with_a_base_in_4_bit(tmp_path, assert_within):
     model = {"path": str(tmp_path / "base"), "load_in_4bit": True}
     recipe = build_recipe({**recipe.values, "model": model}, str(tmp_path / "run"))
     assert_within(plan_of(recipe), measure(lambda: trainer_of(copy.deepcopy(recipe), RESPONSE)), 0.03)
+
+
+def test_a_prompt_that_is_cut_counts_as_one_window(tmp_path):
+    """However long a window is beside what the model sees."""
+    plans = {}
+    for window, visible in ((8, None), (8, 4), (8 * LENGTH, 4)):
+        recipe = recipe_of("llama", tmp_path, memory={**OF_PROMPTS, "window": window})
+        plans[window, visible] = plan_of(replace(recipe, data=replace(recipe.data, visible=visible)))
+    whole, short, long = plans.values()
+    assert short.peak < long.peak and short.flops_memdlm < min(long.flops_memdlm, whole.flops_memdlm)
 
 
 @pytest.mark.distributed

@@ -116,10 +116,9 @@ def make_plans(
     """Return the plans of a recipe without memory and with it, by whether it has one.
 
     All examples are taken to be of `data.max_length` tokens, and the last `response_share` of each, or all of it where
-    the prompt is masked too, to be masked whole, as it is at worst. With `data.visible` a prompt
-    counts as one window, and as what is seen of it where it is read whole: other windows take time, but no more bytes.
-    cuda and cpu differ
-    in what autocast and dropout keep: `device` says whose way is followed. `model`, if it is there already, is used up.
+    the prompt is masked too, to be masked whole, as it is at worst. With `data.visible` a prompt counts as one window,
+    and as what is seen of it where it is read whole: other windows take time, but no more bytes. cuda and cpu differ in
+    what autocast and dropout keep: `device` says whose way is followed. `model`, if it is there already, is used up.
     """
     args, model = recipe.training, shape_model(recipe, config) if model is None else model
     engine = "none" if gpus == 1 else "ddp" if args.engine == "auto" else args.engine
