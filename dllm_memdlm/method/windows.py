@@ -56,7 +56,6 @@ def window_trajectory(
         keys = noise.stream_keys(keys, noise.WINDOWS + number)
     trajectory = prompt_trajectory(ids, maskable, keys, config)
     if not own.all():
-        own[:, 0] = True  # of an empty row, too: attention to nothing has no value
         trajectory.attention_mask = own
     return trajectory
 
