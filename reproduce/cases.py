@@ -13,8 +13,8 @@ import yaml
 from dllm_memdlm.config import ConfigError
 
 from .logs import logged
-from .scales import MDLM, MEMDLM, MODELS, RECIPES, Model, Scale, differences
-from .scores import ABLATED, ANCHORED, RETRIEVAL, RULER_OFFLINE, TABLES, Task, read_json
+from .scales import CONTROLLED, MDLM, MEMDLM, MODELS, RECIPES, Model, Scale, differences
+from .scores import ABLATED, ANCHORED, RETRIEVAL, RULER_OFFLINE, TABLES, PlantedWords, Task, read_json
 from .steps import Step
 
 PAPER = yaml.safe_load(Path(__file__).with_name("paper.yaml").read_text(encoding="utf-8"))
@@ -33,21 +33,33 @@ def points_of(cases: Sequence[Case]) -> list[dict[str, Any]]:
     return [{**labels, "run": str(step.folder), **point} for labels, step, read in cases for point in read(step.folder)]
 
 
-def scored(task: Task, scale: Scale, labels: dict[str, Any], model: Model, memory: bool, *settings: str) -> Case:
-    return Case(labels, task.step(scale, model, memory, *settings), task.read)
+def scored(task: Task, scale: Scale, labels: dict[str, Any], model: Model, whose: str, *settings: str) -> Case:
+    return Case(labels, task.step(scale, model, whose, *settings), task.read)
 
 
-#: What figure 4 shows of a run.
-LOSSES = ("loss", "eval_loss", "loss_memory_off", "eval_loss_memory_off")
+def compared(task: Task) -> dict[str, tuple[str, str]]:
+    """The models that a task is asked of: lm-eval knows no memory of another text."""
+    return CONTROLLED if isinstance(task, PlantedWords) else MODELS
+
+
+#: The losses of an evaluation with memory.
+EVALUATED = ("eval_loss", "eval_loss_memory_off", "eval_loss_memory_prompt", "eval_loss_memory_other")
 
 
 def pairs(scale: Scale) -> Iterator[Case]:
-    """Both methods on each backbone, seeds outermost, so that what is there early is a whole set."""
+    """Both methods on each backbone, seeds outermost, so that what is there early is a whole set.
+
+    MemDLM with its recipe's inner learning rate, and with the paper's where that is another one.
+    """
+    read = partial(logged, keys=("loss", "loss_memory_off", *EVALUATED, "eval_prompt_nll"))
     for seed in scale.seeds:
         for backbone in scale.backbones:
-            for method in (MDLM, MEMDLM):
-                labels = {"backbone": backbone.title, "method": method, "seed": seed}
-                yield Case(labels, scale.run(backbone, method, seed), partial(logged, keys=LOSSES))
+            labels, (rate, *others) = {"backbone": backbone.title, "seed": seed}, scale.rates(backbone)
+            yield Case({**labels, "method": MDLM}, scale.run(backbone, MDLM, seed), read)
+            yield Case({**labels, "method": MEMDLM, "rate": rate}, scale.run(backbone, MEMDLM, seed), read)
+            for other in others:
+                run = scale.run(backbone, "paper_rate", seed, **{"memory.inner_lr": other})
+                yield Case({**labels, "method": MEMDLM, "rate": other}, run, read)
 
 
 #: The model before fine-tuning, which has no seed.
@@ -59,10 +71,10 @@ def by_length(scale: Scale) -> Iterator[Case]:
     for backbone in scale.backbones:
         labels = {"backbone": backbone.title, "model": BEFORE, "seed": None}
         for task in RETRIEVAL[scale.name]:
-            yield scored(task, scale, labels, scale.untuned(backbone), False)
-    for labels, model, memory in scale.cases(scale.backbones):
-        for task in RETRIEVAL[scale.name]:
-            yield scored(task, scale, labels, model, memory)
+            yield scored(task, scale, labels, scale.untuned(backbone), "none")
+    for task in RETRIEVAL[scale.name]:
+        for labels, model, whose in scale.cases(scale.backbones, compared(task)):
+            yield scored(task, scale, labels, model, whose)
 
 
 def by_ratio(scale: Scale) -> Iterator[Case]:
@@ -72,7 +84,10 @@ def by_ratio(scale: Scale) -> Iterator[Case]:
             # The default is scored for figure 3 too, by the same command
             settings = [] if ratio == PAPER["anchor_ratios"][0] else [f"memory_anchor_ratio={ratio}"]
             for task in ANCHORED[scale.name]:
-                yield scored(task, scale, {"ratio": ratio, "seed": seed}, model, True, *settings)
+                for label, (_, whose) in compared(task).items():
+                    if whose != "none":
+                        labels = {"model": label, "ratio": ratio, "seed": seed}
+                        yield scored(task, scale, labels, model, whose, *settings)
 
 
 #: Of denoising; the responses at CPU scale are short.
@@ -84,11 +99,10 @@ def exposed(scale: Scale) -> Iterator[Case]:
         found = read_json(folder / "scores.json")
         return ({"examples": found["examples"], **step} for step in found["steps"])
 
-    for labels, model, memory in scale.cases(scale.backbones):
-        arguments = [*["--memory"] * memory, "--examples", str(scale.questions)]
-        arguments += ["--steps", str(DENOISING_STEPS[scale.name])]
-        name, module = f"exposure-{'on' if memory else 'off'}", "dllm_memdlm.evaluation.exposure_bias"
-        yield Case(labels, scale.evaluated(name, model, module, arguments), read)
+    for labels, model, whose in scale.cases(scale.backbones, CONTROLLED):
+        arguments = ["--whose", whose, "--examples", str(scale.questions), "--steps", str(DENOISING_STEPS[scale.name])]
+        module = "dllm_memdlm.evaluation.exposure_bias"
+        yield Case(labels, scale.evaluated(f"exposure-{whose}", model, module, arguments), read)
 
 
 @cache
@@ -101,14 +115,14 @@ def variants() -> dict[str, dict[str, Any]]:
 
 def ablated(scale: Scale) -> Iterator[Case]:
     """Scored as in the paper: what was trained with memory has it at inference too."""
-    keys, task = ("eval_loss", "eval_loss_memory_off"), ABLATED[scale.name]
+    task = ABLATED[scale.name]
     for seed in scale.seeds:
         for method, changes in variants().items():
             labels = {"method": method, "seed": seed}
             run = scale.run(scale.backbones[0], method, seed, **{**scale.shorter, **changes})
             norms = ("inner_grad_norm_1", "inner_grad_norm_2") if method == MEMDLM else ()
-            yield Case(labels, run, partial(logged, keys=(*keys, *norms)))
-            yield scored(task, scale, labels, Model.of(run), method != MDLM)
+            yield Case(labels, run, partial(logged, keys=(*EVALUATED, *norms)))
+            yield scored(task, scale, labels, Model.of(run), "none" if method == MDLM else "own")
 
 
 #: What is trained, its label, and the settings that differ from the base's recipe, which is plain MDLM.
@@ -124,9 +138,10 @@ def from_scratch(scale: Scale) -> Iterator[Case]:
     backbone = scale.backbones[0]
     if backbone.convert or not backbone.base:
         raise ConfigError(f"--scale {scale.name}: starts from pretrained weights; expected cpu for dropout")
+    first = backbone._replace(base=backbone.base[:1])
     for seed in scale.seeds:
         for case, (_, changes) in DROPOUTS.items():
-            run = scale.base(backbone, seed, f"scratch-{case}", **SHORTER, **changes)
+            run = scale.base(first, seed, f"scratch-{case}", **SHORTER, **changes)
             yield Case({"case": case, "seed": seed}, run, partial(logged, keys=("eval_loss", "eval_loss_memory_off")))
 
 
@@ -139,6 +154,6 @@ def table(name: str, scale: Scale) -> Iterator[Case]:
     tasks = TABLES[name] if scale.name == "paper" else (RULER_OFFLINE[scale.name],)
     few = scale if scale.name == "paper" else replace(scale, seeds=scale.seeds[:1])
     backbones = [b for b in scale.backbones if scale.name != "paper" or b.title in PAPER[name]]
-    for labels, model, memory in few.cases(backbones):
+    for labels, model, whose in few.cases(backbones):
         for task in tasks:
-            yield scored(task, scale, {**labels, "model": TABLE_ROWS[labels["model"]]}, model, memory)
+            yield scored(task, scale, {**labels, "model": TABLE_ROWS[labels["model"]]}, model, whose)

@@ -12,16 +12,13 @@ import pandas as pd
 from benchmarks.report import Section
 from dllm_memdlm.config import ConfigError
 
-from .cases import Case, scored
+from .cases import EVALUATED, Case, scored
 from .draw import Drawn
 from .logs import last, logged, said
 from .needle import PLACES
 from .plots import columns, grid, line, save
 from .scales import MDLM, MEMDLM, Model, Scale
 from .scores import DOCUMENTS, without_memory
-
-#: The losses of an evaluation with memory, beside `eval_loss`.
-LOSSES = ("loss_memory_off", "loss_memory_prompt", "loss_memory_other")
 
 #: Ways to train for documents that are longer than what a model sees: the recipe, and what differs in it.
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -38,13 +35,14 @@ WHOSE = {"none": "none", "other": "another text's", "own": "its own"}
 
 def cases(scale: Scale) -> Iterator[Case]:
     if scale.documents is None:
-        raise ConfigError(f"--scale {scale.name}: has no recipe for documents; expected cpu")
-    keys = [f"eval_{key}" for key in ("loss", *LOSSES, "prompt_nll")]
+        raise ConfigError(f"--scale {scale.name}: has no recipe for documents; expected cpu or small")
+    read = partial(logged, keys=(*EVALUATED, "eval_prompt_nll"))
     for seed in scale.seeds:
         for way, (method, changes) in WAYS.items():
             run, labels = scale.run(scale.documents, method, seed, **changes), {"way": way, "seed": seed}
-            yield Case(labels, run, partial(logged, keys=keys))
-            yield scored(DOCUMENTS[scale.name], scale, labels, Model.of(run), True)
+            yield Case(labels, run, read)
+            for whose in WHOSE:
+                yield scored(DOCUMENTS[scale.name], scale, {**labels, "whose": whose}, Model.of(run), whose)
 
 
 #: The curves of the picture of documents: of the model that writes on prompts, and of plain MDLM.

@@ -10,10 +10,10 @@ import pandas as pd
 
 from benchmarks.report import Section
 
-from .cases import BEFORE, DENOISING_STEPS, DROPOUTS, PAPER, SHORTER
+from .cases import BEFORE, DENOISING_STEPS, DROPOUTS, EVALUATED, PAPER, SHORTER
 from .logs import against, first_step_at, last, said, tail
 from .plots import BLUE, DISCARDED, LIGHT, ORANGE, bars, grid, line, save
-from .scales import MDLM, MEMDLM, MODELS, Scale
+from .scales import MDLM, MEMDLM, Scale
 from .scores import ABLATED, ANCHORED, RETRIEVAL, RULER_OFFLINE, without_memory
 
 
@@ -26,7 +26,13 @@ class Drawn(NamedTuple):
 
 
 #: The curves of figure 4: the method that was trained, and the name of the losses in its logs.
-CURVES = {"MDLM": (MDLM, "loss"), "MemDLM": (MEMDLM, "loss"), DISCARDED: (MEMDLM, "loss_memory_off")}
+CURVES = {
+    "MDLM": (MDLM, "loss"),
+    "MemDLM": (MEMDLM, "loss"),
+    DISCARDED: (MEMDLM, "loss_memory_off"),
+    "MemDLM, φ of the prompt": (MEMDLM, "loss_memory_prompt"),
+    "MemDLM, φ of another prompt": (MEMDLM, "loss_memory_other"),
+}
 
 
 def curves(row: Sequence[Any], title: str, points: pd.DataFrame) -> None:
@@ -48,21 +54,24 @@ def curves(row: Sequence[Any], title: str, points: pd.DataFrame) -> None:
 
 
 def dynamics(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
-    figure, axes = grid(len(scale.backbones), 3)
+    panels = [(backbone.title, rate) for backbone in scale.backbones for rate in scale.rates(backbone)]
+    figure, axes = grid(len(panels), 3)
     rows = []
-    for row, backbone in zip(axes, scale.backbones, strict=True):
-        own = points[points.backbone == backbone.title]
-        curves(row, backbone.title, own)
-        mdlms = last(own[own.method == MDLM], "eval_loss")
+    for row, (title, rate) in zip(axes, panels, strict=True):
+        own = points[(points.backbone == title) & (points.rate.isna() | (points.rate == rate))]
+        title = f"{title}, inner lr {rate:g}"
+        curves(row, title, own)
+        mdlms, prompts = last(own[own.method == MDLM], "eval_loss"), last(own, "eval_prompt_nll")
         for label, (method, key) in CURVES.items():
             of_method = own[own.method == method]
-            ends, more = last(of_method, f"eval_{key}"), ("-", "-")
+            ends, trained, more = last(of_method, f"eval_{key}"), tail(of_method, key), ("-", "-")
             if method != MDLM:
                 evals = of_method[of_method.loss == f"eval_{key}"]
                 found = [first_step_at(c.set_index("step").value, mdlms[seed]) for seed, c in evals.groupby("seed")]
                 reached = ", ".join("not reached" if step is None else f"{step:.0f}" for step in found)
                 more = (said(ends - mdlms, 4, sign=True), reached)
-            rows.append([backbone.title, label, said(tail(of_method, key)), said(ends), *more])
+            rows.append([title, label, said(trained) if len(trained) else "-", said(ends), *more])
+        rows.append([title, "prompt NLL, without φ (nats)", "-", said(prompts), "-", "-"])
     save(figure, picture)
     columns = ("backbone", "curve", "train loss, last tenth", "final eval loss", "− MDLM's", "steps to MDLM's end")
     return Drawn(
@@ -70,8 +79,9 @@ def dynamics(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
             "MDLM and MemDLM start from the same weights and see the same examples under the same masks, in the same "
             "order. The seed decides order, masks and the LoRA's first weights.",
             "MemDLM's loss is computed with fast weights that have just been fitted to the tokens being scored. The "
-            "third curve, which the paper does not draw, has the same slow weights with the fast weights discarded: it "
-            "is the one to compare with MDLM.",
+            "other curves, which the paper does not draw, are of the same slow weights: with the fast weights "
+            "discarded, the one to compare with MDLM; with fast weights written on the prompt alone, as in use; and on "
+            "another example's prompt, the control.",
             PAPER["finds"]["figure4"],
         ],
         [Section("Losses (nats), mean ± standard deviation over the seeds", [*columns], rows=rows)],
@@ -88,7 +98,7 @@ def by_length(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
         above.set(title=backbone.title, xlabel="length of the text", ylabel="right answers (%)")
         below.set(xlabel="length of the text", ylabel="right answers − MDLM's (points)")
         below.axhline(0, color="black", linewidth=0.8)
-        for label in (BEFORE, *MODELS):
+        for label in own.model.unique():
             of_model = own[own.model == label]
             line(above, of_model, "column", "score", label)
             if label not in (BEFORE, "MDLM"):
@@ -109,26 +119,25 @@ def by_length(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
 
 
 def by_ratio(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
-    figure, ((ax,),) = grid(1, 1)
-    ax.set(title=scale.backbones[0].title, xlabel="masked ratio of the anchor", ylabel="right answers (%)")
-    columns = list(points.column.unique())
-    for column in columns:
-        line(ax, points[points.column == column], "ratio", "score", column)
+    models, columns, rows = points.model.unique(), list(points.column.unique()), []
+    figure, (row,) = grid(1, len(models), sharey=True)
+    for ax, model in zip(row, models, strict=True):
+        ax.set(title=model, xlabel="masked ratio of the anchor", ylabel="right answers (%)")
+        for column in columns:
+            line(ax, points[(points.column == column) & (points.model == model)], "ratio", "score", column)
     save(figure, picture)
-    means = points.groupby(["column", "ratio"]).score.mean().unstack()
+    means = points[points.model == models[0]].groupby(["column", "ratio"]).score.mean().unstack()
     moved = (means.max(axis=1) - means.min(axis=1)).sort_values()
-    rows = [
-        [f"{ratio:g}", *(said(own[own.column == column].score, 1) for column in columns)]
-        for ratio, own in points.groupby("ratio")
-    ]
+    for (model, ratio), own in points.groupby(["model", "ratio"], sort=False):
+        rows.append([model, f"{ratio:g}", *(said(own[own.column == column].score, 1) for column in columns)])
     return Drawn(
         [
-            f"{scale.backbones[0].title}, trained with memory and with it on; asked: "
+            f"{scale.backbones[0].title}, trained with memory; asked: "
             f"{ANCHORED[scale.name][0].asked(scale)}, at each length.",
             f"{PAPER['finds']['figure7']} Ours differ by at most {moved.iloc[-1]:.1f} points, at {moved.index[-1]}.",
             *without_memory(map(Path, points.run)),
         ],
-        [Section("%, mean ± standard deviation over the seeds", ["ratio", *columns], rows=rows)],
+        [Section("%, mean ± standard deviation over the seeds", ["model", "ratio", *columns], rows=rows)],
         "Share of right answers. Band: a standard deviation over the seeds.",
     )
 
@@ -146,7 +155,7 @@ def exposed(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
     steps = DENOISING_STEPS[scale.name]
     rows, shown = [], [steps // 4, steps // 2, 3 * steps // 4, steps - 1]
     for row, backbone in zip(axes, scale.backbones, strict=True):
-        for label in MODELS:
+        for label in points.model.unique():
             own = points[(points.backbone == backbone.title) & (points.model == label)]
             for ax, (measure, name) in zip(row, MEASURES.items(), strict=True):
                 line(ax, own, "step", measure, label)
@@ -179,17 +188,15 @@ def ablated(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
     groups, task = PAPER["ablations"], ABLATED[scale.name]
     by_method = dict(list(points.groupby("method")))
     mdlm_loss = last(by_method[MDLM], "eval_loss")
-    losses = {  # less MDLM's, in the order of the panels; MDLM has none without fast weights
-        method: [
-            last(own, key if method != MDLM else "eval_loss") - mdlm_loss
-            for key in ("eval_loss_memory_off", "eval_loss")
-        ]
-        for method, own in by_method.items()
-    }
+    losses = {}  # in the order of the panels: less MDLM's, which has none with fast weights; less the control's
+    for method, own in by_method.items():
+        ends = {key: mdlm_loss if method == MDLM else last(own, key) for key in EVALUATED}
+        on, off, prompt, other = ends.values()
+        losses[method] = [off - mdlm_loss, on - mdlm_loss, prompt - other]
     scores = {method: own.groupby("seed").score.mean() for method, own in by_method.items()}
     printed = {method: score for group in groups.values() for _, method, score in group if score is not None}
     heights = [len(group) + 1.6 for group in groups.values()]
-    figure, axes = grid(len(groups), 4, (3.1, 0.3 * sum(heights) / len(groups)), height_ratios=heights)
+    figure, axes = grid(len(groups), 5, (2.9, 0.3 * sum(heights) / len(groups)), height_ratios=heights)
     rows = []
     for row, (title, group) in zip(axes, groups.items(), strict=True):
         names, methods = [label for label, *_ in group], [method for _, method, _ in group]
@@ -199,6 +206,7 @@ def ablated(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
             (f"ours: {', '.join(task.columns)} − MDLM's (points)", BLUE, [scores[m] - scores[MDLM] for m in methods]),
             ("eval loss − MDLM's, φ discarded (10⁻³ nats)", ORANGE, [1e3 * losses[m][0] for m in methods]),
             ("eval loss − MDLM's, φ in place (10⁻³ nats)", BLUE, [1e3 * losses[m][1] for m in methods]),
+            ("eval loss, φ of the prompt − of another (10⁻³)", ORANGE, [1e3 * losses[m][2] for m in methods]),
         ]
         for ax, (axis, color, values) in zip(row, panels, strict=True):
             bars(ax, names if ax is row[0] else [""] * len(names), values, color)
@@ -209,19 +217,21 @@ def ablated(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
             same = "-"
             if score is not None and method != MEMDLM:
                 same = f"{(leads * (printed[MEMDLM] - score) > 0).sum()} of {len(leads)}"
-            less = ["-", "-"] if method == MDLM else [said(values, 4, sign=True) for values in losses[method]]
+            less = ["-"] * 3 if method == MDLM else [said(values, 4, sign=True) for values in losses[method]]
             rows.append([title, label, "-" if score is None else f"{score:.1f}", said(scores[method], 1), same, *less])
     save(figure, picture)
     norms = points[points.loss.isin(["inner_grad_norm_1", "inner_grad_norm_2"])].value
     steps = f" in {scale.shorter['training.max_steps']} steps" if scale.shorter else ""
     columns = ["ablation", "variant", "the paper: BABILong-1K, %", "ours: retrieval, %", "seeds with the paper's order"]
     columns += ["eval loss, φ discarded, − MDLM's", "eval loss, φ in place, − MDLM's"]
+    columns += ["eval loss, φ of the prompt − of another prompt"]
     return Drawn(
         [
             f"{scale.backbones[0].title}, fine-tuned{steps} from the same weights for each variant and seed; scored on "
             f"{task.asked(scale)} ({', '.join(task.columns)}), those trained with memory with it on, and by the loss "
             "on held-out examples, compared with MDLM's of the same seed, which saw the same examples under the same "
-            "masks. The paper's order: whether the default (MemDLM) is above or below the variant.",
+            "masks. The last column is the memory as it is used, against its control. The paper's order: whether the "
+            "default (MemDLM) is above or below the variant.",
             f"The gradients of MemDLM's inner steps have a norm of {norms.median():.2g} in the median and at most "
             f"{norms.max():.2g}, all fast weights of a sample together, in the mean of a batch. Only what is above a "
             "clip is clipped.",

@@ -26,8 +26,8 @@ class Figure(NamedTuple):
     draw: Callable[[Scale, pd.DataFrame, Path], Drawn]  #: the points of the cases, to a PNG file
 
 
-#: Ours, which are run at no other scale.
-CPU_ALONE = ("documents", "dropout")
+#: Ours, and the scales that have them.
+OURS = {"documents": ("cpu", "small"), "dropout": ("cpu",)}
 
 FIGURES = {
     "figure3": Figure("Before and after fine-tuning, by context length (figure 3)", cases.by_length, draw.by_length),

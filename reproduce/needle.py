@@ -25,7 +25,7 @@ from rich.table import Table
 
 from dllm_memdlm.cli import exit_code
 from dllm_memdlm.config import ConfigError, DataConfig
-from dllm_memdlm.evaluation.command import finish, of_a_run, read
+from dllm_memdlm.evaluation.command import WHOSE, finish, of_a_run, read
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,8 +52,6 @@ VALUES = {key: tuple(values) for key, *values in map(str.split, TABLE.splitlines
 
 NEEDLES = 8  #: in a text
 NEEDLE = "The {} is {}."  #: the sentence of each
-#: The memory that is in place: the control, `other`, is of the next text, whose values are others.
-WHOSE = ("none", "other", "own")
 PLACES = ("visible", "hidden")  #: where a needle is for a model that sees the end of a text
 SHORTEST = NEEDLES * len(NEEDLE.split())  #: words of a text that has room for them
 

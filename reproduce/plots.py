@@ -26,6 +26,9 @@ STYLES: dict[str, dict[str, Any]] = {
     DISCARDED: {"color": ORANGE, "linestyle": "--"},
     "MemDLM, memory off": {"color": ORANGE, "linestyle": "--", "zorder": 3},  # seen where the next one covers it
     "MemDLM, memory on": {"color": BLUE},
+    "MemDLM, φ of the prompt": {"color": "#009e73"},
+    "MemDLM, φ of another prompt": {"color": "#cc79a7", "linestyle": ":"},
+    "MemDLM, another text's memory": {"color": "#cc79a7", "linestyle": ":"},
 }
 OTHERS = (BLUE, "#e69f00", "#009e73", "#cc79a7", ORANGE, "#56b4e9")
 

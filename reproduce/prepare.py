@@ -19,7 +19,7 @@ from typing import Any
 from dllm_memdlm.cli import exit_code
 from dllm_memdlm.config import ConfigError
 
-from .needle import plant
+from .needle import first_words, plant
 
 Row = dict[str, Any]
 
@@ -65,6 +65,18 @@ def needles(row: Row, lengths: Sequence[int]) -> Row:
     return {"instruction": planted.prompt, "output": planted.response, "haystack": "\n".join(haystack)}
 
 
+def needles_and_texts(row: Row) -> Row:
+    """Plant needles in a short text, or, of every fourth row, ask for how a text of 120 words goes on.
+
+    What trains on it learns where words are in short texts alone, and to denoise longer ones, as pretraining does.
+    """
+    haystack = [sentence for _, sentences in paragraphs(row) for sentence in sentences]
+    if random.Random(f"kind {haystack}").randrange(4):
+        return needles(row, (32, 32, 64))
+    words = " ".join(first_words(haystack, 120)).split()
+    return {"instruction": " ".join(words[:104]), "output": " ".join(words[104:]), "haystack": "\n".join(haystack)}
+
+
 def paragraphs(row: Row) -> list[tuple[str, list[str]]]:
     """Return the title and the stripped sentences of each paragraph."""
     return [(title, [sentence.strip() for sentence in sentences]) for title, sentences in row["context"]]
@@ -76,8 +88,10 @@ FILES: dict[str, Callable[[Row], Row]] = {
     "hotpotqa-all": partial(question, every=True),
     "hotpotqa-texts": text,
     "needles-32-64": partial(needles, lengths=(32, 32, 32, 64)),  # 32 are the needles alone, which are learned fast
+    "needles-32-64-texts": needles_and_texts,
     "needles-120": partial(needles, lengths=(120,)),
     "needles-40": partial(needles, lengths=(40,)),
+    "needles-1000": partial(needles, lengths=(1000,)),
 }
 
 

@@ -23,8 +23,12 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 #: The two methods, by the name of their runs.
 MDLM, MEMDLM = "mdlm", "memdlm"
 
-#: The models that are compared: the method they were trained with, and whether they adapt to what they are asked.
-MODELS = {"MDLM": (MDLM, False), "MemDLM, memory off": (MEMDLM, False), "MemDLM, memory on": (MEMDLM, True)}
+#: The models that are compared: the method they were trained with, and whose memory they have when they are asked.
+MODELS = {"MDLM": (MDLM, "none"), "MemDLM, memory off": (MEMDLM, "none"), "MemDLM, memory on": (MEMDLM, "own")}
+#: With the control, where it can be had: what the memory of another text does as well is not remembered.
+CONTROLLED = MODELS | {"MemDLM, another text's memory": (MEMDLM, "other")}
+#: The paper's inner learning rate.
+PAPER_RATE = 0.1
 
 
 class Backbone(NamedTuple):
@@ -96,13 +100,20 @@ class Scale:
         recipe = backbone.recipe + "_mdlm" * (method == MDLM)
         return self._trained(f"{backbone.key}/{method}", recipe, start, changes, seed, before)
 
-    def cases(self, backbones: Sequence[Backbone]) -> Iterator[tuple[dict[str, Any], Model, bool]]:
+    def cases(
+        self, backbones: Sequence[Backbone], models: Mapping[str, tuple[str, str]] = MODELS
+    ) -> Iterator[tuple[dict[str, Any], Model, str]]:
         """The models that are compared: labels, model, memory at inference. Seeds outermost: early on, whole sets."""
         for seed in self.seeds:
             for backbone in backbones:
-                for label, (method, memory) in MODELS.items():
+                for label, (method, whose) in models.items():
                     labels = {"backbone": backbone.title, "model": label, "seed": seed}
-                    yield labels, Model.of(self.run(backbone, method, seed)), memory
+                    yield labels, Model.of(self.run(backbone, method, seed)), whose
+
+    def rates(self, backbone: Backbone) -> tuple[float, ...]:
+        """The inner learning rates that MemDLM is trained with: the recipe's, and the paper's where it is another."""
+        memory = settings_of(RECIPES / f"{backbone.recipe}.yaml", self.settings)["memory"]
+        return tuple(dict.fromkeys((memory.get("inner_lr", PAPER_RATE), PAPER_RATE)))
 
     def untuned(self, backbone: Backbone) -> Model:
         """The model before fine-tuning."""
@@ -162,14 +173,14 @@ _ON_GPUS: dict[str, Any] = {
 CPU = Scale(
     name="cpu",
     about="Models of 0.7 (LLaDA-MoE) and 0.6 million parameters (LLaDA2.1), trained here to find eight words planted "
-    "in a short text, and then fine-tuned to find them in longer ones; the inner loop is the paper's. This shows that "
-    "the method runs as described and which way it moves such models. It cannot say how models of billions of "
-    "parameters fare, on natural tasks, or at the paper's lengths.",
+    "in a short text and to denoise texts, and then fine-tuned to find the words in longer ones. This shows that the "
+    "method runs as described and which way it moves such models. It cannot say how models of billions of parameters "
+    "fare, on natural tasks, or at the paper's lengths.",
     backbones=(
-        Backbone("LLaDA-MoE", "cpu/llada_moe", ("cpu/llada_moe_base",)),
-        Backbone("LLaDA2.1", "cpu/llada2", ("cpu/llada2_base",)),
+        Backbone("LLaDA-MoE", "cpu/llada_moe", ("cpu/llada_moe_words", "cpu/llada_moe_base")),
+        Backbone("LLaDA2.1", "cpu/llada2", ("cpu/llada2_words", "cpu/llada2_base")),
     ),
-    documents=Backbone("LLaDA-MoE", "documents/llada_moe", ("documents/llada_moe_words", "documents/llada_moe_base")),
+    documents=Backbone("LLaDA-MoE", "documents/llada_moe", ("cpu/llada_moe_words", "documents/llada_moe_base")),
     seeds=(42, 43, 44),
     launch=_TRAIN,
     # One thread each, as more bring little at this size; and the same numbers for any count of them.
@@ -185,6 +196,7 @@ SMALL = Scale(
     "paragraphs of a question (1,500 tokens on average). A real pretrained model and real text, but fifty times "
     "smaller than the paper's, and adapted for minutes only.",
     backbones=(Backbone("SmolLM2-135M", "small/smollm2", ("small/smollm2_base",), "reproduce.smollm2"),),
+    documents=Backbone("SmolLM2-135M", "small/documents", ("small/documents_base",), "reproduce.smollm2"),
     questions=200,
     **_ON_GPUS,
 )

@@ -19,7 +19,7 @@ import yaml
 
 from dllm_memdlm.config import ConfigError
 
-from .needle import PLACES, WHOSE
+from .needle import PLACES
 from .scales import RECIPES, Model, Scale
 from .steps import FOLDER, Step
 
@@ -29,7 +29,6 @@ class PlantedWords:
     """Words found in texts of several lengths."""
 
     words: tuple[int, ...]
-    whose: tuple[str, ...] = ()  #: memories to compare, of `needle.WHOSE`
 
     @property
     def columns(self) -> list[str]:
@@ -40,18 +39,17 @@ class PlantedWords:
         """Say how much is asked."""
         return f"eight words in each of {scale.questions} texts that training has not seen"
 
-    def step(self, scale: Scale, model: Model, memory: bool, *settings: str) -> Step:
+    def step(self, scale: Scale, model: Model, whose: str, *settings: str) -> Step:
         """Score a model, with settings of decoding and memory as memdlm generate takes them."""
         # The settings stand first: behind `--words` they would be read as lengths.
-        compared = ["--whose", *self.whose] if self.whose else []
-        arguments = [*settings, *["--memory"] * memory, *compared, "--words", *map(str, self.words)]
+        arguments = [*settings, "--whose", whose, "--words", *map(str, self.words)]
         arguments += ["--questions", str(scale.questions)]
-        return scale.evaluated(f"needle-{'on' if memory else 'off'}", model, "reproduce.needle", arguments)
+        return scale.evaluated(f"needle-{whose}", model, "reproduce.needle", arguments)
 
     def read(self, folder: Path) -> Iterator[dict[str, Any]]:
         """The scores that a step has left; where a model does not see all of a text, of either place, too."""
         for row in read_json(folder / "scores.json")["scores"]:
-            column = {"column": f"{row['words']} words", "whose": row["whose"]}
+            column = {"column": f"{row['words']} words"}
             yield {**column, "score": 100 * row["right"] / row["asked"]}
             for place in PLACES:
                 if place in row:
@@ -92,14 +90,14 @@ class Harness:
         """Say how much is asked."""
         return f"what {os.path.relpath(self._path)} asks"
 
-    def step(self, scale: Scale, model: Model, memory: bool, *settings: str) -> Step:
+    def step(self, scale: Scale, model: Model, whose: str, *settings: str) -> Step:
         """Score a model, with settings of decoding and memory as lm-eval's model takes them."""
         arguments = [f"pretrained={model.pretrained}", "max_length=65536", *scale.model_args]
-        arguments += [*["memory=true"] * memory, *settings]
+        arguments += [*["memory=true"] * (whose == "own"), *settings]
         lengths = [] if self.lengths is None else ["--metadata", f"max_seq_lengths={self.lengths}"]
         argv = [*scale.harness, "--config", os.path.relpath(self._path), "--model_args", ",".join(arguments), *lengths]
         made_from = [yaml.safe_load(self._path.read_text(encoding="utf-8")), arguments, lengths]
-        name = model.folder / f"{self.config}-{'on' if memory else 'off'}"
+        name = model.folder / f"{self.config}-{whose}"
         argv += ["--output_path", FOLDER]
         return Step.of(name, argv, made_from, scale.runs, after=model.after, env=scale.env)
 
@@ -175,7 +173,7 @@ RETRIEVAL: dict[str, Sequence[Task]] = {
 }
 
 #: What is asked of documents that are longer than what a model sees.
-DOCUMENTS = {"cpu": PlantedWords((40,), WHOSE)}
+DOCUMENTS = {"cpu": PlantedWords((40,)), "small": PlantedWords((1000,))}
 
 #: What the anchor ratio at inference is tried on: the paper stops at 16K.
 ANCHORED = {**RETRIEVAL, "paper": RETRIEVAL["paper"][:-1]}

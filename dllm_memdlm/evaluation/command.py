@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from ..inference.decoding import Decoder
 
 
+#: The memory that is in place when a model is asked: none, that of another text, which is the control, or its own.
+WHOSE = ("none", "other", "own")
+
+
 def of_a_run(prog: str, description: str) -> argparse.ArgumentParser:
     """Return a parser with the arguments of every evaluation; to be read with `parse_intermixed_args`."""
     parser = argparse.ArgumentParser(prog=prog, description=description)

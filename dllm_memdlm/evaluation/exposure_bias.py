@@ -21,7 +21,7 @@ from rich.table import Table
 
 from ..cli import exit_code
 from ..config import ConfigError, DataConfig
-from .command import finish, of_a_run, read
+from .command import WHOSE, finish, of_a_run, read
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used: --help should not wait for it
     from torch import Tensor
@@ -35,6 +35,7 @@ class Example(NamedTuple):
 
     prompt: list[int]
     response: list[int]
+    read: list[int] | None = None  #: what a memory is written on; none is the prompt
 
     @property
     def length(self) -> int:
@@ -43,7 +44,7 @@ class Example(NamedTuple):
     @property
     def noise_id(self) -> int:
         """The number by which its mask is drawn: of its tokens, wherever it stands among the others."""
-        digest = hashlib.blake2b(str(tuple(self)).encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(str((self.prompt, self.response)).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little", signed=True)
 
     def fits(self, max_length: int) -> bool:
@@ -88,7 +89,7 @@ def exposure_bias(
 ) -> list[DenoisingStep]:
     """Measure R_EB at each of the steps, of which the paper has 48; the same, up to rounding, for any batches.
 
-    With a memory, that of each prompt is in place in both trajectories (section 3.4). The random masks depend on the
+    With a memory, that of each example is in place in both trajectories (section 3.4). The random masks depend on the
     seed and the example's tokens alone. `batch_size` is halved where the GPU has no room; auto is as many as fit.
 
     Raises:
@@ -120,7 +121,8 @@ def _denoise(decoder: Decoder, batch: Sequence[Example], steps: int, seed: int) 
 
     rows = _rows(decoder, batch, steps, seed)
     canvas, (masked, *later) = rows.clean, rows.masks.unbind(1)
-    with torch.no_grad(), decoder.recalled([example.prompt for example in batch]):
+    texts = [example.prompt if example.read is None else example.read for example in batch]
+    with torch.no_grad(), decoder.recalled(texts):
         own = _predict(decoder, rows, canvas, masked)
         sums = [torch.stack([own.nll, own.nll, masked.sum(-1)], 1)]  # where all is masked, the two states are one
         for true in later:
@@ -198,11 +200,15 @@ def run(args: argparse.Namespace) -> None:
         decoder = parsed.open()
         examples = held_out(data, decoder.pretrained.tokenizer, args.examples)
         kept = [example for example in examples if example.fits(decoder.max_length)]
+        whose = args.whose or ("none" if decoder.memory is None else "own")
+        if whose == "other":
+            kept = [own._replace(read=other.prompt) for own, other in zip(kept, [*kept[1:], *kept[:1]], strict=True)]
         # Where none is left, the others say what is wrong with them
         steps = exposure_bias(decoder, kept or examples, args.steps, own.batch_size, own.seed)
     report = {
         "model": own.adapter or own.pretrained,
         "memory": decoder.memory is not None,
+        "whose": whose,
         "examples": len(kept),
         "dropped": len(examples) - len(kept),
         "seed": own.seed,
@@ -226,12 +232,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     prog = "python -m dllm_memdlm.evaluation.exposure_bias"
     parser = of_a_run(prog, "Measure exposure bias, as in figure 11 of the paper.")
     parser.add_argument("--examples", type=int, default=64, metavar="N", help="of those it held out (default: 64)")
+    parser.add_argument("--whose", choices=WHOSE, help="memory: none, of another prompt (the control), or of its own")
     parser.add_argument("--steps", type=int, default=48, metavar="N", help="of denoising (default: 48)")
     parser.add_argument("--batch-size", default="8", metavar="N", help="examples at a time, or auto (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the masks, and of the memory (default: 0)")
     args = parser.parse_intermixed_args(argv)
     if args.examples < 1 or args.steps < 1:
         parser.error(f"--examples {args.examples} --steps {args.steps}: expected at least 1 of each")
+    args.memory = args.memory or args.whose in WHOSE[1:]
     return exit_code(lambda: run(args), args.debug)
 
 

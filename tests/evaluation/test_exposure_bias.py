@@ -255,12 +255,19 @@ def test_the_command_writes_what_the_function_finds(folder, capsys):
         data = load_recipe(f"{folder}/recipe.yaml").data
         expected = exposure_bias(decoder, held_out(data, decoder.pretrained.tokenizer, 64), 5, 1, seed)
         tally = ["memory_tally"] * memory
-        assert list(report) == ["model", "memory", "examples", "dropped", "seed", "steps", *tally, "versions"]
+        assert list(report) == ["model", "memory", "whose", "examples", "dropped", "seed", "steps", *tally, "versions"]
         assert (report["model"], report["memory"], report["seed"]) == (folder, memory, seed)
         assert (report["examples"], report["dropped"], report["versions"]) == (5, 0, package_versions())
         assert [step.pop("ratio") for step in report["steps"]] == pytest.approx([s.ratio for s in expected], rel=1e-4)
         assert report["steps"] == [pytest.approx(step._asdict(), rel=1e-4) for step in expected]
     assert without["steps"][0]["static"] != pytest.approx(with_memory["steps"][0]["static"], abs=0.01)
+    examples = held_out(data, decoder.pretrained.tokenizer, 64)
+    following = [own._replace(read=examples[n].prompt) for n, own in enumerate(examples, 1 - len(examples))]
+    other = measured(folder, "--whose", "other", "--seed", "3")
+    assert (other["memory"], other["whose"], with_memory["whose"], without["whose"]) == (True, "other", "own", "none")
+    expected = [step.sequential for step in exposure_bias(decoder, following, 5, 1, seed)]
+    assert [step["sequential"] for step in other["steps"]] == pytest.approx(expected, rel=1e-4)
+    assert expected != pytest.approx([step["sequential"] for step in with_memory["steps"]], rel=1e-3)
     still = measured(folder, "memory_inner_lr=0.0", "seed=3")
     capsys.readouterr()
     plainly = measured(folder, "--seed", "3", "--examples", "5")

@@ -17,11 +17,11 @@ from drawings import lines_of
 from reproduce import __main__ as command
 from reproduce import draw, plots
 from reproduce.cases import BEFORE, DENOISING_STEPS, PAPER, points_of
-from reproduce.figures import CPU_ALONE, FIGURES
+from reproduce.figures import FIGURES, OURS
 from reproduce.logs import first_step_at, last, logged, tail
-from reproduce.needle import PLACES, WHOSE
+from reproduce.needle import PLACES
 from reproduce.plots import DISCARDED
-from reproduce.scales import MDLM, MEMDLM, MODELS, SCALES
+from reproduce.scales import CONTROLLED, MDLM, MEMDLM, SCALES
 from reproduce.scores import TABLES
 from reproduce.steps import in_order
 
@@ -89,7 +89,9 @@ def dynamics(off: tuple[float, float]) -> pd.DataFrame:
     for seed, final in zip(CPU.seeds, off, strict=True):
         points += logs(seed, MDLM, loss=train, eval_loss=[4.0, 3.0, 2.0 + seed / 10])
         own = {"loss": [v - 1 for v in train], "loss_memory_off": [v + 1 for v in train], "eval_loss": [3.0, 2.0, 1.0]}
-        points += logs(seed, MEMDLM, **own, eval_loss_memory_off=[4.0, 3.5, final])
+        own |= {"eval_loss_memory_prompt": [2.0], "eval_loss_memory_other": [3.0], "eval_prompt_nll": [5.0]}
+        points += [p | {"rate": 0.1} for p in logs(seed, MEMDLM, **own, eval_loss_memory_off=[4.0, 3.5, final])]
+        points += [p | {"rate": 7.0} for p in logs(seed, MEMDLM, loss=[9.0], eval_loss=[9.0])]
     return pd.DataFrame(points)
 
 
@@ -99,18 +101,23 @@ def test_figure_4_compares_with_mdlm_of_the_same_seed(figures, tmp_path):
         ["MDLM", "1.500 ± 0.000", "2.150 ± 0.071", "-", "-"],
         ["MemDLM", "0.500 ± 0.000", "1.000 ± 0.000", "-1.1500 ± 0.0707", "19, 18"],
         [DISCARDED, "2.500 ± 0.000", "2.250 ± 0.354", "+0.1000 ± 0.2828", "29, not reached"],
+        ["MemDLM, φ of the prompt", "-", "2.000 ± 0.000", "-0.1500 ± 0.0707", "10, 10"],
+        ["MemDLM, φ of another prompt", "-", "3.000 ± 0.000", "+0.8500 ± 0.0707", "not reached, not reached"],
+        ["prompt NLL, without φ (nats)", "-", "5.000 ± 0.000", "-", "-"],
     ]
     train, evals, less = figures[0].axes
-    assert [ax.get_title() for ax in (train, evals)] == ["LLaDA-MoE, train", "LLaDA-MoE, eval"]
-    assert {*lines_of(train)} - {"_raw"} == {*lines_of(evals)} == {"MDLM", "MemDLM", DISCARDED}
+    assert evals.get_title() == "LLaDA-MoE, inner lr 0.1, eval"
+    assert {*lines_of(train)} - {"_raw"} == {"MDLM", "MemDLM", DISCARDED}
+    assert [*lines_of(evals)] == [*draw.CURVES]
     assert lines_of(less)["MemDLM"] == [[10, -1], [20, -1], [30, -1.15]]
     assert lines_of(less)[DISCARDED] == [[10, 0], [20, 0.5], [30, 0.1]], "MDLM's end at 2.1 and 2.2"
 
 
 def test_figure_3_takes_mdlms_score_away_seed_by_seed(figures, tmp_path, monkeypatch):
     monkeypatch.setattr(draw, "without_memory", lambda folders: [])
-    scores = {("MDLM", 1): 50, ("MDLM", 2): 70, ("MemDLM, memory off", 1): 51, ("MemDLM, memory off", 2): 73}
-    scores |= {("MemDLM, memory on", 1): 50, ("MemDLM, memory on", 2): 66, (BEFORE, None): 10}
+    scores = {(BEFORE, None): 10, ("MDLM", 1): 50, ("MDLM", 2): 70}
+    scores |= {("MemDLM, memory off", 1): 51, ("MemDLM, memory off", 2): 73}
+    scores |= {("MemDLM, memory on", 1): 50, ("MemDLM, memory on", 2): 66}
     columns = ["backbone", "model", "seed", "column", "score", "run"]
     points = [
         (b.title, model, seed, "80 words", score + b.title.count("2"), "x")
@@ -132,27 +139,28 @@ def test_ablations_are_losses_against_mdlms_of_the_same_seed(figures, tmp_path, 
     for seed in (1, 2):
         for method, value in methods.items():
             own = {"eval_loss": [9.0, value + seed], "eval_loss_memory_off": [0.5 * seed]}
+            own |= {"eval_loss_memory_prompt": [2.0], "eval_loss_memory_other": [2.0 + value]}
             points += logs(seed, method, **own, inner_grad_norm_1=[0.5, 0.25] if method == MEMDLM else [])
             score = 10 * value + 20 * (seed == 2 and method == "kl")
             points.append({"method": method, "seed": seed, "score": score, "run": ""})
     drawn = draw.ablated(CPU, pd.DataFrame(points), tmp_path / "ablations.png")
     rows = {row[1]: row[2:] for row in drawn.tables[0].rows}
     base, kl, memdlm = methods[MDLM], methods["kl"], methods[MEMDLM]
-    assert rows["MDLM"] == ["53.8", f"{10 * base:.1f} ± 0.0", "2 of 2" if memdlm > base else "0 of 2", "-", "-"]
+    assert rows["MDLM"] == ["53.8", f"{10 * base:.1f} ± 0.0", "2 of 2" if memdlm > base else "0 of 2", *"---"]
     off, on = f"{0.75 - base - 1.5:+.4f} ± 0.3536", f"{kl - base:+.4f} ± 0.0000"
     order = (memdlm > kl) + (memdlm > kl + 2)
-    assert rows["logit KL"] == ["66.0", f"{10 * kl + 10:.1f} ± 14.1", f"{order} of 2", off, on]
+    assert rows["logit KL"] == ["66.0", f"{10 * kl + 10:.1f} ± 14.1", f"{order} of 2", off, on, f"{-kl:+.4f} ± 0.0000"]
     assert "norm of 0.38 in the median and at most 0.5," in " ".join(drawn.notes)
-    shown = {ax.get_xlabel(): [bar.get_width() for bar in ax.patches] for ax in figures[0].axes[:4]}
+    shown = {ax.get_xlabel(): [bar.get_width() for bar in ax.patches] for ax in figures[0].axes[:5]}
     group = next(iter(groups.values()))
     assert shown["the paper: BABILong-1K − MDLM's (points)"] == [score - 53.8 for *_, score in group]
     assert shown["eval loss − MDLM's, φ in place (10⁻³ nats)"] == [1000 * (methods[m] - base) for _, m, _ in group]
 
 
 #: Right answers by model, in results made by hand.
-RIGHT = {"base": 0.125, "untuned": 0.125, "mdlm": 0.25, "memdlm": 0.5, "memory": 0.75}
-LABELS = dict(zip((BEFORE, *MODELS), [*RIGHT.values()][1:], strict=True))
-ROWS = dict(zip(PAPER["rows"], [*RIGHT.values()][2:], strict=True))
+RIGHT = {"base": 0.125, "untuned": 0.125, "mdlm": 0.25, "memdlm": 0.5, "own": 0.75, "other": 0.375}
+LABELS = dict(zip((BEFORE, *CONTROLLED), [*RIGHT.values()][1:], strict=True))
+ROWS = dict(zip(PAPER["rows"], [*RIGHT.values()][2:5], strict=True))
 CELLS = [cell for tasks in TABLES.values() for task in tasks for cell in task.cells]
 
 
@@ -163,14 +171,13 @@ def finish(target: str, scale) -> None:
     history = [{"step": 10, "loss_memory_off": 2.5, "eval_loss_memory_off": 2.0, **own}]
     for case in FIGURES[target].cases(scale):
         for step in in_order([case.step]):
-            memory = "memory=true" in step.line or "--memory" in step.argv
-            share = RIGHT["memory"] if memory else RIGHT.get(step.folder.parent.name.partition("-")[0], 0.5)
+            whose = "own" if "memory=true" in step.line else next((w for w in ("own", "other") if w in step.argv), "")
+            share = RIGHT.get(whose) or RIGHT.get(step.folder.parent.name.partition("-")[0], 0.5)
             tasks = getattr(getattr(case.read, "__self__", None), "cells", CELLS)
             found = {name: {f"{metric},none": share for _, own, metric in tasks if own == name} for _, name, _ in tasks}
             score = {"right": 16 * share, "asked": 16, "nll": 2.0}
             apart = dict.fromkeys(PLACES, score) if target == "documents" else {}
-            whose = WHOSE if target == "documents" else ("own",)
-            rows = [{"words": n, "whose": own, **score, **apart} for n in (40, 80, 160, 320) for own in whose]
+            rows = [{"words": n, "whose": whose, **score, **apart} for n in (40, 80, 160, 320)]
             steps = [{"step": n, "ratio": share + n, "static": 1.0, "sequential": share + n} for n in range(48)]
             step.folder.mkdir(parents=True, exist_ok=True)
             step.done.write_text("60 s, 2026-01-01, commit abc\n")
@@ -185,8 +192,8 @@ def finish(target: str, scale) -> None:
 
 
 #: Every target at the scale of the paper, and some where there is another one.
-PAGES = [(target, "cpu" if target in CPU_ALONE else "paper") for target in FIGURES]
-PAGES += [("figure3", "cpu"), ("figure11", "cpu"), ("table1", "cpu"), ("ablations", "small")]
+PAGES = [(target, "cpu" if target in OURS else "paper") for target in FIGURES]
+PAGES += [("documents", "small"), ("figure3", "cpu"), ("figure11", "cpu"), ("table1", "cpu"), ("ablations", "small")]
 
 
 @pytest.mark.parametrize(("target", "size"), PAGES)
@@ -207,7 +214,7 @@ def test_every_target_has_a_page(target, size, tmp_path):
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     if target == "figure3" or target.startswith("table"):
         right, digits = (LABELS, 1) if target == "figure3" else (ROWS, 2)
-        ours = [row for row in rows if row[0] in {b.title for b in scale.backbones}][: 3 if size == "cpu" else None]
+        ours = [row for row in rows if row[0] in {b.title for b in scale.backbones}][: 5 if size == "cpu" else None]
         for _, label, *cells in ours:
             assert {cell.split()[0] for cell in cells} == {f"{100 * right[label]:.{digits}f}"}
         assert all(point["score"] == 100 * right[point["model"]] for point in points)
@@ -217,9 +224,11 @@ def test_every_target_has_a_page(target, size, tmp_path):
         assert theirs == [row for backbone in printed for row in backbone]
     if target == "figure11":
         end = DENOISING_STEPS[size] - 1
-        assert {row[1]: row[-1].split()[0] for row in rows[2:]} == {m: f"{LABELS[m] + end:.2f}" for m in MODELS}
+        assert {row[1]: row[-1].split()[0] for row in rows[2:]} == {m: f"{LABELS[m] + end:.2f}" for m in CONTROLLED}
         assert "7 held-out examples" in text
     if target in ("figure7", "ablations"):
         scores = [point for point in points if point.get("score") is not None]
-        assert scores and all(point["score"] == (25 if point.get("method") == MDLM else 75) for point in scores)
+        for point in scores:
+            assert point["score"] == 100 * RIGHT["mdlm" if point.get("method") == MDLM else "own"]
+        assert scores
     assert ("decoded without" in text) == (target not in ("figure4", "dropout"))

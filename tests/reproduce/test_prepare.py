@@ -23,8 +23,9 @@ PARAGRAPHS |= {"Ann": ["Ann is a writer. ", " She is ill."]}
 FACTS = [["Ann", 0], ["Book", 1], ["Book", 7]]
 ROW = hotpotqa([], context=list(map(list, PARAGRAPHS.items())), supporting_facts=FACTS)
 RECIPES = {"hotpotqa": "tiny_llada2", "hotpotqa-all": "small/smollm2", "hotpotqa-texts": "small/smollm2_base"}
-RECIPES |= {"needles-32-64": "cpu/llada_moe_base", "needles-120": "cpu/llada_moe"}
-RECIPES |= {"needles-40": "documents/llada_moe"}
+RECIPES |= {"needles-32-64": "cpu/llada_moe_words", "needles-32-64-texts": "cpu/llada_moe_base"}
+RECIPES |= {"needles-120": "cpu/llada_moe"}
+RECIPES |= {"needles-40": "documents/llada_moe", "needles-1000": "small/documents"}
 
 
 def test_a_question_quotes_the_supporting_sentences_in_the_order_of_the_text():
@@ -45,6 +46,15 @@ def test_needles_are_of_each_length_and_bring_the_text_along():
     for i, row in enumerate(rows):
         assert row["haystack"] == f"Row {i}.\nA word."
         assert row["output"] == plant(row["haystack"].split("\n"), 99).response
+
+
+def test_every_fourth_row_is_a_text_that_goes_on():
+    rows = [prepare.FILES["needles-32-64-texts"](hotpotqa([f"Row {i}.", " A word. "])) for i in range(80)]
+    texts = [row for row in rows if "Named: " not in row["output"]]
+    assert 10 < len(texts) < 30 and all(row["haystack"].endswith("\nA word.") for row in rows)
+    for row in texts:
+        assert f"{row['instruction']} {row['output']}".split() == (row["haystack"].split() * 40)[:120]
+        assert len(row["output"].split()) == 16
 
 
 def parts_of(prompt: str) -> tuple[str, list[tuple[str, str]], list[str]]:

@@ -19,7 +19,7 @@ from conftest import LAUNCHED
 from data_files import needle_rows
 
 from reproduce.__main__ import main
-from reproduce.figures import CPU_ALONE, FIGURES
+from reproduce.figures import FIGURES, OURS
 from reproduce.scales import RECIPES, SCALES
 
 #: A few steps on a few short texts, all of which is logged.
@@ -93,7 +93,7 @@ def test_what_is_there_stays_and_another_recipe_has_folders_of_its_own(made, war
 @pytest.mark.parametrize("scale", SCALES)
 def test_commands_are_shown_and_nothing_is_run(scale, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    targets = [target for target in FIGURES if scale == "cpu" or target not in CPU_ALONE]
+    targets = [target for target in FIGURES if scale in OURS.get(target, SCALES)]
     given = ["--scale", scale, "--runs", "somewhere", "--seeds", "7", "--set", "memory.rank=3", "--commands"]
     assert main([*targets, *given]) == 0
     lines = capsys.readouterr().out.splitlines()
