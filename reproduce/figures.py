@@ -27,7 +27,7 @@ class Figure(NamedTuple):
 
 
 #: Ours, and the scales that have them.
-OURS = {"documents": ("cpu", "small"), "dropout": ("cpu",)}
+OURS = {"documents": ("cpu", "small"), "further": ("cpu",), "dropout": ("cpu",)}
 
 FIGURES = {
     "figure3": Figure("Before and after fine-tuning, by context length (figure 3)", cases.by_length, draw.by_length),
@@ -36,6 +36,7 @@ FIGURES = {
     "figure11": Figure("Exposure bias (figure 11)", cases.exposed, draw.exposed),
     "ablations": Figure("Ablations (figures 5 to 10)", cases.ablated, draw.ablated),
     "documents": Figure("A document longer than what the model sees (ours)", documents.cases, documents.draw),
+    "further": Figure("How far a memory of prompts goes (ours)", documents.further, documents.draw_further),
     "dropout": Figure("Memory dropout, from scratch (ours)", cases.from_scratch, draw.dropout),
     **{
         name: Figure(PAPER[name]["title"], partial(cases.table, name), partial(draw.table, name))

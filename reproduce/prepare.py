@@ -90,8 +90,7 @@ FILES: dict[str, Callable[[Row], Row]] = {
     "needles-32-64": partial(needles, lengths=(32, 32, 32, 64)),  # 32 are the needles alone, which are learned fast
     "needles-32-64-texts": needles_and_texts,
     "needles-120": partial(needles, lengths=(120,)),
-    "needles-40": partial(needles, lengths=(40,)),
-    "needles-1000": partial(needles, lengths=(1000,)),
+    **{f"needles-{words}": partial(needles, lengths=(words,)) for words in (40, 80, 160, 1000)},
 }
 
 

@@ -176,7 +176,7 @@ def finish(target: str, scale) -> None:
             tasks = getattr(getattr(case.read, "__self__", None), "cells", CELLS)
             found = {name: {f"{metric},none": share for _, own, metric in tasks if own == name} for _, name, _ in tasks}
             score = {"right": 16 * share, "asked": 16, "nll": 2.0}
-            apart = dict.fromkeys(PLACES, score) if target == "documents" else {}
+            apart = dict.fromkeys(PLACES, score) if target in ("documents", "further") else {}
             rows = [{"words": n, "whose": whose, **score, **apart} for n in (40, 80, 160, 320)]
             steps = [{"step": n, "ratio": share + n, "static": 1.0, "sequential": share + n} for n in range(48)]
             step.folder.mkdir(parents=True, exist_ok=True)
