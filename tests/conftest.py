@@ -29,6 +29,7 @@ from run_fixtures import caches_of_runs, finished, recipe_file  # noqa: F401 (fi
 from small_run import write_recipe
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from warm_python import warm_python  # noqa: F401 (a fixture)
 
 with warnings.catch_warnings():
@@ -37,7 +38,7 @@ with warnings.catch_warnings():
     from dllm_memdlm.compat import dllm_api
 import recipe_files
 
-from dllm_memdlm.backbones import LLaDA2MoeConfig, LLaDAMoEConfig, model_class, with_lora
+from dllm_memdlm.backbones import DreamConfig, LLaDA2MoeConfig, LLaDAMoEConfig, model_class, with_lora
 from dllm_memdlm.config import LoraConfig, MemoryConfig
 from dllm_memdlm.training import run
 from dllm_memdlm.training.trainer import MemDLMConfig, MemDLMTrainer
@@ -45,7 +46,10 @@ from dllm_memdlm.training.trainer import MemDLMConfig, MemDLMTrainer
 VOCABULARY = 48
 EOS, BOS, MASK = 0, 1, 2
 KINDS = ("llada_moe", "llada2", "llama")
+#: One more decoder, whose logits always predict the next position: in the tests where that, or its files, matter.
+SHIFTED = "dream"
 ARCHITECTURES = {"llada_moe": "LLaDAMoEModelLM", "llada2": "LLaDA2MoeModelLM", "llama": "LlamaForCausalLM"}
+ARCHITECTURES |= {SHIFTED: "DreamModel"}
 
 COMMON = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "pad_token_id": EOS}
 COMMON |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -56,11 +60,13 @@ DIMENSIONS: dict[str, dict[str, Any]] = {
     "llada2": {"intermediate_size": 48, "moe_intermediate_size": 16, "num_experts": 6, "num_experts_per_tok": 2}
     | {"n_group": 3, "topk_group": 2},
     "llama": {"intermediate_size": 48},
+    "dream": {"intermediate_size": 48, "mask_token_id": MASK},
 }
 CONFIGS = {"llada_moe": LLaDAMoEConfig, "llada2": LLaDA2MoeConfig, "llama": transformers.LlamaConfig}
+CONFIGS |= {SHIFTED: DreamConfig}
 
 #: Settings under which a wrong inner loop shows: with the paper's lr of 0.1 it hardly moves these models.
-AMPLIFIED = {kind: {"inner_lr": 10.0, "grad_clip": 0.2} for kind in ("llada_moe", "llama")}
+AMPLIFIED = {kind: {"inner_lr": 10.0, "grad_clip": 0.2} for kind in ("llada_moe", "llama", "dream")}
 AMPLIFIED["llada2"] = {"inner_lr": 30.0, "grad_clip": 0.02}
 
 
@@ -152,7 +158,7 @@ def tiny(
                 return norm.weight * x * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
 
             for module in model.modules():
-                if isinstance(module, LlamaRMSNorm):  # which computes in float32 whatever it is given
+                if isinstance(module, (LlamaRMSNorm, Qwen2RMSNorm)):  # which compute in float32 whatever they are given
                     module.forward = types.MethodType(in_float64, module)
         if lora is not False:
             model = with_lora(model, LoraConfig(r=rank, alpha=2 * rank, dropout=0.0 if lora is True else lora))
@@ -170,6 +176,8 @@ def scale_up(model: nn.Module) -> None:
                 tensor.normal_(std=0.1)
             elif tensor.dim() == 1 and name.endswith(("norm.weight", "layernorm.weight")):
                 tensor.normal_(mean=1.0, std=0.2)
+            elif name.endswith("proj.bias"):
+                tensor.normal_(std=0.2)
             elif tensor.dim() >= 2:
                 tensor.normal_(std=1.0 if "embed" in name else 0.2)
 

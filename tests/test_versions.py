@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import KINDS, tiny_config
+from conftest import KINDS, SHIFTED, tiny_config
 
 import dllm_memdlm
 from dllm_memdlm import versions
@@ -77,7 +77,7 @@ def test_the_newer_words_mean_the_same():
         training(train_sampling_strategy="sequential")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, SHIFTED])
 def test_positions_turn_alike_however_a_config_says_it(kind, tmp_path):
     turned = 4 if kind == "llada2" else 8  # of the 8 features of a head
     expected = 777.0 ** -(torch.arange(0, turned, 2) / turned)

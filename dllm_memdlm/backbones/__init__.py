@@ -3,6 +3,7 @@
 from .adapters import load_adapter
 from .adopt import adopt
 from .decoder import DECODERS, bidirectional
+from .dream import DreamConfig, DreamModel
 from .llada2_moe import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from .llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
 from .loading import BUNDLED, config_of, load_model, model_class, read_config, staged_backbone, with_lora
@@ -12,6 +13,8 @@ from .staged import StagedForward, StageOutput
 __all__ = [
     "BUNDLED",
     "DECODERS",
+    "DreamConfig",
+    "DreamModel",
     "LLaDA2MoeConfig",
     "LLaDA2MoeModelLM",
     "LLaDAMoEConfig",

@@ -1,7 +1,7 @@
 """Models that dllm built, made ours where they are: the same modules, but for experts, in containers with our forward.
 
-dllm's classes for LLaDA-MoE, LLaDA2.1 and the converted decoders hold their weights in modules of the same names as
-ours. Only experts become new tensors, a layer after the other; what is saved has the names that it had. The model
+dllm's classes for LLaDA-MoE, LLaDA2.1, Dream and the converted decoders hold their weights in modules of the same names
+as ours. Only experts become new tensors, a layer after the other; what is saved has the names that it had. The model
 itself, which its user holds, changes class.
 """
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from ..config import ConfigError
 from .decoder import DECODERS, bidirectional
+from .dream import DreamModel, dream_layer
 from .llada2_moe import (
     LLaDA2MoeAttention,
     LLaDA2MoeDecoderLayer,
@@ -58,6 +59,10 @@ def adopt(model: nn.Module) -> None:
         cls = bidirectional(name)
         for layer in inner.model.layers:
             layer.self_attn.is_causal = False
+    elif name == "DreamModel":
+        cls = DreamModel
+        for index, layer in enumerate(inner.model.layers):
+            inner.model.layers[index] = dream_layer(layer, inner.config)
     else:
         return
     inner.__class__ = cls

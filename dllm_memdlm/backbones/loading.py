@@ -21,6 +21,7 @@ from ..config import ConfigError, LoraConfig, ModelConfig
 from ..versions import config_values
 from .adapters import with_lora
 from .decoder import DECODERS, bidirectional
+from .dream import DreamModel
 from .llada2_moe import LLaDA2MoeModelLM
 from .llada_moe import LLaDAMoEModelLM
 from .staged import StagedForward, unwrapped
@@ -33,6 +34,7 @@ BUNDLED: dict[str, type[PreTrainedModel]] = {
     "LLaDAMoEModelLM": LLaDAMoEModelLM,
     "LLaDAMoEModel": LLaDAMoEModelLM,
     "LLaDA2MoeModelLM": LLaDA2MoeModelLM,
+    "DreamModel": DreamModel,
 }
 
 

@@ -51,6 +51,7 @@ class StagedForward:
     """
 
     layers_take_queries = False
+    right_shift_logits = False  #: by architecture: logits at position i predict token i + 1
 
     @property
     def layers(self) -> nn.ModuleList:

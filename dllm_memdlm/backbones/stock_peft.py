@@ -26,6 +26,7 @@ STOCK_MODULES = {
     **dict.fromkeys(DECODERS.values(), "transformers"),
     "LLaDAMoEModelLM": "dllm.pipelines.llada.models.modeling_lladamoe",
     "LLaDA2MoeModelLM": "dllm.pipelines.llada21.models.modeling_llada21_moe",
+    "DreamModel": "dllm.pipelines.dream.models.modeling_dream",
 }
 
 

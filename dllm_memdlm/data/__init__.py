@@ -4,11 +4,12 @@ from .encoding import encode_chat, encode_text
 from .examples import Counts, Examples, load_examples, training_texts
 from .formats import choose_format
 from .sources import load_rows
-from .tokenizer import load_tokenizer, tokenizer_for, train_tokenizer
+from .tokenizer import check_mask, load_tokenizer, tokenizer_for, train_tokenizer
 
 __all__ = [
     "Counts",
     "Examples",
+    "check_mask",
     "choose_format",
     "encode_chat",
     "encode_text",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..config import ConfigError, ModelConfig
 from ..versions import load_any_tokenizer
@@ -123,6 +123,20 @@ def load_tokenizer(name: str, where: str, trust_remote_code: bool = False) -> Pr
             f"{where:.300}: {reason}; expected a local folder, or a hub name (with network, or downloaded before)"
         ) from error
     return _complete(tokenizer, where)
+
+
+def check_mask(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, where: str) -> None:
+    """Refuse a tokenizer whose mask is not the token that the model's config names, where it names one.
+
+    Raises:
+        ConfigError: the message begins with `where`.
+    """
+    wanted = getattr(config, "mask_token_id", None)
+    if wanted is not None and wanted != tokenizer.mask_token_id:
+        raise ConfigError(
+            f"{where}: its mask token {tokenizer.mask_token!r} is number {tokenizer.mask_token_id}, and the model's "
+            f"mask_token_id is {wanted}; expected the tokenizer that the model was trained with"
+        )
 
 
 def _is_json(file: Path) -> bool:

@@ -14,10 +14,10 @@ import yaml
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from ..backbones import load_model, read_config
+from ..backbones import load_model, read_config, staged_backbone
 from ..backbones.adapters import adapter_folder, load_adapter, merge, narrow
 from ..config import ConfigError, MemoryConfig, ModelConfig
-from ..data import load_tokenizer
+from ..data import check_mask, load_tokenizer
 from ..training.recipe import FILE_NAME
 
 
@@ -126,6 +126,7 @@ def load_pretrained(
         attn_implementation=attn_implementation,
     )
     loaded = load_tokenizer(tokenizer, f"tokenizer={tokenizer!r}")
+    check_mask(loaded, source.config, f"tokenizer={tokenizer!r}")
     model = load_model(settings, source.config, where=f"pretrained={source.base!r}")
     if len(loaded) > source.config.vocab_size:
         raise ConfigError(
@@ -140,12 +141,13 @@ def load_pretrained(
             narrow(model)
     if not load_in_4bit:  # those are put in place as they are loaded
         model = model.to(device)
+    shifted = source.recipe.get("training", {}).get("right_shift_logits")
     return Pretrained(
         name=source.name,
         model=model.eval().requires_grad_(False),
         tokenizer=loaded,
         memory=_memory_of(source),
-        right_shift_logits=bool(source.recipe.get("training", {}).get("right_shift_logits", False)),
+        right_shift_logits=bool(shifted or staged_backbone(model).right_shift_logits),
         visible=source.recipe.get("data", {}).get("visible"),
     )
 

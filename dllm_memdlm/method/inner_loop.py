@@ -40,7 +40,7 @@ class ParametricMemory:
         model: a backbone, or PEFT's wrapper around one; stages are called on it.
         config: settings of the inner loop.
         mask_token_id: the token that stands for a masked position.
-        right_shift_logits: whether logits at position i predict token i + 1.
+        right_shift_logits: whether logits at position i predict token i + 1, as those of some architectures always do.
 
     Raises:
         ConfigError: `config.target_modules` names a layer that is not there.
@@ -53,9 +53,9 @@ class ParametricMemory:
         self.model = model
         self.config = config
         self.mask_token_id = mask_token_id
-        self.right_shift_logits = right_shift_logits
-        self.objective = OBJECTIVES[config.objective]
         backbone = staged_backbone(model)
+        self.right_shift_logits = right_shift_logits or backbone.right_shift_logits
+        self.objective = OBJECTIVES[config.objective]
         self.sites = find_sites(backbone, config)
         self.shapes = [site.shape for site in self.sites]
         adapted = adapted_layers(len(backbone.layers), config)

@@ -39,6 +39,9 @@ class MemDLMConfig(MDLMConfig):
     remove_unused_columns: bool = knob(False, "drop columns that the model does not take; the collator needs them")
     logging_first_step: bool = knob(True, "log the first step too")
     logging_nan_inf_filter: bool = knob(False, "leave losses that are not finite out of the logs")
+    right_shift_logits: bool | None = knob(
+        None, "logits at position i predict token i + 1; none: as the architecture has it, which Dream's do"
+    )
     ddp_find_unused_parameters: bool | None = knob(False, "experts without a token get a gradient of zeros anyway")
 
     #: Types narrower than transformers' own: what it would take without a word, and then train wrongly or end in a

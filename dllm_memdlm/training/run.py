@@ -19,7 +19,7 @@ from ..backbones import config_of, load_model
 from ..backbones.loading import weights_digest
 from ..compat.dllm_api import NoAttentionMaskWrapper, describe
 from ..config import ConfigError
-from ..data import load_examples, tokenizer_for, training_texts
+from ..data import check_mask, load_examples, tokenizer_for, training_texts
 from ..versions import hub_errors
 from . import engines
 from .arguments import MemDLMConfig
@@ -76,8 +76,10 @@ def build_trainer(recipe: Recipe) -> MemDLMTrainer:
             f"{where}: vocab_size {config.vocab_size}, expected at least the tokenizer's {len(tokenizer)}"
         )
     if recipe.model.path is None:
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        named = ["mask_token_id"] if hasattr(config, "mask_token_id") else []
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", *named):
             setattr(config, name, getattr(tokenizer, name))
+    check_mask(tokenizer, config, f"model.tokenizer={recipe.model.tokenizer or recipe.model.path!r}")
     model = load_model(recipe.model, config, recipe.lora, seed=recipe.training.seed)
     collator = transformers.DataCollatorForSeq2Seq(
         tokenizer, padding=True, label_pad_token_id=tokenizer.pad_token_id, return_tensors="pt"

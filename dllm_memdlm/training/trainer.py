@@ -13,7 +13,7 @@ from transformers.trainer_utils import TrainOutput, has_length
 
 from ..backbones import adopt, staged_backbone
 from ..compat.dllm_api import MDLMTrainer
-from ..config import ConfigError, MemoryConfig
+from ..config import ConfigError, MemoryConfig, require
 from ..method import global_batch, noise
 from ..method.bilevel import BilevelStep
 from ..method.inner_loop import ParametricMemory, Written
@@ -69,7 +69,11 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
                     "optimizers: an optimizer of other parameters than the model's; of a model of dllm's with experts "
                     "make it after `backbones.adopt(model)`"
                 )
-        staged_backbone(model)  # a model that cannot be trained is refused before anything is built
+        backbone = staged_backbone(model)  # a model that cannot be trained is refused before anything is built
+        shifted = args.right_shift_logits is not False or not backbone.right_shift_logits
+        accepted = f"true or none with {type(backbone).__name__}, whose logits are those of the next position"
+        require("training", args, "right_shift_logits", shifted, accepted)
+        args.right_shift_logits = args.right_shift_logits or backbone.right_shift_logits
         super().__init__(
             model=model,
             args=args,

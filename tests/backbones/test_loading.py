@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, DIMENSIONS, KINDS, scale_up, tiny, tiny_config
+from conftest import ARCHITECTURES, DIMENSIONS, KINDS, SHIFTED, scale_up, tiny, tiny_config
 from data_files import message_of
 from inputs import mask_of, tokens
 from safetensors.torch import load_file, save_file
@@ -42,7 +42,7 @@ def load(folder: Path, **settings: Any) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, SHIFTED])
 def test_a_saved_model_is_loaded_again(kind, tied, tmp_path):
     """With a model_type that another library has taken, and remote code that must not be run."""
     model = tiny(kind, tie_word_embeddings=tied).eval()
@@ -72,7 +72,7 @@ def test_a_bfloat16_model_from_scratch_keeps_exact_positions(kind, tmp_path):
         assert torch.equal(again, model.eval()(input_ids=TOKENS).logits)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, SHIFTED])
 def test_a_model_from_dimensions_depends_on_its_seed_alone(kind):
     dimensions = {**DIMENSIONS[kind], "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
     model = ModelConfig(architecture=ARCHITECTURES[kind], dimensions=dimensions, dtype="float32")
@@ -118,7 +118,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
     assert message_of(config_of, ModelConfig(path="./missing")) == "model.path='./missing': no such folder"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, SHIFTED])
 def test_weights_that_are_not_there_are_counted(kind, tmp_path):
     weights = load_file(saved(kind, tmp_path) / "model.safetensors")
     gone = sorted(name for name in weights if ".layers.2." in name and "norm" in name)
@@ -132,20 +132,22 @@ def test_lora_targets_that_match_nothing_are_refused():
 
 
 @pytest.mark.dllm
-@pytest.mark.parametrize("kind", SPARSE)
+@pytest.mark.parametrize("kind", [*SPARSE, SHIFTED])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_bundled_models_are_dllms(kind, attention):
     theirs = dllms_model(kind, attn_implementation=attention)
     scale_up(theirs)
     names = ("rope_theta", "rms_norm_eps", "partial_rotary_factor", "num_key_value_heads")
     dimensions = {name: getattr(theirs.config, name) for name in names if hasattr(theirs.config, name)}
-    shared = "shared_expert_intermediate_size" if kind == "llada_moe" else "num_shared_experts"
-    config = tiny_config(kind, **dimensions, **{shared: getattr(theirs.config, shared)})
+    for shared in ("shared_expert_intermediate_size", "num_shared_experts"):
+        dimensions |= {shared: getattr(theirs.config, shared)} if hasattr(theirs.config, shared) else {}
+    config = tiny_config(kind, **dimensions)
     config._attn_implementation = attention
     ours = model_class(config.architectures[0])(config)
     assert split_names(ours.state_dict()).keys() == theirs.state_dict().keys()
     ours.load_state_dict(theirs.state_dict())
-    forms = {"llada_moe": ["none", "2-D"], "llada2": ["none", "4-D bool", "4-D additive", "4-D of zeros"]}[kind]
+    forms = {"llada_moe": ["none", "2-D"], "llada2": ["none", "4-D bool", "4-D additive", "4-D of zeros"]}
+    forms = {**forms, SHIFTED: ["none", "4-D bool"]}[kind]
     for training in (True, False):
         for form in forms:
             given = {"input_ids": tokens(), "attention_mask": mask_of(form, torch.float32)}
@@ -158,7 +160,7 @@ def test_bundled_models_are_dllms(kind, attention):
 
 @pytest.mark.dllm
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, SHIFTED])
 def test_a_model_of_dllms_gets_our_forward(kind, lora):
     """The same parameters under the same names, the same logits and gradients; and stages, and sites for memory."""
     model = a2d_llama() if kind == "llama" else dllms_model(kind)
@@ -192,7 +194,7 @@ def test_a_model_of_dllms_gets_our_forward(kind, lora):
 
 
 @pytest.mark.dllm
-@pytest.mark.parametrize("kind", SPARSE)
+@pytest.mark.parametrize("kind", [*SPARSE, SHIFTED])
 def test_the_adapter_of_an_adopted_model_names_dllms_class(kind, tmp_path):
     """A LoRA that PEFT's own function has put on dllm's own model, as `dllm.utils.get_model` does."""
     model = dllms_model(kind)

@@ -21,6 +21,10 @@ def dllms(kind: str, config: dict[str, object]) -> nn.Module:
         from dllm.pipelines.llada.models.modeling_lladamoe import LLaDAMoEModelLM
 
         return LLaDAMoEModelLM(LLaDAMoEConfig(**config))
+    if kind == "dream":
+        from dllm.pipelines.dream.models import DreamConfig, DreamModel
+
+        return DreamModel(DreamConfig(**config))
     from dllm.pipelines.llada21 import LLaDA2MoeConfig, LLaDA2MoeModelLM
 
     return LLaDA2MoeModelLM(LLaDA2MoeConfig(**config))
@@ -36,6 +40,7 @@ AS_PUBLISHED = {
         **{"rms_norm_eps": 1e-6, "use_bias": False, "num_shared_experts": 1, "first_k_dense_replace": 1},
         **{"embedding_dropout": 0.0, "output_dropout": 0.0},
     },
+    "dream": {"rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "num_key_value_heads": 2},
 }
 DENSE_ATTRIBUTES = ("vocab_size", "hidden_size", "rope_theta", "partial_rotary_factor", "attention_dropout")
 

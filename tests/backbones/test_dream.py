@@ -1,0 +1,187 @@
+"""Dream's published files, loaded and written back; and its logits, which predict the next position whoever asks."""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from conftest import MASK, SHIFTED, assert_close_relative, make_trainer, scale_up, tiny, train_batch
+from data_files import message_of
+from safetensors.torch import save_file
+from saved_models import BYTES, byte_tokenizer, prompt_memory, random_prompts, train_adapter, weights_of
+from steps import OFF, memory_for, plain_loss
+from stock_models import dllms_model, logits
+from torch import Tensor
+
+from dllm_memdlm.backbones import DreamModel, config_of
+from dllm_memdlm.config import ModelConfig
+from dllm_memdlm.evaluation.likelihood import log_likelihoods, states
+from dllm_memdlm.inference.decoding import Decoder
+from dllm_memdlm.inference.decoding import memory_for as memory_of
+from dllm_memdlm.inference.plain_checkpoint import export
+from dllm_memdlm.inference.pretrained import load_pretrained
+
+#: config.json of Dream-v0-Instruct-7B, but for the sizes.
+PUBLISHED = {
+    "architectures": ["DreamModel"],
+    "attention_dropout": 0.0,
+    "auto_map": {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
+    **{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "mask_token_id": MASK, "model_type": "Dream"},
+    **{"hidden_act": "silu", "hidden_size": 32, "initializer_range": 0.02, "intermediate_size": 48},
+    **{"max_position_embeddings": 256, "max_window_layers": 28, "num_attention_heads": 4, "num_hidden_layers": 3},
+    **{"num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 1000000.0},
+    **{"sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True},
+    **{"transformers_version": "4.46.2", "use_sliding_window": False, "vocab_size": BYTES},
+}
+#: The tensors of a published layer.
+LAYER = {
+    **{f"self_attn.{name}_proj.weight": (size, 32) for name, size in (("q", 32), ("k", 16), ("v", 16), ("o", 32))},
+    **{f"self_attn.{name}_proj.bias": (size,) for name, size in (("q", 32), ("k", 16), ("v", 16))},
+    **{"mlp.gate_proj.weight": (48, 32), "mlp.up_proj.weight": (48, 32), "mlp.down_proj.weight": (32, 48)},
+    **{"input_layernorm.weight": (32,), "post_attention_layernorm.weight": (32,)},
+}
+
+
+def published(folder: Path) -> tuple[str, dict[str, Tensor]]:
+    """A checkpoint in bfloat16, with the names of the published ones, and its weights."""
+    shapes = {"model.embed_tokens.weight": (BYTES, 32), "model.norm.weight": (32,), "lm_head.weight": (BYTES, 32)}
+    shapes |= {f"model.layers.{i}.{name}": shape for i in range(3) for name, shape in LAYER.items()}
+    weights = {name: 0.3 * torch.randn(shape) for name, shape in shapes.items()}
+    weights = {name: (w + name.endswith("norm.weight")).bfloat16() for name, w in weights.items()}
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(PUBLISHED))
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder), weights
+
+
+@pytest.mark.usefixtures("as_from_a_shell")
+def test_published_files_are_loaded_trained_decoded_scored_and_written_back(tmp_path):
+    base, weights = published(tmp_path / "base")
+    out = export(base, tmp_path / "out")
+    written, config = weights_of(out), json.loads((out / "config.json").read_text())
+    assert written.keys() == weights.keys() and all(torch.equal(written[name], w) for name, w in weights.items())
+    named = ("architectures", "model_type", "mask_token_id", "rope_theta", "num_key_value_heads", "vocab_size")
+    assert {name: config[name] for name in named} == {name: PUBLISHED[name] for name in named}
+    assert "auto_map" not in config
+
+    run = train_adapter(tmp_path, base, "memory.layer_fraction=0.4", "model.dtype=float32")
+    loaded = load_pretrained(run, dtype="float32")
+    assert loaded.right_shift_logits and loaded.memory.layer_fraction == 0.4
+    assert (logits(loaded.model) - logits(load_pretrained(base, dtype="float32").model)).abs().max() > 0.01
+    merged = load_pretrained(str(export(run, tmp_path / "merged", dtype="float32")))
+    torch.testing.assert_close(logits(merged.model), logits(loaded.model), atol=1e-4, rtol=1e-4)
+
+    memory, (prompt, end) = memory_of(loaded, {"inner_lr": 10.0}), random_prompts(9, 5)
+    decoder = Decoder(loaded, memory=memory)
+    items = list(states(0, prompt, end, 6, seed=0))
+    found = []
+    for texts in ([prompt], [None]):
+        with decoder.recalled(texts):
+            scores = log_likelihoods(loaded.model, items, MASK, loaded.right_shift_logits)
+            found.append((decoder.answers([prompt], 6, whole=True), scores))
+    assert found[0] != found[1], "the memory does something"
+    assert all(len(answer[0]) == 6 for answer, _ in found)
+    assert log_likelihoods(loaded.model, items, MASK) != found[1][1], "and so does the shift"
+
+
+def test_the_defaults_are_dream_7bs():
+    config = config_of(ModelConfig(architecture="DreamModel"))
+    sizes = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
+    sizes |= {"intermediate_size": 18944, "vocab_size": 152064, "mask_token_id": 151666}
+    assert {name: getattr(config, name) for name in sizes} == sizes and not config.tie_word_embeddings
+    with torch.device("meta"):
+        model = DreamModel(config)
+    assert sum(p.numel() for p in model.parameters()) == 7_615_616_512  # as Qwen2.5-7B
+
+
+@pytest.mark.parametrize("asked", [None, True])
+def test_the_shift_follows_the_architecture(asked, tokenizer, tmp_path):
+    given: dict[str, Any] = {} if asked is None else {"right_shift_logits": asked}
+    model = tiny(SHIFTED, torch.float64)
+    trainer = make_trainer(model, tokenizer, tmp_path, OFF, **given)
+    assert trainer.right_shift_logits is True and trainer.args.right_shift_logits is True
+    batch = train_batch(trainer)
+    loss, plain, other = (
+        trainer.compute_loss(model, batch),
+        plain_loss(model, batch, shift=True),
+        plain_loss(model, batch),
+    )
+    assert_close_relative(loss.detach(), plain.detach(), 1e-10)
+    assert (plain - other).abs() > 0.1
+    assert prompt_memory(model, memory_for(SHIFTED)).memory.right_shift_logits
+
+
+def test_a_shift_that_the_architecture_has_is_not_turned_off(tokenizer, tmp_path):
+    settings = {"right_shift_logits": False}
+    assert message_of(partial(make_trainer, **settings), tiny(SHIFTED), tokenizer, tmp_path, OFF) == (
+        "training.right_shift_logits=False: expected true or none with DreamModel, whose logits are those of the next "
+        "position"
+    )
+    assert make_trainer(tiny("llama"), tokenizer, tmp_path, OFF, **settings).right_shift_logits is False
+    assert make_trainer(tiny("llama"), tokenizer, tmp_path, OFF).right_shift_logits is False
+
+
+def test_the_mask_is_the_models(tmp_path):
+    base, _ = published(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "mask_token_id": 7}))
+    assert message_of(load_pretrained, base) == (
+        f"tokenizer={base!r}: its mask token '<|mask|>' is number 2, and the model's mask_token_id is 7; expected the "
+        "tokenizer that the model was trained with"
+    )
+
+
+@pytest.mark.dllm
+def test_dllm_loads_what_we_save(tmp_path):
+    """Its own function, by the model_type; our export and what its class saves are read by either."""
+    from dllm.utils import get_model
+
+    base, _ = published(tmp_path / "base")
+    ours = load_pretrained(base, dtype="float32").model
+    theirs = get_model(model_name_or_path=str(export(base, tmp_path / "out", dtype="float32")), dtype="float32")
+    assert type(theirs).__module__.startswith("dllm.")
+    torch.testing.assert_close(logits(theirs), logits(ours), atol=1e-4, rtol=1e-4)
+
+    theirs = dllms_model(SHIFTED, mask_token_id=MASK, vocab_size=BYTES)
+    scale_up(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    byte_tokenizer().save_pretrained(tmp_path / "theirs")
+    torch.testing.assert_close(logits(load_pretrained(str(tmp_path / "theirs")).model), logits(theirs))
+
+
+@pytest.mark.dllm
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_step_on_dllms_own_model_is_ours(lora, tokenizer, tmp_path):
+    """Taken by the trainer as it is; the same loss and gradients as our class of the same weights has."""
+    theirs = dllms_model(SHIFTED, mask_token_id=MASK)
+    scale_up(theirs)
+    ours = tiny(SHIFTED, rope_theta=10000.0)
+    ours.load_state_dict(theirs.state_dict())
+    models = [theirs, ours]
+    if lora:
+        config, models = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False), []
+        for model in (theirs, ours):
+            torch.manual_seed(5)
+            models.append(peft.get_peft_model(model, copy.deepcopy(config)))
+    results = []
+    for model in models:
+        trainer = make_trainer(model, tokenizer, tmp_path, memory_for(SHIFTED), gradient_checkpointing=True)
+        assert trainer.right_shift_logits
+        loss = trainer.compute_loss(model, train_batch(trainer))
+        loss.backward()
+        results.append((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (loss, gradients), (expected, wanted) = results
+    assert_close_relative(loss, expected, 1e-5)
+    assert gradients.keys() == wanted.keys() and len(wanted) > 20
+    for name, gradient in wanted.items():
+        assert_close_relative(gradients[name], gradient, 1e-3, name)
+    models[0].save_pretrained(tmp_path / "saved")
+    models[1].save_pretrained(tmp_path / "ours")
+    assert weights_of(tmp_path / "saved").keys() == weights_of(tmp_path / "ours").keys()
