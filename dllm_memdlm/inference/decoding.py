@@ -9,28 +9,31 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ..backbones import LLaDA2MoeModelLM, staged_backbone
+from ..backbones import DreamModel, LLaDA2MoeModelLM, staged_backbone
 from ..config import ConfigError, require
 from ..method.inner_loop import ParametricMemory
 from ..method.prompt_memory import PromptMemory, Text, at_inference, load_snapshot
 from .pretrained import Pretrained
-from .samplers import LLaDA21Sampler, MDLMSampler, SamplerConfig, completions
+from .samplers import DreamSampler, LLaDA21Sampler, MDLMSampler, SamplerConfig, completions
 
-SAMPLERS = {"mdlm": MDLMSampler, "llada21": LLaDA21Sampler}  #: by the name that `sampler=` takes
+SAMPLERS = {"mdlm": MDLMSampler, "llada21": LLaDA21Sampler, "dream": DreamSampler}  #: by the name that `sampler=` takes
 
 #: What the number of new tokens decides for each prompt; the rest of a sampler's settings are the user's.
 PER_PROMPT = {"max_new_tokens", "max_length", "return_dict", "right_shift_logits"}
 
-#: Settings of the MDLM sampler that are the number of new tokens unless they are given: the paper's decoding.
-ONE_BLOCK = ("block_size", "steps")
+#: Settings that are the number of new tokens unless they are given, and others that differ from dllm's defaults: the
+#: paper's decoding, and of Dream the one that its authors recommend, with nothing drawn.
+ONE_BLOCK = {"mdlm": ("block_size", "steps"), "dream": ("steps",), "llada21": ()}
+RECOMMENDED = {"dream": {"alg": "entropy", "temperature": 0.0}}
 
 #: Settings that name tokens.
 TOKEN_LISTS = {"suppress_tokens", "begin_suppress_tokens", "cfg_keep_tokens"}
 
 
 def sampler_name(model: Any) -> str:
-    """Return what a model was made for: block diffusion for LLaDA2.1, low-confidence remasking for the others."""
-    return "llada21" if isinstance(staged_backbone(model), LLaDA2MoeModelLM) else "mdlm"
+    """Return what a model was made for: block diffusion for LLaDA2.1, Dream's own, low-confidence remasking else."""
+    made_for = {LLaDA2MoeModelLM: "llada21", DreamModel: "dream"}
+    return next((name for cls, name in made_for.items() if isinstance(staged_backbone(model), cls)), "mdlm")
 
 
 def sampler_settings(sampler: str) -> set[str]:
@@ -46,14 +49,14 @@ class Decoder:
         pretrained: model and tokenizer.
         sampler: which one; auto is `sampler_name`.
         settings: of the sampler. `block_size` and `steps` of the MDLM sampler default to the paper's decoding: one
-            block, and as many steps as tokens.
+            block, and as many steps as tokens; Dream's to as many steps, and the tokens of least entropy.
         memory: writes or holds the fast weights; none decodes with the model as it is.
         max_length: tokens of a prompt and its answer; what the model declares if none.
         visible: tokens of a prompt that the model sees, counted from its end; as it was trained if none.
     """
 
     pretrained: Pretrained
-    sampler: Literal["auto", "mdlm", "llada21"] = "auto"
+    sampler: Literal["auto", "mdlm", "llada21", "dream"] = "auto"
     settings: dict[str, Any] = field(default_factory=dict)
     memory: PromptMemory | None = None
     max_length: int | None = None
@@ -84,9 +87,10 @@ class Decoder:
     def config_for(self, new_tokens: int, **changes: Any) -> SamplerConfig:
         """Return the sampler's settings for answers of `new_tokens`. Raises ConfigError for one that does not fit."""
         chosen = {"max_new_tokens": new_tokens, **self.settings, **changes}
-        if self.sampler == "mdlm":
-            shift = self.pretrained.right_shift_logits
-            chosen = {**dict.fromkeys(ONE_BLOCK, new_tokens), "right_shift_logits": shift, **chosen}
+        usual = {**dict.fromkeys(ONE_BLOCK[self.sampler], new_tokens), **RECOMMENDED.get(self.sampler, {})}
+        if self.sampler != "llada21":
+            usual["right_shift_logits"] = self.pretrained.right_shift_logits
+        chosen = {**usual, **chosen}
         config = self._sampler.CONFIG.of(None, chosen)
         vocabulary = self.pretrained.model.config.vocab_size
         for name in TOKEN_LISTS & chosen.keys():

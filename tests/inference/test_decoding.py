@@ -17,7 +17,7 @@ from steps import memory_for
 from dllm_memdlm.config import ConfigError, MemoryConfig
 from dllm_memdlm.inference.decoding import Decoder
 from dllm_memdlm.inference.decoding import memory_for as memory_of
-from dllm_memdlm.inference.samplers import LLaDA21Sampler, MDLMSampler, completions
+from dllm_memdlm.inference.samplers import DreamSampler, LLaDA21Sampler, MDLMSampler, completions
 from dllm_memdlm.method.prompt_memory import save_snapshot
 
 NEW = 6
@@ -121,8 +121,9 @@ def test_the_memory_has_the_settings_of_training_but_for_changes_or_those_it_was
         memory_of(pretrained_of(tiny("llama", num_hidden_layers=5)), {}, path)
 
 
-SAMPLERS = {"mdlm": MDLMSampler, "llada21": LLaDA21Sampler}
-both = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+IN_BLOCKS = {"mdlm": MDLMSampler, "llada21": LLaDA21Sampler}
+SAMPLERS = {**IN_BLOCKS, "dream": DreamSampler}  # which has tests of its own
+both = pytest.mark.parametrize("sampler", IN_BLOCKS.values(), ids=IN_BLOCKS)
 
 
 @pytest.fixture(scope="module")
@@ -201,13 +202,18 @@ def test_in_bfloat16(kind, temperature, tokenizer):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_dllms_settings_are_ours_without_what_we_added(name, model, tokenizer):
     from dllm.core.samplers import MDLMSamplerConfig as TheirMDLM
+    from dllm.pipelines.dream.sampler import DreamSamplerConfig as TheirDream
     from dllm.pipelines.llada21.sampler import LLaDA21SamplerConfig as TheirLLaDA21
 
-    ours, theirs = SAMPLERS[name].CONFIG, {"mdlm": TheirMDLM, "llada21": TheirLLaDA21}[name]
+    ours, theirs = SAMPLERS[name].CONFIG, {"mdlm": TheirMDLM, "llada21": TheirLLaDA21, "dream": TheirDream}[name]
     mine, yours = dataclasses.asdict(ours()), dataclasses.asdict(theirs())
     assert {name: mine[name] for name in yours} == yours
-    added = {"mdlm": {"cache", "threshold"}, "llada21": {"use_cache", "block_steps"}}
+    added = {"mdlm": {"cache", "threshold"}, "llada21": {"use_cache", "block_steps"}, "dream": {"suppress_tokens"}}
     assert mine.keys() - yours.keys() == added[name]
-    decode, changes = SAMPLERS[name](model, tokenizer).sample, {"max_new_tokens": 7, "block_size": 3}
+    changes = {
+        "max_new_tokens": 7,
+        **({"alg": "entropy", "temperature": 0.0} if name == "dream" else {"block_size": 3}),
+    }
+    decode = SAMPLERS[name](model, tokenizer).sample
     assert torch.equal(decode(texts_of(5), theirs(**changes)), decode(texts_of(5), ours(**changes)))
     assert torch.equal(decode(texts_of(5), theirs(), **changes), decode(texts_of(5), ours(**changes)))

@@ -12,7 +12,7 @@ from naive_samplers import decoder, prompts
 from stock_models import DENSE_ATTRIBUTES, a2d_llama, dllms_model
 from torch import nn
 
-from dllm_memdlm.inference.samplers import LLaDA21Sampler, MDLMSampler
+from dllm_memdlm.inference.samplers import DreamSampler, LLaDA21Sampler, MDLMSampler
 
 pytestmark = pytest.mark.dllm
 
@@ -42,6 +42,18 @@ LLADA21_VARIANTS: dict[str, dict[str, Any]] = {
     "early_stop": {"eos_early_stop": True, "threshold": 0.3, "editing_threshold": 0.6},
     "max_length": {"max_new_tokens": None, "max_length": 28},
 }
+#: What Dream's published code calls its default, recommends, and has beside. dllm's default top_k is of no effect here.
+DREAM_VARIANTS: dict[str, dict[str, Any]] = {
+    "maskgit_plus": {"alg": "maskgit_plus", "temperature": 0.0},
+    "topk_margin": {"alg": "topk_margin", "temperature": 0.0, "top_k": 7, "steps": 9},
+    "entropy": {"alg": "entropy", "temperature": 0.0, "steps": 40},
+    "recommended": {"alg": "entropy", "temperature": 0.2, "top_p": 0.95},
+    "warm": {"alg": "maskgit_plus", "temperature": 0.8, "top_k": 10, "top_p": 0.8, "steps": 9},
+    "drawn_positions": {"alg": "topk_margin", "alg_temp": 0.3, "temperature": 0.0, "steps": 9},
+    "guided": {"alg": "entropy", "temperature": 0.0, "cfg_scale": 0.7},
+    "stochastic": {"alg": "maskgit_plus", "temperature": 0.0, "stochastic_transfer": True, "steps": 9},
+    "filling_in": {"alg": "entropy", "temperature": 0.5, "steps": 6},
+}
 
 
 def decoders(name: str) -> tuple[nn.Module, nn.Module]:
@@ -53,7 +65,8 @@ def decoders(name: str) -> tuple[nn.Module, nn.Module]:
     if kind == "llama":
         model = a2d_llama()
     else:
-        shared = {field: getattr(tiny_config(kind), field) for field in DENSE_ATTRIBUTES}
+        config = tiny_config(kind)
+        shared = {field: getattr(config, field) for field in DENSE_ATTRIBUTES if hasattr(config, field)}
         # Eager, since dllm's LLaDA21Sampler passes a mask in bfloat16, which sdpa takes with no other dtype.
         shared["attn_implementation"] = "eager" if kind == "llada2" else "sdpa"
         model = dllms_model(kind, **shared)
@@ -121,3 +134,49 @@ def test_llada21(name, variant, tokenizer):
     if variant != "warm":
         together = sampler.sample(inputs, settings).sequences
         assert all(torch.equal(row[: len(single)], single) for row, single in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("name", ["dream", "dream of dllm"])
+@pytest.mark.parametrize("variant", DREAM_VARIANTS)
+def test_dream(name, variant, tokenizer):
+    """dllm pads on the left. One prompt at a time, and all at once where nothing is drawn and so no tie is likely."""
+    from dllm.pipelines.dream.sampler import DreamSampler as Theirs
+    from dllm.pipelines.dream.sampler import DreamSamplerConfig
+
+    their_model, our_model = decoders(name)
+    settings = {"max_new_tokens": 19, "steps": 19, "return_dict": True, **DREAM_VARIANTS[variant]}
+    settings, way, inputs = DreamSamplerConfig(**settings), "sample", [torch.tensor(p) for p in prompts(7, 12, 3)]
+    if variant == "filling_in":
+        way = "infill"
+        for row in inputs:
+            row[1:3] = MASK
+    drawn = settings.temperature > 0 or settings.alg_temp > 0
+    batches = [[row] for row in inputs] + ([] if drawn else [inputs])
+    answers = set()
+    for batch in batches:
+        theirs = seeded(getattr(Theirs(their_model, tokenizer), way), batch, settings)
+        ours = seeded(getattr(DreamSampler(our_model, tokenizer), way), batch, settings)
+        width = theirs.sequences.shape[1]
+        for row, prompt in enumerate(batch):
+            length = len(prompt) + (19 if way == "sample" else 0)
+            expected = [canvas[row, width - length :].tolist() for canvas in theirs.histories]
+            assert [canvas[row, :length].tolist() for canvas in ours.histories] == expected
+            answers.update(expected[-1])
+    assert len(answers) > 12 and MASK not in answers
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_dreams_origin(temperature, tokenizer):
+    """Which dllm has in its model's own generation alone."""
+    from dllm.pipelines.dream.models.generation_utils import DreamGenerationConfig
+
+    their_model, our_model = decoders("dream of dllm")
+    prompt = torch.tensor(prompts(9))
+    settings = {"max_new_tokens": 15, "steps": 6, "eps": 1e-3, "alg": "origin", "temperature": temperature}
+    more = {"top_p": 0.9, "top_k": 20}
+    tokens = {"mask_token_id": MASK, "pad_token_id": 0, "eos_token_id": 0, "output_history": True, "return_dict": True}
+    given = DreamGenerationConfig(**settings, **more, **tokens)
+    theirs = seeded(their_model.diffusion_generate, prompt, generation_config=given)
+    ours = seeded(DreamSampler(our_model, tokenizer).sample, prompt, **settings, **more, return_dict=True)
+    assert [c.tolist() for c in ours.histories[1:]] == [c.tolist() for c in theirs.history]
+    assert len(set(ours.sequences[0, 9:].tolist())) > 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +19,7 @@ Prompts = Sequence[Tensor | list[int]]
 
 #: The least value of a setting, in whichever sampler has it.
 LEAST = {"max_new_tokens": 1, "block_size": 1, "steps": 1, "block_steps": 1, "num_to_transfer": 1}
-LEAST |= {"max_post_steps": 0, "temperature": 0, "cfg_scale": 0, "top_k": 0}
+LEAST |= {"max_post_steps": 0, "temperature": 0, "cfg_scale": 0, "top_k": 0, "alg_temp": 0}
 
 #: Settings that are shares.
 SHARES = {"threshold", "editing_threshold", "top_p"}
@@ -27,7 +27,7 @@ SHARES = {"threshold", "editing_threshold", "top_p"}
 
 @dataclasses.dataclass
 class SamplerConfig(BaseSamplerConfig):
-    """Settings of both samplers. They have dllm's names and defaults, but for those that only we have.
+    """Settings of every sampler. They have dllm's names and defaults, but for those that only we have.
 
     Raises:
         ConfigError: a value is of the wrong type, out of range, or not among the choices.
@@ -89,7 +89,13 @@ class CanvasSampler(BaseSampler):
     def __post_init__(self) -> None:
         super().__post_init__()
         adopt(self.model)
-        self.layers = len(staged_backbone(self.model).layers)
+        backbone = staged_backbone(self.model)
+        self.layers, self.shifted = len(backbone.layers), backbone.right_shift_logits
+        if self.shifted and not hasattr(self.CONFIG, "right_shift_logits"):
+            raise ConfigError(
+                f"sampler {self.CONFIG.NAME}: takes no logits of the next position, which those of "
+                f"{type(backbone).__name__} are; expected dream or mdlm"
+            )
         for name in ("mask_token_id", "eos_token_id"):
             if getattr(self.tokenizer, name) is None:
                 raise ConfigError(f"tokenizer without {name}: a canvas is made of both")
@@ -124,7 +130,11 @@ class CanvasSampler(BaseSampler):
     def _begin(
         self, inputs: Prompts, config: Any, seeds: Sequence[int] | None, changes: dict[str, Any]
     ) -> tuple[list[Tensor], Any, RowNoise]:
+        if self.shifted:  # by its architecture, whatever the defaults of a config say
+            changes = {"right_shift_logits": True, **changes}
         settings, device = self.CONFIG.of(config, changes), self.model.device
+        shifted = not self.shifted or settings.right_shift_logits
+        require("sampler", settings, "right_shift_logits", shifted, "true with this model, whose logits are shifted")
         if len(inputs) == 0:
             raise ConfigError("no prompt to decode")
         prompts = [torch.as_tensor(prompt, dtype=torch.long, device=device) for prompt in inputs]
@@ -184,6 +194,20 @@ class RowNoise:
             if not left_out:
                 row.copy_(torch.multinomial(own, 1, generator=generator)[:, 0])
         return chosen
+
+    def of_valid(
+        self, values: Tensor, valid: Tensor, draw: Callable[[Tensor, torch.Generator | None], Tensor]
+    ) -> Tensor:
+        """Apply `draw(values [N, …], generator)` → [N] to what is valid, in order: row by row, or all at once.
+
+        values [B, M, …], valid [B, M] bool → [B, M], 0 where nothing is valid.
+        """
+        if self.generators is None:
+            drawn = draw(values[valid], None)
+        else:
+            rows = zip(values, valid, self.generators, strict=True)
+            drawn = torch.cat([draw(row[own], generator) for row, own, generator in rows])
+        return drawn.new_zeros(valid.shape).masked_scatter(valid, drawn)
 
     def binomial(self, row: int, count: int, probability: float) -> int:
         """Draw how many of `count` events happen."""

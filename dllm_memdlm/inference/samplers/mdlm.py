@@ -18,7 +18,7 @@ from torch import Tensor
 from ...backbones.cache import CanvasCache
 from ...compat.dllm_api import BaseSamplerOutput
 from ...config import knob, require
-from ...method.losses import positions_of
+from ...method.losses import Positions, positions_of
 from .base import CanvasSampler, Prompts, RowNoise, SamplerConfig, finished
 
 
@@ -72,7 +72,7 @@ class MDLMSampler(CanvasSampler):
             starts = [length + first for length in lengths]
             ends = [length + min(first + size, new) for length in lengths]
             blocks.append(Block(starts, ends, starts if approximate else lengths))
-        yield from _Denoiser(self, settings, noise, canvas, [length + new for length in lengths]).fill(blocks)
+        yield from self._denoiser(settings, noise, canvas, [length + new for length in lengths]).fill(blocks)
 
     @torch.no_grad()
     def infill(
@@ -89,7 +89,10 @@ class MDLMSampler(CanvasSampler):
             starts = [start] * len(rows)
             blocks.append(Block(starts, [max(start, min(start + size, length)) for length in lengths], starts))
         canvas = self._canvas(rows, lengths)
-        return finished(_Denoiser(self, settings, noise, canvas, lengths).fill(blocks), settings)
+        return finished(self._denoiser(settings, noise, canvas, lengths).fill(blocks), settings)
+
+    def _denoiser(self, *under_way: Any) -> Denoiser:
+        return Denoiser(self, *under_way)
 
     def _with_bos(self, rows: list[Tensor], settings: MDLMSamplerConfig) -> list[Tensor]:
         """Put a first token into empty rows, from which shifted logits can predict."""
@@ -98,7 +101,7 @@ class MDLMSampler(CanvasSampler):
         return [row if len(row) else row.new_tensor([self.tokenizer.bos_token_id]) for row in rows]
 
 
-class _Denoiser:
+class Denoiser:
     """A batch under way: its canvas [B, T], which is changed, and whose rows have `lengths` tokens."""
 
     def __init__(
@@ -161,8 +164,12 @@ class _Denoiser:
         confidence, tokens = self._propose(masked & (torch.tensor(counts, device=masked.device)[:, None] > 0))
         for row, (count, length) in enumerate(zip(counts, self.lengths, strict=True)):
             # As many entries as the row alone would have, so that ties fall as they do without a batch.
-            chosen = confidence[row, :length].topk(count).indices
+            chosen = self._surest(row, confidence[row, :length], count)
             self.canvas[row, chosen] = tokens[row, chosen]
+
+    def _surest(self, row: int, confidence: Tensor, count: int) -> Tensor:
+        """Return the positions at which a row commits so many tokens; the confidence [T] is -inf where it cannot."""
+        return confidence.topk(count).indices
 
     def _propose(self, masked: Tensor) -> tuple[Tensor, Tensor]:
         """Return a confidence, -inf where nothing is masked, and the token that the model proposes. Both [B, T]."""
@@ -183,6 +190,10 @@ class _Denoiser:
             sure = logits.softmax(-1).gather(-1, found[..., None])[..., 0]
         else:
             sure = self.noise.uniform(shape[:2], positions, torch.float32)
+        return self._placed(masked, positions, sure, found)
+
+    def _placed(self, masked: Tensor, positions: Positions, sure: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+        """Put confidences and tokens [B, M] where they belong on the canvas [B, T]."""
         sure = sure.masked_fill(~positions.valid, -torch.inf)
         confidence = sure.new_full(masked.shape, -torch.inf).scatter_(1, positions.index, sure)
         return confidence, torch.zeros_like(masked, dtype=torch.long).scatter_(1, positions.index, found)
