@@ -143,7 +143,9 @@ class ModelConfig:
     )
     load_in_4bit: bool = knob(False, "NF4 with double quantisation (extra `quant`)")
     attn_implementation: Attention = knob("sdpa", "attention kernel")
-    trust_remote_code: bool = knob(False, "run Python code that a checkpoint brings along; never needed here")
+    trust_remote_code: bool = knob(
+        False, "run Python code that a checkpoint brings along; only Dream's own tokenizer is such"
+    )
 
     def __post_init__(self) -> None:
         check_types(self, "model")

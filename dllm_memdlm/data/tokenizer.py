@@ -117,6 +117,15 @@ def load_tokenizer(name: str, where: str, trust_remote_code: bool = False) -> Pr
         source = str(path) if local else name
         tokenizer = load_any_tokenizer(source, padding_side="right", trust_remote_code=trust_remote_code)
     except Exception as error:  # of any kind: what a file of another form leads to
+        if "trust_remote_code=True" in str(error):
+            setting, more = "tokenizer", ""
+            if where.startswith("model."):
+                setting, more = "model.tokenizer", ", or model.trust_remote_code=true"
+            raise ConfigError(
+                f"{where:.300}: its tokenizer is Python code of the checkpoint's, which is not run unasked; expected "
+                f"{setting} set to a folder with the same tokens for a class of transformers' (Dream's: "
+                f"Qwen2Tokenizer.from_pretrained(NAME).save_pretrained(FOLDER)){more}"
+            ) from error
         files = sorted(path.glob("*.json")) if local else []
         reason = next((f"{file.name} is not JSON" for file in files if not _is_json(file)), None) or reason_of(error)
         raise ConfigError(

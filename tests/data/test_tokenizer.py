@@ -1,10 +1,13 @@
 """The trained tokenizer, its cache, and what a checkpoint's tokenizer is completed with."""
 
-import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+import json
 
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+
+from dllm_memdlm.compat.dllm_api import HAS_DLLM
 from dllm_memdlm.config import ConfigError, ModelConfig
-from dllm_memdlm.data import tokenizer_for, train_tokenizer
+from dllm_memdlm.data import load_tokenizer, tokenizer_for, train_tokenizer
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "Größe: 3 × 5"] * 5
 CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": " the dog"}]
@@ -105,3 +108,36 @@ def test_a_tokenizer_without_a_mask_token_is_refused(tokenizer, tmp_path):
     says = r"^model.path='.*: declares no mask token, and <\|mask\|> or .*; declare the"
     with pytest.raises(ConfigError, match=says):
         tokenizer_for(ModelConfig(path=str(tmp_path)), never, tmp_path)
+
+
+@pytest.mark.skipif(HAS_DLLM, reason="dllm brings Dream's tokenizer along, and none is run from the checkpoint")
+def test_a_tokenizer_that_is_code_is_not_run_unasked(tokenizer, tmp_path):
+    """As Dream's are. What the message says helps: the same tokens in a class of transformers'."""
+    base, plain = tmp_path / "dream", tmp_path / "plain"
+    base.mkdir()
+    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    (base / "vocab.json").write_text(json.dumps(bpe["vocab"]))
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"]]
+    (base / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    own = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False) | {"special": True}
+    declared = {"bos_token": SPECIAL[0], "eos_token": SPECIAL[1], "mask_token": SPECIAL[2], "pad_token": SPECIAL[1]}
+    declared |= {"added_tokens_decoder": {str(i): {"content": SPECIAL[i], **own} for i in range(4)}}
+    declared |= {"tokenizer_class": "DreamTokenizer", "unk_token": None}
+    declared |= {"auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}}
+    (base / "tokenizer_config.json").write_text(json.dumps(declared))
+    code = f"import pathlib\npathlib.Path({str(tmp_path / 'run')!r}).touch()\nclass DreamTokenizer: pass\n"
+    (base / "tokenization_dream.py").write_text(code)
+    ways = r"Qwen2Tokenizer\.from_pretrained\(NAME\)\.save_pretrained\(FOLDER\)\)"
+    with pytest.raises(ConfigError, match=rf"^model.path=.*model\.tokenizer set to .*{ways}, or model.trust_remote"):
+        tokenizer_for(ModelConfig(path=str(base)), never, tmp_path)
+    with pytest.raises(ConfigError, match=rf"^tokenizer='x': its tokenizer is Python code .*{ways}$"):
+        load_tokenizer(str(base), "tokenizer='x'")
+    assert not (tmp_path / "run").exists()
+    Qwen2Tokenizer.from_pretrained(base).save_pretrained(plain)
+    loaded = tokenizer_for(ModelConfig(path=str(base), tokenizer=str(plain)), never, tmp_path)
+    assert (loaded.mask_token_id, loaded.bos_token_id, loaded.eos_token_id) == (2, 0, 1)
+    assert loaded("the cat")["input_ids"] == tokenizer("the cat")["input_ids"]
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError):  # the class is none; but it is asked for, and so it is run
+        tokenizer_for(ModelConfig(path=str(base), trust_remote_code=True), never, tmp_path)
+    assert (tmp_path / "run").exists()

@@ -127,7 +127,10 @@ def parsed(**values) -> Parsed:
     ("values", "parts"),
     [
         ({"memory_iner_lr": 1}, ["'memory_iner_lr'", "did you mean memory_inner_lr?"]),
-        ({"zzz": 1}, ["'zzz'", "known: adapter, alg, alg_temp, attn_implementation", "memory_inner_lr", "editing_threshold"]),
+        (
+            {"zzz": 1},
+            ["'zzz'", "known: adapter, alg, alg_temp, attn_implementation", "memory_inner_lr", "editing_threshold"],
+        ),
         *(({name: 1}, [f"'{name}'"]) for name in ("memory_enabled", "max_new_tokens")),
         *(({"batch_size": size}, [f"batch_size={size!r}", "or auto"]) for size in (0, "-1", "auto:x")),
         ({"memory_scope": "prefix", "fast_weights": "a"}, ["memory_scope", "memory=true"]),

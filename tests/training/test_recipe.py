@@ -97,6 +97,8 @@ def test_the_output_folder_is_named_after_the_file(tmp_path, base):
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 FOLDERS = (RECIPES, *(RECIPES / name for name in ("cpu", "small", "ablations")))
 PAPER = {"llada_moe": "inclusionAI/LLaDA-MoE-7B-A1B-Base", "llada2_mini": "inclusionAI/LLaDA2.1-mini"}
+#: Of other models, with the same numbers.
+ALIKE = {"dream_7b": "Dream-org/Dream-v0-Instruct-7B"}
 
 
 def names_of(pattern: str) -> list[str]:
@@ -119,7 +121,7 @@ def test_every_recipe_loads_and_round_trips(name, tmp_path):
     assert path.read_text(encoding="utf-8").startswith(command), "its command comes first"
 
 
-@pytest.mark.parametrize("name", sorted({*names_of("*_mdlm.yaml"), *(f"{name}_mdlm" for name in PAPER)}))
+@pytest.mark.parametrize("name", sorted({*names_of("*_mdlm.yaml"), *(f"{name}_mdlm" for name in PAPER | ALIKE)}))
 def test_a_baseline_differs_in_the_memory_only(name):
     mdlm, memdlm = values_of(name), values_of(name.removesuffix("_mdlm"))
     for values, enabled, own in ((memdlm, True, name.removesuffix("_mdlm")), (mdlm, False, name)):
@@ -128,7 +130,7 @@ def test_a_baseline_differs_in_the_memory_only(name):
     assert mdlm == memdlm
 
 
-@pytest.mark.parametrize(("name", "path"), PAPER.items())
+@pytest.mark.parametrize(("name", "path"), (PAPER | ALIKE).items())
 def test_the_papers_recipes_hold_its_numbers(name, path):
     recipe = load_recipe(RECIPES / f"{name}.yaml")
     model, lora, data, training = recipe.model, recipe.lora, recipe.data, recipe.training
