@@ -197,6 +197,12 @@ class DataConfig:
         True,
         "see and learn padding, which is end-of-sequence, as dllm does; false hides it, as an evaluation always does",
     )
+    perbatch_cutoff: bool = knob(
+        False, "cut responses to at most the length of one of their batch, drawn anew for each, as dllm does for Dream"
+    )
+    resp_cutoff_ratio: Probability = knob(
+        0.0, "share of the batches that are cut by fewer tokens than their shortest response has, as dllm can for Dream"
+    )
     mask_prompt: bool = knob(True, "keep the prompt out of the masks and of the loss")
     visible: Count | None = knob(
         None, "tokens of a prompt that the model sees, counted from its end; a memory reads all; none shows all"
@@ -208,6 +214,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_types(self, "data")
         require("data", self, "dataset", self.dataset != "", "a dataset name or path")
+        either = not self.perbatch_cutoff or self.resp_cutoff_ratio == 0
+        require("data", self, "resp_cutoff_ratio", either, "0 with data.perbatch_cutoff")
         require("data", self, "visible", self.visible is None or self.mask_prompt, "none with data.mask_prompt=False")
 
 

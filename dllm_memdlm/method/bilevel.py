@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..backbones import staged_backbone
 from .fast_weights import FastWeights
 from .inner_loop import ParametricMemory, Written
-from .losses import NORMS, masked_diffusion_loss
+from .losses import NORMS, cart_share, cart_weights, masked_diffusion_loss
 from .trajectory import Trajectory
 
 
@@ -37,7 +37,7 @@ class BilevelStep:
     windows: Sequence[Trajectory] = ()  #: of the prompts, which `memory.source: prompt` writes on
     prompt: Trajectory | None = None  #: one window of each prompt, whose anchor `prompt_nll` is of
     prompt_loss: float = 0.0  #: `memory.prompt_loss`
-    loss_weight: str = "scheduler"  #: w(t) of the schedule, or `uniform`
+    loss_weight: str = "scheduler"  #: as `losses.LOSS_WEIGHT` says
     loss_norm: str = "token"  #: a key of `losses.NORMS`
     right_shift_logits: bool = False
     prefix: Tensor = field(init=False)  #: the prefix's output on the anchor [B, L, D], with gradient
@@ -95,8 +95,12 @@ class BilevelStep:
                 **self._where,
             ).nll
         weight, maskable = trajectory.noise_weight, trajectory.maskable.sum(-1)
-        if self.loss_weight == "uniform":
+        if self.loss_weight != "scheduler":
             weight = torch.ones_like(weight)
+        if (share := cart_share(self.loss_weight)) is not None:
+            seen = trajectory.attention_mask  # hidden padding is no neighbour, or an evaluation would depend on it
+            visible = ~trajectory.anchor_mask & (seen.bool() if isinstance(seen, Tensor) and seen.dim() == 2 else True)
+            nll = nll * positions.gather(cart_weights(visible, share))
         return masked_diffusion_loss(nll, positions.valid, weight, maskable, self.loss_norm, count)
 
     def prompt_term(self, count: Tensor | None = None) -> tuple[Tensor, Tensor]:

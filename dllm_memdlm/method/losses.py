@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -33,6 +34,30 @@ def positions_of(mask: Tensor) -> Positions:
     longest = max(1, int(counts.max()))
     index = mask.int().argsort(dim=-1, descending=True, stable=True)[:, :longest]
     return Positions(index, torch.arange(longest, device=mask.device) < counts[:, None])
+
+
+#: `loss_weight_type`: w(t) of the schedule, 1, or by the visible neighbours (`cart_weights`), with p = 0.3 by default.
+LOSS_WEIGHT = r"scheduler|uniform|cart(\[geo_p:(?P<p>0\.\d*[1-9]\d*)\])?"
+
+
+def cart_share(loss_weight: str) -> float | None:
+    """Return p of a `cart[geo_p:p]`; none for other weights."""
+    found = re.fullmatch(LOSS_WEIGHT, loss_weight)
+    return float(found["p"] or 0.3) if loss_weight.startswith("cart") else None
+
+
+def cart_weights(visible: Tensor, p: float) -> Tensor:
+    """Sum up p/2 · (1-p)^(d-1) over the visible tokens at distances d ≥ 1 (CART, Dream). visible [B, L] bool → [B, L].
+
+    By Fourier transforms, since a matrix of all distances would take L² numbers.
+    """
+    length = visible.shape[1]
+    distance = torch.arange(length, device=visible.device)
+    share = p / 2 * (1 - p) ** (distance - 1.0)
+    share[0] = 0
+    kernel = torch.cat([share, share.new_zeros(1), share[1:].flip(0)])  # of a circle that is twice as long
+    spectra = torch.fft.rfft(visible.to(share.dtype), 2 * length) * torch.fft.rfft(kernel)
+    return torch.fft.irfft(spectra, 2 * length)[:, :length]
 
 
 #: Ways to normalise the outer loss: (weighted NLL of each sample [B], its maskable tokens [B]) → scalar.

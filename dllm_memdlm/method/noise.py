@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # The streams of one example. They are fixed numbers: a new one must not move the others.
-TIME, ANCHOR, REVEAL, DROPOUT, START, COVER, PROMPT, CHOICE = 1, 2, 3, 4, 5, 6, 7, 8
+TIME, ANCHOR, REVEAL, DROPOUT, START, COVER, PROMPT, CHOICE, CUTOFF = 1, 2, 3, 4, 5, 6, 7, 8, 9
 #: The first of the streams that fast weights are initialised from, one a site.
 INITIAL = 1000
 #: The first of the streams of a prompt's windows, one a window.

@@ -15,7 +15,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..compat.dllm_api import MDLMConfig
 from ..config import ConfigError, Count, Natural, NotNegative, Positive, check_types, knob, require
-from ..method.losses import NORMS
+from ..method.losses import LOSS_WEIGHT, NORMS
 from . import engines
 
 _Seed = Annotated[int, Field(ge=0, lt=2**32, description="whole number in [0, 2^32)")]
@@ -55,7 +55,9 @@ class MemDLMConfig(MDLMConfig):
         "torch_compile_backend": _Never,
         "torch_compile_mode": _Never,
         "loss_norm_type": Literal[tuple(NORMS)],
-        "loss_weight_type": Literal["scheduler", "uniform"],
+        "loss_weight_type": Annotated[
+            str, Field(pattern=f"^({LOSS_WEIGHT})$", description="one of scheduler, uniform, cart[geo_p:0.3]")
+        ],
         "time_epsilon": Annotated[float, Field(gt=0, lt=1, description="number in (0, 1)")],
         "learning_rate": NotNegative,
         "weight_decay": NotNegative,

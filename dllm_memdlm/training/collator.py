@@ -14,6 +14,7 @@ from ..config import ConfigError, MemoryConfig
 from ..method import noise
 from ..method.trajectory import build_trajectory
 from ..method.windows import window_count, window_trajectory, windows_of
+from .cutoff import cut_the_end, cut_to_one_of_them
 from .example_ids import EXAMPLE_ID, OTHER_PROMPT, PROMPT, prompt_of
 
 
@@ -57,6 +58,9 @@ class AnchorTrajectoryCollator(CollatorWrapper):
             that is seen and learned. False hides it, and takes it out of the loss. An evaluation always does.
         bos_token_id: put before every sequence ahead of masking, as models whose logits are shifted need; none
             leaves the sequences alone.
+        perbatch_cutoff: whether responses are cut to at most the length of one of the batch, drawn anew for each.
+        resp_cutoff_ratio: how often a batch is cut instead, by fewer tokens than its shortest response has. These two
+            are dllm's for Dream. An evaluation cuts nothing.
     """
 
     config: MemoryConfig = field(default_factory=MemoryConfig)
@@ -65,6 +69,8 @@ class AnchorTrajectoryCollator(CollatorWrapper):
     time_epsilon: float = 1e-3
     bos_token_id: int | None = None
     padding_loss: bool = True
+    perbatch_cutoff: bool = False
+    resp_cutoff_ratio: float = 0.0
 
     def __post_init__(self) -> None:
         # In shared memory, so that workers which outlive an epoch see the next one begin.
@@ -84,6 +90,7 @@ class AnchorTrajectoryCollator(CollatorWrapper):
         """A copy with noise of its own: that of no training epoch, and the same for every epoch and seed."""
         fixed = copy.copy(self)
         fixed.seed, fixed.padding_loss, fixed._evaluates = noise.EVALUATION_SEED, False, True
+        fixed.perbatch_cutoff, fixed.resp_cutoff_ratio = False, 0.0
         fixed._epoch = torch.tensor(noise.EVALUATION)
         return fixed
 
@@ -97,6 +104,7 @@ class AnchorTrajectoryCollator(CollatorWrapper):
         texts = self._texts(features)
         beside = {EXAMPLE_ID, PROMPT, OTHER_PROMPT}
         features = [{k: v for k, v in feature.items() if k not in beside} for feature in features]
+        features = self._cut_off(features, examples)
         batch = super().__call__(features, return_tensors)
         if batch.get("labels") is None:
             raise ConfigError(
@@ -107,6 +115,16 @@ class AnchorTrajectoryCollator(CollatorWrapper):
             batch["labels"] = batch["labels"].masked_fill(~own, -100)
             batch["attention_mask"] = own.long()
         return self.add_noise(batch, examples) | self._noised(texts, examples)
+
+    def _cut_off(self, features: list[dict[str, Any]], examples: Tensor) -> list[dict[str, Any]]:
+        """Cut responses off, as asked. A batch's draws are those of its first example."""
+        if not self.perbatch_cutoff and self.resp_cutoff_ratio == 0:
+            return features
+        keys = noise.example_keys(self.seed, self.epoch, examples[:1])
+        chance, how_much = noise.uniform(keys, noise.CUTOFF, 2)[0].tolist()
+        if self.perbatch_cutoff:
+            return cut_to_one_of_them(features, how_much)
+        return cut_the_end(features, how_much) if chance < self.resp_cutoff_ratio else features
 
     def _texts(self, features: list[dict[str, Any]]) -> dict[str, list[Tensor]]:
         """Return the prompts that a batch is to have windows of, by what they are wanted for.

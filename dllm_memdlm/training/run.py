@@ -102,7 +102,8 @@ def build_trainer(recipe: Recipe) -> MemDLMTrainer:
         ) from error
     if state.is_main_process:
         print(f"engine: {engines.describe(trainer.accelerator)}", flush=True)
-    trainer.data_collator.padding_loss = recipe.data.padding_loss
+    for name in ("padding_loss", "perbatch_cutoff", "resp_cutoff_ratio"):
+        setattr(trainer.data_collator, name, getattr(recipe.data, name))
     trainer.made_of |= {
         "data": {"examples": digest_of(examples.train), "padding_loss": recipe.data.padding_loss},
         "weights": _weights_of(recipe),

@@ -48,7 +48,7 @@ BAD_TRAINING: list[tuple[str, ...]] = [
     ("gradient_accumulation_steps=0", ONE), ("bf16=maybe", "true or false"), ("bf16=1", "true or false"),
     ("output_dir=5", "expected text"), ("eval_delay=[1]", "expected number"), ("torch_compile=true", "expected none"),
     ("torch_compile_backend=inductor", "expected none"), ("torch_compile_mode=default", "expected none"),
-    ("loss_norm_type=words", "one of token, sequence, batch"), ("loss_weight_type=flat", "one of scheduler, uniform"),
+    ("loss_norm_type=words", "one of token, sequence, batch"), ("loss_weight_type=flat", "uniform, cart[geo_p"),
     ("engine=zero4", "'zero4'", "one of auto, ddp, fsdp2"), ("training.save_safetensors=false", "training.save_safe"),
     # what the optimizer and its schedule refuse
     ("training.adam_beta1=1.0", "training.optim=", "beta"), ("training.adam_beta2=1.5", "training.optim=", "beta"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.naive_experts import plain_experts
 from dllm_memdlm.config import MemoryConfig
+from dllm_memdlm.method.losses import cart_share, cart_weights
 from dllm_memdlm.method.reference import NaiveStep, naive_step
 from dllm_memdlm.training.trainer import MemDLMTrainer
 
@@ -149,6 +152,67 @@ def test_the_loss_is_weighted_as_asked(tokenizer, tmp_path):
     uniform = {**batch, "noise_weight": torch.ones(3), "noise_level": torch.ones(3)}  # at t = 1 the schedule's is 1
     expected = plain_loss(trainer.model, uniform, "batch").item()
     assert Step(trainer, batch).loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def plain_cart(masked: list[bool], p: float) -> list[float]:
+    """A masked token weighs as much as it has visible neighbours, which count the less the farther away they are."""
+    return [
+        sum(p / 2 * (1 - p) ** (abs(i - j) - 1) for j, other in enumerate(masked) if not other) if own else 0.0
+        for i, own in enumerate(masked)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["llama", SHIFTED])
+@pytest.mark.parametrize(("name", "p"), [("cart", 0.3), ("cart[geo_p:0.3]", 0.3), ("cart[geo_p:0.05]", 0.05)])
+@pytest.mark.parametrize("on", [False, True])
+def test_cart_weights_the_outer_loss_alone(kind, name, p, on, tokenizer, tmp_path):
+    """By the neighbours of each token; what the memory writes is weighted as in the paper."""
+    settings = {"loss_weight_type": name, "loss_norm_type": "sequence"}
+    memory = memory_for(kind) if on else OFF
+    trainer = make_trainer(tiny(kind, torch.float64), tokenizer, tmp_path, memory, **settings)
+    batch = batch_of(trainer)
+    start = initial(trainer, batch) if on else None
+    step = Step(trainer, batch, start)
+    tokens, masks = batch["input_ids"], batch["anchor_mask"]
+    with trainer.memory.holding(step.written.fast_weights) if on else nullcontext(), torch.no_grad():
+        logits = trainer.model(input_ids=torch.where(masks, MASK, tokens)).logits
+    if kind == SHIFTED:
+        logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
+    nll = -logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    weights = torch.tensor([plain_cart(row, p) for row in masks.tolist()], dtype=torch.float64)
+    expected = ((nll * weights).sum(-1) / batch["maskable"].sum(-1)).mean().item()
+    assert step.loss.item() == pytest.approx(expected, rel=1e-5)
+    if on:
+        usual = Step(make_trainer(trainer.model, tokenizer, tmp_path, memory), batch, start)
+        written = zip(flat(step.written.fast_weights), flat(usual.written.fast_weights), strict=True)
+        assert all(torch.equal(one[name], other[name]) for one, other in written for name in one)
+        assert abs(usual.loss.item() - expected) > 0.1
+
+
+def test_cart_counts_no_hidden_padding(tokenizer, tmp_path):
+    """So that the loss of an example does not depend on how long the others of its batch are."""
+    data = [*examples(2, shortest=10, longest=10), *examples(1, shortest=20)]
+    trainer = make_trainer(tiny("llama"), tokenizer, tmp_path, OFF, data, loss_weight_type="cart")
+    trainer.data_collator.padding_loss = False
+    totals = []
+    for rows in ([0, 1], [0, 1, 2]):
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in rows])
+        with torch.no_grad():
+            totals.append(trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)[1]["loss"][:2])
+    torch.testing.assert_close(*totals, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.dllm
+@pytest.mark.parametrize("p", [0.3, 0.11])
+def test_cart_weights_are_dllms(p):
+    from dllm.pipelines.dream.trainer import DreamTrainer
+
+    masked = torch.rand(5, 300, generator=torch.Generator().manual_seed(0)) < torch.linspace(0.1, 1, 5)[:, None]
+    theirs = types.SimpleNamespace(loss_weight_type=f"cart[geo_p:{p}]")
+    expected = DreamTrainer._compute_loss_weights(theirs, t=torch.rand(5), inputs={}, masked_mask=masked)
+    ours = cart_weights(~masked, cart_share(theirs.loss_weight_type)) * masked
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
+    assert expected.std() > 0.05
 
 
 @pytest.mark.parametrize(
