@@ -38,7 +38,7 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
     `memory.prompt_loss` `prompt_nll`; and in an evaluation the losses of `Evaluation`.
 
     Args:
-        model: a backbone of `dllm_memdlm.backbones`, or a LLaDA-MoE, LLaDA2.1 or A2D model of dllm's, which gets our
+        model: a backbone of `dllm_memdlm.backbones`, or a LLaDA-MoE, LLaDA2.1, Dream or A2D model of dllm's, which gets our
             forward (`backbones.adopt`); or PEFT's wrapper around one.
         args: training arguments.
         memory: settings of the inner loop; the paper's by default.
