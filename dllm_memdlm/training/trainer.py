@@ -38,8 +38,8 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
     `memory.prompt_loss` `prompt_nll`; and in an evaluation the losses of `Evaluation`.
 
     Args:
-        model: a backbone of `dllm_memdlm.backbones`, or a LLaDA-MoE, LLaDA2.1, Dream or A2D model of dllm's, which gets our
-            forward (`backbones.adopt`); or PEFT's wrapper around one.
+        model: a backbone of `dllm_memdlm.backbones`, or a LLaDA-MoE, LLaDA2.1, Dream or A2D model of dllm's, which gets
+            our forward (`backbones.adopt`); or PEFT's wrapper around one.
         args: training arguments.
         memory: settings of the inner loop; the paper's by default.
         data_collator: any collator that pads `input_ids` and `labels`; it is wrapped in AnchorTrajectoryCollator
@@ -73,7 +73,6 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
         shifted = args.right_shift_logits is not False or not backbone.right_shift_logits
         accepted = f"true or none with {type(backbone).__name__}, whose logits are those of the next position"
         require("training", args, "right_shift_logits", shifted, accepted)
-        args.right_shift_logits = args.right_shift_logits or backbone.right_shift_logits
         super().__init__(
             model=model,
             args=args,
@@ -82,6 +81,7 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
             data_collator=data_collator,
             **kwargs,
         )
+        self.right_shift_logits = bool(args.right_shift_logits or backbone.right_shift_logits)
         tokenizer = self.processing_class
         if tokenizer is None or tokenizer.mask_token_id is None:
             raise ConfigError(
