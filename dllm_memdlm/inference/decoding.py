@@ -14,9 +14,10 @@ from ..config import ConfigError, require
 from ..method.inner_loop import ParametricMemory
 from ..method.prompt_memory import PromptMemory, Text, at_inference, load_snapshot
 from .pretrained import Pretrained
-from .samplers import LLaDA21Sampler, MDLMSampler, SamplerConfig, completions
+from .samplers import LLaDA2Sampler, LLaDA21Sampler, MDLMSampler, SamplerConfig, completions
 
-SAMPLERS = {"mdlm": MDLMSampler, "llada21": LLaDA21Sampler}  #: by the name that `sampler=` takes
+#: By the name that `sampler=` takes.
+SAMPLERS = {"mdlm": MDLMSampler, "llada2": LLaDA2Sampler, "llada21": LLaDA21Sampler}
 
 #: What the number of new tokens decides for each prompt; the rest of a sampler's settings are the user's.
 PER_PROMPT = {"max_new_tokens", "max_length", "return_dict", "right_shift_logits"}
@@ -29,7 +30,10 @@ TOKEN_LISTS = {"suppress_tokens", "begin_suppress_tokens", "cfg_keep_tokens"}
 
 
 def sampler_name(model: Any) -> str:
-    """Return what a model was made for: block diffusion for LLaDA2.1, low-confidence remasking for the others."""
+    """Return what a model was made for: block diffusion for LLaDA2.1, low-confidence remasking for the others.
+
+    LLaDA2.0 has the same architecture, and no file that tells it apart: it is asked for by `sampler=llada2`.
+    """
     return "llada21" if isinstance(staged_backbone(model), LLaDA2MoeModelLM) else "mdlm"
 
 
@@ -53,7 +57,7 @@ class Decoder:
     """
 
     pretrained: Pretrained
-    sampler: Literal["auto", "mdlm", "llada21"] = "auto"
+    sampler: Literal["auto", "mdlm", "llada2", "llada21"] = "auto"
     settings: dict[str, Any] = field(default_factory=dict)
     memory: PromptMemory | None = None
     max_length: int | None = None

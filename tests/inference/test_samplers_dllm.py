@@ -12,7 +12,7 @@ from naive_samplers import decoder, prompts
 from stock_models import DENSE_ATTRIBUTES, a2d_llama, dllms_model
 from torch import nn
 
-from dllm_memdlm.inference.samplers import LLaDA21Sampler, MDLMSampler
+from dllm_memdlm.inference.samplers import LLaDA2Sampler, LLaDA21Sampler, MDLMSampler
 
 pytestmark = pytest.mark.dllm
 
@@ -100,6 +100,23 @@ def test_mdlm(name, variant, tokenizer):
         assert_same(seeded(getattr(MDLMSampler(our_model, tokenizer), way), batch, settings), theirs)
         answers.update(theirs.sequences[:, 12:].flatten().tolist())
     assert way == "infill" or len(answers) > 3, "a canvas of one token would hide mistakes"
+
+
+@pytest.mark.parametrize("name", ["llada2", "llada2 of dllm"])
+@pytest.mark.parametrize("steps", [2, 3, 4])
+@pytest.mark.parametrize("changes", [{}, {"threshold": 0.3}, {"temperature": 0.7, "top_k": 10, "top_p": 0.9}], ids=str)
+def test_llada2(name, steps, changes, tokenizer):
+    from dllm.pipelines.llada2.sampler import LLaDA2Sampler as Theirs
+    from dllm.pipelines.llada2.sampler import LLaDA2SamplerConfig
+
+    their_model, our_model = decoders(name)
+    settings = {"max_new_tokens": 13, "block_size": 4, **changes}
+    for prompt in map(torch.tensor, prompts(9, 3, 8, 18)):
+        theirs = LLaDA2SamplerConfig(steps_per_block=steps, **settings, return_dict=True)
+        theirs = seeded(Theirs(their_model, tokenizer).sample, [prompt], theirs)
+        for cached in (True, False):
+            own = {"block_steps": steps, "use_cache": cached, **settings, "return_dict": True}
+            assert_same(seeded(LLaDA2Sampler(our_model, tokenizer).sample, [prompt], **own), theirs)
 
 
 @pytest.mark.parametrize("name", ["llada2", "llada2 of dllm"])

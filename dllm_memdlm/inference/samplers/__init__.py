@@ -1,11 +1,13 @@
-"""Decoding: low-confidence remasking (LLaDA, LLaDA-MoE) and block diffusion with token editing (LLaDA2.1)."""
+"""Decoding: low-confidence remasking (LLaDA, LLaDA-MoE), and block diffusion (LLaDA2.0, and 2.1 with editing)."""
 
 from .base import CanvasSampler, SamplerConfig, completions
-from .llada21 import LLaDA21Sampler, LLaDA21SamplerConfig
+from .llada21 import LLaDA2Sampler, LLaDA2SamplerConfig, LLaDA21Sampler, LLaDA21SamplerConfig
 from .mdlm import MDLMSampler, MDLMSamplerConfig
 
 __all__ = [
     "CanvasSampler",
+    "LLaDA2Sampler",
+    "LLaDA2SamplerConfig",
     "LLaDA21Sampler",
     "LLaDA21SamplerConfig",
     "MDLMSampler",
