@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -36,6 +37,7 @@ STOCK_DECODERS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", 
 MODULES = {
     "LLaDAMoEModelLM": "dllm.pipelines.llada.models.modeling_lladamoe",
     "LLaDA2MoeModelLM": "dllm.pipelines.llada21.models.modeling_llada21_moe",
+    "LLaDAModelLM": "dllm.pipelines.llada.models.modeling_llada",
 }
 
 
@@ -79,7 +81,7 @@ print(json.dumps(logits))
 
 
 @pytest.mark.dllm
-@pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
+@pytest.mark.parametrize("kind", ["llada_moe", "llada2", "llada"])
 def test_a_runs_adapter_on_dllms_model(kind, tmp_path):
     base, folder = trained(tmp_path, dllms_model(kind, vocab_size=BYTES))
     theirs = type(dllms_model(kind))
@@ -90,7 +92,7 @@ def test_a_runs_adapter_on_dllms_model(kind, tmp_path):
     assert torch.equal(logits(peft.AutoPeftModel.from_pretrained(folder)), logits(stock))
 
 
-@pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
+@pytest.mark.parametrize("kind", ["llada_moe", "llada2", "llada"])
 def test_no_config_of_an_adapter_names_this_package(kind, tmp_path):
     folder = save_adapter(tmp_path / "adapter", save_model(tmp_path / "base", kind), tiny(kind))
     name = type(tiny(kind)).__name__
@@ -98,8 +100,11 @@ def test_no_config_of_an_adapter_names_this_package(kind, tmp_path):
 
 
 @pytest.mark.dllm
-@pytest.mark.parametrize("saved_whole", [None, ["lm_head"], ["embed_tokens", "lm_head"]], ids=str)
-@pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
+@pytest.mark.parametrize(
+    ("kind", "saved_whole"),
+    [*itertools.product(["llada_moe", "llada2"], [None, ["lm_head"], ["embed_tokens", "lm_head"]]), ("llada", None)],
+    ids=str,
+)
 def test_an_adapter_as_the_papers_code_saves_it(kind, saved_whole, tmp_path):
     """`load_peft` of dllm: all-linear, on every expert, and on LLaDA-MoE's router, which is a linear layer."""
     if kind == "llada2" and saved_whole is not None:
