@@ -15,12 +15,11 @@ from .output import OutputLinear
 from .staged import StagedForward
 
 #: Published fields that choose between models, with what is computed here.
-COMPUTED: dict[str, Any] = {
-    **{"block_type": "llama", "activation_type": "silu", "layer_norm_type": "rms", "layer_norm_with_affine": True},
-    **{"rope": True, "rope_full_precision": True, "alibi": False, "attention_layer_norm": False},
-    **{"input_emb_norm": False, "scale_logits": False, "bias_for_layer_norm": False, "weight_tying": False},
-    **{"multi_query_attention": None, "block_group_size": 1, "residual_dropout": 0.0, "embedding_dropout": 0.0},
-}
+COMPUTED: dict[str, Any] = {"block_type": "llama", "activation_type": "silu", "layer_norm_type": "rms"}
+COMPUTED |= {"layer_norm_with_affine": True, "bias_for_layer_norm": False, "attention_layer_norm": False}
+COMPUTED |= {"rope": True, "rope_full_precision": True, "alibi": False, "multi_query_attention": None}
+COMPUTED |= {"input_emb_norm": False, "weight_tying": False, "scale_logits": False, "block_group_size": 1}
+COMPUTED |= {"residual_dropout": 0.0, "embedding_dropout": 0.0}
 
 
 class LLaDAConfig(PretrainedConfig):
@@ -83,7 +82,7 @@ class LLaDAConfig(PretrainedConfig):
         if own["rope_scaling"] is None:  # transformers 5 would remark on it in config.json
             del own["rope_scaling"]
         for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
-            if own[name] is not None and own[name] >= vocab_size:  # the published ones, of another vocabulary
+            if isinstance(own[name], int) and own[name] >= vocab_size:  # the published ones, of another vocabulary
                 own[name] = None
         given = {name: own.pop(name) for name in ("eos_token_id", "pad_token_id")}
         for name, value in own.items():
