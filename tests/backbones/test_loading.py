@@ -273,6 +273,14 @@ def test_a_model_of_dllms_gets_our_forward(kind, lora):
 
 
 @pytest.mark.dllm
+def test_a_llada_of_dllms_that_computes_otherwise_is_left_as_it_is():
+    model = dllms_model("llada", scale_logits=True)
+    kinds = [type(module) for module in model.modules()]
+    assert message_of(adopt, model) == "model of dllm's: scale_logits=True: expected False"
+    assert [type(module) for module in model.modules()] == kinds
+
+
+@pytest.mark.dllm
 @pytest.mark.parametrize("kind", OF_DLLM)
 def test_the_adapter_of_an_adopted_model_names_dllms_class(kind, tmp_path):
     """A LoRA that PEFT's own function has put on dllm's own model, as `dllm.utils.get_model` does."""
