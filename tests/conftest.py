@@ -37,15 +37,16 @@ with warnings.catch_warnings():
     from dllm_memdlm.compat import dllm_api
 import recipe_files
 
-from dllm_memdlm.backbones import LLaDA2MoeConfig, LLaDAMoEConfig, model_class, with_lora
+from dllm_memdlm.backbones import LLaDA2MoeConfig, LLaDAConfig, LLaDAMoEConfig, model_class, with_lora
 from dllm_memdlm.config import LoraConfig, MemoryConfig
 from dllm_memdlm.training import run
 from dllm_memdlm.training.trainer import MemDLMConfig, MemDLMTrainer
 
 VOCABULARY = 48
 EOS, BOS, MASK = 0, 1, 2
-KINDS = ("llada_moe", "llada2", "llama")
+KINDS = ("llada_moe", "llada2", "llama", "llada")
 ARCHITECTURES = {"llada_moe": "LLaDAMoEModelLM", "llada2": "LLaDA2MoeModelLM", "llama": "LlamaForCausalLM"}
+ARCHITECTURES["llada"] = "LLaDAModelLM"
 
 COMMON = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "pad_token_id": EOS}
 COMMON |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -56,11 +57,13 @@ DIMENSIONS: dict[str, dict[str, Any]] = {
     "llada2": {"intermediate_size": 48, "moe_intermediate_size": 16, "num_experts": 6, "num_experts_per_tok": 2}
     | {"n_group": 3, "topk_group": 2},
     "llama": {"intermediate_size": 48},
+    "llada": {"mlp_hidden_size": 48},
 }
 CONFIGS = {"llada_moe": LLaDAMoEConfig, "llada2": LLaDA2MoeConfig, "llama": transformers.LlamaConfig}
+CONFIGS["llada"] = LLaDAConfig
 
 #: Settings under which a wrong inner loop shows: with the paper's lr of 0.1 it hardly moves these models.
-AMPLIFIED = {kind: {"inner_lr": 10.0, "grad_clip": 0.2} for kind in ("llada_moe", "llama")}
+AMPLIFIED = {kind: {"inner_lr": 10.0, "grad_clip": 0.2} for kind in ("llada_moe", "llama", "llada")}
 AMPLIFIED["llada2"] = {"inner_lr": 30.0, "grad_clip": 0.02}
 
 
@@ -168,10 +171,10 @@ def scale_up(model: nn.Module) -> None:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith("expert_bias"):
                 tensor.normal_(std=0.1)
-            elif tensor.dim() == 1 and name.endswith(("norm.weight", "layernorm.weight")):
+            elif tensor.dim() == 1 and name.endswith(("norm.weight", "ln_f.weight")):
                 tensor.normal_(mean=1.0, std=0.2)
             elif tensor.dim() >= 2:
-                tensor.normal_(std=1.0 if "embed" in name else 0.2)
+                tensor.normal_(std=1.0 if "embed" in name or "wte" in name else 0.2)
 
 
 def take_gradients(model: nn.Module, complete: bool = True) -> dict[str, Tensor]:

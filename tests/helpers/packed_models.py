@@ -22,6 +22,7 @@ DIMENSIONS: dict[str, dict[str, Any]] = {
     "llada_moe": {"hidden_size": 64, "expert_intermediate_size": 64},
     "llada2": {"hidden_size": 64, "moe_intermediate_size": 64},
     "llama": {"hidden_size": 64},
+    "llada": {"hidden_size": 64},
 }
 
 

@@ -55,18 +55,18 @@ def decoders(name: str) -> tuple[nn.Module, nn.Module]:
     else:
         shared = {field: getattr(tiny_config(kind), field) for field in DENSE_ATTRIBUTES}
         # Eager, since dllm's LLaDA21Sampler passes a mask in bfloat16, which sdpa takes with no other dtype.
-        shared["attn_implementation"] = "eager" if kind == "llada2" else "sdpa"
+        shared |= {} if kind == "llada" else {"attn_implementation": "eager" if kind == "llada2" else "sdpa"}
         model = dllms_model(kind, **shared)
     scale_up(model)
     with torch.no_grad():
-        model.lm_head.weight[MASK] = 0  # never chosen
+        model.get_output_embeddings().weight[MASK] = 0  # never chosen
         model.get_input_embeddings().weight[MASK] *= 0.1
     model.eval()
     return model, copy.deepcopy(model)  # which our sampler changes the class of
 
 
 #: dllm's LLaDA2.1 takes no mask of two dimensions, which is what dllm's MDLMSampler passes.
-MODELS = [*KINDS, "llada_moe of dllm", "llama of dllm"]
+MODELS = [*KINDS, "llada_moe of dllm", "llama of dllm", "llada of dllm"]
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
