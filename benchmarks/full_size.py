@@ -114,7 +114,7 @@ def weights_read(model: nn.Module, memory: MemoryConfig, checkpointing: bool) ->
     inner_steps = memory.steps if memory.enabled else 0
     prefix, suffix = (
         sum(parameter.nbytes for layer in layers for parameter in layer.parameters())
-        for layers in (backbone.layers[:boundary], [*backbone.layers[boundary:], backbone.lm_head])
+        for layers in (backbone.layers[:boundary], [*backbone.layers[boundary:], backbone.get_output_embeddings()])
     )
     return (2 + checkpointing + max(0, inner_steps - 1)) * prefix + 2 * (1 + inner_steps) * suffix
 

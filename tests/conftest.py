@@ -38,18 +38,25 @@ with warnings.catch_warnings():
     from dllm_memdlm.compat import dllm_api
 import recipe_files
 
-from dllm_memdlm.backbones import DreamConfig, LLaDA2MoeConfig, LLaDAMoEConfig, model_class, with_lora
+from dllm_memdlm.backbones import (
+    DreamConfig,
+    LLaDA2MoeConfig,
+    LLaDAConfig,
+    LLaDAMoEConfig,
+    model_class,
+    with_lora,
+)
 from dllm_memdlm.config import LoraConfig, MemoryConfig
 from dllm_memdlm.training import run
 from dllm_memdlm.training.trainer import MemDLMConfig, MemDLMTrainer
 
 VOCABULARY = 48
 EOS, BOS, MASK = 0, 1, 2
-KINDS = ("llada_moe", "llada2", "llama")
+KINDS = ("llada_moe", "llada2", "llama", "llada")
 #: One more decoder, whose logits always predict the next position: in the tests where that, or its files, matter.
 SHIFTED = "dream"
 ARCHITECTURES = {"llada_moe": "LLaDAMoEModelLM", "llada2": "LLaDA2MoeModelLM", "llama": "LlamaForCausalLM"}
-ARCHITECTURES |= {SHIFTED: "DreamModel"}
+ARCHITECTURES |= {"llada": "LLaDAModelLM", SHIFTED: "DreamModel"}
 
 COMMON = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "pad_token_id": EOS}
 COMMON |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -60,13 +67,14 @@ DIMENSIONS: dict[str, dict[str, Any]] = {
     "llada2": {"intermediate_size": 48, "moe_intermediate_size": 16, "num_experts": 6, "num_experts_per_tok": 2}
     | {"n_group": 3, "topk_group": 2},
     "llama": {"intermediate_size": 48},
+    "llada": {"mlp_hidden_size": 48},
     "dream": {"intermediate_size": 48, "mask_token_id": MASK},
 }
 CONFIGS = {"llada_moe": LLaDAMoEConfig, "llada2": LLaDA2MoeConfig, "llama": transformers.LlamaConfig}
-CONFIGS |= {SHIFTED: DreamConfig}
+CONFIGS |= {"llada": LLaDAConfig, SHIFTED: DreamConfig}
 
 #: Settings under which a wrong inner loop shows: with the paper's lr of 0.1 it hardly moves these models.
-AMPLIFIED = {kind: {"inner_lr": 10.0, "grad_clip": 0.2} for kind in ("llada_moe", "llama", "dream")}
+AMPLIFIED = {kind: {"inner_lr": 10.0, "grad_clip": 0.2} for kind in ("llada_moe", "llama", "llada", "dream")}
 AMPLIFIED["llada2"] = {"inner_lr": 30.0, "grad_clip": 0.02}
 
 
@@ -174,12 +182,12 @@ def scale_up(model: nn.Module) -> None:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith("expert_bias"):
                 tensor.normal_(std=0.1)
-            elif tensor.dim() == 1 and name.endswith(("norm.weight", "layernorm.weight")):
+            elif tensor.dim() == 1 and name.endswith(("norm.weight", "ln_f.weight")):
                 tensor.normal_(mean=1.0, std=0.2)
             elif name.endswith("proj.bias"):
                 tensor.normal_(std=0.2)
             elif tensor.dim() >= 2:
-                tensor.normal_(std=1.0 if "embed" in name else 0.2)
+                tensor.normal_(std=1.0 if "embed" in name or "wte" in name else 0.2)
 
 
 def take_gradients(model: nn.Module, complete: bool = True) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from .adapters import load_adapter
 from .adopt import adopt
 from .decoder import DECODERS, bidirectional
 from .dream import DreamConfig, DreamModel
+from .llada import LLaDAConfig, LLaDAModelLM
 from .llada2_moe import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from .llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
 from .loading import BUNDLED, config_of, load_model, model_class, read_config, staged_backbone, with_lora
@@ -17,8 +18,10 @@ __all__ = [
     "DreamModel",
     "LLaDA2MoeConfig",
     "LLaDA2MoeModelLM",
+    "LLaDAConfig",
     "LLaDAMoEConfig",
     "LLaDAMoEModelLM",
+    "LLaDAModelLM",
     "Site",
     "StageOutput",
     "StagedForward",

@@ -33,11 +33,17 @@ def with_lora(backbone: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         backbone = peft.prepare_model_for_kbit_training(backbone, use_gradient_checkpointing=False)
     if lora.path is not None and backbone.device.type != "meta":  # where there are only shapes, those are the same
         return _go_on_from(backbone, lora)
-    targets = _own_names(backbone, "all-linear") if lora.target_modules == "all-linear" else lora.target_modules
+    targets, left_out = lora.target_modules, None
+    if targets == "all-linear":
+        targets = _own_names(backbone, targets)
+        output = next(path for path, m in backbone.named_modules() if m is backbone.get_output_embeddings())
+        if output.rpartition(".")[2] in targets:  # LLaDA has layers of that name in its blocks
+            left_out = [output]
     targets = targets if isinstance(targets, str) else sorted(targets)
     config = StockLoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias=lora.bias, target_modules=targets
     )
+    config.exclude_modules = left_out
     config.base_model_name_or_path = backbone.name_or_path or None
     try:
         return StockPeftModel(backbone, config.on(backbone))

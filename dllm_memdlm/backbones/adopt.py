@@ -1,11 +1,13 @@
 """Models that dllm built, made ours where they are: the same modules, but for experts, in containers with our forward.
 
-dllm's classes for LLaDA-MoE, LLaDA2.1, Dream and the converted decoders hold their weights in modules of the same names
-as ours. Only experts become new tensors, a layer after the other; what is saved has the names that it had. The model
-itself, which its user holds, changes class.
+dllm's classes for LLaDA, LLaDA-MoE, LLaDA2.1, Dream and the converted decoders hold their weights in modules of the
+same names as ours. Only experts become new tensors, a layer after the other; what is saved has the names that it had.
+The model itself, which its user holds, changes class.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import peft
 from torch import nn
@@ -13,6 +15,8 @@ from torch import nn
 from ..config import ConfigError
 from .decoder import DECODERS, bidirectional
 from .dream import DreamModel, dream_layer
+from .layers import rotary_embedding
+from .llada import LLaDABlock, LLaDAConfig, LLaDADecoder, LLaDAModelLM
 from .llada2_moe import (
     LLaDA2MoeAttention,
     LLaDA2MoeDecoderLayer,
@@ -41,7 +45,7 @@ def adopt(model: nn.Module) -> None:
 
     Raises:
         ConfigError: experts that differ in kind, in whether they train or in their adapters, or under other adapters
-            than a plain LoRA.
+            than a plain LoRA; or a LLaDA that computes what ours does not.
     """
     inner = unwrapped(model)
     name = type(inner).__name__
@@ -55,6 +59,9 @@ def adopt(model: nn.Module) -> None:
             raise ConfigError(f"model of dllm's: {error}") from error
         for index, layer in enumerate(inner.model.layers):
             inner.model.layers[index] = _our_layer(layer, *of_layers)
+    elif name == "LLaDAModelLM":
+        cls = LLaDAModelLM
+        _make_llada(inner)
     elif name.startswith("A2D") and name in DECODERS:
         cls = bidirectional(name)
         for layer in inner.model.layers:
@@ -74,6 +81,21 @@ def adopt(model: nn.Module) -> None:
         model.__class__ = StockPeftModel
 
 
+def _make_llada(model: nn.Module) -> None:
+    """Give a LLaDA our config, decoder and layers. Raises ConfigError, with nothing changed, for what ours is not."""
+    try:
+        config = LLaDAConfig.from_dict(model.config.to_dict())
+    except ValueError as error:
+        raise ConfigError(f"model of dllm's: {error}") from error
+    config.name_or_path, config._attn_implementation = model.config.name_or_path, "sdpa"  # which dllm's layers call
+    model.config = config
+    rotary_emb = rotary_embedding(config).to(model.device)
+    model.model = _as(LLaDADecoder, model.model, rotary_emb=rotary_emb)
+    blocks = model.model.transformer["blocks"]
+    for index, block in enumerate(blocks):
+        blocks[index] = _as(LLaDABlock, block, config=config)
+
+
 def _our_layer(layer: nn.Module, layer_class: type, attention_class: type, block_class: type) -> nn.Module:
     name, block = layer_class.attention_name, layer.mlp
     if hasattr(block, "experts"):
@@ -85,7 +107,7 @@ def _our_layer(layer: nn.Module, layer_class: type, attention_class: type, block
     return _as(layer_class, layer, shared_expert=shared, mlp=block, **{name: attention})
 
 
-def _as(cls: type[nn.Module], module: nn.Module, **parts: nn.Module | None) -> nn.Module:
+def _as(cls: type[nn.Module], module: nn.Module, **parts: Any) -> nn.Module:
     """A module of this class with the parts of another, but for these."""
     own = cls.__new__(cls)
     vars(own).update(vars(module))

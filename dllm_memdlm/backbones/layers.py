@@ -187,7 +187,7 @@ def attend(
     of a `CanvasCache` the L keys are stored there, and all visible ones are attended to.
     """
     cos, sin = position_embeddings
-    key = rotate(key, cos, sin)
+    key = rotate(key, cos, sin).to(value.dtype)
     if cache is not None:
         key, value = cache.update(key, value)
     if queries is not None:
@@ -196,7 +196,7 @@ def attend(
         if isinstance(attention_mask, Tensor) and attention_mask.shape[-2] > 1:
             rows = queries[:, None, :, None].expand(-1, attention_mask.shape[1], -1, attention_mask.shape[-1])
             attention_mask = attention_mask.expand(batch, -1, -1, -1).gather(2, rows)
-    query = rotate(query, cos, sin)
+    query = rotate(query, cos, sin).to(value.dtype)
     implementation = module.config._attn_implementation
     attention = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
     dropout = module.config.attention_dropout if module.training else 0.0

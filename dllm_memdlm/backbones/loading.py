@@ -22,6 +22,7 @@ from ..versions import config_values
 from .adapters import with_lora
 from .decoder import DECODERS, bidirectional
 from .dream import DreamModel
+from .llada import LLaDAModelLM
 from .llada2_moe import LLaDA2MoeModelLM
 from .llada_moe import LLaDAMoEModelLM
 from .staged import StagedForward, unwrapped
@@ -35,6 +36,7 @@ BUNDLED: dict[str, type[PreTrainedModel]] = {
     "LLaDAMoEModel": LLaDAMoEModelLM,
     "LLaDA2MoeModelLM": LLaDA2MoeModelLM,
     "DreamModel": DreamModel,
+    "LLaDAModelLM": LLaDAModelLM,
 }
 
 
@@ -108,12 +110,14 @@ def config_of(model: ModelConfig, vocab_size: int | None = None) -> PretrainedCo
 
 def build_config(cls: type[PretrainedConfig], dimensions: dict[str, Any]) -> PretrainedConfig:
     """A config from dimensions; a name that it does not know is refused (transformers would keep it silently)."""
-    known = {*cls().to_dict(), "rope_theta", "rope_scaling"}  # which transformers 5 takes, and keeps under another name
+    known = {*cls().to_dict(), *cls.attribute_map}
+    known |= {"rope_theta", "rope_scaling"}  # which transformers 5 takes, and keeps under another name
     dimensions = config_values(dimensions, cls)
     for name in dimensions:
         if name not in known:
             raise ConfigError(f"model.dimensions.{name}: not a field of {cls.__name__}")
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    for name in (*sizes, *(cls.attribute_map.get(name, name) for name in sizes)):
         size = dimensions.get(name, 1)
         if type(size) is not int or size < 1:
             raise ConfigError(f"model.dimensions.{name}={size!r}: expected a whole number, at least 1")

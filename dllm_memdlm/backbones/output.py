@@ -23,11 +23,12 @@ class OutputLinear(nn.Linear):
 
     @classmethod
     def put_into(cls, model: nn.Module) -> None:
-        """In place of a model's plain `lm_head`, with its weight."""
-        if type(model.lm_head) is nn.Linear:
+        """In place of a model's plain output layer, with its weight."""
+        plain = model.get_output_embeddings()
+        if type(plain) is nn.Linear:
             head = cls.__new__(cls)
-            vars(head).update(vars(model.lm_head))
-            model.lm_head = head
+            vars(head).update(vars(plain))
+            model.set_output_embeddings(head)
 
     def forward(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
         """x [..., D] → logits [..., V]; with tokens [...] their NLL [...], as `token_nll`."""

@@ -35,19 +35,20 @@ def find_sites(model: StagedForward, config: MemoryConfig) -> list[Site]:
         ConfigError: a target names no linear layer in the adapted layers; the message lists those there are.
     """
     layers = adapted_layers(len(model.layers), config)
+    targets = {target: model.own_names.get(target, target) for target in config.target_modules}
     sites: list[Site] = []
     names: set[str] = set()
     for index in layers:
         done: list[str] = []  # modules whose insides are spoken for
         for path, module in model.layers[index].named_modules():
-            full = f"layers.{index}.{path}"
+            full = f"{model.layers_path}.{index}.{path}"
             if any(path.startswith(f"{outer}.") for outer in done):
                 continue
             if isinstance(module, RoutedExperts):
                 done.append(path)
                 for name in PROJECTIONS:
                     names.add(name)
-                    if name in config.target_modules:
+                    if name in targets.values():
                         linear = getattr(module, name)
                         shape = SiteShape(f"{full}.{name}", linear.in_features, linear.out_features, len(module))
                         sites.append(Site(shape, module, name))
@@ -55,10 +56,10 @@ def find_sites(model: StagedForward, config: MemoryConfig) -> list[Site]:
                 done.append(path)  # a PEFT layer holds linear layers of its own
                 name = path.rpartition(".")[2]
                 names.add(name)
-                if name in config.target_modules:
+                if name in targets.values():
                     sites.append(Site(SiteShape(full, module.in_features, module.out_features), module, name))
-    for target in config.target_modules:
-        if not any(site.projection == target for site in sites):
+    for target, name in targets.items():
+        if not any(site.projection == name for site in sites):
             raise ConfigError(
                 f"memory.target_modules: {target!r} matches nothing in layers {layers.start}-{layers.stop - 1} of "
                 f"{type(model).__name__}; linear layers there: {', '.join(sorted(names))}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from peft import PeftModel
@@ -44,7 +44,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 class StagedForward:
-    """Mixed into a language model that has `model.layers`, `model.norm`, `model.rotary_emb` and `lm_head`.
+    """Mixed into a language model that has `model.layers`, `model.norm`, `model.rotary_emb` and an output layer.
+
+    One that has them elsewhere says so: `layers_path`, `final_norm`, `position_embeddings`, `get_output_embeddings`.
 
     Attention is bidirectional. The layers take (hidden, attention_mask, position_ids, position_embeddings), and those
     of a class with `layers_take_queries` also `queries`, the positions whose output is wanted.
@@ -52,10 +54,20 @@ class StagedForward:
 
     layers_take_queries = False
     right_shift_logits = False  #: by architecture: logits at position i predict token i + 1
+    layers_path = "layers"  #: where the layers are, in `model`
+    own_names: ClassVar[dict[str, str]] = {}  #: what `memory.target_modules` names, where it is called otherwise here
 
     @property
     def layers(self) -> nn.ModuleList:
-        return self.model.layers
+        return self.model.get_submodule(self.layers_path)
+
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.model.norm
+
+    def position_embeddings(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of every position, each [1 or B, L, d]."""
+        return self.model.rotary_emb(hidden, position_ids)
 
     @property
     def loss_type(self) -> None:
@@ -115,7 +127,7 @@ class StagedForward:
         context = {
             "attention_mask": self._mask(attention_mask, hidden, cache is not None),
             "position_ids": position_ids,
-            "position_embeddings": self.model.rotary_emb(hidden, position_ids),
+            "position_embeddings": self.position_embeddings(hidden, position_ids),
         }
         contexts = [context] * len(self.layers)
         if cache is not None:
@@ -134,12 +146,12 @@ class StagedForward:
                 hidden = layer(hidden, **own)
         if positions is not None and not self.layers_take_queries:
             hidden = take(hidden, positions)
-        hidden = self.model.norm(hidden)
+        hidden, head = self.final_norm(hidden), self.get_output_embeddings()
         if tokens is not None:
-            whole = isinstance(self.lm_head, OutputLinear)  # and not under an adapter of its own
-            nll = self.lm_head(hidden, tokens) if whole else token_nll(self.lm_head(hidden), tokens)
+            whole = isinstance(head, OutputLinear)  # and not under an adapter of its own
+            nll = head(hidden, tokens) if whole else token_nll(head(hidden), tokens)
             return StageOutput(hidden=hidden, nll=nll)
-        logits = self.lm_head(hidden) if project else None
+        logits = head(hidden) if project else None
         return MaskedLMOutput(logits=logits) if stage == "full" else StageOutput(hidden=hidden, logits=logits)
 
     def _mask(self, attention_mask: Tensor | int | None, hidden: Tensor, cached: bool) -> Tensor | BlockCausal | None:

@@ -24,6 +24,7 @@ WEIGHTS = "adapter_model.safetensors"
 #: Where others find the models that ours stand in for, by the name of the class.
 STOCK_MODULES = {
     **dict.fromkeys(DECODERS.values(), "transformers"),
+    "LLaDAModelLM": "dllm.pipelines.llada.models.modeling_llada",
     "LLaDAMoEModelLM": "dllm.pipelines.llada.models.modeling_lladamoe",
     "LLaDA2MoeModelLM": "dllm.pipelines.llada21.models.modeling_llada21_moe",
     "DreamModel": "dllm.pipelines.dream.models.modeling_dream",

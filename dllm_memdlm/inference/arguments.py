@@ -73,8 +73,8 @@ class EvalArguments:
     max_length: _AtLeastTwo | None = knob(None, "tokens of prompt and answer together; none is the model's")
     visible: Count | None = knob(None, "tokens of a prompt that the model sees, from its end; none: as it was trained")
     max_gen_toks: Count = knob(256, "new tokens where the task does not say")
-    sampler: Literal["auto", "mdlm", "llada21", "dream"] = knob(
-        "auto", "how to decode; auto is what the model was made for"
+    sampler: Literal["auto", "mdlm", "llada2", "llada21", "dream"] = knob(
+        "auto", "how to decode; auto is what the model was made for, and of LLaDA 2 version 2.1"
     )
     seed: _Seed = knob(0, "of the memory's masks, of sampling, and of the likelihood's masks")
     mc_num: Count = knob(128, "masks from which a likelihood is estimated")

@@ -14,9 +14,10 @@ from ..config import ConfigError, require
 from ..method.inner_loop import ParametricMemory
 from ..method.prompt_memory import PromptMemory, Text, at_inference, load_snapshot
 from .pretrained import Pretrained
-from .samplers import DreamSampler, LLaDA21Sampler, MDLMSampler, SamplerConfig, completions
+from .samplers import DreamSampler, LLaDA2Sampler, LLaDA21Sampler, MDLMSampler, SamplerConfig, completions
 
-SAMPLERS = {"mdlm": MDLMSampler, "llada21": LLaDA21Sampler, "dream": DreamSampler}  #: by the name that `sampler=` takes
+#: By the name that `sampler=` takes.
+SAMPLERS = {"mdlm": MDLMSampler, "llada2": LLaDA2Sampler, "llada21": LLaDA21Sampler, "dream": DreamSampler}
 
 #: What the number of new tokens decides for each prompt; the rest of a sampler's settings are the user's.
 PER_PROMPT = {"max_new_tokens", "max_length", "return_dict", "right_shift_logits"}
@@ -31,7 +32,10 @@ TOKEN_LISTS = {"suppress_tokens", "begin_suppress_tokens", "cfg_keep_tokens"}
 
 
 def sampler_name(model: Any) -> str:
-    """Return what a model was made for: block diffusion for LLaDA2.1, Dream's own, low-confidence remasking else."""
+    """Return what a model was made for: block diffusion for LLaDA2.1, Dream's own, low-confidence remasking else.
+
+    LLaDA2.0 has the architecture of 2.1, and no file that tells it apart: it is asked for by `sampler=llada2`.
+    """
     made_for = {LLaDA2MoeModelLM: "llada21", DreamModel: "dream"}
     return next((name for cls, name in made_for.items() if isinstance(staged_backbone(model), cls)), "mdlm")
 
@@ -56,7 +60,7 @@ class Decoder:
     """
 
     pretrained: Pretrained
-    sampler: Literal["auto", "mdlm", "llada21", "dream"] = "auto"
+    sampler: Literal["auto", "mdlm", "llada2", "llada21", "dream"] = "auto"
     settings: dict[str, Any] = field(default_factory=dict)
     memory: PromptMemory | None = None
     max_length: int | None = None

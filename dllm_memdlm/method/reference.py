@@ -183,7 +183,7 @@ def wide(x: Tensor) -> Tensor:
 def full_forward(model: nn.Module, tokens: Tensor, attention_mask: Tensor | None, shift: bool) -> tuple[Tensor, Tensor]:
     """Return logits [B, L, V] and the hidden states under them [B, L, D], moved by one where logits are shifted."""
     seen = []
-    handle = backbone_of(model).model.norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    handle = backbone_of(model).final_norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
     logits = model(input_ids=tokens, attention_mask=attention_mask).logits
     handle.remove()
     views = (logits, seen[0])
@@ -212,10 +212,11 @@ def adapted(model: nn.Module, phi: Phi, scaling: float) -> Iterator[None]:
 
 def linear_names(model: nn.Module, memory: Any) -> set[str]:
     """Name every linear layer with fast weights, experts one by one; the first layer is int(n · (1 - fraction))."""
-    layers = backbone_of(model).model.layers
+    backbone, layers = backbone_of(model), backbone_of(model).layers
     chosen = range(int(len(layers) * (1 - memory.layer_fraction)), len(layers))
-    paths = (f"layers.{index}.{path}" for index in chosen for path, _ in layers[index].named_modules())
-    return {path for path in paths if path.rpartition(".")[2] in memory.target_modules}
+    where, targets = backbone.layers_path, {backbone.own_names.get(name, name) for name in memory.target_modules}
+    paths = (f"{where}.{index}.{path}" for index in chosen for path, _ in layers[index].named_modules())
+    return {path for path in paths if path.rpartition(".")[2] in targets}
 
 
 def backbone_of(model: nn.Module) -> nn.Module:

@@ -15,7 +15,7 @@ import yaml
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from ..backbones import config_of, load_model
+from ..backbones import config_of, load_model, model_class
 from ..backbones.loading import weights_digest
 from ..compat.dllm_api import NoAttentionMaskWrapper, describe
 from ..config import ConfigError
@@ -53,10 +53,18 @@ def build_trainer(recipe: Recipe) -> MemDLMTrainer:
             "lora.enabled=True without a model.path: an adapter would be saved, and its base, random weights, nowhere; "
             "expected a model.path, or lora.enabled=false to train all weights from scratch"
         )
+    if recipe.model.path is None:
+        model_class(recipe.model.architecture)  # or ends, before a tokenizer is trained
     state = accelerate.PartialState()
     transformers.set_seed(recipe.training.seed)
     with state.local_main_process_first():
         tokenizer = tokenizer_for(recipe.model, lambda: training_texts(recipe.data), TOKENIZER_CACHE)
+        config = config_of(recipe.model, vocab_size=len(tokenizer))  # or ends, before examples are tokenised
+        if config.vocab_size < len(tokenizer):
+            where = "model.dimensions" if recipe.model.path is None else f"model.path={recipe.model.path!r}"
+            raise ConfigError(
+                f"{where}: vocab_size {config.vocab_size}, expected at least the tokenizer's {len(tokenizer)}"
+            )
         examples = load_examples(recipe.data, tokenizer)
     if state.is_main_process:
         print(f"{describe()}\n{examples.summary()}", flush=True)
@@ -69,12 +77,6 @@ def build_trainer(recipe: Recipe) -> MemDLMTrainer:
                 "data.eval_split)"
             )
         recipe.training.eval_strategy, recipe.training.do_eval = IntervalStrategy.NO, False
-    config = config_of(recipe.model, vocab_size=len(tokenizer))
-    if config.vocab_size < len(tokenizer):
-        where = "model.dimensions" if recipe.model.path is None else f"model.path={recipe.model.path!r}"
-        raise ConfigError(
-            f"{where}: vocab_size {config.vocab_size}, expected at least the tokenizer's {len(tokenizer)}"
-        )
     if recipe.model.path is None:
         named = ["mask_token_id"] if hasattr(config, "mask_token_id") else []
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", *named):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from conftest import make_tokenizer, tiny
 from data_files import message_of
 from fresh_python import printed
 from fresh_python import run as run_python
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from saved_models import BYTES, byte_tokenizer, save_adapter, save_model, train_adapter
 from stock_models import (
@@ -29,6 +31,8 @@ from stock_models import (
 )
 from torch import nn
 
+from dllm_memdlm.backbones import with_lora
+from dllm_memdlm.config import LoraConfig
 from dllm_memdlm.inference.pretrained import load_pretrained
 
 pytestmark = pytest.mark.usefixtures("as_from_a_shell")
@@ -36,6 +40,7 @@ STOCK_DECODERS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", 
 MODULES = {
     "LLaDAMoEModelLM": "dllm.pipelines.llada.models.modeling_lladamoe",
     "LLaDA2MoeModelLM": "dllm.pipelines.llada21.models.modeling_llada21_moe",
+    "LLaDAModelLM": "dllm.pipelines.llada.models.modeling_llada",
 }
 
 
@@ -79,7 +84,7 @@ print(json.dumps(logits))
 
 
 @pytest.mark.dllm
-@pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
+@pytest.mark.parametrize("kind", ["llada_moe", "llada2", "llada"])
 def test_a_runs_adapter_on_dllms_model(kind, tmp_path):
     base, folder = trained(tmp_path, dllms_model(kind, vocab_size=BYTES))
     theirs = type(dllms_model(kind))
@@ -90,16 +95,33 @@ def test_a_runs_adapter_on_dllms_model(kind, tmp_path):
     assert torch.equal(logits(peft.AutoPeftModel.from_pretrained(folder)), logits(stock))
 
 
-@pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
+@pytest.mark.parametrize("kind", ["llada_moe", "llada2", "llada"])
 def test_no_config_of_an_adapter_names_this_package(kind, tmp_path):
     folder = save_adapter(tmp_path / "adapter", save_model(tmp_path / "base", kind), tiny(kind))
     name = type(tiny(kind)).__name__
     assert config_of(folder)["auto_mapping"] == {"base_model_class": name, "parent_library": MODULES[name]}
 
 
+def test_all_linear_layers_of_llada_are_those_of_its_blocks(tmp_path):
+    """`ff_out` is the output layer, too. A run goes on from the adapter, and finds it on the same layers."""
+    names = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
+    expected = {f"model.transformer.blocks.{layer}.{name}" for layer in range(3) for name in names}
+    base = save_model(tmp_path / "base", "llada")
+    folder = save_adapter(tmp_path / "adapter", base, tiny("llada"))
+    again = with_lora(tiny("llada"), LoraConfig(r=4, alpha=8, path=folder))
+    for model in (tiny("llada", lora=True), again):
+        found = {path for path, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+        assert found == expected
+    assert config_of(folder)["exclude_modules"] == ["model.transformer.ff_out"]
+    assert config_of(save_adapter(tmp_path / "llama", base, tiny("llama")))["exclude_modules"] is None
+
+
 @pytest.mark.dllm
-@pytest.mark.parametrize("saved_whole", [None, ["lm_head"], ["embed_tokens", "lm_head"]], ids=str)
-@pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
+@pytest.mark.parametrize(
+    ("kind", "saved_whole"),
+    [*itertools.product(["llada_moe", "llada2"], [None, ["lm_head"], ["embed_tokens", "lm_head"]]), ("llada", None)],
+    ids=str,
+)
 def test_an_adapter_as_the_papers_code_saves_it(kind, saved_whole, tmp_path):
     """`load_peft` of dllm: all-linear, on every expert, and on LLaDA-MoE's router, which is a linear layer."""
     if kind == "llada2" and saved_whole is not None:

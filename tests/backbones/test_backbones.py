@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import KINDS, SHIFTED, assert_close_relative, make_trainer, take_gradients, tiny, train_batch
-from inputs import mask_of, tokens
+from inputs import mask_of, second_norm, tokens
 
 from dllm_memdlm.backbones import staged_backbone
 from dllm_memdlm.backbones.layers import BlockCausal, take
@@ -86,7 +86,7 @@ def test_checkpointing_changes_nothing(kind, dropout, prompt_loss, tokenizer, tm
         if on:
             assert trainer.args.gradient_checkpointing_kwargs == {"use_reentrant": False}
             checkpoint_activations(model)
-        norm = staged_backbone(model).layers[0].post_attention_layernorm
+        norm = second_norm(staged_backbone(model).layers[0])
         norm.register_forward_hook(lambda *_, on=on: calls.append(on))
         torch.manual_seed(3)
         loss = trainer.compute_loss(model, train_batch(trainer))

@@ -17,18 +17,32 @@ from safetensors.torch import load_file, save_file
 from stock_models import a2d_llama, dllms_model
 from stock_models import config_of as adapter_config
 
-from dllm_memdlm.backbones import DECODERS, adopt, config_of, find_sites, load_model, model_class, with_lora
+from dllm_memdlm.backbones import (
+    DECODERS,
+    LLaDAConfig,
+    LLaDAModelLM,
+    adopt,
+    config_of,
+    find_sites,
+    load_model,
+    model_class,
+    with_lora,
+)
 from dllm_memdlm.backbones.expert_names import split_names
 from dllm_memdlm.config import LoraConfig, MemoryConfig, ModelConfig
 from dllm_memdlm.method.inner_loop import ParametricMemory
 
 TOKENS = torch.arange(3, 23).view(2, 10)
-SPARSE = ("llada_moe", "llada2")
+OF_DLLM = ("llada_moe", "llada2", "llada")
 
 
 def saved(kind: str, folder: Path) -> Path:
     tiny(kind).save_pretrained(folder)
     return folder
+
+
+def output_name(kind: str) -> str:
+    return "model.transformer.ff_out.weight" if kind == "llada" else "lm_head.weight"
 
 
 def edit(folder: Path, **changes: Any) -> None:
@@ -41,25 +55,27 @@ def load(folder: Path, **settings: Any) -> torch.nn.Module:
     return load_model(model, config_of(model))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", [*KINDS, SHIFTED])
+SAVED = [(kind, tied) for kind in (*KINDS, SHIFTED) for tied in (False, True) if (kind, tied) != ("llada", True)]
+
+
+@pytest.mark.parametrize(("kind", "tied"), SAVED)
 def test_a_saved_model_is_loaded_again(kind, tied, tmp_path):
     """With a model_type that another library has taken, and remote code that must not be run."""
     model = tiny(kind, tie_word_embeddings=tied).eval()
     model.save_pretrained(tmp_path)
     auto_map = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.LLaDA2MoeModelLM"}
     edit(tmp_path, **({} if kind == "llama" else {"model_type": "llada", "auto_map": auto_map}))
-    assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) != tied
+    assert (output_name(kind) in load_file(tmp_path / "model.safetensors")) != tied
     loaded = load(tmp_path).eval()
     assert type(loaded).__name__ == ARCHITECTURES[kind] and not hasattr(loaded.config, "auto_map")
-    assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == tied
+    assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) == tied
     expected = model.state_dict()
     assert loaded.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
     torch.testing.assert_close(loaded(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
 
 
-@pytest.mark.parametrize("kind", SPARSE)
+@pytest.mark.parametrize("kind", OF_DLLM)
 def test_a_bfloat16_model_from_scratch_keeps_exact_positions(kind, tmp_path):
     model = load_model(ModelConfig(architecture=ARCHITECTURES[kind], dtype="bfloat16"), tiny_config(kind))
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
@@ -70,6 +86,11 @@ def test_a_bfloat16_model_from_scratch_keeps_exact_positions(kind, tmp_path):
     with torch.no_grad():
         again = load(tmp_path, dtype="bfloat16").eval()(input_ids=TOKENS).logits
         assert torch.equal(again, model.eval()(input_ids=TOKENS).logits)
+    if kind == "llada":  # which turns in float32 what it then rounds
+        far = torch.tensor([[4000]])
+        turned = model.position_embeddings(torch.zeros(1, 1, 32, dtype=torch.bfloat16), far)
+        exact = tiny(kind).position_embeddings(torch.zeros(1, 1, 32), far)
+        assert all(torch.equal(*pair) for pair in zip(turned, exact, strict=True))
 
 
 @pytest.mark.parametrize("kind", [*KINDS, SHIFTED])
@@ -83,7 +104,7 @@ def test_a_model_from_dimensions_depends_on_its_seed_alone(kind):
     second, third = (load_model(model, config, seed=seed).state_dict() for seed in (1, 2))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not torch.equal(first["lm_head.weight"], third["lm_head.weight"])
+    assert not torch.equal(first[output_name(kind)], third[output_name(kind)])
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -118,10 +139,58 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
     assert message_of(config_of, ModelConfig(path="./missing")) == "model.path='./missing': no such folder"
 
 
+#: LLaDA-8B-Instruct's config.json, but for the library's own entries.
+PUBLISHED = {
+    **{"activation_type": "silu", "alibi": False, "alibi_bias_max": 8.0, "attention_dropout": 0.0},
+    **{"attention_layer_norm": False, "attention_layer_norm_with_affine": True, "bias_for_layer_norm": False},
+    **{"block_group_size": 1, "block_type": "llama", "d_model": 4096, "embedding_dropout": 0.0},
+    **{"embedding_size": 126464, "eos_token_id": 126081, "flash_attention": False, "include_bias": False},
+    **{"include_qkv_bias": False, "init_cutoff_factor": None, "init_device": "meta", "init_fn": "mitchell"},
+    **{"init_std": 0.02, "input_emb_norm": False, "layer_norm_type": "rms", "layer_norm_with_affine": True},
+    **{"mask_token_id": 126336, "max_sequence_length": 4096, "mlp_hidden_size": 12288, "mlp_ratio": 4},
+    **{"multi_query_attention": None, "n_heads": 32, "n_kv_heads": 32, "n_layers": 32, "pad_token_id": 126081},
+    **{"precision": "amp_bf16", "residual_dropout": 0.0, "rms_norm_eps": 1e-5, "rope": True},
+    **{"rope_full_precision": True, "rope_theta": 500000.0, "scale_logits": False},
+    **{"vocab_size": 126464, "weight_tying": False, "architectures": ["LLaDAModelLM"], "model_type": "llada"},
+}
+
+
+def test_lladas_published_config_is_read_and_written(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
+    config, default = config_of(ModelConfig(path=str(tmp_path))), LLaDAConfig().to_dict()
+    shared = PUBLISHED.keys() & default.keys() - {"architectures"}
+    assert {name: default[name] for name in shared} == {name: PUBLISHED[name] for name in shared} and len(shared) > 25
+    sizes = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
+    assert (*sizes, config.intermediate_size) == (4096, 32, 32, 32, 12288)
+    assert (config.max_position_embeddings, config.tie_word_embeddings) == (4096, False)
+    config.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert {name: again.get(name) for name in PUBLISHED} == PUBLISHED
+    few = LLaDAConfig(n_heads=8, mlp_hidden_size=None, d_model=64, mlp_ratio=3)
+    assert (few.n_kv_heads, few.intermediate_size) == (8, 192)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        *(("block_type", "sequential", "'llama'"), ("activation_type", "swiglu", "'silu'"), ("alibi", True, "False")),
+        *(("layer_norm_type", "default", "'rms'"), ("layer_norm_with_affine", False, "True"), ("rope", False, "True")),
+        *(("attention_layer_norm", True, "False"), ("input_emb_norm", True, "False"), ("scale_logits", True, "False")),
+        *(("residual_dropout", 0.1, "0.0"), ("embedding_dropout", 0.1, "0.0"), ("bias_for_layer_norm", True, "False")),
+        *(("rope_full_precision", False, "True"), ("block_group_size", 2, "1"), ("weight_tying", True, "False")),
+        *(("multi_query_attention", True, "None"), ("embedding_size", 20, "at least vocab_size 48")),
+    ],
+)
+def test_a_llada_that_is_computed_otherwise_is_refused(name, value, expected, tmp_path):
+    edit(saved("llada", tmp_path), **{name: value})
+    reason = f"a config.json that makes no LLaDAModelLM ({name}={value!r}: expected {expected})"
+    assert message_of(config_of, ModelConfig(path=str(tmp_path))) == f"model.path={str(tmp_path)!r}: {reason}"
+
+
 @pytest.mark.parametrize("kind", [*KINDS, SHIFTED])
 def test_weights_that_are_not_there_are_counted(kind, tmp_path):
     weights = load_file(saved(kind, tmp_path) / "model.safetensors")
-    gone = sorted(name for name in weights if ".layers.2." in name and "norm" in name)
+    gone = sorted(name for name in weights if (".layers.2." in name or ".blocks.2." in name) and "norm" in name)
     save_file({n: w for n, w in weights.items() if n not in gone}, tmp_path / "model.safetensors", {"format": "pt"})
     assert message_of(load, tmp_path).endswith(f": {len(gone)} weights are missing, {gone[0]} the first")
 
@@ -132,22 +201,36 @@ def test_lora_targets_that_match_nothing_are_refused():
 
 
 @pytest.mark.dllm
-@pytest.mark.parametrize("kind", [*SPARSE, SHIFTED])
+def test_llada_is_dllms_with_biases_and_a_larger_table_too():
+    settings = {"include_qkv_bias": True, "embedding_size": 128, "n_kv_heads": 1, "rope_theta": 500.0}
+    theirs = dllms_model("llada", **settings)
+    scale_up(theirs)
+    for name, parameter in theirs.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    ours = LLaDAModelLM(LLaDAConfig(**theirs.config.to_dict()))
+    ours.load_state_dict(theirs.state_dict())
+    expected = theirs.eval()(input_ids=tokens()).logits
+    assert sum(name.endswith("bias") for name in theirs.state_dict()) == 9 and expected.shape[-1] == 128
+    torch.testing.assert_close(ours.eval()(input_ids=tokens()).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.dllm
+@pytest.mark.parametrize("kind", [*OF_DLLM, SHIFTED])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_bundled_models_are_dllms(kind, attention):
-    theirs = dllms_model(kind, attn_implementation=attention)
+    theirs = dllms_model(kind, **({} if kind == "llada" else {"attn_implementation": attention}))
     scale_up(theirs)
     names = ("rope_theta", "rms_norm_eps", "partial_rotary_factor", "num_key_value_heads")
     dimensions = {name: getattr(theirs.config, name) for name in names if hasattr(theirs.config, name)}
-    for shared in ("shared_expert_intermediate_size", "num_shared_experts"):
-        dimensions |= {shared: getattr(theirs.config, shared)} if hasattr(theirs.config, shared) else {}
-    config = tiny_config(kind, **dimensions)
+    shared = {"llada_moe": "shared_expert_intermediate_size", "llada2": "num_shared_experts"}.get(kind, "vocab_size")
+    config = tiny_config(kind, **dimensions, **{shared: getattr(theirs.config, shared)})
     config._attn_implementation = attention
     ours = model_class(config.architectures[0])(config)
     assert split_names(ours.state_dict()).keys() == theirs.state_dict().keys()
     ours.load_state_dict(theirs.state_dict())
-    forms = {"llada_moe": ["none", "2-D"], "llada2": ["none", "4-D bool", "4-D additive", "4-D of zeros"]}
-    forms = {**forms, SHIFTED: ["none", "4-D bool"]}[kind]
+    forms = {"llada2": ["none", "4-D bool", "4-D additive", "4-D of zeros"], SHIFTED: ["none", "4-D bool"]}
+    forms = forms.get(kind, ["none", "2-D"])
     for training in (True, False):
         for form in forms:
             given = {"input_ids": tokens(), "attention_mask": mask_of(form, torch.float32)}
@@ -194,12 +277,20 @@ def test_a_model_of_dllms_gets_our_forward(kind, lora):
 
 
 @pytest.mark.dllm
-@pytest.mark.parametrize("kind", [*SPARSE, SHIFTED])
+def test_a_llada_of_dllms_that_computes_otherwise_is_left_as_it_is():
+    model = dllms_model("llada", scale_logits=True)
+    kinds = [type(module) for module in model.modules()]
+    assert message_of(adopt, model) == "model of dllm's: scale_logits=True: expected False"
+    assert [type(module) for module in model.modules()] == kinds
+
+
+@pytest.mark.dllm
+@pytest.mark.parametrize("kind", [*OF_DLLM, SHIFTED])
 def test_the_adapter_of_an_adopted_model_names_dllms_class(kind, tmp_path):
     """A LoRA that PEFT's own function has put on dllm's own model, as `dllm.utils.get_model` does."""
     model = dllms_model(kind)
     expected = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["o_proj", "dense"]))
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["o_proj", "dense", "attn_out"]))
     adopt(wrapped)
     wrapped.save_pretrained(tmp_path)
     assert adapter_config(tmp_path)["auto_mapping"] == expected

@@ -96,7 +96,7 @@ BAD: dict[str, list[Any]] = {
         ("suppress_tokens=5", "sampler.suppress_tokens=5", "list of whole number"),
         ("suppress_tokens=[263]", "suppress_tokens=[263]", "vocabulary's size, 263"),
         ("stochastic_transfer=2", "stochastic_transfer=2", "true or false"),
-        ("sampler=ddim", "model_args.sampler='ddim'", "auto, mdlm, llada21, dream"),
+        ("sampler=ddim", "model_args.sampler='ddim'", "auto, mdlm, llada2, llada21, dream"),
         ("sampler=llada21 top_p=1.1", "sampler.top_p=1.1", UNIT),
         ("sampler=llada21 use_cache=no_", "sampler.use_cache='no_'", "true or false"),
         ("seed=2020-01-01", "model_args.seed=", "at most 62 bits"),

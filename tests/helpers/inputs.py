@@ -33,6 +33,11 @@ def mask_of(form: str, dtype: torch.dtype) -> Tensor | None:
     }[form]
 
 
+def second_norm(layer: nn.Module) -> nn.Module:
+    """The norm before a layer's feed-forward network."""
+    return layer.ff_norm if hasattr(layer, "ff_norm") else layer.post_attention_layernorm
+
+
 def poisoned(model: nn.Module, token: int, value: float = math.nan) -> None:
     """Give a token an embedding that is not finite."""
     with torch.no_grad():

@@ -47,7 +47,7 @@ def decoder(kind: str, dtype: torch.dtype = torch.float64, **dimensions: Any) ->
     """
     model = tiny(kind, dtype, **dimensions).eval()
     with torch.no_grad():
-        model.lm_head.weight[MASK] = 0
+        model.get_output_embeddings().weight[MASK] = 0
         # What a masked position predicts should come from where it looks, and it should look at few positions.
         model.get_input_embeddings().weight[MASK] *= 0.1
         for name, parameter in model.named_parameters():
@@ -216,7 +216,7 @@ def outside_as_first_seen(
 
     with ExitStack() as stack:
         if settings.cache != "none":
-            for index, layer in enumerate(model.model.layers):
+            for index, layer in enumerate(model.layers):
                 stack.callback(layer.register_forward_pre_hook(frozen(index)).remove)
         yield forward
 

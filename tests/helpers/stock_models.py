@@ -25,9 +25,29 @@ def dllms(kind: str, config: dict[str, object]) -> nn.Module:
         from dllm.pipelines.dream.models import DreamConfig, DreamModel
 
         return DreamModel(DreamConfig(**config))
+    if kind == "llada":
+        return dllms_llada(config)
     from dllm.pipelines.llada21 import LLaDA2MoeConfig, LLaDA2MoeModelLM
 
     return LLaDA2MoeModelLM(LLaDA2MoeConfig(**config))
+
+
+def dllms_llada(config: dict[str, object]) -> nn.Module:
+    """dllm's LLaDA on the CPU: its class asks for a GPU, here and whenever it is loaded from now on."""
+    from dllm.pipelines.llada.models import modeling_llada as theirs
+    from dllm.pipelines.llada.models.configuration_llada import LLaDAConfig
+
+    if theirs.LLaDAModel.__module__ == theirs.__name__:
+
+        class OnCPU(theirs.LLaDAModel):
+            def __init__(self, config: Any, init_params: bool = True) -> None:
+                config.init_device = None
+                super().__init__(config, init_params)
+
+        theirs.LLaDAModel = OnCPU
+    names = {"hidden_size": "d_model", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"}
+    names |= {"num_key_value_heads": "n_kv_heads"}
+    return theirs.LLaDAModelLM(LLaDAConfig(**{names.get(name, name): value for name, value in config.items()}))
 
 
 #: What the published configs say and our defaults do not, or the other way round.
@@ -41,6 +61,10 @@ AS_PUBLISHED = {
         **{"embedding_dropout": 0.0, "output_dropout": 0.0},
     },
     "dream": {"rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "num_key_value_heads": 2},
+    "llada": {
+        **{"block_type": "llama", "activation_type": "silu", "layer_norm_type": "rms", "rope": True},
+        **{"weight_tying": False, "embedding_size": None, "residual_dropout": 0.0, "embedding_dropout": 0.0},
+    },
 }
 DENSE_ATTRIBUTES = ("vocab_size", "hidden_size", "rope_theta", "partial_rotary_factor", "attention_dropout")
 

@@ -97,8 +97,9 @@ def test_our_loader_has_it(kind, joined, tmp_path):
         assert_close_relative(bidirectional_logits(stock), expected, 1e-5)
     saved, config = weights_of(out), config_of(out)
     assert all(tensor.dtype == torch.float32 for tensor in saved.values())
-    assert {name.split(".lora_")[0].rpartition(".")[2] for name in saved if ".layers.2." in name} >= {"down_proj"}
-    assert any(".layers.0." in name for name in saved) == joined
+    layers, down = (".transformer.blocks.", "ff_out") if kind == "llada" else (".layers.", "down_proj")
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in saved if f"{layers}2." in name} >= {down}
+    assert any(f"{layers}0." in name for name in saved) == joined
     if not joined:
         assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (3, 3, {})
     assert (config["peft_type"], config["base_model_name_or_path"]) == ("LORA", base)

@@ -12,7 +12,7 @@ from naive_samplers import decoder, prompts
 from stock_models import DENSE_ATTRIBUTES, a2d_llama, dllms_model
 from torch import nn
 
-from dllm_memdlm.inference.samplers import DreamSampler, LLaDA21Sampler, MDLMSampler
+from dllm_memdlm.inference.samplers import DreamSampler, LLaDA2Sampler, LLaDA21Sampler, MDLMSampler
 
 pytestmark = pytest.mark.dllm
 
@@ -68,18 +68,18 @@ def decoders(name: str) -> tuple[nn.Module, nn.Module]:
         config = tiny_config(kind)
         shared = {field: getattr(config, field) for field in DENSE_ATTRIBUTES if hasattr(config, field)}
         # Eager, since dllm's LLaDA21Sampler passes a mask in bfloat16, which sdpa takes with no other dtype.
-        shared["attn_implementation"] = "eager" if kind == "llada2" else "sdpa"
+        shared |= {} if kind == "llada" else {"attn_implementation": "eager" if kind == "llada2" else "sdpa"}
         model = dllms_model(kind, **shared)
     scale_up(model)
     with torch.no_grad():
-        model.lm_head.weight[MASK] = 0  # never chosen
+        model.get_output_embeddings().weight[MASK] = 0  # never chosen
         model.get_input_embeddings().weight[MASK] *= 0.1
     model.eval()
     return model, copy.deepcopy(model)  # which our sampler changes the class of
 
 
 #: dllm's LLaDA2.1 takes no mask of two dimensions, which is what dllm's MDLMSampler passes.
-MODELS = [*KINDS, "llada_moe of dllm", "llama of dllm"]
+MODELS = [*KINDS, "llada_moe of dllm", "llama of dllm", "llada of dllm"]
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
@@ -113,6 +113,23 @@ def test_mdlm(name, variant, tokenizer):
         assert_same(seeded(getattr(MDLMSampler(our_model, tokenizer), way), batch, settings), theirs)
         answers.update(theirs.sequences[:, 12:].flatten().tolist())
     assert way == "infill" or len(answers) > 3, "a canvas of one token would hide mistakes"
+
+
+@pytest.mark.parametrize("name", ["llada2", "llada2 of dllm"])
+@pytest.mark.parametrize("steps", [2, 3, 4])
+@pytest.mark.parametrize("changes", [{}, {"threshold": 0.3}, {"temperature": 0.7, "top_k": 10, "top_p": 0.9}], ids=str)
+def test_llada2(name, steps, changes, tokenizer):
+    from dllm.pipelines.llada2.sampler import LLaDA2Sampler as Theirs
+    from dllm.pipelines.llada2.sampler import LLaDA2SamplerConfig
+
+    their_model, our_model = decoders(name)
+    settings = {"max_new_tokens": 13, "block_size": 4, **changes}
+    for prompt in map(torch.tensor, prompts(9, 3, 8, 18)):
+        theirs = LLaDA2SamplerConfig(steps_per_block=steps, **settings, return_dict=True)
+        theirs = seeded(Theirs(their_model, tokenizer).sample, [prompt], theirs)
+        for cached in (True, False):
+            own = {"block_steps": steps, "use_cache": cached, **settings, "return_dict": True}
+            assert_same(seeded(LLaDA2Sampler(our_model, tokenizer).sample, [prompt], **own), theirs)
 
 
 @pytest.mark.parametrize("name", ["llada2", "llada2 of dllm"])

@@ -13,7 +13,13 @@ from naive_samplers import Canvas, Draws, block_diffusion, decoder, moves, promp
 from torch import Tensor, nn
 
 from dllm_memdlm.config import MemoryConfig
-from dllm_memdlm.inference.samplers import LLaDA21Sampler, LLaDA21SamplerConfig, llada21
+from dllm_memdlm.inference.samplers import (
+    LLaDA2Sampler,
+    LLaDA2SamplerConfig,
+    LLaDA21Sampler,
+    LLaDA21SamplerConfig,
+    llada21,
+)
 from dllm_memdlm.method.fast_weights import FastWeights
 from dllm_memdlm.method.inner_loop import ParametricMemory
 
@@ -79,6 +85,17 @@ def test_every_step_is_the_plain_samplers(kind, variant, tokenizer):
             assert set(together[-1][row, len(expected[0]) :].tolist()) <= {EOS}
     if settings.temperature > 0:
         assert not torch.equal(sampler.sample(inputs, settings, [1, 2, 3, 4]).sequences, batches[0][-1])
+
+
+def test_llada2_0_never_edits_and_takes_an_even_share_of_a_block_in_each_step(tokenizer):
+    model, (prompt,) = decoder("llada2"), prompts(9)
+    chosen = {"max_new_tokens": NEW, "block_size": SIZE, "threshold": 1.0, "return_dict": True}
+    histories = LLaDA2Sampler(model, tokenizer).sample([prompt], block_steps=2, **chosen).histories
+    expected = naive(model, prompt, settings_of(editing_threshold=None, block_steps=2, threshold=1.0))
+    assert of_row(histories) == expected
+    counts = [sum(token == MASK for token in canvas) for canvas in expected]
+    assert {before - after for before, after in itertools.pairwise(counts)} <= {SIZE // 2, SIZE // 2 - 1, 1}
+    assert (LLaDA2SamplerConfig().editing_threshold, LLaDA2SamplerConfig().block_steps) == (None, 32)
 
 
 @cached_or_not

@@ -25,6 +25,7 @@ EXPERTS = SiteShape("layers.3.mlp.experts.down_proj", in_features=16, out_featur
 KEYS = noise.example_keys(42, 0, torch.arange(5))
 FFN = ["gate_proj", "up_proj", "down_proj"]
 SPARSE = {"llada_moe": ("mlp.experts", "shared_expert"), "llada2": ("mlp.experts", "mlp.shared_experts")}
+LLADA = {"gate_proj": "ff_proj", "up_proj": "up_proj", "down_proj": "ff_out"}
 both_kinds = pytest.mark.parametrize("kind", ["lora", "full"])
 
 
@@ -41,10 +42,11 @@ def test_experts_share_a_site_and_lora_changes_none(kind):
     """A dense first layer has plain sites, shared experts their own. Fast weights stand beside a LoRA, not under it."""
     memory = MemoryConfig(layer_fraction=1.0)
     sites = {site.shape.name: site.shape for site in find_sites(tiny(kind), memory)}
-    dense = [sites[f"layers.0.mlp.{name}"] for name in FFN]
+    dense = [sites[f"transformer.blocks.0.{LLADA[n]}" if kind == "llada" else f"layers.0.mlp.{n}"] for n in FFN]
     assert [(s.in_features, s.out_features, s.experts) for s in dense] == [(32, 48, None)] * 2 + [(48, 32, None)]
     last = {f"layers.2.{part}.{name}" for part in SPARSE.get(kind, ("mlp",)) for name in FFN}
-    assert {name for name in sites if name.startswith("layers.2.")} == last
+    last = {f"transformer.blocks.2.{name}" for name in LLADA.values()} if kind == "llada" else last
+    assert {name for name in sites if name.startswith(("layers.2.", "transformer.blocks.2."))} == last
     assert {name for name, shape in sites.items() if shape.experts} == {name for name in sites if ".experts." in name}
     wrapped = find_sites(staged_backbone(tiny(kind, lora=True)), memory)
     assert [site.shape for site in wrapped] == list(sites.values())
@@ -58,7 +60,7 @@ def test_fast_parameters_are_counted(kind, form):
     config = MemoryConfig(kind=form, rank=4, layer_fraction=0.4, target_modules=("up_proj", "down_proj"))
     expected = 0
     for name, module in nn.ModuleList(model.layers[1:]).named_modules():
-        if isinstance(module, (nn.Linear, ExpertLinear)) and name.endswith(("up_proj", "down_proj")):
+        if isinstance(module, (nn.Linear, ExpertLinear)) and name.endswith(("up_proj", "down_proj", "ff_out")):
             *experts, rows, columns = module.weight.shape
             expected += math.prod(experts) * (rows * columns if form == "full" else 4 * (rows + columns))
     assert ParametricMemory(model, config, mask_token_id=2).fast_parameters == expected

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import KINDS, MASK, assert_close_relative, examples, make_trainer, tiny
 from conftest import train_batch as batch_of
+from inputs import second_norm
 from safetensors.torch import load_file
 from steps import SMALL, Step, initial, memory_for
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def test_an_exception_leaves_no_trace(kind, mode, where, tokenizer, tmp_path, mo
     model, batch = trainer.model, batch_of(trainer)
     getattr(model, mode)()
     before, calls, fail_at = traces(model), 0, math.inf
-    norm = staged_backbone(model).layers[where].post_attention_layernorm
+    norm = second_norm(staged_backbone(model).layers[where])
     forward = norm.forward
 
     def counting(x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from dllm_memdlm.method.reference import NaiveStep, naive_step
 from dllm_memdlm.training.trainer import MemDLMTrainer
 
 ATTENTION = {"llada_moe": ("q_proj", "o_proj"), "llada2": ("query_key_value", "dense"), "llama": ("q_proj", "v_proj")}
+ATTENTION["llada"] = ("q_proj", "attn_out")
 FFN = ("gate_proj", "up_proj", "down_proj")
 
 

@@ -12,6 +12,7 @@ from data_files import hotpotqa
 from dllm_memdlm.data import load_examples, load_rows, train_tokenizer, training_texts
 from dllm_memdlm.training.recipe import load_recipe
 from reproduce import prepare
+from reproduce.documents import FURTHER
 from reproduce.needle import VALUES, plant
 from reproduce.scales import RECIPES as RECIPE_FOLDER
 
@@ -103,7 +104,9 @@ def source(tmp_path, monkeypatch):
 
 def test_each_recipe_trains_on_its_file_and_all_hold_out_the_same_rows(source, tmp_path):
     assert prepare.main([]) == 0
-    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == sorted(f"{name}.jsonl" for name in RECIPES)
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == sorted(f"{n}.jsonl" for n in prepare.FILES)
+    changed = {variant.changes.get("data.dataset") for variant in FURTHER.values()} - {None}
+    assert {f"data/{name}.jsonl" for name in prepare.FILES.keys() - RECIPES} == changed
     held = set()
     for name, recipe in RECIPES.items():
         data = load_recipe(RECIPE_FOLDER / f"{recipe}.yaml").data

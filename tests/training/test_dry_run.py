@@ -13,7 +13,7 @@ from command_line import error_of, make_chat_tokenizer
 from conftest import tiny
 
 from dllm_memdlm import train
-from dllm_memdlm.backbones import LLaDAMoEConfig
+from dllm_memdlm.backbones import LLaDAConfig, LLaDAMoEConfig
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 pytestmark = pytest.mark.usefixtures("as_from_a_shell")
@@ -79,6 +79,28 @@ def test_a_dry_run_of_the_papers_recipe_needs_nothing(capsys, monkeypatch):
     assert line.startswith(f"error: missing: weights of model.path='{path}'; tokenizer '{path}'; {quant}data.dataset=")
     assert "data.dataset='Yukang/LongAlpaca-12k', split 'train': " in line
     assert "Traceback" not in captured.err
+
+
+def test_a_dry_run_of_llada_8b_needs_nothing(capsys, monkeypatch):
+    """Parameters by formula: hidden size 4,096, width 12,288, vocabulary 126,464; 2 of the 32 layers."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    few = ("model.dimensions.num_hidden_layers=2", "memory.layer_fraction=0.5")
+    assert train.main(["--dry-run", str(RECIPES / "llada_8b.yaml"), *few]) == 2
+    captured = capsys.readouterr()
+    assert "Parameters (known dimensions of LLaDAModelLM, as config.json is out of reach)" in captured.out
+    v, d, f, r = 126_464, 4096, 12_288, 32
+
+    def parameters(layers: int) -> int:  # embedding, output and last norm; each layer: attention, two norms, gated MLP
+        return 2 * v * d + d + layers * (4 * d * d + 2 * d + 3 * d * f)
+
+    lora = 2 * r * (4 * (d + d) + 3 * (d + f))
+    assert parameters(LLaDAConfig().num_hidden_layers) == 8_015_581_184, "as published"
+    assert cell(captured.out, "all") == f"{parameters(2) + lora:,}"
+    assert cell(captured.out, "trainable") == f"{lora:,}", "none on the output"
+    assert cell(captured.out, "fast weights, each sample") == f"{3 * r * (d + f):,}"
+    assert re.findall(r"transformer\.blocks\.1\.(\w+) ", captured.out) == ["ff_proj", "up_proj", "ff_out"]
+    assert "error: missing: weights of model.path='GSAI-ML/LLaDA-8B-Instruct'" in captured.err
 
 
 def backbone_parameters(v: int, d: int, layers: int, head: int, experts: int, f: int) -> int:

@@ -30,6 +30,7 @@ DIMENSIONS: dict[str, dict[str, Any]] = {
     | {"shared_expert_intermediate_size": 128, **ROUTED},
     "llada2": {"intermediate_size": 384, "moe_intermediate_size": 128, "n_group": 2, "topk_group": 1, **ROUTED},
     "llama": {"intermediate_size": 384},
+    "llada": {"intermediate_size": 384},
 }
 COMMON = {"vocab_size": 1024, "hidden_size": 128, "num_hidden_layers": 4}
 COMMON |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -157,7 +158,9 @@ COUNTED: dict[Any, Callable[..., int]] = {
 }
 
 
-@pytest.mark.parametrize(("kind", "checkpointing"), [("llada_moe", True), ("llada2", False), ("llama", True)])
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"), [("llada_moe", True), ("llada2", False), ("llama", True), ("llada", False)]
+)
 def test_flops_are_those_that_torch_counts(kind, checkpointing, tmp_path):
     for memory in (False, True):
         recipe = recipe_of(kind, tmp_path, True, memory, gradient_checkpointing=checkpointing)

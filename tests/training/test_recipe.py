@@ -95,7 +95,7 @@ def test_the_output_folder_is_named_after_the_file(tmp_path, base):
 
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-FOLDERS = (RECIPES, *(RECIPES / name for name in ("cpu", "small", "ablations")))
+FOLDERS = (RECIPES, *(RECIPES / name for name in ("cpu", "documents", "small", "ablations")))
 PAPER = {"llada_moe": "inclusionAI/LLaDA-MoE-7B-A1B-Base", "llada2_mini": "inclusionAI/LLaDA2.1-mini"}
 #: Of other models, with the same numbers.
 ALIKE = {"dream_7b": "Dream-org/Dream-v0-Instruct-7B"}

@@ -14,6 +14,7 @@ from small_run import ROWS, write_base
 
 from dllm_memdlm import train
 from dllm_memdlm.config import ConfigError
+from dllm_memdlm.training import run
 
 pytestmark = pytest.mark.usefixtures("as_from_a_shell")
 
@@ -73,6 +74,17 @@ def test_a_folder_that_holds_no_model(recipe, tmp_path, capsys):
     make_chat_tokenizer(empty, bos_token="<bos>")
     text = error_of(capsys, recipe, f"model.tokenizer={empty}")
     assert text.startswith(f"model.tokenizer='{empty}': declares no mask token")
+
+
+def test_a_model_without_a_backbone_is_refused_before_the_data_take_their_time(recipe, tmp_path, capsys, monkeypatch):
+    folder, says = tmp_path / "bert", "model.architecture='BertModel': no backbone for it; known: "
+    folder.mkdir()
+    make_chat_tokenizer(folder)
+    (folder / "config.json").write_text('{"architectures": ["BertModel"]}')
+    monkeypatch.setattr(run, "load_examples", None)
+    assert error_of(capsys, recipe, f"model.path={folder}", "model.architecture=null").startswith(says)
+    monkeypatch.setattr(run, "tokenizer_for", None)
+    assert error_of(capsys, recipe, "model.architecture=BertModel").startswith(says)
 
 
 @pytest.mark.parametrize("flags", [[], ["--dry-run"]])

@@ -50,6 +50,16 @@ class LLaDA21SamplerConfig(SamplerConfig):
     )
 
 
+@dataclass
+class LLaDA2SamplerConfig(LLaDA21SamplerConfig):
+    """LLaDA2.0's, as dllm decodes it: an even share of a block in every step, and no editing."""
+
+    NAME = "llada2"
+
+    editing_threshold: float | None = knob(None, "as of llada21; none never edits")
+    block_steps: int | None = knob(32, "as of llada21")
+
+
 class Rows:
     """How far each prompt of a batch is: a tensor [B, 1] for each fact."""
 
@@ -207,6 +217,13 @@ class LLaDA21Sampler(CanvasSampler):
             for token in (self.tokenizer.mask_token_id, self.tokenizer.eos_token_id)
         )
         return ends & ~masked
+
+
+@dataclass
+class LLaDA2Sampler(LLaDA21Sampler):
+    """dllm's `LLaDA2Sampler`: LLaDA2.1's without editing."""
+
+    CONFIG = LLaDA2SamplerConfig
 
 
 def keep_likeliest(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
