@@ -112,9 +112,9 @@ def draw_further(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
     titles = ["trained with", "not seen, % right", "by another text's memory", "not seen, nats a word", "seen, % right"]
     return Drawn(
         [
-            "The first row is the last one of the documents' table. Every other changes one thing in training and in "
-            f"use. Asked: {DOCUMENTS[scale.name].asked(scale)}, of the length that it was trained on. A guess is right "
-            "in 8.3 %, at 2.48 nats.",
+            "The first row is the last one of the documents' table. Every other changes what it names, in training and "
+            f"in use. Asked: {DOCUMENTS[scale.name].asked(scale)}, of the length that it was trained on. A guess is "
+            "right in 8.3 %, at 2.48 nats.",
             *without_memory(map(Path, points[points.score.notna()].run)),
         ],
         [Section("Mean ± standard deviation over the seeds", [*titles, "prompt NLL"], rows=rows)],

@@ -31,7 +31,7 @@ def rate_of(loss_at: Callable[[float], float], wanted: float, halvings: int = 5)
     """
     low, high = RATES
     rate = low
-    while loss_at(rate) > wanted:
+    while not loss_at(rate) <= wanted:  # nor is what is no number
         low, rate = rate, 10 * rate
         if rate > high:
             raise ConfigError(f"no inner rate up to {high:g} lowers the loss to {wanted:.4f}")
@@ -49,11 +49,18 @@ def run(args: argparse.Namespace) -> None:
     from dllm_memdlm.training.recipe import load_recipe  # seconds to import
     from dllm_memdlm.training.run import build_trainer
 
+    if not 0 < args.fall < 1:
+        raise ConfigError(f"--fall {args.fall:g}: expected a share of the loss, in (0, 1)")
     console, table = Console(highlight=False), Table("inner lr", "eval_loss", "falls by")
     with contextlib.redirect_stdout(sys.stderr):  # what the trainer says
-        trainer = build_trainer(load_recipe(args.recipe, args.overrides))
-        if trainer.memory is None or trainer.eval_dataset is None:
-            raise ConfigError(f"{args.recipe}: expected memory.enabled=true, and examples to evaluate on")
+        recipe = load_recipe(args.recipe, args.overrides)
+        if not recipe.memory.enabled:
+            raise ConfigError(f"{args.recipe}: memory.enabled=False: expected true")
+        trainer = build_trainer(recipe)
+        if trainer.eval_dataset is None:
+            raise ConfigError(
+                f"{args.recipe}: expected examples to evaluate on (data.eval_fraction or data.eval_split)"
+            )
         memory, without = trainer.memory.config, trainer.evaluate()["eval_loss_memory_off"]
 
         def loss_at(rate: float) -> float:

@@ -36,10 +36,13 @@ def with_lora(backbone: PreTrainedModel, lora: LoraConfig) -> nn.Module:
     targets, left_out = lora.target_modules, None
     if targets == "all-linear":
         targets = _own_names(backbone, targets)
-        output = next(path for path, m in backbone.named_modules() if m is backbone.get_output_embeddings())
-        if output.rpartition(".")[2] in targets:  # LLaDA has layers of that name in its blocks
+    if not isinstance(targets, str):
+        paths = {path: module for path, module in backbone.named_modules() if path}
+        output = next(path for path, module in paths.items() if module is backbone.get_output_embeddings())
+        name = output.rpartition(".")[2]
+        if name in targets and sum(path.endswith(f".{name}") for path in paths) > 1:  # LLaDA's blocks have such a layer
             left_out = [output]
-    targets = targets if isinstance(targets, str) else sorted(targets)
+        targets = sorted(targets)
     config = StockLoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias=lora.bias, target_modules=targets
     )

@@ -72,6 +72,7 @@ class LLaDAConfig(PretrainedConfig):
         own["n_kv_heads"] = own["n_kv_heads"] or own["n_heads"]
         own["mlp_hidden_size"] = own["mlp_hidden_size"] or own["mlp_ratio"] * own["d_model"]
         own["embedding_size"] = own["embedding_size"] or own["vocab_size"]
+        own["multi_query_attention"] = own["multi_query_attention"] or None
         if own["bias_for_layer_norm"] is None:
             own["bias_for_layer_norm"] = own["include_bias"]
         for name, computed in COMPUTED.items():

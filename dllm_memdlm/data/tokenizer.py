@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,6 +22,9 @@ from .sources import reason_of
 MASKS = ("<|mask|>", "<|mdm_mask|>")
 # Tokens that end a turn, in the vocabularies of LLaDA-MoE and LLaDA 2, dense LLaDA, and Qwen-based models.
 TURN_ENDS = ("<|role_end|>", "<|eot_id|>", "<|im_end|>")
+
+# The end of a chat template that opens the assistant's reply, whatever it is asked for.
+OPENS_ALWAYS = re.compile(r"\{\{-?\s*(['\"])[^'\"{}]*assistant[^'\"{}]*\1\s*-?\}\}\s*$")
 
 BOS, EOS, MASK, TURN_END = "<|startoftext|>", "<|endoftext|>", MASKS[0], TURN_ENDS[0]
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -118,13 +122,11 @@ def load_tokenizer(name: str, where: str, trust_remote_code: bool = False) -> Pr
         tokenizer = load_any_tokenizer(source, padding_side="right", trust_remote_code=trust_remote_code)
     except Exception as error:  # of any kind: what a file of another form leads to
         if "trust_remote_code=True" in str(error):
-            setting, more = "tokenizer", ""
-            if where.startswith("model."):
-                setting, more = "model.tokenizer", ", or model.trust_remote_code=true"
+            setting = "model.tokenizer" if where.startswith("model.") else "tokenizer"
             raise ConfigError(
                 f"{where:.300}: its tokenizer is Python code of the checkpoint's, which is not run unasked; expected "
                 f"{setting} set to a folder with the same tokens for a class of transformers' (Dream's: "
-                f"Qwen2Tokenizer.from_pretrained(NAME).save_pretrained(FOLDER)){more}"
+                "Qwen2Tokenizer.from_pretrained(NAME).save_pretrained(FOLDER))"
             ) from error
         files = sorted(path.glob("*.json")) if local else []
         reason = next((f"{file.name} is not JSON" for file in files if not _is_json(file)), None) or reason_of(error)
@@ -135,13 +137,13 @@ def load_tokenizer(name: str, where: str, trust_remote_code: bool = False) -> Pr
 
 
 def check_mask(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, where: str) -> None:
-    """Refuse a tokenizer whose mask is not the token that the model's config names, where it names one.
+    """Refuse a tokenizer whose mask is not the token that the model's config names, where it names one of its own.
 
     Raises:
         ConfigError: the message begins with `where`.
     """
     wanted = getattr(config, "mask_token_id", None)
-    if wanted is not None and wanted != tokenizer.mask_token_id:
+    if wanted is not None and wanted < config.vocab_size and wanted != tokenizer.mask_token_id:
         raise ConfigError(
             f"{where}: its mask token {tokenizer.mask_token!r} is number {tokenizer.mask_token_id}, and the model's "
             f"mask_token_id is {wanted}; expected the tokenizer that the model was trained with"
@@ -183,6 +185,11 @@ def _complete(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedToken
         raise ConfigError(f"{where}: declares neither an eos nor a pad token; expected one of them")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.bos_token = tokenizer.bos_token or tokenizer.pad_token
+    template = tokenizer.chat_template
+    opened = OPENS_ALWAYS.search(template) if isinstance(template, str) else None
+    if opened and "add_generation_prompt" not in template:  # LLaDA-8B's: a whole chat would end in a new reply's header
+        asked = f"{{% if add_generation_prompt %}}{opened[0]}{{% endif %}}"
+        tokenizer.chat_template = template[: opened.start()] + asked
     vocabulary = tokenizer.get_vocab()
     if tokenizer.mask_token is None:
         mask = next((token for token in MASKS if token in vocabulary), None)

@@ -201,6 +201,10 @@ def run(args: argparse.Namespace) -> None:
         examples = held_out(data, decoder.pretrained.tokenizer, args.examples)
         kept = [example for example in examples if example.fits(decoder.max_length)]
         whose = args.whose or ("none" if decoder.memory is None else "own")
+        if whose == "none" and decoder.memory is not None:
+            raise ConfigError("--whose none: expected no setting of a memory beside it")
+        if whose == "other" and len(kept) < 2:
+            raise ConfigError(f"--whose other: expected at least two examples, of which there are {len(kept)}")
         if whose == "other":
             kept = [own._replace(read=other.prompt) for own, other in zip(kept, [*kept[1:], *kept[:1]], strict=True)]
         # Where none is left, the others say what is wrong with them

@@ -24,7 +24,7 @@ PER_PROMPT = {"max_new_tokens", "max_length", "return_dict", "right_shift_logits
 
 #: Settings that are the number of new tokens unless they are given, and others that differ from dllm's defaults: the
 #: paper's decoding, and of Dream the one that its authors recommend, with nothing drawn.
-ONE_BLOCK = {"mdlm": ("block_size", "steps"), "dream": ("steps",), "llada21": ()}
+ONE_BLOCK = {"mdlm": ("block_size", "steps"), "dream": ("steps",)}
 RECOMMENDED = {"dream": {"alg": "entropy", "temperature": 0.0}}
 
 #: Settings that name tokens.
@@ -91,8 +91,8 @@ class Decoder:
     def config_for(self, new_tokens: int, **changes: Any) -> SamplerConfig:
         """Return the sampler's settings for answers of `new_tokens`. Raises ConfigError for one that does not fit."""
         chosen = {"max_new_tokens": new_tokens, **self.settings, **changes}
-        usual = {**dict.fromkeys(ONE_BLOCK[self.sampler], new_tokens), **RECOMMENDED.get(self.sampler, {})}
-        if self.sampler != "llada21":
+        usual = {**dict.fromkeys(ONE_BLOCK.get(self.sampler, ()), new_tokens), **RECOMMENDED.get(self.sampler, {})}
+        if hasattr(self._sampler.CONFIG, "right_shift_logits"):
             usual["right_shift_logits"] = self.pretrained.right_shift_logits
         chosen = {**usual, **chosen}
         config = self._sampler.CONFIG.of(None, chosen)

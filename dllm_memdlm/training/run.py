@@ -104,12 +104,12 @@ def build_trainer(recipe: Recipe) -> MemDLMTrainer:
         ) from error
     if state.is_main_process:
         print(f"engine: {engines.describe(trainer.accelerator)}", flush=True)
-    for name in ("padding_loss", "perbatch_cutoff", "resp_cutoff_ratio"):
-        setattr(trainer.data_collator, name, getattr(recipe.data, name))
-    trainer.made_of |= {
-        "data": {"examples": digest_of(examples.train), "padding_loss": recipe.data.padding_loss},
-        "weights": _weights_of(recipe),
-    }
+    batches = {name: getattr(recipe.data, name) for name in ("padding_loss", "perbatch_cutoff", "resp_cutoff_ratio")}
+    for name, value in batches.items():
+        setattr(trainer.data_collator, name, value)
+    # Without the cut-offs where there are none, as in checkpoints of before
+    kept = {name: value for name, value in batches.items() if value or name == "padding_loss"}
+    trainer.made_of |= {"data": {"examples": digest_of(examples.train), **kept}, "weights": _weights_of(recipe)}
     trainer.beside_checkpoints += [recipe.save, write_run_card]
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(_Progress())

@@ -99,6 +99,11 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
         if isinstance(self.data_collator, AnchorTrajectoryCollator):
             if self.data_collator.config != memory:
                 raise ConfigError("data_collator.config and memory differ; give both the same MemoryConfig")
+            if self.right_shift_logits != (self.data_collator.bos_token_id is not None):
+                raise ConfigError(
+                    f"data_collator.bos_token_id={self.data_collator.bos_token_id}: expected the tokenizer's where the "
+                    f"model's logits are of the next position, and none elsewhere (here {self.right_shift_logits})"
+                )
         else:
             self.data_collator = AnchorTrajectoryCollator(
                 self.data_collator,

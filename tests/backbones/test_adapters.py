@@ -112,6 +112,9 @@ def test_all_linear_layers_of_llada_are_those_of_its_blocks(tmp_path):
     for model in (tiny("llada", lora=True), again):
         found = {path for path, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
         assert found == expected
+    named = with_lora(tiny("llada"), LoraConfig(target_modules=["q_proj", "ff_out"]))
+    found = {path for path, m in named.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+    assert found == {path for path in expected if path.endswith(("q_proj", "ff_out"))}
     assert config_of(folder)["exclude_modules"] == ["model.transformer.ff_out"]
     assert config_of(save_adapter(tmp_path / "llama", base, tiny("llama")))["exclude_modules"] is None
 

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from dllm_memdlm.compat.dllm_api import HAS_DLLM
 from dllm_memdlm.config import ConfigError, ModelConfig
-from dllm_memdlm.data import load_tokenizer, tokenizer_for, train_tokenizer
+from dllm_memdlm.data import check_mask, load_tokenizer, tokenizer_for, train_tokenizer
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "Größe: 3 × 5"] * 5
 CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": " the dog"}]
@@ -110,6 +110,32 @@ def test_a_tokenizer_without_a_mask_token_is_refused(tokenizer, tmp_path):
         tokenizer_for(ModelConfig(path=str(tmp_path)), never, tmp_path)
 
 
+def test_a_template_that_always_opens_a_reply_does_so_when_it_is_asked_to(tokenizer, tmp_path):
+    """As LLaDA-8B's: of a whole chat the response would end in the header of another one, and be learned so."""
+    header = "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    each = f"{{% for message in messages %}}{{{{ {header} + message['content'] + '<|eot_id|>' }}}}{{% endfor %}}"
+    opened = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    for end, plain in ((f"{{{{ '{opened}' }}}}", True), ("{{ eos_token }}", False), ("", False)):
+        tokenizer.chat_template = each + end
+        tokenizer.save_pretrained(tmp_path)
+        loaded, chat = load_tokenizer(str(tmp_path), "model.path"), [{"role": "user", "content": "the cat"}]
+        whole, asked = (
+            loaded.apply_chat_template(chat, tokenize=False, add_generation_prompt=g) for g in (False, True)
+        )
+        assert asked == (whole + opened if plain else whole)
+        assert whole.startswith("<|start_header_id|>user") and not whole.endswith(opened)
+
+
+def test_a_mask_that_is_not_the_models_is_refused_unless_the_config_names_none_of_its_tokens(tokenizer):
+    config = PretrainedConfig(vocab_size=300)
+    for named in (None, tokenizer.mask_token_id, 151666):  # the last one a default, of a larger vocabulary
+        config.mask_token_id = named
+        check_mask(tokenizer, config, "model.path='x'")
+    config.mask_token_id = 9
+    with pytest.raises(ConfigError, match=r"^model.path='x': its mask token .* mask_token_id is 9; expected the"):
+        check_mask(tokenizer, config, "model.path='x'")
+
+
 @pytest.mark.skipif(HAS_DLLM, reason="dllm brings Dream's tokenizer along, and none is run from the checkpoint")
 def test_a_tokenizer_that_is_code_is_not_run_unasked(tokenizer, tmp_path):
     """As Dream's are. What the message says helps: the same tokens in a class of transformers'."""
@@ -128,7 +154,7 @@ def test_a_tokenizer_that_is_code_is_not_run_unasked(tokenizer, tmp_path):
     code = f"import pathlib\npathlib.Path({str(tmp_path / 'run')!r}).touch()\nclass DreamTokenizer: pass\n"
     (base / "tokenization_dream.py").write_text(code)
     ways = r"Qwen2Tokenizer\.from_pretrained\(NAME\)\.save_pretrained\(FOLDER\)\)"
-    with pytest.raises(ConfigError, match=rf"^model.path=.*model\.tokenizer set to .*{ways}, or model.trust_remote"):
+    with pytest.raises(ConfigError, match=rf"^model.path=.*model\.tokenizer set to .*{ways}$"):
         tokenizer_for(ModelConfig(path=str(base)), never, tmp_path)
     with pytest.raises(ConfigError, match=rf"^tokenizer='x': its tokenizer is Python code .*{ways}$"):
         load_tokenizer(str(base), "tokenizer='x'")

@@ -248,7 +248,7 @@ def test_held_out_examples_are_the_runs_own(folder):
         assert tokenizer.decode(example.response) == f"{row['output']}<|role_end|>"
 
 
-def test_the_command_writes_what_the_function_finds(folder, capsys):
+def test_the_command_writes_what_the_function_finds(folder, tmp_path, capsys):
     without, with_memory = measured(folder), measured(folder, "--memory", "--batch-size", "2", "--seed", "3")
     for report, memory, seed in ((without, False, 0), (with_memory, True, 3)):
         decoder = parse({"pretrained": folder, "memory": memory, "seed": seed}).open()
@@ -268,6 +268,16 @@ def test_the_command_writes_what_the_function_finds(folder, capsys):
     expected = [step.sequential for step in exposure_bias(decoder, following, 5, 1, seed)]
     assert [step["sequential"] for step in other["steps"]] == pytest.approx(expected, rel=1e-4)
     assert expected != pytest.approx([step["sequential"] for step in with_memory["steps"]], rel=1e-3)
+    output = ("--model", folder, "--output", str(tmp_path / "no.json"))
+    for given, says in (
+        (("--whose", "none", "--memory"), "--whose none: expected no setting of a memory beside it"),
+        (
+            ("--whose", "other", "--examples", "1"),
+            "--whose other: expected at least two examples, of which there are 1",
+        ),
+    ):
+        assert command.main([*output, *given]) == 2
+        assert says in capsys.readouterr().err
     still = measured(folder, "memory_inner_lr=0.0", "seed=3")
     capsys.readouterr()
     plainly = measured(folder, "--seed", "3", "--examples", "5")

@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from conftest import EOS, KINDS, MASK, make_tokenizer, tiny
+from conftest import EOS, KINDS, MASK, SHIFTED, make_tokenizer, tiny
 from data_files import message_of
 from naive_samplers import decoder as decoding_model
 from naive_samplers import prompts as texts_of
@@ -15,6 +15,7 @@ from saved_models import answers_of, decoder_with, pretrained_of, prompt_memory,
 from steps import memory_for
 
 from dllm_memdlm.config import ConfigError, MemoryConfig
+from dllm_memdlm.inference import decoding
 from dllm_memdlm.inference.decoding import Decoder
 from dllm_memdlm.inference.decoding import memory_for as memory_of
 from dllm_memdlm.inference.samplers import DreamSampler, LLaDA21Sampler, MDLMSampler, completions
@@ -38,6 +39,18 @@ def test_the_sampler_is_what_the_model_was_made_for():
     assert decoder_with(None, tiny("llada2", lora=True)).sampler == "llada21"
     forced = Decoder(pretrained_of(tiny("llada2")), "mdlm")
     assert forced.sampler == "mdlm" and forced.config_for(9).steps == 9
+
+
+@pytest.mark.parametrize("name", decoding.SAMPLERS)
+def test_every_sampler_decodes_by_its_name(name):
+    kind = {"dream": SHIFTED}.get(name, "llada2")
+    settings = {"suppress_tokens": [MASK]} if name in ("mdlm", "dream") else {}
+    decoder = Decoder(pretrained_of(tiny(kind), shift=kind == SHIFTED), name, settings)
+    assert name == decoder.config_for(7).NAME
+    assert [len(answer) for answer in decoder.answers([[5, 6, 7]], 7, whole=True)] == [7]
+    if name == "llada2":
+        config = decoder.config_for(7)
+        assert (config.editing_threshold, config.block_steps) == (None, 32)
 
 
 def test_the_papers_decoding_is_the_default_then_come_the_users_settings_then_the_requests():

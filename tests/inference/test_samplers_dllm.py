@@ -125,11 +125,11 @@ def test_llada2(name, steps, changes, tokenizer):
     their_model, our_model = decoders(name)
     settings = {"max_new_tokens": 13, "block_size": 4, **changes}
     for prompt in map(torch.tensor, prompts(9, 3, 8, 18)):
-        theirs = LLaDA2SamplerConfig(steps_per_block=steps, **settings, return_dict=True)
-        theirs = seeded(Theirs(their_model, tokenizer).sample, [prompt], theirs)
+        chosen = LLaDA2SamplerConfig(steps_per_block=steps, **settings, return_dict=True)
+        theirs = seeded(Theirs(their_model, tokenizer).sample, [prompt], chosen)
         for cached in (True, False):
-            own = {"block_steps": steps, "use_cache": cached, **settings, "return_dict": True}
-            assert_same(seeded(LLaDA2Sampler(our_model, tokenizer).sample, [prompt], **own), theirs)
+            sampler = LLaDA2Sampler(our_model, tokenizer)
+            assert_same(seeded(sampler.sample, [prompt], chosen, use_cache=cached), theirs)
 
 
 @pytest.mark.parametrize("name", ["llada2", "llada2 of dllm"])

@@ -140,6 +140,7 @@ def test_a_run_that_goes_on_from_an_earlier_checkpoint_is_the_newest(recipe_file
     ("key", "was", "now"),
     [
         *(("memory.rank", 4, 8), ("data.padding_loss", True, False), ("data.mask_prompt", True, False)),
+        *(("data.perbatch_cutoff", False, True), ("data.resp_cutoff_ratio", 0.0, 0.5)),
         *(("lora.enabled", False, True), ("model.dtype", "float32", "bfloat16"), ("training.seed", 42, 7)),
         ("training.gradient_accumulation_steps", 1, 2),
     ],

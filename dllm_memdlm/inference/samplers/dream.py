@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...config import ShareBelowOne, knob
+from ...config import ShareBelowOne, knob, require
 from ...method.losses import positions_of
 from .base import SamplerConfig
 from .llada21 import keep_likeliest
@@ -42,6 +42,11 @@ class DreamSamplerConfig(SamplerConfig):
     right_shift_logits: bool = knob(True, "logits at position i predict token i + 1")
     cfg_scale: float = knob(0.0, "classifier-free guidance; costs a second forward pass")
     suppress_tokens: list[int] | None = knob(None, "never chosen")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        asked = not self.alg_temp or self.alg != "origin"
+        require("sampler", self, "alg_temp", asked, "0 with alg=origin, which asks for no confidence")
 
 
 @dataclass

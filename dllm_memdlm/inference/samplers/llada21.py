@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ...backbones.cache import CanvasCache, block_causal
-from ...config import knob
+from ...compat.dllm_api import BaseSamplerConfig
+from ...config import ConfigError, knob
 from .base import CanvasSampler, RowNoise, SamplerConfig
 
 #: Prompt tokens that one forward pass computes while filling the cache: bounds the memory that a long prompt takes.
@@ -57,7 +58,16 @@ class LLaDA2SamplerConfig(LLaDA21SamplerConfig):
     NAME = "llada2"
 
     editing_threshold: float | None = knob(None, "as of llada21; none never edits")
-    block_steps: int | None = knob(32, "as of llada21")
+    block_steps: int | None = knob(32, "as of llada21; dllm's steps_per_block")
+
+    @classmethod
+    def of(cls, config: BaseSamplerConfig | None, changes: dict[str, Any]) -> SamplerConfig:
+        """As `SamplerConfig.of`; dllm's `steps_per_block` is `block_steps`, and its `minimal_topk` must be 1."""
+        fewest = getattr(config, "minimal_topk", 1)
+        if fewest != 1:
+            raise ConfigError(f"sampler.minimal_topk={fewest!r}: expected 1; num_to_transfer commits more in a step")
+        steps = getattr(config, "steps_per_block", None)
+        return super().of(config, changes if steps is None else {"block_steps": steps, **changes})
 
 
 class Rows:
