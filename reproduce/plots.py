@@ -28,7 +28,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "MemDLM, memory on": {"color": BLUE},
     "MemDLM, φ of the prompt": {"color": "#009e73"},
     "MemDLM, φ of another prompt": {"color": "#cc79a7", "linestyle": ":"},
-    "MemDLM, another text's memory": {"color": "#cc79a7", "linestyle": ":"},
+    "MemDLM, another text's memory": {"color": "#cc79a7", "linestyle": ":", "zorder": 4},
 }
 OTHERS = (BLUE, "#e69f00", "#009e73", "#cc79a7", ORANGE, "#56b4e9")
 
