@@ -109,7 +109,8 @@ def save(figure: Figure, path: Path) -> None:
     drawn = {line.get_label(): line for ax in figure.axes for line in ax.get_legend_handles_labels()[0]}
     columns = {ax.get_subplotspec().colspan.start for ax in figure.axes}
     if drawn:
-        place = {"loc": "outside upper center", "ncols": min(len(drawn), 3 * len(columns)), "frameon": False}
+        rows = 1 if sum(map(len, drawn)) <= 34 * len(columns) else 2  # about so many letters fit above an axes
+        place = {"loc": "outside upper center", "ncols": -(-len(drawn) // rows), "frameon": False}
         figure.legend(handles=[*drawn.values()], **place)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
