@@ -35,7 +35,7 @@ def test_it_runs_and_goes_on_where_it_was_stopped(tmp_path, warm_python, monkeyp
     monkeypatch.setattr(demo.sys, "executable", warm_python)
     assert demo.main(["--quick", "--runs", "runs"]) == 0, capfd.readouterr().err
     out = capfd.readouterr().out
-    assert out.count("python -m dllm_memdlm.train ") == 5 and out.count("python -m reproduce.needle ") == 3
+    assert out.count("python -m dllm_memdlm.train ") == 5 and out.count("python -m reproduce.needle ") == 9
     assert Path("runs/quick/report/documents.png").is_file() and "Right answers, %" in out
     assert out.count("memory off") == out.count("memory on ") == demo.DOCUMENTS
     (line,) = (line for line in out.splitlines() if line.strip().startswith("memdlm generate "))
