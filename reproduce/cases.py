@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from dllm_memdlm.config import ConfigError
-
 from .logs import logged
 from .scales import CONTROLLED, MDLM, MEMDLM, MODELS, RECIPES, Model, Scale, differences
 from .scores import ABLATED, ANCHORED, RETRIEVAL, RULER_OFFLINE, TABLES, PlantedWords, Task, read_json
@@ -123,26 +121,6 @@ def ablated(scale: Scale) -> Iterator[Case]:
             norms = ("inner_grad_norm_1", "inner_grad_norm_2") if method == MEMDLM else ()
             yield Case(labels, run, partial(logged, keys=(*EVALUATED, *norms)))
             yield scored(task, scale, labels, Model.of(run), "none" if method == MDLM else "own")
-
-
-#: What is trained, its label, and the settings that differ from the base's recipe, which is plain MDLM.
-DROPOUTS: dict[str, tuple[str, dict[str, Any]]] = {
-    MDLM: ("MDLM", {}),
-    **{f"dropout-{p:g}": (f"dropout {p:g}", {"memory.enabled": True, "memory.dropout": p}) for p in (0.0, 0.25, 0.5)},
-}
-#: Enough for the losses to part.
-SHORTER = {"training.max_steps": 300, "training.eval_steps": 50, "training.save_steps": 150}
-
-
-def from_scratch(scale: Scale) -> Iterator[Case]:
-    backbone = scale.backbones[0]
-    if backbone.convert or not backbone.base:
-        raise ConfigError(f"--scale {scale.name}: starts from pretrained weights; expected cpu for dropout")
-    first = backbone._replace(base=backbone.base[:1])
-    for seed in scale.seeds:
-        for case, (_, changes) in DROPOUTS.items():
-            run = scale.base(first, seed, f"scratch-{case}", **SHORTER, **changes)
-            yield Case({"case": case, "seed": seed}, run, partial(logged, keys=("eval_loss", "eval_loss_memory_off")))
 
 
 #: The paper's name of each model.

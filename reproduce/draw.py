@@ -10,7 +10,7 @@ import pandas as pd
 
 from benchmarks.report import Section
 
-from .cases import BEFORE, DENOISING_STEPS, DROPOUTS, EVALUATED, PAPER, SHORTER
+from .cases import BEFORE, DENOISING_STEPS, EVALUATED, PAPER
 from .logs import against, first_step_at, last, said, tail
 from .plots import BLUE, DISCARDED, LIGHT, ORANGE, bars, grid, line, save
 from .scales import MDLM, MEMDLM, Scale
@@ -241,34 +241,6 @@ def ablated(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
         [Section("Mean ± standard deviation over the seeds; losses in nats, paired by seed", columns, rows=rows)],
         "How far the paper's scores, ours, and the eval losses are from MDLM's of the same seed. Whiskers: a standard "
         "deviation.",
-    )
-
-
-def dropout(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
-    figure, axes = grid(1, 2)
-    rows: dict[str, list[str]] = {label: [label] for label, _ in DROPOUTS.values()}
-    for ax, key in zip(axes[0], ("eval_loss", "eval_loss_memory_off"), strict=True):
-        title = f"fast weights {'in place' if key == 'eval_loss' else 'discarded'}"
-        ax.set(title=title, xlabel="optimizer step", ylabel="eval loss (nats)")
-        for case, (label, _) in DROPOUTS.items():
-            own = points[points.case == case]
-            if case == MDLM and key == "eval_loss":  # it has one loss, without fast weights
-                rows[label].append("-")
-                continue
-            own_key = "eval_loss" if case == MDLM else key
-            line(ax, own[own.loss == own_key], "step", "value", label)
-            rows[label].append(said(last(own, own_key)))
-    save(figure, picture)
-    columns = ["training", "fast weights in place", "fast weights discarded"]
-    return Drawn(
-        [
-            f"{scale.backbones[0].title} of 0.7 million parameters from scratch, {SHORTER['training.max_steps']} steps "
-            "on the task that the base of the other figures learns, with the paper's inner loop. The paper fine-tunes "
-            "pretrained models and has no memory dropout; this asks what its default, 0, does to a model that knows "
-            "nothing yet."
-        ],
-        [Section("Final eval loss (nats), mean ± standard deviation over the seeds", columns, rows=[*rows.values()])],
-        "Eval loss. Line: mean of the seeds; band: a standard deviation.",
     )
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from . import cases, documents, draw
+from . import cases, documents, draw, dropout
 from .cases import PAPER, Case
 from .draw import Drawn
 from .scales import Scale
@@ -37,7 +37,7 @@ FIGURES = {
     "ablations": Figure("Ablations (figures 5 to 10)", cases.ablated, draw.ablated),
     "documents": Figure("A document longer than what the model sees (ours)", documents.cases, documents.draw),
     "further": Figure("How far a memory of prompts goes (ours)", documents.further, documents.draw_further),
-    "dropout": Figure("Memory dropout, from scratch (ours)", cases.from_scratch, draw.dropout),
+    "dropout": Figure("Memory dropout, from scratch (ours)", dropout.cases, dropout.draw),
     **{
         name: Figure(PAPER[name]["title"], partial(cases.table, name), partial(draw.table, name))
         for name in ("table1", "table2", "table3")

@@ -166,6 +166,7 @@ def test_lladas_published_config_is_read_and_written(tmp_path):
     config.save_pretrained(tmp_path / "again")
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert {name: again.get(name) for name in PUBLISHED} == PUBLISHED
+    assert LLaDAConfig(multi_query_attention=False).multi_query_attention is None, "it asks for what is computed"
     few = LLaDAConfig(n_heads=8, mlp_hidden_size=None, d_model=64, mlp_ratio=3)
     assert (few.n_kv_heads, few.intermediate_size) == (8, 192)
 

@@ -111,6 +111,12 @@ def test_in_bfloat16(temperature, tokenizer):
     assert found[2] != found[1] != found[3]
 
 
+def test_a_temperature_of_positions_is_refused_where_none_is_by_confidence():
+    text = message_of(lambda: settings_of(alg="origin", alg_temp=0.5))
+    assert text.startswith("sampler.alg_temp=0.5: expected 0 with alg=")
+    assert settings_of(alg="entropy", alg_temp=0.5).alg_temp == 0.5
+
+
 def test_it_is_chosen_for_dream_as_its_authors_recommend_it():
     plain = Decoder(pretrained_of(tiny(SHIFTED, lora=True), shift=True))
     config = plain.config_for(40)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import EOS, KINDS, MASK, VOCABULARY, tiny
+from data_files import message_of
 from naive_samplers import Canvas, Draws, block_diffusion, decoder, moves, prompts
 from torch import Tensor, nn
 
@@ -95,6 +96,10 @@ def test_llada2_0_never_edits_and_takes_an_even_share_of_a_block_in_each_step(to
     assert of_row(histories) == expected
     counts = [sum(token == MASK for token in canvas) for canvas in expected]
     assert {before - after for before, after in itertools.pairwise(counts)} <= {SIZE // 2, SIZE // 2 - 1, 1}
+    dllms = SimpleNamespace(steps_per_block=4, minimal_topk=1, threshold=0.5)
+    assert vars(LLaDA2SamplerConfig.of(dllms, {})) == vars(LLaDA2SamplerConfig(block_steps=4, threshold=0.5))
+    dllms.minimal_topk = 3
+    assert message_of(LLaDA2SamplerConfig.of, dllms, {}).startswith("sampler.minimal_topk=3: expected 1;")
     assert (LLaDA2SamplerConfig().editing_threshold, LLaDA2SamplerConfig().block_steps) == (None, 32)
 
 

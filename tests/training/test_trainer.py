@@ -162,6 +162,9 @@ def test_a_plain_collator_is_wrapped(tokenizer, tmp_path):
     assert trainer(memory, data_seed=5).data_collator.seed == 5
     with pytest.raises(ConfigError, match=r"^data_collator\.config and memory differ"):
         trainer(MemoryConfig(), collator=own)
+    own.bos_token_id = 1
+    with pytest.raises(ConfigError, match=r"^data_collator\.bos_token_id=1: expected .*\(here False\)$"):
+        trainer(memory, collator=own)
 
 
 @pytest.mark.parametrize("tokenizer", [None, make_tokenizer(bos_token="<bos>")], ids=["none", "without a mask"])
