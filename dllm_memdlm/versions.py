@@ -94,20 +94,53 @@ def tied_weights(same_as: dict[str, str]) -> Any:
     return same_as if _SINCE_5 else list(same_as)
 
 
+#: What transformers 4, and the published config.json, call the rotary bases and the kinds of layers of a ModernBERT.
+MODERNBERT = ("global_rope_theta", "local_rope_theta", "global_attn_every_n_layers")
+
+
+def modernbert_layers(config: PretrainedConfig) -> list[tuple[bool, float]]:
+    """Return of each layer of a ModernBERT whether it attends to the nearest positions alone, and its rotary base.
+
+    Raises:
+        ValueError: rotary positions are scaled.
+    """
+    count = range(config.num_hidden_layers)
+    if not _SINCE_5:
+        scaling, bases = getattr(config, "rope_scaling", None), (config.global_rope_theta, config.local_rope_theta)
+        near = [bool(index % config.global_attn_every_n_layers) for index in count]
+    else:
+        rope = [config.rope_parameters[f"{kind}_attention"] for kind in ("full", "sliding")]
+        scaling = next((own for own in rope if own.get("rope_type", "default") != "default"), None)
+        bases = [own["rope_theta"] for own in rope]
+        near = [config.layer_types[index] == "sliding_attention" for index in count]
+    if scaling is not None:
+        raise ValueError(f"rope_scaling={scaling!r}: expected none")
+    everywhere, nearby = bases
+    return [(local, everywhere if nearby is None or not local else nearby) for local in near]
+
+
 def config_values(values: dict[str, Any], config_class: type[PretrainedConfig]) -> dict[str, Any]:
     """Return what a config.json of either release holds, in the words of this config class.
 
     transformers 5 puts all about rotary positions under `rope_parameters`. Classes of 4.57, and the bundled ones, would
     keep that key without reading it, and turn positions by their default frequency.
     """
-    rope = values.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in inspect.signature(config_class.__init__).parameters:
+    old, known = _old_rope(values), inspect.signature(config_class.__init__).parameters
+    if not old or not known.keys() & {"rope_theta", *MODERNBERT}:
         return values
-    return {key: value for key, value in values.items() if key != "rope_parameters"} | _old_rope(rope)
+    return {key: value for key, value in values.items() if key != "rope_parameters"} | old
 
 
-def _old_rope(rope: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of rotary positions in the words of transformers 4."""
+def _old_rope(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of rotary positions that transformers 5 has written, in the words of 4."""
+    rope = values.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return {}
+    if "full_attention" in rope:  # of a ModernBERT
+        kinds = [kind == "full_attention" for kind in values.get("layer_types", ())]
+        every = next((index for index, full in enumerate(kinds) if full and index), len(kinds))
+        bases = (rope[kind]["rope_theta"] for kind in ("full_attention", "sliding_attention"))
+        return dict(zip(MODERNBERT, (*bases, every), strict=True))
     names = ("rope_theta", "partial_rotary_factor")
     scaling = {key: value for key, value in rope.items() if key not in names}
     scaled = scaling.get("rope_type", "default") != "default"
@@ -126,8 +159,7 @@ def readable_by_both(folder: str | os.PathLike) -> None:
 
 
 def _both_configs(values: dict[str, Any]) -> dict[str, Any]:
-    rope = values.get("rope_parameters")
-    return values | _old_rope(rope) if isinstance(rope, dict) and "rope_theta" in rope else values
+    return values | _old_rope(values)
 
 
 def _both_tokenizers(values: dict[str, Any]) -> dict[str, Any]:

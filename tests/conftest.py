@@ -55,8 +55,11 @@ EOS, BOS, MASK = 0, 1, 2
 KINDS = ("llada_moe", "llada2", "llama", "llada")
 #: One more decoder, whose logits always predict the next position: in the tests where that, or its files, matter.
 SHIFTED = "dream"
+#: And an encoder, most of whose layers attend to near positions alone, with fused projections and a head of two layers.
+ENCODER = "modernbert"
+ALL_KINDS = (*KINDS, SHIFTED, ENCODER)
 ARCHITECTURES = {"llada_moe": "LLaDAMoEModelLM", "llada2": "LLaDA2MoeModelLM", "llama": "LlamaForCausalLM"}
-ARCHITECTURES |= {"llada": "LLaDAModelLM", SHIFTED: "DreamModel"}
+ARCHITECTURES |= {"llada": "LLaDAModelLM", SHIFTED: "DreamModel", ENCODER: "ModernBertForMaskedLM"}
 
 COMMON = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "pad_token_id": EOS}
 COMMON |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -69,12 +72,14 @@ DIMENSIONS: dict[str, dict[str, Any]] = {
     "llama": {"intermediate_size": 48},
     "llada": {"mlp_hidden_size": 48},
     "dream": {"intermediate_size": 48, "mask_token_id": MASK},
+    "modernbert": {"intermediate_size": 48, "local_attention": 6, "global_attn_every_n_layers": 2}
+    | {"bos_token_id": BOS, "eos_token_id": EOS, "cls_token_id": BOS, "sep_token_id": EOS},
 }
 CONFIGS = {"llada_moe": LLaDAMoEConfig, "llada2": LLaDA2MoeConfig, "llama": transformers.LlamaConfig}
-CONFIGS |= {"llada": LLaDAConfig, SHIFTED: DreamConfig}
+CONFIGS |= {"llada": LLaDAConfig, SHIFTED: DreamConfig, ENCODER: transformers.ModernBertConfig}
 
 #: Settings under which a wrong inner loop shows: with the paper's lr of 0.1 it hardly moves these models.
-AMPLIFIED = {kind: {"inner_lr": 10.0, "grad_clip": 0.2} for kind in ("llada_moe", "llama", "llada", "dream")}
+AMPLIFIED = {kind: {"inner_lr": 10.0, "grad_clip": 0.2} for kind in ALL_KINDS if kind != "llada2"}
 AMPLIFIED["llada2"] = {"inner_lr": 30.0, "grad_clip": 0.02}
 
 
@@ -184,7 +189,7 @@ def scale_up(model: nn.Module) -> None:
                 tensor.normal_(std=0.1)
             elif tensor.dim() == 1 and name.endswith(("norm.weight", "ln_f.weight")):
                 tensor.normal_(mean=1.0, std=0.2)
-            elif name.endswith("proj.bias"):
+            elif name.endswith(("proj.bias", "decoder.bias")):
                 tensor.normal_(std=0.2)
             elif tensor.dim() >= 2:
                 tensor.normal_(std=1.0 if "embed" in name or "wte" in name else 0.2)

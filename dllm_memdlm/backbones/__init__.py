@@ -8,6 +8,7 @@ from .llada import LLaDAConfig, LLaDAModelLM
 from .llada2_moe import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from .llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
 from .loading import BUNDLED, config_of, load_model, model_class, read_config, staged_backbone, with_lora
+from .modernbert import ModernBertForMaskedLM
 from .sites import Site, adapted_layers, find_sites
 from .staged import StagedForward, StageOutput
 
@@ -22,6 +23,7 @@ __all__ = [
     "LLaDAMoEConfig",
     "LLaDAMoEModelLM",
     "LLaDAModelLM",
+    "ModernBertForMaskedLM",
     "Site",
     "StageOutput",
     "StagedForward",

@@ -1,13 +1,11 @@
 """Models that dllm built, made ours where they are: the same modules, but for experts, in containers with our forward.
 
-dllm's classes for LLaDA, LLaDA-MoE, LLaDA2.1, Dream and the converted decoders hold their weights in modules of the
-same names as ours. Only experts become new tensors, a layer after the other; what is saved has the names that it had.
-The model itself, which its user holds, changes class.
+Its classes for LLaDA, LLaDA-MoE, LLaDA2.1, Dream, ModernBERT and converted decoders hold their weights in modules of
+the same names. Only experts become new tensors, a layer after the other; what is saved has the names that it
+had. The model itself, which its user holds, changes class.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import peft
 from torch import nn
@@ -15,7 +13,7 @@ from torch import nn
 from ..config import ConfigError
 from .decoder import DECODERS, bidirectional
 from .dream import DreamModel, dream_layer
-from .layers import rotary_embedding
+from .layers import remade, rotary_embedding
 from .llada import LLaDABlock, LLaDAConfig, LLaDADecoder, LLaDAModelLM
 from .llada2_moe import (
     LLaDA2MoeAttention,
@@ -25,6 +23,7 @@ from .llada2_moe import (
     LLaDA2MoeSparseMoeBlock,
 )
 from .llada_moe import LLaDAMoEAttention, LLaDAMoEDecoderLayer, LLaDAMoEModelLM, LLaDAMoESparseMoeBlock
+from .modernbert import ModernBertForMaskedLM, take_layers
 from .moe import stack_experts
 from .output import OutputLinear
 from .staged import StagedForward, unwrapped
@@ -37,6 +36,10 @@ _SPARSE = {
 }
 
 
+#: Where the classes are: of ModernBERT dllm trains transformers' own.
+_HOMES = ("dllm.", "transformers.models.modernbert.")
+
+
 def adopt(model: nn.Module) -> None:
     """Make a model of dllm's one of ours, in place; any other model is left alone.
 
@@ -45,11 +48,11 @@ def adopt(model: nn.Module) -> None:
 
     Raises:
         ConfigError: experts that differ in kind, in whether they train or in their adapters, or under other adapters
-            than a plain LoRA; or a LLaDA that computes what ours does not.
+            than a plain LoRA; or a LLaDA or ModernBERT that computes what ours does not.
     """
     inner = unwrapped(model)
     name = type(inner).__name__
-    if isinstance(inner, StagedForward) or not type(inner).__module__.startswith("dllm."):
+    if isinstance(inner, StagedForward) or not type(inner).__module__.startswith(_HOMES):
         return
     if name in _SPARSE:
         cls, *of_layers = _SPARSE[name]
@@ -70,6 +73,9 @@ def adopt(model: nn.Module) -> None:
         cls = DreamModel
         for index, layer in enumerate(inner.model.layers):
             inner.model.layers[index] = dream_layer(layer, inner.config)
+    elif name == "ModernBertForMaskedLM":
+        cls = ModernBertForMaskedLM
+        _make_modernbert(inner)
     else:
         return
     inner.__class__ = cls
@@ -90,27 +96,28 @@ def _make_llada(model: nn.Module) -> None:
     config.name_or_path, config._attn_implementation = model.config.name_or_path, "sdpa"  # which dllm's layers call
     model.config = config
     rotary_emb = rotary_embedding(config).to(model.device)
-    model.model = _as(LLaDADecoder, model.model, rotary_emb=rotary_emb)
+    model.model = remade(LLaDADecoder, model.model, rotary_emb=rotary_emb)
     blocks = model.model.transformer["blocks"]
     for index, block in enumerate(blocks):
-        blocks[index] = _as(LLaDABlock, block, config=config)
+        blocks[index] = remade(LLaDABlock, block, config=config)
+
+
+def _make_modernbert(model: nn.Module) -> None:
+    """Give a ModernBERT our layers. Raises ConfigError, with nothing changed, for what ours is not."""
+    try:
+        take_layers(model)
+    except ValueError as error:
+        raise ConfigError(f"model of dllm's: {error}") from error
+    if model.config._attn_implementation != "eager":  # transformers 4 chooses another wherever it is installed
+        model.config._attn_implementation = "sdpa"
 
 
 def _our_layer(layer: nn.Module, layer_class: type, attention_class: type, block_class: type) -> nn.Module:
     name, block = layer_class.attention_name, layer.mlp
     if hasattr(block, "experts"):
-        block = _as(block_class, block, shared_experts=getattr(block, "shared_experts", None))
+        block = remade(block_class, block, shared_experts=getattr(block, "shared_experts", None))
         if block_class is LLaDA2MoeSparseMoeBlock:
-            block.gate = _as(LLaDA2MoeGate, block.gate)
+            block.gate = remade(LLaDA2MoeGate, block.gate)
     shared = getattr(layer, "shared_expert", None)
-    attention = _as(attention_class, getattr(layer, name))
-    return _as(layer_class, layer, shared_expert=shared, mlp=block, **{name: attention})
-
-
-def _as(cls: type[nn.Module], module: nn.Module, **parts: Any) -> nn.Module:
-    """A module of this class with the parts of another, but for these."""
-    own = cls.__new__(cls)
-    vars(own).update(vars(module))
-    for name, part in parts.items():
-        setattr(own, name, part)
-    return own
+    attention = remade(attention_class, getattr(layer, name))
+    return remade(layer_class, layer, shared_expert=shared, mlp=block, **{name: attention})

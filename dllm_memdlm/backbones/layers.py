@@ -36,6 +36,15 @@ def constant(weight: Tensor) -> Tensor:
     return weight.detach() if _constant.get() else weight
 
 
+def remade(cls: type[nn.Module], module: nn.Module, **parts: Any) -> nn.Module:
+    """A module of this class with the parts of another, but for these."""
+    own = cls.__new__(cls)
+    vars(own).update(vars(module))
+    for name, part in parts.items():
+        setattr(own, name, part)
+    return own
+
+
 def parts(config: Any, whole: str, number: str) -> int:
     """The size of each of so many equal parts of a dimension. Raises ValueError where that leaves a rest."""
     size, count = getattr(config, whole), getattr(config, number)
@@ -56,7 +65,7 @@ def additive_mask(attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor |
     if attention_mask.dim() == 2:
         attention_mask = attention_mask[:, None, None, :].bool()
     if attention_mask.dtype == torch.bool:
-        hidden = torch.finfo(dtype).min
+        hidden = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)  # in which attention may be computed
         return torch.zeros_like(attention_mask, dtype=dtype).masked_fill_(~attention_mask, hidden)
     return attention_mask.to(dtype)
 

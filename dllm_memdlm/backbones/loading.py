@@ -18,13 +18,14 @@ from transformers.integrations import deepspeed
 from transformers.utils import find_adapter_config_file
 
 from ..config import ConfigError, LoraConfig, ModelConfig
-from ..versions import config_values
+from ..versions import MODERNBERT, config_values
 from .adapters import with_lora
 from .decoder import DECODERS, bidirectional
 from .dream import DreamModel
 from .llada import LLaDAModelLM
 from .llada2_moe import LLaDA2MoeModelLM
 from .llada_moe import LLaDAMoEModelLM
+from .modernbert import ModernBertForMaskedLM
 from .staged import StagedForward, unwrapped
 
 #: How a config or a model refuses a value: transformers 5 checks some in dataclasses of the hub's library.
@@ -37,6 +38,7 @@ BUNDLED: dict[str, type[PreTrainedModel]] = {
     "LLaDA2MoeModelLM": LLaDA2MoeModelLM,
     "DreamModel": DreamModel,
     "LLaDAModelLM": LLaDAModelLM,
+    "ModernBertForMaskedLM": ModernBertForMaskedLM,
 }
 
 
@@ -110,8 +112,9 @@ def config_of(model: ModelConfig, vocab_size: int | None = None) -> PretrainedCo
 
 def build_config(cls: type[PretrainedConfig], dimensions: dict[str, Any]) -> PretrainedConfig:
     """A config from dimensions; a name that it does not know is refused (transformers would keep it silently)."""
-    known = {*cls().to_dict(), *cls.attribute_map}
-    known |= {"rope_theta", "rope_scaling"}  # which transformers 5 takes, and keeps under another name
+    defaults = cls().to_dict()
+    known = {*defaults, *cls.attribute_map}
+    known |= {"rope_theta", "rope_scaling", *MODERNBERT}  # which transformers 5 takes, and keeps under other names
     dimensions = config_values(dimensions, cls)
     for name in dimensions:
         if name not in known:
@@ -121,8 +124,10 @@ def build_config(cls: type[PretrainedConfig], dimensions: dict[str, Any]) -> Pre
         size = dimensions.get(name, 1)
         if type(size) is not int or size < 1:
             raise ConfigError(f"model.dimensions.{name}={size!r}: expected a whole number, at least 1")
+    ids = {name: value for name, value in defaults.items() if name.endswith("_token_id") and isinstance(value, int)}
+    of_others = {name: None for name, value in ids.items() if value >= dimensions.get("vocab_size", value + 1)}
     with _refusing("model.dimensions", dict.fromkeys(REFUSED, f"they make no {cls.__name__} ({{}})")):
-        return cls(**dimensions)
+        return cls(**{**of_others, **dimensions})
 
 
 def load_model(

@@ -37,6 +37,10 @@ def find_sites(model: StagedForward, config: MemoryConfig) -> list[Site]:
     layers = adapted_layers(len(model.layers), config)
     targets = {target: model.own_names.get(target, target) for target in config.target_modules}
     sites: list[Site] = []
+
+    def asked(path: str) -> bool:
+        return any(f".{path}".endswith(f".{name}") for name in targets.values())
+
     names: set[str] = set()
     for index in layers:
         done: list[str] = []  # modules whose insides are spoken for
@@ -48,7 +52,7 @@ def find_sites(model: StagedForward, config: MemoryConfig) -> list[Site]:
                 done.append(path)
                 for name in PROJECTIONS:
                     names.add(name)
-                    if name in targets.values():
+                    if asked(name):
                         linear = getattr(module, name)
                         shape = SiteShape(f"{full}.{name}", linear.in_features, linear.out_features, len(module))
                         sites.append(Site(shape, module, name))
@@ -56,10 +60,10 @@ def find_sites(model: StagedForward, config: MemoryConfig) -> list[Site]:
                 done.append(path)  # a PEFT layer holds linear layers of its own
                 name = path.rpartition(".")[2]
                 names.add(name)
-                if name in targets.values():
+                if asked(path):
                     sites.append(Site(SiteShape(full, module.in_features, module.out_features), module, name))
     for target, name in targets.items():
-        if not any(site.projection == name for site in sites):
+        if not any(f".{site.shape.name}".endswith(f".{name}") for site in sites):
             raise ConfigError(
                 f"memory.target_modules: {target!r} matches nothing in layers {layers.start}-{layers.stop - 1} of "
                 f"{type(model).__name__}; linear layers there: {', '.join(sorted(names))}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from peft import PeftModel
@@ -46,7 +46,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 class StagedForward:
     """Mixed into a language model that has `model.layers`, `model.norm`, `model.rotary_emb` and an output layer.
 
-    One that has them elsewhere says so: `layers_path`, `final_norm`, `position_embeddings`, `get_output_embeddings`.
+    One that has them elsewhere says so: `layers_path`, `final_norm`, `position_embeddings`, `get_output_embeddings`;
+    so does one with more before its layers (`embedded`) or after (`finished`), or whose layers differ (`contexts`).
 
     Attention is bidirectional. The layers take (hidden, attention_mask, position_ids, position_embeddings), and those
     of a class with `layers_take_queries` also `queries`, the positions whose output is wanted.
@@ -68,6 +69,21 @@ class StagedForward:
     def position_embeddings(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of every position, each [1 or B, L, d]."""
         return self.model.rotary_emb(hidden, position_ids)
+
+    def embedded(self, tokens: Tensor | None, embeddings: Tensor | None) -> Tensor:
+        """What the first layer takes [B, L, D], of tokens [B, L] or of their embeddings [B, L, D]."""
+        return self.get_input_embeddings()(tokens) if embeddings is None else embeddings
+
+    def finished(self, hidden: Tensor) -> Tensor:
+        """What the output layer takes, of what the last layer puts out. `final_norm` computes the end of it."""
+        return self.final_norm(hidden)
+
+    def contexts(
+        self, hidden: Tensor, mask: Tensor | BlockCausal | None, position_ids: Tensor, cache: CanvasCache | None
+    ) -> list[dict[str, Any]]:
+        """The arguments of every layer beside the hidden states [B, L, D]."""
+        own = {"position_ids": position_ids, "position_embeddings": self.position_embeddings(hidden, position_ids)}
+        return [{"attention_mask": mask, **own}] * len(self.layers)
 
     @property
     def loss_type(self) -> None:
@@ -121,22 +137,18 @@ class StagedForward:
             cache: keys and values of the canvas that these tokens are a part of, at `position_ids` [B, L] (full).
         """
         if stage != "suffix":
-            hidden = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+            hidden = self.embedded(input_ids, inputs_embeds)
         if position_ids is None:
             position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        context = {
-            "attention_mask": self._mask(attention_mask, hidden, cache is not None),
-            "position_ids": position_ids,
-            "position_embeddings": self.position_embeddings(hidden, position_ids),
-        }
-        contexts = [context] * len(self.layers)
+        mask = self._mask(attention_mask, hidden, cache is not None)
+        contexts = self.contexts(hidden, mask, position_ids, cache)
         if cache is not None:
             cache.positions = position_ids
             name = cache_argument(type(self.layers[0]))
-            contexts = [{**context, name: part} for part in cache.layers]
+            contexts = [{**own, name: part} for own, part in zip(contexts, cache.layers, strict=True)]
         if stage == "prefix":
-            for layer in self.layers[:boundary]:
-                hidden = layer(hidden, **context)
+            for layer, own in zip(self.layers[:boundary], contexts, strict=False):
+                hidden = layer(hidden, **own)
             return StageOutput(hidden=hidden)
         if positions is not None and self.layers_take_queries:
             contexts[-1] = {**contexts[-1], "queries": positions}
@@ -146,7 +158,7 @@ class StagedForward:
                 hidden = layer(hidden, **own)
         if positions is not None and not self.layers_take_queries:
             hidden = take(hidden, positions)
-        hidden, head = self.final_norm(hidden), self.get_output_embeddings()
+        hidden, head = self.finished(hidden), self.get_output_embeddings()
         if tokens is not None:
             whole = isinstance(head, OutputLinear)  # and not under an adapter of its own
             nll = head(hidden, tokens) if whole else token_nll(head(hidden), tokens)

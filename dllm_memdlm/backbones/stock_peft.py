@@ -28,6 +28,7 @@ STOCK_MODULES = {
     "LLaDAMoEModelLM": "dllm.pipelines.llada.models.modeling_lladamoe",
     "LLaDA2MoeModelLM": "dllm.pipelines.llada21.models.modeling_llada21_moe",
     "DreamModel": "dllm.pipelines.dream.models.modeling_dream",
+    "ModernBertForMaskedLM": "transformers.models.modernbert.modeling_modernbert",
 }
 
 

@@ -43,6 +43,18 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 """
 
+# What dllm writes a chat as for BERTs, whose tokenizers have no template, and none of these as tokens.
+BERT_MASK, BERT_TURN_END = "[MASK]", "[/Answer]"
+BERT_TEMPLATE = r"""{%- for message in messages -%}
+    {%- set marks = {'system': ['[SYS]', '[/SYS]'], 'user': ['[Question]', '[/Question]'],
+                     'assistant': ['[Answer]', '[/Answer]']}[message.role] -%}
+    {{- marks[0] ~ '\n' ~ message.content | trim ~ '\n' ~ marks[1] ~ '\n\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt and messages[-1].role != 'assistant' -%}
+    {{- '[Answer]\n' -}}
+{%- endif -%}
+"""
+
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE with LLaDA's special tokens and a chat template, the same one on the same texts.
@@ -89,7 +101,7 @@ def tokenizer_for(
     """Return the tokenizer of `model.tokenizer`, else of `model.path`, else one trained on `texts()`.
 
     It pads on the right and has a mask, pad, eos and bos token, and the attributes eot_token and eot_token_id: the
-    token that ends a turn. A trained one is kept in `cache_dir` under a digest of its texts, so runs and ranks on the
+    token that ends a turn; and turn_end, the text that does, where it is no token. A trained one is kept in `cache_dir` under a digest of its texts, so runs and ranks on the
     same data share it. `texts` is called only when there is no tokenizer to load, at most twice.
 
     Raises:
@@ -185,7 +197,10 @@ def _complete(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedToken
         raise ConfigError(f"{where}: declares neither an eos nor a pad token; expected one of them")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.bos_token = tokenizer.bos_token or tokenizer.pad_token
+    if tokenizer.chat_template is None and tokenizer.mask_token == BERT_MASK:
+        tokenizer.chat_template = BERT_TEMPLATE
     template = tokenizer.chat_template
+    tokenizer.turn_end = BERT_TURN_END if isinstance(template, str) and BERT_TURN_END in template else None
     opened = OPENS_ALWAYS.search(template) if isinstance(template, str) else None
     if opened and "add_generation_prompt" not in template:  # LLaDA-8B's: a whole chat would end in a new reply's header
         asked = f"{{% if add_generation_prompt %}}{opened[0]}{{% endif %}}"

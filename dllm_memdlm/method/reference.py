@@ -216,7 +216,7 @@ def linear_names(model: nn.Module, memory: Any) -> set[str]:
     chosen = range(int(len(layers) * (1 - memory.layer_fraction)), len(layers))
     where, targets = backbone.layers_path, {backbone.own_names.get(name, name) for name in memory.target_modules}
     paths = (f"{where}.{index}.{path}" for index in chosen for path, _ in layers[index].named_modules())
-    return {path for path in paths if path.rpartition(".")[2] in targets}
+    return {path for path in paths if path.endswith(tuple(f".{target}" for target in targets))}
 
 
 def backbone_of(model: nn.Module) -> nn.Module:

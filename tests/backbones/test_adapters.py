@@ -38,9 +38,10 @@ from dllm_memdlm.inference.pretrained import load_pretrained
 pytestmark = pytest.mark.usefixtures("as_from_a_shell")
 STOCK_DECODERS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 MODULES = {
-    "LLaDAMoEModelLM": "dllm.pipelines.llada.models.modeling_lladamoe",
-    "LLaDA2MoeModelLM": "dllm.pipelines.llada21.models.modeling_llada21_moe",
-    "LLaDAModelLM": "dllm.pipelines.llada.models.modeling_llada",
+    "llada_moe": "dllm.pipelines.llada.models.modeling_lladamoe",
+    "llada2": "dllm.pipelines.llada21.models.modeling_llada21_moe",
+    "llada": "dllm.pipelines.llada.models.modeling_llada",
+    "modernbert": "transformers.models.modernbert.modeling_modernbert",
 }
 
 
@@ -84,7 +85,7 @@ print(json.dumps(logits))
 
 
 @pytest.mark.dllm
-@pytest.mark.parametrize("kind", ["llada_moe", "llada2", "llada"])
+@pytest.mark.parametrize("kind", MODULES)
 def test_a_runs_adapter_on_dllms_model(kind, tmp_path):
     base, folder = trained(tmp_path, dllms_model(kind, vocab_size=BYTES))
     theirs = type(dllms_model(kind))
@@ -95,11 +96,11 @@ def test_a_runs_adapter_on_dllms_model(kind, tmp_path):
     assert torch.equal(logits(peft.AutoPeftModel.from_pretrained(folder)), logits(stock))
 
 
-@pytest.mark.parametrize("kind", ["llada_moe", "llada2", "llada"])
+@pytest.mark.parametrize("kind", MODULES)
 def test_no_config_of_an_adapter_names_this_package(kind, tmp_path):
     folder = save_adapter(tmp_path / "adapter", save_model(tmp_path / "base", kind), tiny(kind))
     name = type(tiny(kind)).__name__
-    assert config_of(folder)["auto_mapping"] == {"base_model_class": name, "parent_library": MODULES[name]}
+    assert config_of(folder)["auto_mapping"] == {"base_model_class": name, "parent_library": MODULES[kind]}
 
 
 def test_all_linear_layers_of_llada_are_those_of_its_blocks(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import KINDS, SHIFTED, assert_close_relative, make_trainer, take_gradients, tiny, train_batch
+from conftest import ALL_KINDS, assert_close_relative, make_trainer, take_gradients, tiny, train_batch
 from inputs import mask_of, second_norm, tokens
 
 from dllm_memdlm.backbones import staged_backbone
@@ -12,7 +12,7 @@ from dllm_memdlm.backbones.layers import BlockCausal, take
 from dllm_memdlm.config import MemoryConfig
 from dllm_memdlm.versions import checkpoint_activations
 
-pytestmark = pytest.mark.parametrize("kind", [*KINDS, SHIFTED])
+pytestmark = pytest.mark.parametrize("kind", ALL_KINDS)
 #: In no order, with a repetition.
 POSITIONS = torch.tensor([[0, 3, 11], [7, 2, 2], [5, 4, 9]])
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}  # routers compute in float32, and round what differs in the last digit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import KINDS, SHIFTED, tiny
+from conftest import ALL_KINDS, tiny
 from inputs import BATCH, LENGTH, tokens
 from torch import Tensor
 
@@ -21,7 +21,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
     assert expected.std() > 0.1
 
 
-@pytest.mark.parametrize("kind", [*KINDS, SHIFTED])
+@pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
 def test_filling_and_reading_a_cache_change_nothing(kind, attention):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit
-from conftest import KINDS, SHIFTED, assert_close_relative, examples, make_trainer, tiny, train_batch
+from conftest import ALL_KINDS, assert_close_relative, examples, make_trainer, tiny, train_batch
 from packed_models import DIMENSIONS, load, written_out
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from safetensors.torch import load_file
@@ -31,7 +31,7 @@ NF4 = {"quant_type": "nf4", "compress_statistics": True}
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     """Checkpoints in float32, by backbone."""
-    paths = {kind: tmp_path_factory.mktemp(kind) for kind in (*KINDS, SHIFTED)}
+    paths = {kind: tmp_path_factory.mktemp(kind) for kind in ALL_KINDS}
     for kind, path in paths.items():
         tiny(kind, **DIMENSIONS[kind]).save_pretrained(path)
     return paths
@@ -60,7 +60,7 @@ def lora_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("kind", [*KINDS, SHIFTED])
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_every_linear_layer_but_the_output_is_packed_and_adapted(kind, folders):
     backbone = staged_backbone(load(folders[kind]))
     assert type(backbone.get_output_embeddings()) is OutputLinear
@@ -78,7 +78,7 @@ def test_every_linear_layer_but_the_output_is_packed_and_adapted(kind, folders):
         assert (module.weight.dtype, state.quant_type, state.nested) == (torch.uint8, "nf4", True)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, SHIFTED])
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_a_step_equals_one_with_the_weights_written_out(kind, folders, tokenizer, tmp_path):
     packed = load(folders[kind])
     with torch.no_grad():  # on some CPUs it would leave weights behind through which no gradient passes
@@ -100,7 +100,7 @@ def test_a_step_equals_one_with_the_weights_written_out(kind, folders, tokenizer
         assert_close_relative(step.gradients[name], plain.gradients[name], 1e-4, name)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, SHIFTED])
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_training_in_bfloat16_as_the_paper_does(kind, folders, tokenizer, tmp_path):
     model = load(folders[kind], "bfloat16", dropout=0.05)
     before = lora_weights(model)

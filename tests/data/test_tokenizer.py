@@ -2,12 +2,16 @@
 
 import json
 
+import jinja2
 import pytest
+from conftest import tiny
+from saved_models import bert_tokenizer
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from dllm_memdlm.compat.dllm_api import HAS_DLLM
 from dllm_memdlm.config import ConfigError, ModelConfig
 from dllm_memdlm.data import check_mask, load_tokenizer, tokenizer_for, train_tokenizer
+from dllm_memdlm.data.encoding import decode_text
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "Größe: 3 × 5"] * 5
 CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": " the dog"}]
@@ -124,6 +128,38 @@ def test_a_template_that_always_opens_a_reply_does_so_when_it_is_asked_to(tokeni
         )
         assert asked == (whole + opened if plain else whole)
         assert whole.startswith("<|start_header_id|>user") and not whole.endswith(opened)
+
+
+ASKED = [[("user", " a cat? ")], [("system", "Be brief."), ("user", "A?"), ("assistant", "B. "), ("user", "C?")]]
+
+
+def test_a_berts_tokenizer_writes_chats_as_dllm_does(tmp_path):
+    """With the text that ends a turn, which is no token."""
+    bert_tokenizer().save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path), "model.path")
+    assert (tokenizer.eos_token, tokenizer.bos_token, tokenizer.eot_token) == ("[PAD]", "[PAD]", "[PAD]")
+    chat = [{"role": role, "content": content} for role, content in ASKED[1]]
+    assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == (
+        "[SYS]\nBe brief.\n[/SYS]\n\n[Question]\nA?\n[/Question]\n\n[Answer]\nB.\n[/Answer]\n\n"
+        "[Question]\nC?\n[/Question]\n\n[Answer]\n"
+    )
+    answer = tokenizer("A cat [/Answer] and more")["input_ids"]
+    assert decode_text(tokenizer, answer) == "A cat "
+    with pytest.raises(jinja2.TemplateError):
+        tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
+
+
+@pytest.mark.dllm
+@pytest.mark.parametrize("chat", [*ASKED, [*ASKED[1], ("assistant", "D")], ASKED[1][:3]])
+@pytest.mark.parametrize("asked", [False, True])
+def test_dllm_writes_the_same_for_a_modernbert(chat, asked, tmp_path):
+    from dllm.utils import get_tokenizer
+
+    tiny("modernbert").save_pretrained(tmp_path)
+    bert_tokenizer().save_pretrained(tmp_path)
+    chat, settings = [{"role": role, "content": content} for role, content in chat], {"add_generation_prompt": asked}
+    theirs = get_tokenizer(model_name_or_path=str(tmp_path)).apply_chat_template(chat, tokenize=False, **settings)
+    assert load_tokenizer(str(tmp_path), "x").apply_chat_template(chat, tokenize=False, **settings) == theirs
 
 
 def test_a_mask_that_is_not_the_models_is_refused_unless_the_config_names_none_of_its_tokens(tokenizer):

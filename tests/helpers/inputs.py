@@ -35,7 +35,8 @@ def mask_of(form: str, dtype: torch.dtype) -> Tensor | None:
 
 def second_norm(layer: nn.Module) -> nn.Module:
     """The norm before a layer's feed-forward network."""
-    return layer.ff_norm if hasattr(layer, "ff_norm") else layer.post_attention_layernorm
+    own = dict(layer.named_children())
+    return next(own[name] for name in ("ff_norm", "mlp_norm", "post_attention_layernorm") if name in own)
 
 
 def poisoned(model: nn.Module, token: int, value: float = math.nan) -> None:

@@ -23,6 +23,7 @@ DIMENSIONS: dict[str, dict[str, Any]] = {
     "llada2": {"hidden_size": 64, "moe_intermediate_size": 64},
     "llama": {"hidden_size": 64},
     "dream": {"hidden_size": 64},
+    "modernbert": {"hidden_size": 64},
     "llada": {"hidden_size": 64},
 }
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from small_run import write_recipe
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dllm_memdlm.backbones import with_lora
 from dllm_memdlm.config import LoraConfig, MemoryConfig
@@ -38,6 +38,18 @@ def word_tokenizer() -> PreTrainedTokenizerBase:
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
     return train_tokenizer(["a few words"], BYTES)
+
+
+def bert_tokenizer() -> PreTrainedTokenizerBase:
+    """As a BERT's: no chat template, no end of a text, and marks around each text."""
+    tokenizer, text = byte_tokenizer(), byte_tokenizer().backend_tokenizer.to_str()
+    names = {"cls_token": "[CLS]", "pad_token": "[PAD]", "mask_token": "[MASK]", "sep_token": "[SEP]"}
+    for ours, theirs in zip(tokenizer.convert_ids_to_tokens(range(4)), names.values(), strict=True):
+        text = text.replace(ours, theirs)
+    backend = tokenizer.backend_tokenizer.from_str(text)
+    around = [("[CLS]", 0), ("[SEP]", 3)]
+    backend.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=around)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
 def ending(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

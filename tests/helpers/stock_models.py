@@ -27,6 +27,8 @@ def dllms(kind: str, config: dict[str, object]) -> nn.Module:
         return DreamModel(DreamConfig(**config))
     if kind == "llada":
         return dllms_llada(config)
+    if kind == "modernbert":  # dllm trains transformers' own
+        return transformers.ModernBertForMaskedLM(transformers.ModernBertConfig(**config))
     from dllm.pipelines.llada21 import LLaDA2MoeConfig, LLaDA2MoeModelLM
 
     return LLaDA2MoeModelLM(LLaDA2MoeConfig(**config))
@@ -61,6 +63,7 @@ AS_PUBLISHED = {
         **{"embedding_dropout": 0.0, "output_dropout": 0.0},
     },
     "dream": {"rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "num_key_value_heads": 2},
+    "modernbert": {},
     "llada": {
         **{"block_type": "llama", "activation_type": "silu", "layer_norm_type": "rms", "rope": True},
         **{"weight_tying": False, "embedding_size": None, "residual_dropout": 0.0, "embedding_dropout": 0.0},

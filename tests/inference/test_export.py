@@ -130,7 +130,7 @@ def test_stock_transformers_loads_what_a_run_trained(name, tmp_path):
 
 
 @pytest.mark.dllm
-@pytest.mark.parametrize("kind", ["llada_moe", "llada2", "llada", "qwen3"])
+@pytest.mark.parametrize("kind", ["llada_moe", "llada2", "llada", "modernbert", "qwen3"])
 def test_dllm_loads_it(kind, tmp_path):
     """By its own loader, which goes by `model_type`, and by its class; nothing edited by hand.
 

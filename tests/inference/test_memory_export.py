@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import KINDS, assert_close_relative
+from conftest import ENCODER, KINDS, assert_close_relative
 from saved_models import (
     prompt_memory,
     random_prompts,
@@ -64,7 +64,7 @@ def assert_close(model: nn.Module | str | Path, expected: Tensor) -> None:
 
 @pytest.mark.dllm
 @pytest.mark.parametrize("joined", [False, True], ids=["alone", "joined"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, ENCODER])
 def test_stock_peft_has_it_on_dllms_model(kind, joined, tmp_path):
     model = a2d_llama() if kind == "llama" else dllms_model(kind)
     base = run = save_stock(tmp_path / "base", model)
@@ -82,7 +82,7 @@ def test_stock_peft_has_it_on_dllms_model(kind, joined, tmp_path):
 
 
 @pytest.mark.parametrize("joined", [False, True], ids=["alone", "joined"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, ENCODER])
 def test_our_loader_has_it(kind, joined, tmp_path):
     """From the adapter, and from the weights of a plain checkpoint; a stock decoder under stock PEFT, too."""
     base, adapter = save_pair(tmp_path, kind)
@@ -97,7 +97,9 @@ def test_our_loader_has_it(kind, joined, tmp_path):
         assert_close_relative(bidirectional_logits(stock), expected, 1e-5)
     saved, config = weights_of(out), config_of(out)
     assert all(tensor.dtype == torch.float32 for tensor in saved.values())
-    layers, down = (".transformer.blocks.", "ff_out") if kind == "llada" else (".layers.", "down_proj")
+    layers, down = {"llada": (".transformer.blocks.", "ff_out"), ENCODER: (".layers.", "Wo")}.get(
+        kind, (".layers.", "down_proj")
+    )
     assert {name.split(".lora_")[0].rpartition(".")[2] for name in saved if f"{layers}2." in name} >= {down}
     assert any(f"{layers}0." in name for name in saved) == joined
     if not joined:

@@ -79,7 +79,7 @@ def decoders(name: str) -> tuple[nn.Module, nn.Module]:
 
 
 #: dllm's LLaDA2.1 takes no mask of two dimensions, which is what dllm's MDLMSampler passes.
-MODELS = [*KINDS, "llada_moe of dllm", "llama of dllm", "llada of dllm"]
+MODELS = [*KINDS, "llada_moe of dllm", "llama of dllm", "llada of dllm", "modernbert", "modernbert of dllm"]
 
 
 def assert_same(ours: Any, theirs: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import types
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KINDS, MASK, SHIFTED, assert_close_relative, examples, make_trainer, take_gradients, tiny
+from conftest import ENCODER, KINDS, MASK, SHIFTED, assert_close_relative, examples, make_trainer, take_gradients, tiny
 from conftest import train_batch as batch_of
 from steps import OFF, SMALL, VARIANTS, Step, flat, initial, memory_for, plain_loss
 from torch import Tensor
@@ -79,7 +80,8 @@ CASES = [
     for turn, variant in enumerate(VARIANTS)
     for place, kind in enumerate(KINDS)
     if variant in ON_EVERY_BACKBONE or turn % 3 == place
-] + [(SHIFTED, variant) for variant in ("paper", "scope_batch", "full", "inconsistent_three_steps", "kl")]
+]
+CASES += itertools.product((SHIFTED, ENCODER), ("paper", "scope_batch", "full", "inconsistent_three_steps", "kl"))
 
 
 @pytest.mark.parametrize(("kind", "variant"), CASES)

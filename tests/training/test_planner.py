@@ -31,6 +31,7 @@ DIMENSIONS: dict[str, dict[str, Any]] = {
     "llada2": {"intermediate_size": 384, "moe_intermediate_size": 128, "n_group": 2, "topk_group": 1, **ROUTED},
     "llama": {"intermediate_size": 384},
     "llada": {"intermediate_size": 384},
+    "modernbert": {"intermediate_size": 384, "local_attention": 64, "num_key_value_heads": None},
 }
 COMMON = {"vocab_size": 1024, "hidden_size": 128, "num_hidden_layers": 4}
 COMMON |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -46,8 +47,9 @@ def recipe_of(kind: str, folder: Any, lora: bool = False, memory: Any = True, **
     steps = {"max_steps": 2, "per_device_train_batch_size": BATCH, "time_epsilon": 0.999, "bf16": False}
     quiet = {"logging_steps": 100, "eval_strategy": "no", "save_strategy": "no", "disable_tqdm": True}
     memory = memory if isinstance(memory, dict) else {"enabled": memory}
+    dimensions = {name: size for name, size in (COMMON | DIMENSIONS[kind]).items() if size is not None}
     values = {
-        "model": {"architecture": ARCHITECTURES[kind], "dtype": "float32", "dimensions": COMMON | DIMENSIONS[kind]},
+        "model": {"architecture": ARCHITECTURES[kind], "dtype": "float32", "dimensions": dimensions},
         "lora": {"enabled": lora, "r": 16, "dropout": 0.05},
         "data": {"dataset": "none.jsonl", "max_length": LENGTH},
         "memory": {"rank": 8, "alpha": 16, "layer_fraction": 0.5, **memory},
@@ -159,7 +161,8 @@ COUNTED: dict[Any, Callable[..., int]] = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "checkpointing"), [("llada_moe", True), ("llada2", False), ("llama", True), ("llada", False)]
+    ("kind", "checkpointing"),
+    [("llada_moe", True), ("llada2", False), ("llama", True), ("llada", False), ("modernbert", True)],
 )
 def test_flops_are_those_that_torch_counts(kind, checkpointing, tmp_path):
     for memory in (False, True):

@@ -1,0 +1,184 @@
+"""ModernBERT's published files, loaded and written back; its windows of attention; transformers' own model, taken."""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import partial
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import ENCODER, assert_close_relative, make_trainer, scale_up, tiny, tiny_config, train_batch
+from data_files import message_of
+from inputs import mask_of, tokens
+from safetensors.torch import save_file
+from saved_models import BYTES, bert_tokenizer, random_prompts, train_adapter, weights_of
+from steps import memory_for
+from stock_models import logits
+from torch import Tensor
+
+from dllm_memdlm.backbones import ModernBertForMaskedLM, config_of, find_sites, load_model
+from dllm_memdlm.backbones.cache import block_causal
+from dllm_memdlm.config import MemoryConfig, ModelConfig
+from dllm_memdlm.evaluation.likelihood import log_likelihoods, states
+from dllm_memdlm.inference.decoding import Decoder
+from dllm_memdlm.inference.decoding import memory_for as memory_of
+from dllm_memdlm.inference.plain_checkpoint import export
+from dllm_memdlm.inference.pretrained import load_pretrained
+from dllm_memdlm.training.recipe import load_recipe
+
+#: config.json of ModernBERT-base, but for the sizes.
+PUBLISHED = {
+    "architectures": ["ModernBertForMaskedLM"],
+    **{"attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0, "classifier_activation": "gelu"},
+    **{"classifier_bias": False, "classifier_dropout": 0.0, "classifier_pooling": "mean", "cls_token_id": 0},
+    **{"decoder_bias": True, "deterministic_flash_attn": False, "embedding_dropout": 0.0, "eos_token_id": 3},
+    **{"global_attn_every_n_layers": 3, "global_rope_theta": 160000.0, "gradient_checkpointing": False},
+    **{"hidden_activation": "gelu", "hidden_size": 32, "initializer_cutoff_factor": 2.0, "initializer_range": 0.02},
+    **{"intermediate_size": 48, "layer_norm_eps": 1e-05, "local_attention": 8, "local_rope_theta": 10000.0},
+    **{"max_position_embeddings": 256, "mlp_bias": False, "mlp_dropout": 0.0, "model_type": "modernbert"},
+    **{"norm_bias": False, "norm_eps": 1e-05, "num_attention_heads": 4, "num_hidden_layers": 4, "pad_token_id": 1},
+    **{"position_embedding_type": "absolute", "sep_token_id": 3, "tie_word_embeddings": True},
+    **{"torch_dtype": "float32", "transformers_version": "4.47.0.dev0", "vocab_size": BYTES},
+}
+LAYER = {"attn.Wqkv.weight": (96, 32), "attn.Wo.weight": (32, 32), "mlp.Wi.weight": (96, 32), "mlp.Wo.weight": (32, 48)}
+NORMS = ("model.embeddings.norm", "model.final_norm", "head.norm", *(f"model.layers.{i}.mlp_norm" for i in range(4)))
+NORMS += tuple(f"model.layers.{i}.attn_norm" for i in range(1, 4))  # the first layer comes after the embeddings' own
+
+
+def published(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[str, dict[str, Tensor]]:
+    """A checkpoint with the names of the published ones, and its weights."""
+    shapes = {"model.embeddings.tok_embeddings.weight": (BYTES, 32), "head.dense.weight": (32, 32)}
+    shapes |= {"decoder.bias": (BYTES,), **{f"{name}.weight": (32,) for name in NORMS}}
+    shapes |= {f"model.layers.{i}.{name}": shape for i in range(4) for name, shape in LAYER.items()}
+    weights = {name: 0.3 * torch.randn(shape) for name, shape in shapes.items()}
+    weights = {name: (w + name.endswith("norm.weight")).to(dtype) for name, w in weights.items()}
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(PUBLISHED))
+    bert_tokenizer().save_pretrained(folder)
+    return str(folder), weights
+
+
+@pytest.mark.usefixtures("as_from_a_shell")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_published_files_are_loaded_trained_decoded_scored_and_written_back(dtype, tmp_path):
+    base, weights = published(tmp_path / "base", dtype)
+    out = export(base, tmp_path / "out")
+    written, config = weights_of(out), json.loads((out / "config.json").read_text())
+    assert written.keys() == weights.keys() and all(torch.equal(written[name], w) for name, w in weights.items())
+    named = ("architectures", "model_type", "global_rope_theta", "local_rope_theta", "global_attn_every_n_layers")
+    assert {name: config[name] for name in named} == {name: PUBLISHED[name] for name in named}
+    stock = transformers.AutoModelForMaskedLM.from_pretrained(out, dtype=torch.float32)
+    ours = load_pretrained(base, dtype="float32").model
+    torch.testing.assert_close(logits(ours), logits(stock), atol=1e-4, rtol=1e-4)
+
+    run = train_adapter(tmp_path, base, "memory.layer_fraction=0.4", "model.dtype=float32")
+    loaded = load_pretrained(run, dtype="float32")
+    assert (logits(loaded.model) - logits(ours)).abs().max() > 0.01
+    merged = load_pretrained(str(export(run, tmp_path / "merged", dtype="float32")))
+    torch.testing.assert_close(logits(merged.model), logits(loaded.model), atol=1e-4, rtol=1e-4)
+
+    memory, (prompt, end) = memory_of(loaded, {"inner_lr": 10.0}), random_prompts(9, 5)
+    decoder, found = Decoder(loaded, memory=memory), []
+    for texts in ([prompt], [None]):
+        with decoder.recalled(texts):
+            scores = log_likelihoods(loaded.model, list(states(0, prompt, end, 6, seed=0)), 2)
+            found.append((decoder.answers([prompt], 6, whole=True), scores))
+    assert found[0] != found[1], "the memory does something"
+    assert all(len(answer[0]) == 6 for answer, _ in found)
+
+
+def test_the_defaults_are_modernbert_bases():
+    """And the recipe's dimensions are ModernBERT-large's: the published numbers of parameters."""
+    large = load_recipe(Path(__file__).parents[2] / "recipes" / "modernbert_large.yaml").model.dimensions
+    for dimensions, parameters in ((large, 395_881_664), ({}, 149_655_232)):
+        config = config_of(ModelConfig(architecture="ModernBertForMaskedLM", dimensions=dimensions))
+        with torch.device("meta"):
+            model = ModernBertForMaskedLM(config)
+        assert sum(p.numel() for p in model.parameters()) == parameters
+    sites = find_sites(model, MemoryConfig(layer_fraction=0.1))
+    expected = [f"layers.{i}.mlp.{name}" for i in (19, 20, 21) for name in ("Wi", "Wo")]
+    assert [site.shape.name for site in sites] == expected, "and not attn.Wo"
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("form", ["none", "2-D", "4-D bool", "4-D additive"])
+def test_most_layers_see_near_positions_alone(form, attention):
+    """The logits are transformers', at positions that a prompt can be at; and far tokens count by the whole layers."""
+    ours = tiny(ENCODER, attention=attention).eval()
+    config = tiny_config(ENCODER)
+    config._attn_implementation = attention
+    stock = transformers.ModernBertForMaskedLM(config).eval()
+    stock.load_state_dict(ours.state_dict())
+    given = mask_of(form, torch.float32)
+    visible = given.bool() if form == "2-D" else torch.ones_like(tokens(), dtype=torch.bool)
+    if not form.startswith("4-D"):  # which not all releases take
+        expected = logits_at(stock, given)[visible]
+        torch.testing.assert_close(logits_at(ours, given)[visible], expected, atol=1e-4, rtol=1e-4)
+    for layer in ours.layers[::2]:  # the whole ones
+        layer.attn.Wo.weight.data.zero_()
+    before = logits_at(ours, given)
+    changed = tokens()
+    changed[:, 0] = 3 + (changed[:, 0] - 2) % 45
+    after = ours(input_ids=changed, attention_mask=given).logits
+    moved = ((after - before).abs().amax(dim=2).masked_fill(~visible, 0) > 1e-6).any(dim=0)
+    assert moved[:4].all() and not moved[4:].any(), "one layer, which sees 3 positions to either side"
+
+
+def logits_at(model: torch.nn.Module, mask: Tensor | None) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens(), attention_mask=mask).logits
+
+
+def test_blocks_are_causal_in_windows_too():
+    model, places = tiny(ENCODER).eval(), torch.arange(tokens().shape[1])[None]
+    dense = block_causal(places, tokens().shape[1], 4)
+    torch.testing.assert_close(logits_at(model, 4), logits_at(model, dense))
+
+
+def test_scaled_positions_are_refused():
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    model = ModelConfig(architecture="ModernBertForMaskedLM", dimensions={"rope_scaling": scaling, "vocab_size": 48})
+    says = message_of(load_model, model, config_of(model))
+    assert says.startswith("model.dimensions: they make no ModernBertForMaskedLM (rope_scaling={")
+    assert says.endswith("}: expected none)")
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_step_on_transformers_own_model_is_ours(lora, tokenizer, tmp_path):
+    """It is what dllm trains, and is taken by the trainer as it is; the same loss and gradients as our class has."""
+    stock = transformers.ModernBertForMaskedLM(tiny_config(ENCODER))
+    scale_up(stock)
+    ours = tiny(ENCODER)
+    ours.load_state_dict(stock.state_dict())
+    models = [stock, ours]
+    if lora:
+        config, models = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False), []
+        for model in (stock, ours):
+            torch.manual_seed(5)
+            models.append(peft.get_peft_model(model, copy.deepcopy(config)))
+    results = []
+    for model in models:
+        trainer = make_trainer(model, tokenizer, tmp_path, memory_for(ENCODER), gradient_checkpointing=True)
+        loss = trainer.compute_loss(model, train_batch(trainer))
+        loss.backward()
+        results.append((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (loss, gradients), (expected, wanted) = results
+    assert_close_relative(loss, expected, 1e-5)
+    assert gradients.keys() == wanted.keys() and len(wanted) > 15
+    for name, gradient in wanted.items():
+        assert_close_relative(gradients[name], gradient, 1e-3, name)
+    models[0].save_pretrained(tmp_path / "saved")
+    models[1].save_pretrained(tmp_path / "ours")
+    assert weights_of(tmp_path / "saved").keys() == weights_of(tmp_path / "ours").keys()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_flash_attention_has_no_windows(dtype, tmp_path):
+    base, _ = published(tmp_path / "base")
+    says = message_of(partial(load_pretrained, base, dtype=dtype, attn_implementation="flash_attention_2"))
+    assert "Flash Attention 2" in says or "flash" in says.lower(), says
