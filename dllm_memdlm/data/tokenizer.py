@@ -100,9 +100,10 @@ def tokenizer_for(
 ) -> PreTrainedTokenizerBase:
     """Return the tokenizer of `model.tokenizer`, else of `model.path`, else one trained on `texts()`.
 
-    It pads on the right and has a mask, pad, eos and bos token, and the attributes eot_token and eot_token_id: the
-    token that ends a turn; and turn_end, the text that does, where it is no token. A trained one is kept in `cache_dir` under a digest of its texts, so runs and ranks on the
-    same data share it. `texts` is called only when there is no tokenizer to load, at most twice.
+    It pads on the right and has a mask, pad, eos and bos token. Its attributes eot_token and eot_token_id are the token
+    that ends a turn; where that is a text and no token, turn_end is the text, else none. A trained one is kept in
+    `cache_dir` under a digest of its texts, so runs and ranks on the same data share it. `texts` is called only when
+    there is no tokenizer to load, at most twice.
 
     Raises:
         ConfigError: the tokenizer cannot be loaded, has no mask token or no eos token; or as `train_tokenizer`.
