@@ -181,7 +181,12 @@ class LoraConfig:
 class DataConfig:
     """Prompt and response examples."""
 
-    dataset: str = knob("", "hub name, or local .json/.jsonl/.parquet file or folder")
+    dataset: str | Names | dict[str, Positive] = knob(
+        "", "hub name, or local .json/.jsonl/.parquet/.csv file or folder; a list of them; or their shares in a mixture"
+    )
+    streaming: bool = knob(
+        False, "read rows while training, shuffled 10,000 at a time, and keep none; needs training.max_steps"
+    )
     split: str = knob("train", "split to train on")
     eval_split: str | None = knob(None, "split to evaluate on; none holds eval_fraction of `split` out")
     eval_fraction: ShareBelowOne = knob(0.05, "share of the examples held out when there is no eval_split")
@@ -192,7 +197,11 @@ class DataConfig:
     input_field: str = knob("input", "optional field appended to the prompt (instruction format)")
     output_field: str = knob("output", "field of the response (instruction format)")
     messages_field: str = knob("messages", "field of the chat: a list of {role, content}, the last from the assistant")
-    max_length: Count = knob(4096, "longest example in tokens; longer ones are dropped and counted, never cut")
+    template: dict[str, Any] = knob({}, "arguments of the chat template, such as {enable_thinking: false}")
+    max_length: Count = knob(4096, "longest example in tokens; longer ones are dropped and counted, or cut")
+    truncation: Literal["filter", "right"] = knob(
+        "filter", "what becomes of longer examples, as dllm calls it: right cuts their end where a prompt leaves room"
+    )
     padding_loss: bool = knob(
         True,
         "see and learn padding, which is end-of-sequence, as dllm does; false hides it, as an evaluation always does",
@@ -207,19 +216,26 @@ class DataConfig:
     visible: Count | None = knob(
         None, "tokens of a prompt that the model sees, counted from its end; a memory reads all; none shows all"
     )
-    train_size: Count | None = knob(None, "use the first N training rows, before long ones are dropped")
+    train_size: Count | None = knob(None, "use the first N training rows of a dataset, before long ones are dropped")
     eval_size: Count | None = knob(None, "use the first N evaluation rows, before long ones are dropped")
     num_proc: Count = knob(1, "processes that tokenise")
 
     def __post_init__(self) -> None:
         check_types(self, "data")
-        require("data", self, "dataset", self.dataset != "", "a dataset name or path")
+        require("data", self, "dataset", bool(self.dataset) and "" not in self.parts(), "a dataset name or path")
+        whole = not self.streaming or self.eval_split is not None
+        require("data", self, "eval_fraction", whole or self.eval_fraction == 0, "0 with data.streaming, or eval_split")
         either = not self.perbatch_cutoff or self.resp_cutoff_ratio == 0
         require("data", self, "resp_cutoff_ratio", either, "0 with data.perbatch_cutoff")
         for name in ("perbatch_cutoff", "resp_cutoff_ratio"):  # a prompt that is learned is no longer told apart
             none = self.mask_prompt or not getattr(self, name)
             require("data", self, name, none, "none with data.mask_prompt=False")
         require("data", self, "visible", self.visible is None or self.mask_prompt, "none with data.mask_prompt=False")
+
+    def parts(self) -> dict[str, DataConfig]:
+        """Return the same settings for each dataset alone, by its name."""
+        names = (self.dataset,) if isinstance(self.dataset, str) else self.dataset
+        return {name: self if name == self.dataset else dataclasses.replace(self, dataset=name) for name in names}
 
 
 def require(section: str, config: Any, name: str, holds: bool, accepted: str) -> None:

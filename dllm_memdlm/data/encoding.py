@@ -31,10 +31,10 @@ class Tokens(NamedTuple):
 
 
 class Encoder:
-    """A tokenizer that knows which of its special tokens may be meant."""
+    """A tokenizer that knows which of its special tokens may be meant; `template` are its template's own arguments."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any] | None = None) -> None:
+        self.tokenizer, self._template = tokenizer, dict(template or {})
         tokens = {str(token): token for token in tokenizer.added_tokens_decoder.values() if token.special}
         named = [*tokenizer.all_special_tokens, getattr(tokenizer, "eot_token", None)]
         tokens = {**dict.fromkeys(filter(None, named)), **tokens}
@@ -61,6 +61,7 @@ class Encoder:
             ConfigError: the template does not leave the text of a message as it is, so that nobody knows whose a
                 special token is.
         """
+        template = {**self._template, **template}
         plain = self._render(chat, template)
         marked = [{k: v if k == "role" else self.marked(v) for k, v in message.items()} for message in chat]
         settings = self.marked(template)

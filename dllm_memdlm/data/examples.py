@@ -13,13 +13,14 @@ from transformers import PreTrainedTokenizerBase
 from ..config import ConfigError, DataConfig
 from .encoding import Encoder, Tokens, unmarked
 from .formats import HELD, Chat, Row, choose_format
-from .sources import Rows, load_rows, reason_of
+from .sources import SPLIT_SEED, Rows, load_rows, reason_of
 
 IGNORED = -100
 
 #: Of the cached examples: another one for every change after which a row has other tokens, labels or errors. `datasets`
 #: keys its cache by a function's name and arguments, not by its code.
-VERSION = 1
+VERSION = 2
+SHUFFLED = 10_000  #: examples of a stream at a time
 
 
 class Counts(NamedTuple):
@@ -30,11 +31,13 @@ class Counts(NamedTuple):
     empty: int
     longest: int
     mean: float
+    cut: int = 0
 
     def __str__(self) -> str:
+        cut = f"; cut {self.cut:,}" if self.cut else ""
         return (
             f"{self.kept:,} examples, mean {self.mean:.1f} tokens, longest {self.longest:,} "
-            f"(dropped {self.too_long:,} too long, {self.empty:,} without a response)"
+            f"(dropped {self.too_long:,} too long, {self.empty:,} without a response{cut})"
         )
 
 
@@ -44,21 +47,22 @@ class Examples(NamedTuple):
     With `data.visible` they are what the model sees, and {"prompt_ids": list[int]} is the whole prompt.
     """
 
-    train: datasets.Dataset
+    train: datasets.Dataset | datasets.IterableDataset
     eval: datasets.Dataset | None
-    train_counts: Counts
+    train_counts: Counts | None
     eval_counts: Counts | None
 
     def summary(self) -> str:
         """One line for the log."""
-        return f"train: {self.train_counts}; eval: {self.eval_counts or 'none'}"
+        return f"train: {self.train_counts or 'streamed'}; eval: {self.eval_counts or 'none'}"
 
 
 def load_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Examples:
     """Read, format and tokenise both splits; drop and count examples that are too long or have an empty response.
 
     With mask_prompt, labels are -100 on the prompt: every message but the last, and the marker that opens the reply.
-    A token that reaches over the prompt's end into the response is learned.
+    A token that reaches over the prompt's end into the response is learned. Of several datasets the examples follow
+    each other, or are drawn by their shares, until one of them has no more; what is held out of each follows.
 
     Raises:
         ConfigError: what `load_rows` and `choose_format` raise; the tokenizer has no chat template, or one whose prompt
@@ -69,6 +73,31 @@ def load_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Exa
         raise ConfigError(
             f"model.tokenizer={tokenizer.name_or_path!r}: has no chat template; expected the tokenizer of a chat model"
         )
+    loaded = [_load_one(part, tokenizer) for part in config.parts().values()]
+    if len(loaded) == 1:
+        return loaded[0]
+    if isinstance(config.dataset, dict):
+        shares = [share / sum(config.dataset.values()) for share in config.dataset.values()]
+        train = datasets.interleave_datasets([own.train for own in loaded], shares, seed=SPLIT_SEED)
+    else:
+        train = datasets.concatenate_datasets([own.train for own in loaded])
+    counts = _counts_of(train, [own.train_counts for own in loaded])
+    held_out = [(own.eval, own.eval_counts) for own in loaded if own.eval is not None]
+    if not held_out:
+        return Examples(train, None, counts, None)
+    evaluated = datasets.concatenate_datasets([rows for rows, _ in held_out])
+    return Examples(train, evaluated, counts, _counts_of(evaluated, [own for _, own in held_out]))
+
+
+def _counts_of(examples: Any, of_parts: Sequence[Counts | None]) -> Counts | None:
+    if None in of_parts:
+        return None
+    lengths = [len(tokens) for tokens in examples["input_ids"]]
+    dropped, empty, cut = (sum(getattr(own, name) for own in of_parts) for name in ("too_long", "empty", "cut"))
+    return Counts(len(lengths), dropped, empty, max(lengths), sum(lengths) / len(lengths), cut)
+
+
+def _load_one(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Examples:
     train_rows, eval_rows = load_rows(config)
     train, train_counts = _tokenise(train_rows, "train", config, tokenizer)
     if eval_rows is None:
@@ -83,34 +112,29 @@ def training_texts(config: DataConfig) -> Iterator[str]:
     Raises:
         ConfigError: what `load_rows` and `choose_format` raise; a row does not fit the format.
     """
-    (rows, numbers, split), _ = load_rows(config)
-    to_chat = choose_format(config, rows.column_names)
-    for number, row in zip(numbers, rows, strict=True):
-        with _named(config, split, number):
-            chat = to_chat(row, config)
-        yield from (message["content"] for message in chat.messages)
+    for part in config.parts().values():
+        (rows, numbers, split), _ = load_rows(part)
+        to_chat = choose_format(part, rows.column_names)
+        for number, row in zip(numbers, rows, strict=True):
+            with _named(part, split, number):
+                chat = to_chat(row, part)
+            yield from (message["content"] for message in chat.messages)
 
 
 def _tokenise(
     source: Rows, role: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[datasets.Dataset, Counts]:
+) -> tuple[Any, Counts | None]:
     rows, numbers, split = source
-    encoded = rows.map(
-        _encode,
-        batched=True,
-        with_indices=True,
-        remove_columns=rows.column_names,
-        num_proc=config.num_proc if config.num_proc > 1 else None,  # 1 would start a process for nothing
-        desc=f"tokenising {role}",
-        fn_kwargs={
-            "numbers": numbers,
-            "split": split,
-            "config": config,
-            "tokenizer": tokenizer,
-            "to_chat": choose_format(config, rows.column_names),
-            "version": VERSION,
-        },
-    )
+    streamed = isinstance(rows, datasets.IterableDataset)
+    columns = list(next(iter(rows), {})) if streamed else rows.column_names
+    settings = {"numbers": numbers, "split": split, "config": config, "tokenizer": tokenizer, "version": VERSION}
+    settings |= {"to_chat": choose_format(config, columns)}
+    how = {"batched": True, "with_indices": True, "remove_columns": columns, "fn_kwargs": settings}
+    if streamed:
+        fits = rows.map(_encode, **how).filter(lambda row: 0 < row["length"] <= config.max_length)
+        return fits.remove_columns(["length", "cut"]).shuffle(SPLIT_SEED, buffer_size=SHUFFLED), None
+    processes = config.num_proc if config.num_proc > 1 else None  # 1 would start a process for nothing
+    encoded = rows.map(_encode, **how, num_proc=processes, desc=f"tokenising {role}")
     lengths = encoded["length"][:]
     kept = [i for i, length in enumerate(lengths) if 0 < length <= config.max_length]
     too_long, empty = sum(length > config.max_length for length in lengths), lengths.count(0)
@@ -124,8 +148,9 @@ def _tokenise(
             f"({too_long:,} too long, {empty:,} without a response); {seen}"
         )
     kept_lengths = [lengths[i] for i in kept]
-    counts = Counts(len(kept), too_long, empty, max(kept_lengths), sum(kept_lengths) / len(kept))
-    return encoded.select(kept).remove_columns("length"), counts
+    cut = sum(encoded["cut"][:])
+    counts = Counts(len(kept), too_long, empty, max(kept_lengths), sum(kept_lengths) / len(kept), cut)
+    return encoded.select(kept).remove_columns(["length", "cut"]), counts
 
 
 def _encode(
@@ -139,7 +164,7 @@ def _encode(
     version: int,
 ) -> dict[str, list]:
     """Return token ids and labels of a batch of rows; length 0 marks an empty response."""
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(tokenizer, config.template)
     wholes, prompts, responses = [], [], []
     for index, *values in zip(indices, *batch.values(), strict=True):
         with _named(config, split, numbers[index]):
@@ -149,15 +174,20 @@ def _encode(
             _refuse_what_is_left_out(encoder, chat, wholes[-1])
         last = chat.messages[-1]
         responses.append(last["content"].strip() or any(last.get(field) for field in HELD))
-    encoded: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
+    encoded: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": [], "cut": []}
     if config.visible is not None:
         encoded["prompt_ids"] = []
     for tokens, prompt, response in zip(encoder.encode_all(wholes), prompts, responses, strict=True):
         border = _border(encoder, tokens, prompt)
         start = 0 if config.visible is None else max(0, border - config.visible)
-        encoded["input_ids"].append(tokens.ids[start:])
-        encoded["labels"].append([IGNORED] * (border - start) + tokens.ids[border:])
-        encoded["length"].append(len(tokens.ids) - start if response and border < len(tokens.ids) else 0)
+        end, room = len(tokens.ids), start + config.max_length
+        response = response and border < end
+        if cut := bool(response) and config.truncation == "right" and border < room < end:
+            end = room
+        encoded["input_ids"].append(tokens.ids[start:end])
+        encoded["labels"].append([IGNORED] * (border - start) + tokens.ids[border:end])
+        encoded["length"].append(end - start if response else 0)
+        encoded["cut"].append(cut)
         if config.visible is not None:
             encoded["prompt_ids"].append(tokens.ids[:border])
     return encoded

@@ -14,6 +14,11 @@ Row = Mapping[str, Any]
 HELD = frozenset({"tool_calls", "function_call", "reasoning_content", "thinking"})
 
 
+#: What ShareGPT's chats, which stand under `conversations`, call those who speak.
+SPEAKERS = {"human": "user", "gpt": "assistant", "observation": "tool"}
+CONVERSATIONS = "conversations"
+
+
 class Chat(NamedTuple):
     """Messages of {role, content}, both text, and fields of `HELD`; and the functions that they may call."""
 
@@ -34,18 +39,21 @@ def instruction(row: Row, config: DataConfig) -> Chat:
 def messages(row: Row, config: DataConfig) -> Chat:
     """Take a chat as it stands, of any number of turns; the last message is the response.
 
-    Messages keep all their fields, which are the chat template's business. Tables give every message the fields of all
+    A message is {role, content}, or ShareGPT's {from, value}. Its content is text, or a list of parts that hold text.
+    It keeps its other fields, which are the chat template's business. Tables give every message the fields of all
     others, without a value: those are left out. The row's field `tools` holds a list, or one as JSON.
 
     Raises:
-        ValueError: not a list of {role, content}, or the last message is not the assistant's; tools of another form.
+        ValueError: not a list of messages, or the last one is not the assistant's; tools of another form.
     """
-    chat = row[config.messages_field]
-    if not isinstance(chat, list) or not all(map(_is_message, chat)):
-        raise ValueError(f"field {config.messages_field!r} is not a list of {{role, content}}, both text")
+    field = config.messages_field if config.messages_field in row else CONVERSATIONS
+    chat = row[field]
+    chat = [_message(value) for value in chat] if isinstance(chat, list) else [None]
+    if None in chat:
+        raise ValueError(f"field {field!r} is not a list of {{role, content}} or {{from, value}}, both text")
     if not chat or chat[-1]["role"] != "assistant":
         found = chat[-1]["role"] if chat else "no message"
-        raise ValueError(f"field {config.messages_field!r} ends with {found}: expected a message of the assistant")
+        raise ValueError(f"field {field!r} ends with {found}: expected a message of the assistant")
     tools = row.get("tools")
     if isinstance(tools, str) and tools.strip():
         try:
@@ -54,8 +62,7 @@ def messages(row: Row, config: DataConfig) -> Chat:
             raise ValueError(f"field 'tools' is not JSON ({error}); expected a list of functions") from None
     if tools and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
         raise ValueError(f"field 'tools' is not a list of functions, each an object: found {tools!r:.60}")
-    said = [{**_with_values(message), "content": message["content"] or ""} for message in chat]
-    return Chat(said, _with_values(tools) or None)
+    return Chat(chat, _with_values(tools) or None)
 
 
 def choose_format(config: DataConfig, columns: Iterable[str]) -> Callable[[Row, DataConfig], Chat]:
@@ -66,18 +73,19 @@ def choose_format(config: DataConfig, columns: Iterable[str]) -> Callable[[Row, 
     Raises:
         ConfigError: the columns lack a field of the format, or fit none.
     """
-    formats = {
-        "messages": (messages, [config.messages_field]),
-        "instruction": (instruction, [config.instruction_field, config.output_field]),
-    }
+    formats = [
+        ("messages", messages, [config.messages_field]),
+        ("messages", messages, [CONVERSATIONS]),
+        ("instruction", instruction, [config.instruction_field, config.output_field]),
+    ]
     columns = set(columns)
-    wanted = {name: known for name, known in formats.items() if config.format in ("auto", name)}
-    for to_chat, fields in wanted.values():
+    wanted = [known for known in formats if config.format in ("auto", known[0])]
+    for _, to_chat, fields in wanted:
         if columns.issuperset(fields):
             return to_chat
     raise ConfigError(
         f"data.format={config.format!r}: {config.dataset} has the fields {', '.join(sorted(columns))}; "
-        f"expected {'; or '.join(f'{name}: ' + ', '.join(fields) for name, (_, fields) in wanted.items())}"
+        f"expected {'; or '.join(f'{name}: ' + ', '.join(fields) for name, _, fields in wanted)}"
     )
 
 
@@ -88,9 +96,26 @@ def _text(row: Row, field: str) -> str:
     return value or ""
 
 
-def _is_message(value: Any) -> bool:
-    fields = isinstance(value, Mapping) and {"role", "content"} <= value.keys()
-    return fields and isinstance(value["role"], str) and isinstance(value["content"], str | None)
+def _message(value: Any) -> dict[str, Any] | None:
+    """Return a message as chat templates know it; none for what is no message.
+
+    Raises:
+        ValueError: a part of its content is no text.
+    """
+    if not isinstance(value, Mapping):
+        return None
+    shared = value.get("role") is None and "from" in value
+    role, content = ("from", "value") if shared else ("role", "content")
+    speaker, said = value.get(role), value.get(content, ...)
+    if isinstance(said, list):
+        for part in said:
+            if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+                raise ValueError(f"a message has the part {part!r:.60}: expected text alone, {{type: text, text: …}}")
+        said = "".join(part["text"] for part in said)
+    if not isinstance(speaker, str) or not isinstance(said, str | None):
+        return None
+    rest = {name: own for name, own in _with_values(value).items() if name not in (role, content)}
+    return {"role": SPEAKERS.get(speaker, speaker) if shared else speaker, "content": said or "", **rest}
 
 
 def _with_values(value: Any) -> Any:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
+import gzip
 import io
 import itertools
 import json
+import lzma
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,18 @@ Row = dict[str, Any]
 
 BLOCK = 1000  #: rows that become a table at a time
 EMPTY = "has no rows; expected at least one"
+#: What opens a file that is compressed, by the end of its name.
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+def kind_of(path: Path) -> str:
+    """Return the suffix of a file's name, or the one before that of its compression."""
+    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+
+
+def opened(path: Path) -> Any:
+    """Open a file to read its bytes as they were before they were compressed."""
+    return COMPRESSED.get(path.suffix, open)(path, "rb")
 
 
 def read_table(path: Path) -> pyarrow.Table:
@@ -53,8 +68,9 @@ def merged(schemas: Iterable[pyarrow.Schema]) -> pyarrow.Schema:
 
 def rows_of(path: Path) -> Iterator[tuple[str, Row]]:
     """Yield the place of each row in its file, and the row. Raises ValueError at the first that is none."""
-    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    if path.suffix == ".json" or data[:64].lstrip().startswith(b"["):
+    with opened(path) as file:
+        data = file.read().removeprefix(codecs.BOM_UTF8)
+    if kind_of(path) == ".json" or data[:64].lstrip().startswith(b"["):
         try:
             rows = _parsed(data)
             rows = rows.get("data") if isinstance(rows, dict) else rows

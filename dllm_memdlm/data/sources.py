@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import glob
 import os
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import pandas
 import pyarrow
 import pyarrow.parquet
 
 from ..config import ConfigError, DataConfig
-from .json_rows import EMPTY, joined, merged, read_table
+from .json_rows import COMPRESSED, EMPTY, joined, kind_of, merged, opened, read_table
 
-SUFFIXES = (".json", ".jsonl", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
 SPLIT_SEED = 42  # dllm's, so that both hold the same rows out
 
 HUB_HINT = "expected a hub name (with network, or downloaded before), or a local file or folder"
@@ -26,7 +29,7 @@ FOLDER_HINT = f"expected a folder with files of {', '.join(SUFFIXES)}, or one th
 class Rows(NamedTuple):
     """Rows, with the number of each in the split that it comes from, counted from 0, and that split's name."""
 
-    rows: datasets.Dataset
+    rows: datasets.Dataset | datasets.IterableDataset
     numbers: Sequence[int]
     split: str
 
@@ -34,11 +37,15 @@ class Rows(NamedTuple):
         """Return the first `size` rows, or all of them."""
         if size is None:
             return self
+        if isinstance(self.rows, datasets.IterableDataset):
+            return self._replace(rows=self.rows.take(size))
         return Rows(self.rows.select(range(min(size, len(self.rows)))), self.numbers[:size], self.split)
 
 
 def load_rows(config: DataConfig) -> tuple[Rows, Rows | None]:
     """Return the training rows, and those to evaluate on (none when eval_split is unset and eval_fraction is 0).
+
+    With `streaming` the training rows are read as they are asked for, and what is wrong with them is said then.
 
     Raises:
         ConfigError: no such dataset, file or split; no network and no local copy; unreadable content; or eval_fraction
@@ -46,7 +53,7 @@ def load_rows(config: DataConfig) -> tuple[Rows, Rows | None]:
     """
     train, held_out = _load_split(config, config.split), None
     if config.eval_split is not None:
-        held_out = _load_split(config, config.eval_split)
+        held_out = _load_split(replace(config, streaming=False), config.eval_split)
     elif config.eval_fraction > 0:
         both = (train.rows, datasets.Dataset.from_dict({"number": train.numbers}))  # two of one length are split alike
         try:
@@ -64,8 +71,11 @@ def _load_split(config: DataConfig, split: str) -> Rows:
     """Read one split through the cache of `datasets`. Local paths are absolute there: it knows no working folder."""
     path = _local_path(config.dataset)
     try:
-        rows = datasets.load_dataset(config.dataset, split=split) if path is None else _read_local(path, split)
-        if not len(rows):
+        if path is not None:
+            rows = _read_local(path, split)
+        else:
+            rows = datasets.load_dataset(config.dataset, split=split, streaming=config.streaming)
+        if isinstance(rows, datasets.Dataset) and not len(rows):
             raise ValueError(EMPTY)
         if path is not None:
             rows.data.validate(full=True)  # pyarrow reads text that is not UTF-8, and nobody can use it
@@ -76,17 +86,20 @@ def _load_split(config: DataConfig, split: str) -> Rows:
         elif not reason.startswith(("Unknown split", "Bad split")) and "expected" not in reason:
             reason += f"; {HUB_HINT if path is None else FOLDER_HINT if path.is_dir() else 'expected a whole file'}"
         raise ConfigError(f"data.dataset={config.dataset!r}, split {split!r}: {reason}") from error
+    if config.streaming:
+        return Rows(rows if path is None else rows.to_iterable_dataset(), range(sys.maxsize), split)
     return Rows(rows, range(len(rows)), split)
 
 
 def _local_path(dataset: str) -> Path | None:
     """Return the absolute path of a local dataset, or None for a hub name."""
     path = Path(os.path.abspath(os.path.expanduser(dataset)))
-    if os.path.isfile(path) and path.suffix not in SUFFIXES:
-        raise ConfigError(f"data.dataset={dataset!r}: a file of type {path.suffix!r}; expected {', '.join(SUFFIXES)}")
+    if os.path.isfile(path) and kind_of(path) not in SUFFIXES:
+        kinds = f"{', '.join(SUFFIXES)}, also with {', '.join(COMPRESSED)} behind it"
+        raise ConfigError(f"data.dataset={dataset!r}: a file of type {kind_of(path)!r}; expected {kinds}")
     if os.path.exists(path):
         return path
-    if path.suffix in SUFFIXES or dataset.startswith(("/", ".", "~")):
+    if kind_of(path) in SUFFIXES or dataset.startswith(("/", ".", "~")):
         made = MADE_HERE if dataset.startswith("data/") else ""
         raise ConfigError(f"data.dataset={dataset!r}: no such file or folder ({path}){made}; {HUB_HINT}")
     return None
@@ -102,7 +115,7 @@ def _read_local(path: Path, split: str) -> datasets.Dataset:
     if path.is_dir():
         builder = datasets.load_dataset_builder(str(path))
         files = builder.config.data_files
-        if all(Path(file).suffix in SUFFIXES for of_split in files.values() for file in of_split):
+        if all(kind_of(Path(file)) in SUFFIXES for of_split in files.values() for file in of_split):
             builder = LocalFiles(data_files=files, base_path=str(path))
     else:
         builder = LocalFiles(data_files={"train": glob.escape(str(path))})
@@ -145,10 +158,14 @@ class LocalFiles(datasets.ArrowBasedBuilder):
     def _read(self, file: str) -> pyarrow.Table:
         path = Path(file)
         try:
-            if path.suffix != ".parquet":
+            if kind_of(path) in (".json", ".jsonl"):
                 return read_table(path)
-            with path.open("rb") as opened:
-                return pyarrow.parquet.read_table(opened)
+            with opened(path) as file_object:
+                if kind_of(path) == ".parquet":
+                    return pyarrow.parquet.read_table(file_object)
+                # Text throughout, as a number in an answer is text
+                table = pandas.read_csv(file_object, dtype=str, keep_default_na=False)
+                return pyarrow.Table.from_pandas(table, preserve_index=False)
         except ValueError as error:
             if self.base_path is None:
                 raise

@@ -52,7 +52,7 @@ class MemDLMEvalLM(LM):
             self.decoder = parsed.open(state.device if self._world_size > 1 else None)
         self.pretrained, self.memory = self.decoder.pretrained, self.decoder.memory
         self.tokenizer, self.max_length = self.pretrained.tokenizer, self.decoder.max_length
-        self.texts = Texts(self.tokenizer)
+        self.texts = Texts(self.tokenizer, self.pretrained.template)
         self._device = self.pretrained.model.device
         self.batches = Batches(self.arguments.batch_size, self.arguments.max_batch_size, self._device)
 

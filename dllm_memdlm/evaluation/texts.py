@@ -7,6 +7,9 @@ not. Nothing is ever special in a continuation or in a whole text.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
@@ -18,13 +21,13 @@ Pair = tuple[list[int], list[int]]  #: the tokens of a context and of its contin
 
 
 class Texts:
-    """Encodes for one tokenizer; `template` is the chat template in use, if any."""
+    """Encodes for one tokenizer; `template` is the chat template in use, if any, and takes these `arguments`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None = None) -> None:
         self.tokenizer, self.template = tokenizer, None
         own = tokenizer.chat_template or {}
         self._templates = own if isinstance(own, dict) else {"default": own}
-        self._encoder = Encoder(tokenizer)
+        self._encoder = Encoder(tokenizer, arguments)
 
     def use_template(self, name: str = "default") -> str:
         """Take a chat template of the tokenizer's. Raises ConfigError if there is none of that name."""

@@ -46,7 +46,7 @@ class Conversation:
 
     def __post_init__(self) -> None:
         self.tokenizer = self.decoder.pretrained.tokenizer
-        self._encoder = Encoder(self.tokenizer)
+        self._encoder = Encoder(self.tokenizer, self.decoder.pretrained.template)
 
     def ask(self, question: str) -> Iterator[Progress]:
         """Yield the answer as it is decoded; once it has ended, it is the last of `turns`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Pretrained:
     memory: MemoryConfig  #: as it was trained; the paper's settings where no recipe stands beside the weights
     right_shift_logits: bool
     visible: int | None = None  #: `data.visible` of the training
+    template: dict[str, Any] = field(default_factory=dict)  #: `data.template` of it: arguments of the chat template
 
 
 @dataclass
@@ -149,6 +150,7 @@ def load_pretrained(
         memory=_memory_of(source),
         right_shift_logits=bool(shifted or staged_backbone(model).right_shift_logits),
         visible=source.recipe.get("data", {}).get("visible"),
+        template=source.recipe.get("data", {}).get("template") or {},
     )
 
 

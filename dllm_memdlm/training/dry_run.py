@@ -159,11 +159,13 @@ def missing_parts(recipe: Recipe) -> tuple[list[str], int | None]:
         missing.append("bitsandbytes, for model.load_in_4bit (pip install bitsandbytes)")
     if recipe.lora.path is not None and not _at_hand(recipe.lora.path, "adapter_model.safetensors"):
         missing.append(f"adapter lora.path={recipe.lora.path!r}")
-    if not _on_hub(recipe.data.dataset, "dataset"):
-        try:
-            rows = len(load_rows(recipe.data)[0].rows)
-        except ConfigError as error:
-            missing.append(str(error))
+    here = {name: part for name, part in recipe.data.parts().items() if not _on_hub(name, "dataset")}
+    try:
+        counts = [len(load_rows(dataclasses.replace(part, streaming=False))[0].rows) for part in here.values()]
+    except ConfigError as error:
+        missing.append(str(error))
+    else:
+        rows = sum(counts) if len(counts) == len(recipe.data.parts()) else None
     return missing, rows
 
 

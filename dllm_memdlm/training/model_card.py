@@ -103,11 +103,13 @@ def write_card(
     that they come from, or are an adapter for; none for one from scratch. With `has_memory` there is a text's memory in
     them, with which the training has logged no losses.
     """
-    on_hub, dataset = _hub_name(base), _hub_name(training.section("data").get("dataset"))
+    on_hub, given = _hub_name(base), training.section("data").get("dataset")
+    names = [given] if given is None or isinstance(given, str) else [*given]  # of one, or of several
+    found = [name for name in map(_hub_name, names) if name]
     data = ModelCardData(
         base_model=on_hub,
         base_model_relation=("adapter" if is_adapter else "finetune") if on_hub else None,
-        datasets=[dataset] if dataset else None,
+        datasets=found or None,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["dllm", "masked-diffusion", *["memdlm"] * (training.uses_memory or has_memory), *["lora"] * is_adapter],

@@ -18,7 +18,7 @@ from transformers.trainer_utils import IntervalStrategy
 from ..backbones import config_of, load_model, model_class
 from ..backbones.loading import weights_digest
 from ..compat.dllm_api import NoAttentionMaskWrapper, describe
-from ..config import ConfigError
+from ..config import ConfigError, require
 from ..data import check_mask, load_examples, tokenizer_for, training_texts
 from ..versions import hub_errors
 from . import engines
@@ -53,6 +53,8 @@ def build_trainer(recipe: Recipe) -> MemDLMTrainer:
             "lora.enabled=True without a model.path: an adapter would be saved, and its base, random weights, nowhere; "
             "expected a model.path, or lora.enabled=false to train all weights from scratch"
         )
+    if recipe.data.streaming:
+        _check_for_streaming(recipe)
     if recipe.model.path is None:
         model_class(recipe.model.architecture)  # or ends, before a tokenizer is trained
     state = accelerate.PartialState()
@@ -109,11 +111,20 @@ def build_trainer(recipe: Recipe) -> MemDLMTrainer:
         setattr(trainer.data_collator, name, value)
     # Without the cut-offs where there are none, as in checkpoints of before
     kept = {name: value for name, value in batches.items() if value or name == "padding_loss"}
-    trainer.made_of |= {"data": {"examples": digest_of(examples.train), **kept}, "weights": _weights_of(recipe)}
+    digest = None if recipe.data.streaming else digest_of(examples.train)
+    trainer.made_of |= {"data": {"examples": digest, **kept}, "weights": _weights_of(recipe)}
     trainer.beside_checkpoints += [recipe.save, write_run_card]
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(_Progress())
     return trainer
+
+
+def _check_for_streaming(recipe: Recipe) -> None:
+    """Raise ConfigError for what needs all rows at hand."""
+    model, args, why = recipe.model, recipe.training, "with data.streaming"
+    require("training", args, "max_steps", args.max_steps > 0, f"at least 1 {why}")
+    require("training", args, "group_by_length", not args.group_by_length, f"false {why}")
+    require("model", model, "tokenizer", bool(model.tokenizer or model.path), f"one {why}, on which none is trained")
 
 
 def train(recipe: Recipe, resume: bool = False) -> MemDLMTrainer:

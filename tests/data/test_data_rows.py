@@ -164,7 +164,7 @@ def test_long_and_empty_examples_are_dropped_and_counted(tmp_path, tokenizer):
     config = replace(write(tmp_path / "rows.json", rows), max_length=9)
     examples = load_examples(config, tokenizer)
     assert [len(row["input_ids"]) for row in examples.train] == [6, 9]
-    assert examples.train_counts == (2, 1, 1, 9, 7.5)
+    assert examples.train_counts == (2, 1, 1, 9, 7.5, 0)
     assert (examples.eval, examples.eval_counts) == (None, None)
     assert examples.train.column_names == ["input_ids", "labels"]
     assert "longest 9 (dropped 1 too long, 1 without a response); eval: none" in examples.summary()
