@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from conftest import MASK, SHIFTED, assert_close_relative, make_trainer, scale_up, tiny, train_batch
 from data_files import message_of
-from safetensors.torch import save_file
-from saved_models import BYTES, byte_tokenizer, prompt_memory, random_prompts, train_adapter, weights_of
+from published import has_our_step, is_trained_decoded_and_scored, is_written_back, write_checkpoint
+from saved_models import BYTES, byte_tokenizer, prompt_memory
 from steps import OFF, memory_for, plain_loss
 from stock_models import dllms_model, logits
 from torch import Tensor
 
 from dllm_memdlm.backbones import DreamModel, config_of
 from dllm_memdlm.config import ModelConfig
-from dllm_memdlm.evaluation.likelihood import log_likelihoods, states
-from dllm_memdlm.inference.decoding import Decoder
-from dllm_memdlm.inference.decoding import memory_for as memory_of
 from dllm_memdlm.inference.plain_checkpoint import export
 from dllm_memdlm.inference.pretrained import load_pretrained
 
@@ -52,43 +47,15 @@ def published(folder: Path) -> tuple[str, dict[str, Tensor]]:
     """A checkpoint in bfloat16, with the names of the published ones, and its weights."""
     shapes = {"model.embed_tokens.weight": (BYTES, 32), "model.norm.weight": (32,), "lm_head.weight": (BYTES, 32)}
     shapes |= {f"model.layers.{i}.{name}": shape for i in range(3) for name, shape in LAYER.items()}
-    weights = {name: 0.3 * torch.randn(shape) for name, shape in shapes.items()}
-    weights = {name: (w + name.endswith("norm.weight")).bfloat16() for name, w in weights.items()}
-    folder.mkdir()
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(PUBLISHED))
-    byte_tokenizer().save_pretrained(folder)
-    return str(folder), weights
+    return write_checkpoint(folder, PUBLISHED, shapes, byte_tokenizer(), torch.bfloat16)
 
 
 @pytest.mark.usefixtures("as_from_a_shell")
 def test_published_files_are_loaded_trained_decoded_scored_and_written_back(tmp_path):
     base, weights = published(tmp_path / "base")
-    out = export(base, tmp_path / "out")
-    written, config = weights_of(out), json.loads((out / "config.json").read_text())
-    assert written.keys() == weights.keys() and all(torch.equal(written[name], w) for name, w in weights.items())
     named = ("architectures", "model_type", "mask_token_id", "rope_theta", "num_key_value_heads", "vocab_size")
-    assert {name: config[name] for name in named} == {name: PUBLISHED[name] for name in named}
-    assert "auto_map" not in config
-
-    run = train_adapter(tmp_path, base, "memory.layer_fraction=0.4", "model.dtype=float32")
-    loaded = load_pretrained(run, dtype="float32")
-    assert loaded.right_shift_logits and loaded.memory.layer_fraction == 0.4
-    assert (logits(loaded.model) - logits(load_pretrained(base, dtype="float32").model)).abs().max() > 0.01
-    merged = load_pretrained(str(export(run, tmp_path / "merged", dtype="float32")))
-    torch.testing.assert_close(logits(merged.model), logits(loaded.model), atol=1e-4, rtol=1e-4)
-
-    memory, (prompt, end) = memory_of(loaded, {"inner_lr": 10.0}), random_prompts(9, 5)
-    decoder = Decoder(loaded, memory=memory)
-    items = list(states(0, prompt, end, 6, seed=0))
-    found = []
-    for texts in ([prompt], [None]):
-        with decoder.recalled(texts):
-            scores = log_likelihoods(loaded.model, items, MASK, loaded.right_shift_logits)
-            found.append((decoder.answers([prompt], 6, whole=True), scores))
-    assert found[0] != found[1], "the memory does something"
-    assert all(len(answer[0]) == 6 for answer, _ in found)
-    assert log_likelihoods(loaded.model, items, MASK) != found[1][1], "and so does the shift"
+    is_written_back(base, weights, tmp_path / "out", named)
+    assert is_trained_decoded_and_scored(base, tmp_path, MASK).right_shift_logits
 
 
 def test_the_defaults_are_dream_7bs():
@@ -162,26 +129,4 @@ def test_a_step_on_dllms_own_model_is_ours(lora, tokenizer, tmp_path):
     """Taken by the trainer as it is; the same loss and gradients as our class of the same weights has."""
     theirs = dllms_model(SHIFTED, mask_token_id=MASK)
     scale_up(theirs)
-    ours = tiny(SHIFTED, rope_theta=10000.0)
-    ours.load_state_dict(theirs.state_dict())
-    models = [theirs, ours]
-    if lora:
-        config, models = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False), []
-        for model in (theirs, ours):
-            torch.manual_seed(5)
-            models.append(peft.get_peft_model(model, copy.deepcopy(config)))
-    results = []
-    for model in models:
-        trainer = make_trainer(model, tokenizer, tmp_path, memory_for(SHIFTED), gradient_checkpointing=True)
-        assert trainer.right_shift_logits
-        loss = trainer.compute_loss(model, train_batch(trainer))
-        loss.backward()
-        results.append((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
-    (loss, gradients), (expected, wanted) = results
-    assert_close_relative(loss, expected, 1e-5)
-    assert gradients.keys() == wanted.keys() and len(wanted) > 20
-    for name, gradient in wanted.items():
-        assert_close_relative(gradients[name], gradient, 1e-3, name)
-    models[0].save_pretrained(tmp_path / "saved")
-    models[1].save_pretrained(tmp_path / "ours")
-    assert weights_of(tmp_path / "saved").keys() == weights_of(tmp_path / "ours").keys()
+    has_our_step(theirs, tiny(SHIFTED, rope_theta=10000.0), SHIFTED, lora, tokenizer, tmp_path)

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from functools import partial
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 import transformers
-from conftest import ENCODER, assert_close_relative, make_trainer, scale_up, tiny, tiny_config, train_batch
+from conftest import ENCODER, scale_up, tiny, tiny_config
 from data_files import message_of
 from inputs import mask_of, tokens
-from safetensors.torch import save_file
-from saved_models import BYTES, bert_tokenizer, random_prompts, train_adapter, weights_of
-from steps import memory_for
+from published import has_our_step, is_trained_decoded_and_scored, is_written_back, write_checkpoint
+from saved_models import BYTES, bert_tokenizer
 from stock_models import logits
 from torch import Tensor
 
 from dllm_memdlm.backbones import ModernBertForMaskedLM, config_of, find_sites, load_model
 from dllm_memdlm.backbones.cache import block_causal
 from dllm_memdlm.config import MemoryConfig, ModelConfig
-from dllm_memdlm.evaluation.likelihood import log_likelihoods, states
-from dllm_memdlm.inference.decoding import Decoder
-from dllm_memdlm.inference.decoding import memory_for as memory_of
-from dllm_memdlm.inference.plain_checkpoint import export
 from dllm_memdlm.inference.pretrained import load_pretrained
 from dllm_memdlm.training.recipe import load_recipe
 
@@ -54,42 +46,19 @@ def published(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[str, di
     shapes = {"model.embeddings.tok_embeddings.weight": (BYTES, 32), "head.dense.weight": (32, 32)}
     shapes |= {"decoder.bias": (BYTES,), **{f"{name}.weight": (32,) for name in NORMS}}
     shapes |= {f"model.layers.{i}.{name}": shape for i in range(4) for name, shape in LAYER.items()}
-    weights = {name: 0.3 * torch.randn(shape) for name, shape in shapes.items()}
-    weights = {name: (w + name.endswith("norm.weight")).to(dtype) for name, w in weights.items()}
-    folder.mkdir()
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(PUBLISHED))
-    bert_tokenizer().save_pretrained(folder)
-    return str(folder), weights
+    return write_checkpoint(folder, PUBLISHED, shapes, bert_tokenizer(), dtype)
 
 
 @pytest.mark.usefixtures("as_from_a_shell")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_published_files_are_loaded_trained_decoded_scored_and_written_back(dtype, tmp_path):
     base, weights = published(tmp_path / "base", dtype)
-    out = export(base, tmp_path / "out")
-    written, config = weights_of(out), json.loads((out / "config.json").read_text())
-    assert written.keys() == weights.keys() and all(torch.equal(written[name], w) for name, w in weights.items())
     named = ("architectures", "model_type", "global_rope_theta", "local_rope_theta", "global_attn_every_n_layers")
-    assert {name: config[name] for name in named} == {name: PUBLISHED[name] for name in named}
+    out = is_written_back(base, weights, tmp_path / "out", named)
     stock = transformers.AutoModelForMaskedLM.from_pretrained(out, dtype=torch.float32)
     ours = load_pretrained(base, dtype="float32").model
     torch.testing.assert_close(logits(ours), logits(stock), atol=1e-4, rtol=1e-4)
-
-    run = train_adapter(tmp_path, base, "memory.layer_fraction=0.4", "model.dtype=float32")
-    loaded = load_pretrained(run, dtype="float32")
-    assert (logits(loaded.model) - logits(ours)).abs().max() > 0.01
-    merged = load_pretrained(str(export(run, tmp_path / "merged", dtype="float32")))
-    torch.testing.assert_close(logits(merged.model), logits(loaded.model), atol=1e-4, rtol=1e-4)
-
-    memory, (prompt, end) = memory_of(loaded, {"inner_lr": 10.0}), random_prompts(9, 5)
-    decoder, found = Decoder(loaded, memory=memory), []
-    for texts in ([prompt], [None]):
-        with decoder.recalled(texts):
-            scores = log_likelihoods(loaded.model, list(states(0, prompt, end, 6, seed=0)), 2)
-            found.append((decoder.answers([prompt], 6, whole=True), scores))
-    assert found[0] != found[1], "the memory does something"
-    assert all(len(answer[0]) == 6 for answer, _ in found)
+    is_trained_decoded_and_scored(base, tmp_path, mask=2)
 
 
 def test_the_defaults_are_modernbert_bases():
@@ -153,28 +122,7 @@ def test_a_step_on_transformers_own_model_is_ours(lora, tokenizer, tmp_path):
     """It is what dllm trains, and is taken by the trainer as it is; the same loss and gradients as our class has."""
     stock = transformers.ModernBertForMaskedLM(tiny_config(ENCODER))
     scale_up(stock)
-    ours = tiny(ENCODER)
-    ours.load_state_dict(stock.state_dict())
-    models = [stock, ours]
-    if lora:
-        config, models = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False), []
-        for model in (stock, ours):
-            torch.manual_seed(5)
-            models.append(peft.get_peft_model(model, copy.deepcopy(config)))
-    results = []
-    for model in models:
-        trainer = make_trainer(model, tokenizer, tmp_path, memory_for(ENCODER), gradient_checkpointing=True)
-        loss = trainer.compute_loss(model, train_batch(trainer))
-        loss.backward()
-        results.append((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
-    (loss, gradients), (expected, wanted) = results
-    assert_close_relative(loss, expected, 1e-5)
-    assert gradients.keys() == wanted.keys() and len(wanted) > 15
-    for name, gradient in wanted.items():
-        assert_close_relative(gradients[name], gradient, 1e-3, name)
-    models[0].save_pretrained(tmp_path / "saved")
-    models[1].save_pretrained(tmp_path / "ours")
-    assert weights_of(tmp_path / "saved").keys() == weights_of(tmp_path / "ours").keys()
+    has_our_step(stock, tiny(ENCODER), ENCODER, lora, tokenizer, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
