@@ -44,7 +44,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 # -j is for the commands of a figure, not for two figures, which share commands
 .NOTPARALLEL:
-.PHONY: help venv data demo test test-stacks test-distributed soak reproduce weights $(REPRODUCED) report bench bench-gpu gpu-check lint format clean
+.PHONY: help venv data demo test test-stacks test-distributed tutorial soak reproduce weights $(REPRODUCED) report bench bench-gpu gpu-check lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -75,6 +75,9 @@ test-stacks: venv ## on dllm's versions, the tests of what differs; and each sta
 
 test-distributed: venv ## train in two processes under every engine, against one process (10 minutes)
 	@$(BIN)/python -m pytest tests/training/test_distributed.py tests/training/test_engines.py $(TWO_PEAKS) -m "distributed or not distributed" $(ARGS)
+
+tutorial: venv ## run docs/tutorial.ipynb and compare what it shows (a minute)
+	@$(BIN)/python -m pytest tests/test_tutorial.py -m tutorial -n 0 $(ARGS)
 
 soak: venv ## kill runs 32 times and resume them (8 minutes)
 	@$(BIN)/python -m pytest tests/training/test_killed.py -m soak $(ARGS)
