@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..config import ConfigError, MemoryConfig
 from ..method.bilevel import BilevelStep
 from ..method.losses import NORMS
-from .example_ids import with_example_ids, with_other_prompts
+from .example_ids import prompt_of, with_example_ids, with_other_prompts
 
 #: The losses with φ of the own prompt, and of another one's.
 OF_PROMPTS = ("loss_memory_prompt", "loss_memory_other")
@@ -108,12 +108,16 @@ def check_best_metric(
     """Refuse a metric that no evaluation gives. Only a user's own function knows more of them."""
     if args.metric_for_best_model is None or compute_metrics is not None or isinstance(eval_dataset, dict):
         return
-    known = ["loss"]
+    known, metric = ["loss"], args.metric_for_best_model.removeprefix("eval_")
     if memory.enabled:
         known += ["loss_memory_off", *OF_PROMPTS]
     if memory.enabled or memory.prompt_loss > 0:
         known.append("prompt_nll")
-    if args.metric_for_best_model.removeprefix("eval_") not in known:
+    if "prompt" in metric or "other" in metric:  # of which there are losses where an example has one
+        rows = eval_dataset or ()
+        if not any(len(prompt_of(rows[index])) for index in range(len(rows))):
+            known = [name for name in known if name in ("loss", "loss_memory_off")]
+    if metric not in known:
         raise ConfigError(
             f"training.metric_for_best_model={args.metric_for_best_model!r}: expected one of "
             f"{', '.join(f'eval_{name}' for name in known)}"

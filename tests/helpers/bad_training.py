@@ -69,6 +69,7 @@ BAD_TRAINING: list[tuple[str, ...]] = [
     ("report_to=wandbb", "wandbb", "none, all"), ("report_to=[tensorboard,nothing_such]", "nothing_such"),
     ("report_to=comet_ml", "comet_ml", "installed"),
     ("training.metric_for_best_model=accuracy", "'accuracy': expected one of eval_loss, eval_loss_memory_off"),
+    (f"{METRIC}=eval_loss_memory_prompt data.mask_prompt=false", f"{METRIC}=", "of eval_loss, eval_loss_memory_off"),
     (f"{METRIC}=eval_loss_memory_off memory.enabled=false", f"{METRIC}=", "expected one of eval_loss"),
     ("training.load_best_model_at_end=true data.eval_fraction=0", "load_best_model_at_end=True", "to evaluate on"),
     # folders and the hub
