@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import platform
@@ -54,7 +55,7 @@ def packages() -> list[Finding]:
     except metadata.PackageNotFoundError:
         todo = "what it requires is not known: pip install -e . in its folder"
         return [*found, Finding("dllm-memdlm", "not installed", todo, "–"), *map(Finding, versions, versions.values())]
-    extras = set(about.get_all("Provides-Extra") or []) - {"dev", "dllm" if "dllm" not in versions else ""}
+    extras = set(about.get_all("Provides-Extra") or []) - {"dev", "" if importlib.util.find_spec("dllm") else "dllm"}
     wanted: dict[str, tuple[Requirement, list[str]]] = {}
     for requirement in map(Requirement, about.get_all("Requires-Dist") or []):
         marker, requirement.marker = requirement.marker, None
