@@ -1,7 +1,4 @@
-"""What is installed here, whether a run would work, and which settings exist.
-
-python -m dllm_memdlm.info [--keys | --arguments]
-"""
+"""What is installed, whether a run would work, all settings: `python -m dllm_memdlm.info [--keys | --arguments]`."""
 
 from __future__ import annotations
 

@@ -110,27 +110,21 @@ def step() -> list[Finding]:
     kernels = f"sdpa, {'with' if flash else 'without'} a flash kernel; flash_attention_2 is "
     bf16 = not gpu or torch.cuda.is_bf16_supported(including_emulation=False)
     unseen = f"torch {torch.__version__} sees no GPU: install its build for your driver (pytorch.org)"
+    four_bit = Finding("4 bit", f"yes, by bitsandbytes on {device}")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names faster kernels that could be installed
+    try:  # pack a matrix and unpack it, as a model with `model.load_in_4bit` does
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        dequantize_4bit(*quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4"))
+    except (AttributeError, ImportError, OSError, RuntimeError) as error:  # it is missing, or knows no such device
+        four_bit = Finding("4 bit", "no", f"bitsandbytes does not work on {device}: {one_line(error)}", "–")
     return [
         Finding("training on", device, *((unseen, "–") if not gpu and shutil.which("nvidia-smi") else ())),
         Finding("experts", f"torch's grouped_mm, {'one kernel for all' if whole else 'one product an expert'}"),
         Finding("attention", kernels + ("there" if is_flash_attn_2_available() else "not there")),
         Finding("bf16", "yes" if bf16 else "no", *(() if bf16 else ("set training.bf16=false", "–"))),
-        _four_bit(device),
+        four_bit,
     ]
-
-
-def _four_bit(device: str) -> Finding:
-    """Pack a matrix and unpack it, as a model with `model.load_in_4bit` does."""
-    import torch
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names faster kernels that could be installed
-    try:
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-        dequantize_4bit(*quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4"))
-    except (AttributeError, ImportError, OSError, RuntimeError) as error:  # it is missing, or knows no such device
-        return Finding("4 bit", "no", f"bitsandbytes does not work on {device}: {one_line(error)}", "–")
-    return Finding("4 bit", f"yes, by bitsandbytes on {device}")
 
 
 def hub(seconds: float = 4.0) -> list[Finding]:
@@ -138,9 +132,8 @@ def hub(seconds: float = 4.0) -> list[Finding]:
     import huggingface_hub
     from huggingface_hub import constants
 
-    token = Finding("hub token", "there")
-    if huggingface_hub.get_token() is None:
-        token = Finding("hub token", "none", "for gated models and push_to_hub: hf auth login, or HF_TOKEN", "–")
+    how = "for gated models and push_to_hub: hf auth login, or HF_TOKEN"
+    token = Finding("hub token", *(("there",) if huggingface_hub.get_token() else ("none", how, "–")))
     if constants.HF_HUB_OFFLINE:
         return [Finding("hub", f"{constants.ENDPOINT} is not asked (HF_HUB_OFFLINE)"), token]
     answers: queue.SimpleQueue[str] = queue.SimpleQueue()
