@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 import platform
 import queue
@@ -111,7 +110,6 @@ def step() -> list[Finding]:
     bf16 = not gpu or torch.cuda.is_bf16_supported(including_emulation=False)
     unseen = f"torch {torch.__version__} sees no GPU: install its build for your driver (pytorch.org)"
     four_bit = Finding("4 bit", f"yes, by bitsandbytes on {device}")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names faster kernels that could be installed
     try:  # pack a matrix and unpack it, as a model with `model.load_in_4bit` does
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
