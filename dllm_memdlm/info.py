@@ -1,10 +1,11 @@
-"""What is installed here and which settings exist: `python -m dllm_memdlm.info [--keys | --arguments]`."""
+"""What is installed, whether a run would work, all settings: `python -m dllm_memdlm.info [--keys | --arguments]`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .config import DataConfig, LoraConfig, MemoryConfig, ModelConfig, declared
-from .machine import devices, package_versions
+from .machine import Finding, devices, hub, one_line, packages, step
 
 #: Recipe sections and the dataclasses that declare their keys; those of `training` are for the most part transformers'.
 SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "lora": LoraConfig, "memory": MemoryConfig}
@@ -68,9 +69,33 @@ def keys_table(keys: list[Key], title: str) -> Table:
     return table
 
 
+def findings() -> list[Finding]:
+    """Return what is installed here, what is in use, what a step runs on, and the hub."""
+    found = packages()
+    try:
+        from .compat.dllm_api import DLLM_COMMIT, commit, describe  # imports torch and, where it is installed, dllm
+
+        used = Finding("using", describe(), f"commit {commit()}, tested with {DLLM_COMMIT}" if commit() else "")
+        return [*found, used, *(Finding("device", line) for line in devices()), *step(), *hub()]
+    except (AttributeError, ImportError, RuntimeError) as error:  # what is required is not there, or is too old
+        return [*found, Finding("using", "nothing", f"mend what is above; {one_line(error)}", "✗")]
+
+
+def show(found: list[Finding], console: Console) -> None:
+    """Print a table on a terminal, and lines elsewhere."""
+    table = Table("name", "found", "needed, or what to do")
+    for name, what, note, mark in found:
+        remark = " ".join(filter(None, (mark, note)))
+        table.add_row(name, what, remark, style="red" if mark == "✗" else None)
+        if not console.is_terminal:
+            console.print(f"{name:<13} {what}{remark and f'  {remark}'}", soft_wrap=True)
+    if console.is_terminal:
+        console.print(table)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `memdlm info` and return its exit code."""
-    parser = argparse.ArgumentParser(prog="memdlm info", description="Show versions, devices and recipe keys.")
+    parser = argparse.ArgumentParser(prog="memdlm info", description="Show what is installed, or all settings.")
     parser.add_argument("--keys", action="store_true", help="list every key a recipe can set, with its default")
     parser.add_argument("--arguments", action="store_true", help="list what lm_eval's --model_args can set")
     args = parser.parse_args(argv)
@@ -82,11 +107,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(keys_table(recipe_keys(), "Recipe keys"))
         console.print("The `training` section takes the fields of dllm_memdlm.MemDLMConfig, documented there.")
     else:
-        from .compat.dllm_api import describe  # imports torch and, where it is installed, dllm
-
-        lines = [*package_versions().items(), ("using", describe()), *(("device", line) for line in devices())]
-        for name, what in lines:
-            console.print(f"{name:<13} {what}", soft_wrap=True)
+        found = findings()
+        show(found, console)
+        if failing := [finding.name for finding in found if finding.mark == "✗"]:
+            print(f"error: a run would fail; see ✗ above: {', '.join(failing)}", file=sys.stderr)
+            return 1
     return 0
 
 

@@ -65,5 +65,10 @@ class SiteWeights(NamedTuple):
         """(α/r)·B·A, or the full-size difference: what it is to add them to the layer's weights [(E,) S, out, in]."""
         return self.up * self.scaling if self.down is None else (self.up * self.scaling) @ self.down
 
+    def squared_norm(self) -> Tensor:
+        """Return |difference|² of each matrix [(E,) S], by products of the size of the rank."""
+        squares = self.up.square() if self.down is None else (self.up.mT @ self.up) * (self.down @ self.down.mT)
+        return squares.sum((-2, -1)) * self.scaling**2
+
     def _matrices(self) -> Iterable[Tensor]:
         return (self.up,) if self.down is None else (self.down, self.up)

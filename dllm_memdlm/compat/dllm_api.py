@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
+import subprocess
 import warnings
+from pathlib import Path
 
 #: The dllm commit that the bundled subset follows and the contract tests compare with.
 DLLM_COMMIT = "ca176752"
@@ -55,6 +58,15 @@ def describe() -> str:
     return _description
 
 
+def commit() -> str:
+    """Return the commit of the dllm in use, eight digits; nothing where it is no git checkout."""
+    folder = Path(_spec.origin).parents[1] if HAS_DLLM else None
+    if folder is None or not (folder / ".git").exists() or shutil.which("git") is None:
+        return ""
+    git = ["git", "-C", str(folder), "rev-parse", "--short=8", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+
+
 __all__ = [
     "DLLM_COMMIT",
     "HAS_DLLM",
@@ -67,6 +79,7 @@ __all__ = [
     "MDLMConfig",
     "MDLMTrainer",
     "NoAttentionMaskWrapper",
+    "commit",
     "describe",
     "make_alpha_scheduler",
     "prepend_bos",

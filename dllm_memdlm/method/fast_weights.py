@@ -66,6 +66,12 @@ class FastWeights:
             return SiteWeights(None, self.tensors[f"{name}.delta"], self.scaling)
         return SiteWeights(self.tensors[f"{name}.A"], self.tensors[f"{name}.B"], self.scaling)
 
+    def norm(self) -> Tensor:
+        """Return the size of φ [S]: the Frobenius norm of all that it adds to a sample's layers."""
+        names = dict.fromkeys(name.rpartition(".")[0] for name in self.tensors)
+        squares = [self.site(name).squared_norm().view(-1, self.samples) for name in names]
+        return torch.cat(squares).sum(0).clamp_min(0).sqrt()
+
     def leaves(self) -> FastWeights:
         """Return the same values as leaves of a new graph."""
         return FastWeights({k: v.detach().requires_grad_() for k, v in self.tensors.items()}, self.scaling)

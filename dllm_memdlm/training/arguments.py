@@ -10,7 +10,7 @@ import torch
 import transformers
 from pydantic import Field
 from torch import nn
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..compat.dllm_api import MDLMConfig
@@ -35,6 +35,7 @@ class MemDLMConfig(MDLMConfig):
     engine: Literal[engines.ENGINES] = knob("auto", "what shares the work; auto is the launcher's choice, else DDP")
     # by a function, as HfArgumentParser takes no other default of a list
     report_to: str | list[str] = field(default_factory=lambda: "none", metadata={"help": "trackers that get the logs"})
+    trackio_space_id: str | None = knob(None, "Space of the hub that trackio's logs go to; none: they stay here")
     save_only_model: bool = knob(False, "leave out of checkpoints what a resume needs")
     remove_unused_columns: bool = knob(False, "drop columns that the model does not take; the collator needs them")
     logging_first_step: bool = knob(True, "log the first step too")
@@ -43,6 +44,8 @@ class MemDLMConfig(MDLMConfig):
         None, "logits at position i predict token i + 1; none: as the architecture has it, which Dream's do"
     )
     ddp_find_unused_parameters: bool | None = knob(False, "experts without a token get a gradient of zeros anyway")
+
+    noted: ClassVar[dict[str, Any]] = {}  #: what trackers note beside these; the trainer sets the memory's settings
 
     #: Types narrower than transformers' own: what it would take without a word, and then train wrongly or end in a
     #: traceback. Ranges of the optimizer's other arguments are the optimizer's to check.
@@ -73,6 +76,10 @@ class MemDLMConfig(MDLMConfig):
         "gradient_accumulation_steps": Count,
         "save_safetensors": Annotated[Literal[True], Field(description="true; weights are saved as nothing else")],
     }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what trackers note of a run: these arguments, and what is in `noted`."""
+        return {**super().to_dict(), **self.noted}
 
     def __post_init__(self) -> None:
         check_types(self, "training")
@@ -105,8 +112,10 @@ def _check_trackers(args: MemDLMConfig) -> None:
     """Refuse trackers that are not there, which the trainer would do once the model is loaded."""
     usable = get_available_reporting_integrations()
     others = ("azure_ml", "flyte")  # which that function does not name
-    there = all(name in (*usable, *others) for name in args.report_to)
-    require("training", args, "report_to", there, f"none, all, or of those that are installed: {', '.join(usable)}")
+    missing = [name for name in args.report_to if name not in (*usable, *others)]
+    how = "".join(f"; for {name}: pip install {name}" for name in missing if name in INTEGRATION_TO_CALLBACK)
+    accepted = f"none, all, or of those that are installed: {', '.join(usable)}{how}"
+    require("training", args, "report_to", not missing, accepted)
 
 
 def _check_optimizer(args: MemDLMConfig) -> None:

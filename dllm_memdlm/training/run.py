@@ -114,6 +114,8 @@ def build_trainer(recipe: Recipe) -> MemDLMTrainer:
     digest = None if recipe.data.streaming else digest_of(examples.train)
     trainer.made_of |= {"data": {"examples": digest, **kept}, "weights": _weights_of(recipe)}
     trainer.beside_checkpoints += [recipe.save, write_run_card]
+    if examples.eval is not None:
+        trainer.add_callback(_LastEvaluation())
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(_Progress())
     return trainer
@@ -223,6 +225,14 @@ def _place(value: Any) -> Any:
     if isinstance(value, str) and (path := Path(value).expanduser()).exists():
         return str(path.resolve())
     return value
+
+
+class _LastEvaluation(transformers.TrainerCallback):
+    """Evaluates at the last step. Trackers end with the training, and would begin another run for what comes later."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps and args.eval_strategy != IntervalStrategy.EPOCH:
+            control.should_evaluate = True
 
 
 class _Progress(ProgressCallback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import datasets
@@ -34,7 +35,8 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
 
     Both see the same noise for the same seed. Beside dllm's logs there are, with memory on: `loss_memory_off` (the
     train loss of one micro-batch with the fast weights discarded), `inner_loss_k` and `inner_grad_norm_k` of each
-    inner step, and `nonfinite_samples`, the samples that fell back to no fast weights since the last log; with
+    inner step, `fast_weights_norm` (the size of φ; of that micro-batch, too), and `nonfinite_samples`, the samples that
+    fell back to no fast weights since the last log; with
     `memory.prompt_loss` `prompt_nll`; and in an evaluation the losses of `Evaluation`.
 
     Args:
@@ -94,6 +96,7 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
                 f"training.dataloader_num_workers={args.dataloader_num_workers}: expected 0 or 1 for streaming data, "
                 "whose examples each worker would number from 0"
             )
+        args.noted = {f"memory.{name}": value for name, value in dataclasses.asdict(memory).items()}
         check_best_metric(args, memory, eval_dataset, kwargs.get("compute_metrics"))
         self.mask_token_id = tokenizer.mask_token_id
         if isinstance(self.data_collator, AnchorTrajectoryCollator):
@@ -258,6 +261,7 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
         self._train_log.count("nonfinite_samples", (~written.finite).sum())
         last = self.state.global_step + 1
         if self.accelerator.sync_gradients and (last % self.state.logging_steps == 0 or last == 1):
+            self._train_log.add("fast_weights_norm", written.fast_weights.norm(), written.finite)
             # One sample for each log. Its dropout draws must not move those of training.
             device = self.args.device
             with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):

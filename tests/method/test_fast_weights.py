@@ -176,3 +176,14 @@ def test_a_sample_that_is_not_finite_stays_where_it_is(clip, bad, where):
     for s in range(5):
         ours, theirs = moved.select([s]), (fast if s == 2 else expected).select([s])
         assert all(torch.equal(value, theirs.tensors[name]) for name, value in ours.tensors.items())
+
+
+@both_kinds
+def test_the_size_is_that_of_what_is_added_to_the_layers(kind):
+    config = MemoryConfig(kind=kind, rank=4, alpha=12)
+    fast = FastWeights.initial([DENSE, EXPERTS], config, KEYS[:3], torch.device("cpu"))
+    assert torch.equal(fast.norm(), torch.zeros(3)), "φ0 adds nothing"
+    written = FastWeights({name: torch.randn_like(value) for name, value in fast.tensors.items()}, fast.scaling)
+    added = [written.site(shape.name).difference() for shape in (DENSE, EXPERTS)]  # [S, out, in], [E, S, out, in]
+    expected = torch.stack([torch.cat([d[..., i, :, :].flatten() for d in added]).norm() for i in range(3)])
+    torch.testing.assert_close(written.norm(), expected)

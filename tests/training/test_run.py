@@ -72,37 +72,6 @@ def test_the_summary_and_the_progress_are_readable(recipe_file, tmp_path, capsys
     assert out.endswith(f"saved to {tmp_path}\n")
 
 
-def test_tensorboard_writes_events(recipe_file, tmp_path):
-    pytest.importorskip("tensorboard", reason="needs tensorboard: pip install 'dllm-memdlm[tensorboard]'")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run.train(recipe_for(recipe_file, tmp_path, "training.report_to=tensorboard", "training.max_steps=2"))
-    (events,) = tmp_path.rglob("events.out.tfevents.*")
-    accumulator = EventAccumulator(str(events.parent))
-    accumulator.Reload()
-    assert {"train/loss_memory_off", "train/inner_loss_1", "eval/loss_memory_off"} <= set(accumulator.Tags()["scalars"])
-    losses = [log["loss"] for log in logs_of(tmp_path) if "loss" in log]
-    assert [scalar.value for scalar in accumulator.Scalars("train/loss")] == pytest.approx(losses)
-
-
-def test_wandb_writes_an_offline_run(recipe_file, tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb", reason="needs wandb: pip install 'dllm-memdlm[wandb]'")
-    for name in ("DIR", "CACHE_DIR", "CONFIG_DIR", "DATA_DIR"):
-        monkeypatch.setenv(f"WANDB_{name}", str(tmp_path))
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.delenv("WANDB_DISABLED", raising=False)
-    try:
-        run.train(recipe_for(recipe_file, tmp_path / "run", "training.report_to=wandb", "training.max_steps=2"))
-        assert wandb.run is not None
-        summary = dict(wandb.run.summary)
-    finally:
-        wandb.finish()
-        wandb.teardown()
-    assert {"train/loss", "train/loss_memory_off", "eval/loss", "eval/loss_memory_off"} <= summary.keys()
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-
-
 def test_a_lora_run_on_a_saved_model_leaves_a_peft_adapter(finished, recipe_file, tmp_path):
     """From the folder of the first run: its tokenizer and weights are found; the adapter is PEFT's, and no more."""
     overrides = [f"model.path={finished}", "model.architecture=null", "training.max_steps=3"]
