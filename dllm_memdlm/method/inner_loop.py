@@ -1,9 +1,9 @@
 """Parametric Memory (section 3): the inner loop that writes fast weights, and the model with them in place.
 
-    memory = ParametricMemory(model, config, mask_token_id=...)
-    written = memory.write(trajectory)
-    with memory.holding(written.fast_weights):
-        logits = model(input_ids=x).logits
+memory = ParametricMemory(model, config, mask_token_id=...)
+written = memory.write(trajectory)
+with memory.holding(written.fast_weights):
+    logits = model(input_ids=x).logits
 """
 
 from __future__ import annotations

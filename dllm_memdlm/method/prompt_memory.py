@@ -1,8 +1,8 @@
 """Memory at inference (section 3.4): fast weights written on a prompt, and kept while its answer is decoded.
 
-    prompts = PromptMemory(ParametricMemory(model, at_inference(config), mask_token_id))
-    with prompts.recalled([prompt_ids, …]):
-        answers = sampler.sample([prompt_ids, …])
+prompts = PromptMemory(ParametricMemory(model, at_inference(config), mask_token_id))
+with prompts.recalled([prompt_ids, …]):
+    answers = sampler.sample([prompt_ids, …])
 """
 
 from __future__ import annotations

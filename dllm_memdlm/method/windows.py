@@ -1,6 +1,6 @@
 """A prompt as the inner loop reads it: whole (section 3.4), or window after window (ours), which has no longest text.
 
-    texts ─► the windows of each ─► one Trajectory a window, all rows side by side ─► ParametricMemory.write_all ─► φ
+texts ─► the windows of each ─► one Trajectory a window, all rows side by side ─► ParametricMemory.write_all ─► φ
 """
 
 from __future__ import annotations

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 #: `](target#anchor)`; targets of other schemes are none of ours.
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:)([^)#\s]*)(#[^)\s]*)?(?=\))")
-#: What a file says of itself: its docstring or its first comment.
-FIRST_LINE = re.compile(r'(?:"""|# )(.*?)(?:""")?\n')
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".patch": "diff", ".sbatch": "bash"}
 
 
@@ -88,13 +86,22 @@ def source_page(path: str, sources: set[str]) -> str:
     rows = []
     for part in sorted(place.iterdir()):
         inside = part.relative_to(ROOT).as_posix()
+        row = f"`{part.name}`{about(part)}"
         if inside in sources:
-            rows.append(f"- [`{part.name}`]({os.path.relpath(source_uri(inside), os.path.dirname(source_uri(path)))})")
-        elif part.name != "__pycache__":
-            rows.append(f"- `{part.name}`")
-        if part.is_file() and (about := FIRST_LINE.match(part.read_text())):
-            rows[-1] += f": {about[1]}"
+            link = os.path.relpath(source_uri(inside), os.path.dirname(source_uri(path)))
+            row = f"[`{part.name}`]({link}){about(part)}"
+        if part.name != "__pycache__":
+            rows.append(f"- {row}")
     return head + "\n".join(rows) + "\n"
+
+
+def about(path: Path) -> str:
+    """Return what a file says of itself, after a colon: its docstring, or the comment after its command."""
+    if path.is_dir():
+        return ""
+    first = (line.strip('# "') for line in path.read_text().splitlines()[:3] if line.startswith(("# ", '"""')))
+    said = next((line for line in first if line and path.name not in line), None)
+    return f": {said}" if said else ""
 
 
 def keys_page() -> str:
@@ -125,6 +132,6 @@ transformers' `TrainingArguments`, and some more.
 
 def table(keys: Iterable[Key]) -> str:
     """Return keys as a Markdown table."""
-    rows = [(f"`{key.name}`", key.type, f"`{key.default}`", html.escape(key.help, quote=False)) for key in keys]
-    lines = [("key", "type", "default", "meaning"), ("---",) * 4, *rows]
+    rows = [(f"`{key.name}`", html.escape(key.help, quote=False), f"`{key.default}`", key.type) for key in keys]
+    lines = [("key", "meaning", "default", "type"), ("---",) * 4, *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
