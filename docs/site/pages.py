@@ -31,12 +31,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
     from mkdocs.structure.files import File
 
-    pages = {"index.md": (ROOT / "README.md").read_text(), "keys.md": keys_page()}
+    pages = {"index.md": (ROOT / "README.md").read_text(encoding="utf-8"), "keys.md": keys_page()}
     written = {file.src_uri: file.content_string for file in files.documentation_pages()} | pages
     linked: set[str] = set()
     for uri, text in written.items():
         linked |= {in_repository(uri, target) for target, _ in LINK.findall(text)}
-    sources = {path for path in linked if path != "README.md" and not path.startswith("docs/")}
+    outside = {path for path in linked if path != "README.md" and not path.startswith("docs/")}
+    sources = {path for path in outside if (ROOT / path).exists()}  # MkDocs names the pages whose links lead nowhere
     pages |= {source_uri(path): source_page(path, sources) for path in sources}
     for uri, text in pages.items():
         files.append(File.generated(config, uri, content=text))
@@ -74,24 +75,19 @@ def source_uri(path: str) -> str:
 
 
 def source_page(path: str, sources: set[str]) -> str:
-    """Return a page that shows a file, or lists the files of a folder; those among `sources` have a page, too.
-
-    Raises:
-        FileNotFoundError: there is no such file or folder.
-    """
+    """Return a page that shows a file, or lists the files of a folder; those among `sources` have a page, too."""
     place = ROOT / path
     head = f"---\ntitle: {place.name}\nsearch: {{exclude: true}}\n---\n# `{path}`\n\n"
     if place.is_file():
-        return f"{head}````{LANGUAGES.get(place.suffix, 'text')}\n{place.read_text()}\n````\n"
+        text = place.read_text(encoding="utf-8")
+        return f"{head}````{LANGUAGES.get(place.suffix, 'text')}\n{text}\n````\n"
     rows = []
     for part in sorted(place.iterdir()):
-        inside = part.relative_to(ROOT).as_posix()
-        row = f"`{part.name}`{about(part)}"
+        inside, name = part.relative_to(ROOT).as_posix(), f"`{part.name}`"
         if inside in sources:
-            link = os.path.relpath(source_uri(inside), os.path.dirname(source_uri(path)))
-            row = f"[`{part.name}`]({link}){about(part)}"
-        if part.name != "__pycache__":
-            rows.append(f"- {row}")
+            name = f"[{name}]({os.path.relpath(source_uri(inside), os.path.dirname(source_uri(path)))})"
+        if not part.name.startswith((".", "__pycache__")):
+            rows.append(f"- {name}{about(part)}")
     return head + "\n".join(rows) + "\n"
 
 
@@ -99,9 +95,10 @@ def about(path: Path) -> str:
     """Return what a file says of itself, after a colon: its docstring, or the comment after its command."""
     if path.is_dir():
         return ""
-    first = (line.strip('# "') for line in path.read_text().splitlines()[:3] if line.startswith(("# ", '"""')))
-    said = next((line for line in first if line and path.name not in line), None)
-    return f": {said}" if said else ""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[:3]
+    said = [line.strip('# "') for line in lines if line.startswith(("# ", '"""'))]
+    said = [line for line in said if line and path.name not in line]
+    return f": {said[0]}" if said else ""
 
 
 def keys_page() -> str:
