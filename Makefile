@@ -103,7 +103,7 @@ bench-gpu: venv ## LLaDA-MoE and LLaDA2.1 at full size with random weights, on a
 	@$(BIN)/python -m benchmarks.full_size $(ARGS)
 
 # (With --quiet mkdocs counts no warnings, so that --strict never fails.)
-docs: $(DOCS_STAMP) ## build the site of these pages, build/docs/index.html; a broken link fails it (half a minute)
+docs: $(DOCS_STAMP) ## build the site of these pages, build/docs/index.html; a broken link fails it (15 s of CPU)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 $(DOCS_STAMP): $(STAMP)
