@@ -44,7 +44,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 # -j is for the commands of a figure, not for two figures, which share commands
 .NOTPARALLEL:
-.PHONY: help venv data demo test test-stacks test-distributed soak reproduce weights $(REPRODUCED) report bench bench-gpu gpu-check lint format wheel lock clean
+.PHONY: help venv data demo test test-stacks test-distributed soak reproduce weights $(REPRODUCED) report bench bench-gpu gpu-check lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -108,6 +108,8 @@ lint: venv ## check style and format
 format: venv ## fix what ruff can fix
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
+
+.PHONY: wheel lock
 
 wheel: ## build into dist/, and try the wheel in a new environment and a folder that is no checkout (5 minutes)
 	@.ci/wheel $(PYTHON)
