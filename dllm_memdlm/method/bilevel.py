@@ -1,7 +1,7 @@
 """One MemDLM step up to its loss (section 3.1), or plain MDLM's: what a trainer runs, and what `--dry-run` counts.
 
-anchor x_t ─► prefix ─┬─ with gradient ─► suffix with φ_K in place ─► Σ w(t) · NLL, the outer loss
-                      └─ detached ─► inner loop over the trajectory ─► φ_K
+    anchor x_t ─► prefix ─┬─ with gradient ─► suffix with φ_K in place ─► Σ w(t) · NLL, the outer loss
+                          └─ detached ─► inner loop over the trajectory ─► φ_K
 
 With `memory.source: prompt` the inner loop runs over the windows of the prompt instead, as it does in use.
 """
