@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import configparser
 import importlib.util
-import json
 import re
 import shutil
 import subprocess
@@ -88,19 +87,15 @@ def test_the_source_distribution_holds_what_it_takes_to_build(built):
     assert names - made == files_below("dllm_memdlm") | USERS_RECIPES | top
 
 
-@pytest.mark.slow
 def test_recipes_have_names_in_a_folder_that_is_no_checkout(built, tmp_path):
-    """The wheel unpacked, as pip does. `make wheel` installs it in an environment of its own."""
+    """The wheel unpacked, as pip does. `make wheel` installs it in an environment of its own, and trains."""
     (wheel,) = built.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = "import json; from dllm_memdlm.training import shipped as s; print(json.dumps([str(s.FOLDER), s.names()]))"
     names = sorted(path.stem for path in ROOT.glob("recipes/*.yaml"))
     assert printed(run("-c", code, paths=(tmp_path,))) == [str(tmp_path / "dllm_memdlm/training/recipes"), names]
-    (tmp_path / "rows.jsonl").write_text((json.dumps({"instruction": "Who?", "output": "I."}) + "\n") * 4)
-    (tmp_path / "my.yaml").write_text("{extends: recipe:tiny_llada2, data: {dataset: rows.jsonl, eval_size: 1}}\n")
-    done = run("-m", "dllm_memdlm.cli", "train", "my.yaml", "--dry-run", paths=(tmp_path,))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.endswith("nothing is missing\n") and "architecture: LLaDA2MoeModelLM" in done.stdout
+    done = run("-m", "dllm_memdlm.cli", "recipes", "copy", "tiny_llada2", "mine", paths=(tmp_path,))
+    assert done.stdout.split() == ["mine/tiny_llada2.yaml", "mine/base/tiny.yaml"], done.stderr
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
