@@ -121,6 +121,14 @@ format: venv ## fix what ruff can fix
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
+.PHONY: wheel lock
+
+wheel: ## build into dist/, and try the wheel in a new environment and a folder that is no checkout (5 minutes)
+	@.ci/wheel $(PYTHON)
+
+lock: ## write uv.lock anew, with the versions of constraints.txt (needs uv)
+	@grep -v '^#' constraints.txt | sed 's/^/--upgrade-package=/' | tr '\n' '\0' | xargs -0 uv lock
+
 clean: ## remove .venv, build files and caches; keeps runs/
 	@rm -rf .venv .venv-dllm build dist *.egg-info .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

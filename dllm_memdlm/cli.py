@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": "ask a model about a document",
     "evaluate": "lm-evaluation-harness, with the model `memdlm`",
     "export": "write a plain checkpoint, with the adapter in its weights, or a memory as an adapter",
+    "recipes": "list or copy the recipes that come with the package",
     "info": "versions, devices, and all settings",
 }
 

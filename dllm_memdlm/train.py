@@ -2,6 +2,7 @@
 
 accelerate launch -m dllm_memdlm.train recipes/tiny_llada2.yaml
 accelerate launch -m dllm_memdlm.train recipes/llada2_mini.yaml memory.inner_lr=0.05 --dry-run
+accelerate launch -m dllm_memdlm.train recipe:llada2_mini       # the same, in any folder
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .config import ConfigError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `memdlm train` and return its exit code."""
     parser = argparse.ArgumentParser(prog="memdlm train", description="Train a recipe.")
-    parser.add_argument("recipe", help="recipe file (YAML)")
+    parser.add_argument("recipe", help="recipe file (YAML), or recipe:NAME of those that `memdlm recipes list` shows")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     parser.add_argument("--dry-run", action="store_true", help="show what would be trained, and what is missing")

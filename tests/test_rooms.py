@@ -10,7 +10,7 @@ import dllm_memdlm
 #: From the ground up: a module imports what is named before it, or is in the same room.
 ROOMS = (
     *("__init__", "config", "cli", "versions", "machine", "compat", "backbones", "data", "method", "training"),
-    *("inference", "evaluation", "info", "generate", "export", "evaluate", "train"),
+    *("inference", "evaluation", "info", "generate", "export", "evaluate", "recipes", "train"),
 )
 PACKAGE = Path(dllm_memdlm.__file__).parent
 

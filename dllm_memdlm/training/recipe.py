@@ -1,6 +1,6 @@
 """A recipe: one YAML file that names a model, its LoRA, the data, the memory and the training arguments.
 
-    extends: llada2_mini.yaml        # optional: start from another recipe, relative to this one
+    extends: llada2_mini.yaml        # optional: start from another recipe, relative to this one, or recipe:llada2_mini
     memory: {inner_lr: 0.05}         # and change what differs
 
 Command-line overrides (`memory.inner_lr=0.05`) come last. An unknown key is refused with the nearest known one.
@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..config import ConfigError, DataConfig, LoraConfig, MemoryConfig, ModelConfig, refuse_unknown
+from . import shipped
 from .arguments import MemDLMConfig
 
 #: The file that stands beside every checkpoint.
@@ -61,21 +62,22 @@ class Recipe:
 
 
 def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file, what it extends, and command-line overrides.
+    """Read a recipe file, or `recipe:NAME`, what it extends, and command-line overrides.
 
     Raises:
         ConfigError: a file cannot be read, a key is unknown, a value is of the wrong type or out of range. The message
             names the file.
     """
+    file = shipped.find(path)
     try:
-        return build_recipe(resolve(path, overrides), default_output_dir=f"runs/{Path(path).stem}")
+        return build_recipe(resolve(file, overrides), default_output_dir=f"runs/{file.stem}")
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
 def resolve(path: str | os.PathLike, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Return the plain values of a recipe, with `extends` followed and overrides applied. Raises ConfigError."""
-    merged = _read(Path(path), seen=())
+    merged = _read(shipped.find(path), seen=())
     for override in overrides:
         if not override.partition("=")[0] or "=" not in override:
             raise ConfigError(f"override {override!r}: expected section.key=value, such as memory.inner_lr=0.05")
@@ -115,7 +117,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     base = content.pop("extends", None)
     if not isinstance(base, str | None):
         raise ConfigError(f"extends={base}: expected a file name")
-    return content if base is None else _merge(_read(path.parent / base, (*seen, path)), content)
+    return content if base is None else _merge(_read(shipped.find(base, path.parent), (*seen, path)), content)
 
 
 def build_recipe(values: dict[str, Any], default_output_dir: str | None = None) -> Recipe:
