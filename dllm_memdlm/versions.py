@@ -124,23 +124,36 @@ def config_values(values: dict[str, Any], config_class: type[PretrainedConfig]) 
 
     transformers 5 puts all about rotary positions under `rope_parameters`. Classes of 4.57, and the bundled ones, would
     keep that key without reading it, and turn positions by their default frequency.
+
+    Raises:
+        ValueError: those words have no way to say it.
     """
-    old, known = _old_rope(values), inspect.signature(config_class.__init__).parameters
-    if not old or not known.keys() & {"rope_theta", *MODERNBERT}:
+    if values.get("local_rope_theta", ...) is None:  # as 4.57 saves that there is one base; 5 does not know it
+        values = {**values, "local_rope_theta": values.get("global_rope_theta")}
+    if not inspect.signature(config_class.__init__).parameters.keys() & {"rope_theta", *MODERNBERT}:
         return values
-    return {key: value for key, value in values.items() if key != "rope_parameters"} | old
+    old = _old_rope(values)
+    return {key: value for key, value in values.items() if key != "rope_parameters"} | old if old else values
 
 
 def _old_rope(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of rotary positions that transformers 5 has written, in the words of 4."""
+    """Return the settings of rotary positions that transformers 5 has written, in the words of 4.
+
+    Raises:
+        ValueError: those are too few.
+    """
     rope = values.get("rope_parameters")
     if not isinstance(rope, dict):
         return {}
     if "full_attention" in rope:  # of a ModernBERT
         kinds = [kind == "full_attention" for kind in values.get("layer_types", ())]
-        every = next((index for index, full in enumerate(kinds) if full and index), len(kinds))
-        bases = (rope[kind]["rope_theta"] for kind in ("full_attention", "sliding_attention"))
-        return dict(zip(MODERNBERT, (*bases, every), strict=True))
+        every = next((index for index, full in enumerate(kinds) if full and index), max(1, len(kinds)))
+        both = [rope.get(f"{kind}_attention", {}) for kind in ("full", "sliding")]
+        if kinds != [index % every == 0 for index in range(len(kinds))]:
+            raise ValueError(f"layer_types={values['layer_types']}: expected a full_attention every so many layers")
+        if any(own.get("rope_type", "default") != "default" for own in both):
+            raise ValueError(f"rope_parameters={rope}: expected the default rope_type")
+        return dict(zip(MODERNBERT, (*(own.get("rope_theta") for own in both), every), strict=True))
     names = ("rope_theta", "partial_rotary_factor")
     scaling = {key: value for key, value in rope.items() if key not in names}
     scaled = scaling.get("rope_type", "default") != "default"
@@ -159,7 +172,10 @@ def readable_by_both(folder: str | os.PathLike) -> None:
 
 
 def _both_configs(values: dict[str, Any]) -> dict[str, Any]:
-    return values | _old_rope(values)
+    try:
+        return values | _old_rope(values)
+    except ValueError:
+        return values
 
 
 def _both_tokenizers(values: dict[str, Any]) -> dict[str, Any]:

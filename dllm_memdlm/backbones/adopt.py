@@ -107,7 +107,7 @@ def _make_modernbert(model: nn.Module) -> None:
     try:
         take_layers(model)
     except ValueError as error:
-        raise ConfigError(f"model of dllm's: {error}") from error
+        raise ConfigError(f"model: {error}") from error
     if model.config._attn_implementation != "eager":  # transformers 4 chooses another wherever it is installed
         model.config._attn_implementation = "sdpa"
 

@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 #: CUDA's kernel takes fewer than 1,024 groups. Fast weights have as many as experts times samples.
 MAX_GROUPS = 1023
 
-#: On a GPU only bfloat16 has a kernel, for capabilities 9 and 10. Otherwise torch loops over the groups, and waits for their ends.
+#: On a GPU only bfloat16 has a kernel, for capabilities 9 and 10. Otherwise torch loops over the groups, and waits for
+#: their ends.
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

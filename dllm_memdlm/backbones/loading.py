@@ -115,7 +115,8 @@ def build_config(cls: type[PretrainedConfig], dimensions: dict[str, Any]) -> Pre
     defaults = cls().to_dict()
     known = {*defaults, *cls.attribute_map}
     known |= {"rope_theta", "rope_scaling", *MODERNBERT}  # which transformers 5 takes, and keeps under other names
-    dimensions = config_values(dimensions, cls)
+    with _refusing("model.dimensions", dict.fromkeys(REFUSED, f"they make no {cls.__name__} ({{}})")):
+        dimensions = config_values(dimensions, cls)
     for name in dimensions:
         if name not in known:
             raise ConfigError(f"model.dimensions.{name}: not a field of {cls.__name__}")

@@ -161,11 +161,12 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Mapping[str, 
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """Return what tokens say, without special ones, up to a text that ends a turn.
+    """Return what tokens say, without special ones. Spaces stay: tidying them is up to the release otherwise."""
+    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    Spaces stay: tidying them is up to the release otherwise.
-    """
-    text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+def turn_of(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """Return an answer up to the text that ends a turn, where that is no token: BERT's `[/Answer]`."""
     end = getattr(tokenizer, "turn_end", None)
     return text if end is None else text.partition(end)[0]
 

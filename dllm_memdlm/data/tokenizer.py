@@ -46,6 +46,9 @@ CHAT_TEMPLATE = """\
 # What dllm writes a chat as for BERTs, whose tokenizers have no template, and none of these as tokens.
 BERT_MASK, BERT_TURN_END = "[MASK]", "[/Answer]"
 BERT_TEMPLATE = r"""{%- for message in messages -%}
+    {%- if message.role not in ('system', 'user', 'assistant') -%}
+        {{- raise_exception('unknown role ' ~ message.role ~ ': expected system, user or assistant') -}}
+    {%- endif -%}
     {%- set marks = {'system': ['[SYS]', '[/SYS]'], 'user': ['[Question]', '[/Question]'],
                      'assistant': ['[Answer]', '[/Answer]']}[message.role] -%}
     {{- marks[0] ~ '\n' ~ message.content | trim ~ '\n' ~ marks[1] ~ '\n\n' -}}

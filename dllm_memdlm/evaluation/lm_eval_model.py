@@ -22,7 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.encoding import decode_text
+from ..data.encoding import decode_text, turn_of
 from ..inference.arguments import parse
 from .batching import Batches
 from .generation import Prompt, cut, in_order, read_prompts, share_prefixes
@@ -73,7 +73,7 @@ class MemDLMEvalLM(LM):
             share_prefixes(prompts)  # of this process alone: others may have theirs from lm-eval's cache
         answers = [""] * len(prompts)
         for prompt, answer in self._answers(prompts, "decoding", disable_tqdm):
-            text = cut(decode_text(self.tokenizer, answer), prompt.stops)
+            text = cut(turn_of(self.tokenizer, decode_text(self.tokenizer, answer)), prompt.stops)
             answers[prompt.number] = text
             self.cache_hook.add_partial("generate_until", arguments[prompt.number], text)
         self._report()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jinja2
 
 from ..config import ConfigError
-from ..data.encoding import Encoder, decode_text
+from ..data.encoding import Encoder, decode_text, turn_of
 from ..method.prompt_memory import shared_length
 from .decoding import Decoder
 
@@ -101,7 +101,7 @@ class Conversation:
                 run = []
             else:
                 run.append(token)
-        return "".join([*texts, decode_text(self.tokenizer, run)])
+        return turn_of(self.tokenizer, "".join([*texts, decode_text(self.tokenizer, run)]))
 
     def prompt(self, question: str, turns: list[tuple[str, str]]) -> list[int]:
         """Return the tokens of a question after these turns.

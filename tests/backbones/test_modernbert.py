@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from saved_models import BYTES, bert_tokenizer
 from stock_models import logits
 from torch import Tensor
 
-from dllm_memdlm.backbones import ModernBertForMaskedLM, config_of, find_sites, load_model
+from dllm_memdlm.backbones import ModernBertForMaskedLM as OURS
+from dllm_memdlm.backbones import config_of, find_sites, load_model
 from dllm_memdlm.backbones.cache import block_causal
 from dllm_memdlm.config import MemoryConfig, ModelConfig
 from dllm_memdlm.inference.pretrained import load_pretrained
 from dllm_memdlm.training.recipe import load_recipe
+from dllm_memdlm.versions import modernbert_layers
 
 #: config.json of ModernBERT-base, but for the sizes.
 PUBLISHED = {
@@ -67,7 +70,7 @@ def test_the_defaults_are_modernbert_bases():
     for dimensions, parameters in ((large, 395_881_664), ({}, 149_655_232)):
         config = config_of(ModelConfig(architecture="ModernBertForMaskedLM", dimensions=dimensions))
         with torch.device("meta"):
-            model = ModernBertForMaskedLM(config)
+            model = OURS(config)
         assert sum(p.numel() for p in model.parameters()) == parameters
     sites = find_sites(model, MemoryConfig(layer_fraction=0.1))
     expected = [f"layers.{i}.mlp.{name}" for i in (19, 20, 21) for name in ("Wi", "Wo")]
@@ -101,6 +104,58 @@ def test_most_layers_see_near_positions_alone(form, attention):
 def logits_at(model: torch.nn.Module, mask: Tensor | None) -> Tensor:
     with torch.no_grad():
         return model(input_ids=tokens(), attention_mask=mask).logits
+
+
+ODD = {
+    "biases": {"attention_bias": True, "mlp_bias": True, "norm_bias": True, "classifier_bias": True},
+    "untied": {"tie_word_embeddings": False, "decoder_bias": False},
+    "dropout": {"attention_dropout": 0.3, "mlp_dropout": 0.3, "embedding_dropout": 0.3},
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_other_fields_compute_what_transformers_does(odd):
+    """In training, with the same random numbers."""
+    stock, ours = (cls(tiny_config(ENCODER, **ODD[odd])) for cls in (transformers.ModernBertForMaskedLM, OURS))
+    scale_up(stock)
+    for name, parameter in stock.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    ours.load_state_dict(stock.state_dict())
+    found = []
+    for model in (stock, ours):
+        torch.manual_seed(3)
+        found.append(logits_at(model.train(), None))
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
+ROPE = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
+SCALED = {**ROPE, "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
+EVEN, ODD_ONES = ["full_attention", "sliding_attention"] * 2, ["sliding_attention", "full_attention"] * 2
+#: What either release writes, the kinds of layers and the second base that it means, and what a refusal says.
+WRITTEN = {
+    "of 4": ({"global_attn_every_n_layers": 2, "local_rope_theta": 5e3}, (EVEN, 5e3), None),
+    "of 4, one base": ({"global_attn_every_n_layers": 2, "local_rope_theta": None}, (EVEN, 1e4), None),
+    "of 5": ({"rope_parameters": ROPE, "layer_types": EVEN}, (EVEN, 1e4), None),
+    "of 5 alone": ({"rope_parameters": ROPE, "layer_types": ODD_ONES}, (ODD_ONES, 1e4), "layer_types=['sliding_att"),
+    "scaled": ({"rope_parameters": SCALED, "layer_types": EVEN}, None, "'rope_type': 'linear'"),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_either_release_writes_is_read_by_both_or_refused(name, tmp_path):
+    written, means, says = WRITTEN[name]
+    base, _ = published(tmp_path / "base")
+    of_4 = ("global_attn_every_n_layers", "global_rope_theta", "local_rope_theta")
+    values = {key: value for key, value in PUBLISHED.items() if key not in of_4} | written
+    values |= {"global_rope_theta": 1e4} if "of 4" in name else {}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(values))
+    if means is None or (name == "of 5 alone" and transformers.__version__ < "5"):
+        assert says in message_of(load_pretrained, base)
+    else:
+        kinds, nearby = means
+        expected = [(kind == "sliding_attention", nearby if kind == "sliding_attention" else 1e4) for kind in kinds]
+        assert modernbert_layers(load_pretrained(base).model.config) == expected
 
 
 def test_blocks_are_causal_in_windows_too():

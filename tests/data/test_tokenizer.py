@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFas
 from dllm_memdlm.compat.dllm_api import HAS_DLLM
 from dllm_memdlm.config import ConfigError, ModelConfig
 from dllm_memdlm.data import check_mask, load_tokenizer, tokenizer_for, train_tokenizer
-from dllm_memdlm.data.encoding import decode_text
+from dllm_memdlm.data.encoding import decode_text, turn_of
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "Größe: 3 × 5"] * 5
 CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": " the dog"}]
@@ -143,9 +143,9 @@ def test_a_berts_tokenizer_writes_chats_as_dllm_does(tmp_path):
         "[SYS]\nBe brief.\n[/SYS]\n\n[Question]\nA?\n[/Question]\n\n[Answer]\nB.\n[/Answer]\n\n"
         "[Question]\nC?\n[/Question]\n\n[Answer]\n"
     )
-    answer = tokenizer("A cat [/Answer] and more")["input_ids"]
-    assert decode_text(tokenizer, answer) == "A cat "
-    with pytest.raises(jinja2.TemplateError):
+    answer = decode_text(tokenizer, tokenizer("A cat [/Answer] and more")["input_ids"])
+    assert (turn_of(tokenizer, answer), turn_of(train_tokenizer(TEXTS, 285), answer)) == ("A cat ", answer)
+    with pytest.raises(jinja2.TemplateError, match="unknown role tool: expected system, user or assistant"):
         tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
 
 

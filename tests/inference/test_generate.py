@@ -159,6 +159,8 @@ def test_progress_ends_at_the_answer(pretrained):
     assert chat.text_of([*tokens, *more], mask="_") == "ab__c"
     assert chat.text_of([*tokens, pretrained.tokenizer.eot_token_id, *more], mask="_") == "ab__"
     assert chat.text_of(tokens) == "ab"
+    pretrained.tokenizer.turn_end = "b"  # as text, of BERTs
+    assert chat.text_of([*tokens, *more], mask="_") == "a"
 
 
 def test_without_a_chat_template_there_is_one_question_alone():
