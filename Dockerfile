@@ -11,6 +11,6 @@ COPY . /src
 RUN pip install --no-cache-dir --constraint /src/constraints.txt "/src[deepspeed,eval,quant]" && rm -rf /src
 
 ENV HF_HOME=/cache NVIDIA_DRIVER_CAPABILITIES=compute,utility
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT ["memdlm"]
 CMD ["info"]
