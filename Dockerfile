@@ -1,5 +1,5 @@
 # docker build -t memdlm .
-# docker run --rm --gpus all --ipc=host -v "$PWD:/work" -v "$HOME/.cache/huggingface:/cache" memdlm train recipe:llada2_mini
+# docker run --rm --gpus all --ipc=host -v "$PWD:/workspace" -v "$HOME/.cache/huggingface:/cache" memdlm train recipe:llada2_mini
 #
 # No CUDA image: torch's own wheels have CUDA 13.0, and the driver is the host's (580 or newer, NVIDIA Container Toolkit).
 FROM python:3.11-slim
