@@ -45,7 +45,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 # -j is for the commands of a figure, not for two figures, which share commands
 .NOTPARALLEL:
-.PHONY: help venv data demo test test-stacks test-distributed tutorial soak reproduce weights $(REPRODUCED) report bench bench-gpu gpu-check docs lint format clean
+.PHONY: help venv data demo test test-stacks test-distributed tutorial soak reproduce weights $(REPRODUCED) report bench bench-gpu gpu-check docs lint types format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -117,6 +117,9 @@ lint: venv ## check style and format
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 
+types: venv ## check the types, strictly those of the settings, the method and the training (a minute; then seconds)
+	@$(BIN)/mypy
+
 format: venv ## fix what ruff can fix
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
@@ -130,5 +133,5 @@ lock: ## write uv.lock anew, with the versions of constraints.txt (needs uv)
 	@grep -v '^#' constraints.txt | sed 's/^/--upgrade-package=/' | tr '\n' '\0' | xargs -0 uv lock
 
 clean: ## remove .venv, build files and caches; keeps runs/
-	@rm -rf .venv .venv-dllm build dist *.egg-info .pytest_cache .ruff_cache
+	@rm -rf .venv .venv-dllm build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = {"choices": COMMANDS, "metavar": "COMMAND", "help": "one of those below; each has a --help"}
-    parser.add_argument("command", nargs="?", **commands)
+    which = "one of those below; each has a --help"
+    parser.add_argument("command", nargs="?", choices=COMMANDS, metavar="COMMAND", help=which)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.command is None:
@@ -90,7 +90,7 @@ def _go_offline_at_the_first_failure() -> None:
     http = sys.modules[type(usual).__module__.partition(".")[0]]  # requests; since 1.0 httpx
     failures = http.TransportError if hasattr(http, "TransportError") else (http.ConnectionError, http.Timeout)
 
-    class Client(type(usual)):
+    class Client(type(usual)):  # type: ignore[misc]
         reached = False
 
         def send(self, *args: Any, **settings: Any) -> Any:

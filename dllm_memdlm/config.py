@@ -250,7 +250,7 @@ def check_types(config: Any, section: str) -> None:
     Raises:
         ConfigError: a value is of another type, or out of the type's range.
     """
-    for name, (adapter, accepted) in declared(type(config)).items():
+    for name, (adapter, accepted) in declared(config.__class__).items():
         value = getattr(config, name)
         try:
             object.__setattr__(config, name, adapter.validate_python(value))
@@ -259,10 +259,10 @@ def check_types(config: Any, section: str) -> None:
 
 
 @functools.cache
-def declared(config: type) -> dict[str, tuple[TypeAdapter, str]]:
+def declared(config: type) -> dict[str, tuple[TypeAdapter[Any], str]]:
     """Return what checks each field of a dataclass, and its type in words. `narrower` types win over the declared."""
     strict = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
-    hints = typing.get_type_hints(config, include_extras=True) | getattr(config, "narrower", {})
+    hints: dict[str, Any] = typing.get_type_hints(config, include_extras=True) | getattr(config, "narrower", {})
     found = {}
     for f in dataclasses.fields(config):
         hint = hints[f.name]
@@ -276,7 +276,7 @@ def describe_type(hint: Any) -> str:
     """Say a type in words: `one of a, b`, `number in [0, 1]`, `text or none`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return next(part.description for part in args[1:] if isinstance(part, FieldInfo))
+        return next(part.description for part in args[1:] if isinstance(part, FieldInfo) and part.description)
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if origin in (types.UnionType, typing.Union):

@@ -142,11 +142,12 @@ def run(args: argparse.Namespace) -> None:
     notes, out = Console(stderr=True, highlight=False), Console()
     with notes.status("loading"):
         decoder = parsed.open()
-    if decoder.reads_windows:
+    if decoder.memory is not None and decoder.reads_windows:
         decoder.memory.progress = lambda windows: reading(windows, notes)
     conversation = Conversation(decoder, document, args.max_new_tokens, parsed.arguments.seed)
     if args.save_memory:
         _, text = conversation.parts(args.question or "")  # what cannot be asked about is not written
+        assert decoder.memory is not None  # --save-memory needs one
         fast_weights, config = decoder.memory.recall([text]), decoder.memory.memory.config
         save_snapshot(args.save_memory, fast_weights, decoder.pretrained.name, config, text)
         notes.print(f"memory of {len(text)} tokens saved to {args.save_memory}", soft_wrap=True)

@@ -71,7 +71,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if not 0 <= ratio <= 1:
             raise ValueError(f"warmup_ratio={ratio}: expected a number in [0,1]")
         if _SINCE_5:  # whose first releases let the ratio win over the steps
-            self.warmup_ratio = None
+            self.warmup_ratio = None  # type: ignore[assignment]  # until transformers has looked
         strategy = getattr(self, "train_sampling_strategy", "random")
         if strategy not in ("random", "group_by_length"):
             raise ValueError(f"train_sampling_strategy={strategy!r}: expected random or group_by_length")
@@ -106,7 +106,7 @@ def modernbert_layers(config: PretrainedConfig) -> list[tuple[bool, float]]:
     """
     count = range(config.num_hidden_layers)
     if not _SINCE_5:
-        scaling, bases = getattr(config, "rope_scaling", None), (config.global_rope_theta, config.local_rope_theta)
+        scaling, bases = getattr(config, "rope_scaling", None), [config.global_rope_theta, config.local_rope_theta]
         near = [bool(index % config.global_attn_every_n_layers) for index in count]
     else:
         rope = [config.rope_parameters[f"{kind}_attention"] for kind in ("full", "sliding")]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import peft
@@ -32,10 +34,11 @@ def with_lora(backbone: PreTrainedModel, lora: LoraConfig) -> nn.Module:
     if getattr(backbone, "is_loaded_in_4bit", False):
         backbone = peft.prepare_model_for_kbit_training(backbone, use_gradient_checkpointing=False)
     if lora.path is not None and backbone.device.type != "meta":  # where there are only shapes, those are the same
-        return _go_on_from(backbone, lora)
-    targets, left_out = lora.target_modules, None
+        return _go_on_from(backbone, lora, lora.path)
+    targets: Collection[str] = lora.target_modules
+    left_out = None
     if targets == "all-linear":
-        targets = _own_names(backbone, targets)
+        targets = _own_names(backbone, lora.target_modules)
     if not isinstance(targets, str):
         paths = {path: module for path, module in backbone.named_modules() if path}
         output = next(path for path, module in paths.items() if module is backbone.get_output_embeddings())
@@ -106,9 +109,9 @@ def adapter_folder(name: str) -> str:
         return name
 
 
-def _go_on_from(backbone: PreTrainedModel, lora: LoraConfig) -> peft.PeftModel:
-    where = f"lora.path={lora.path!r}"
-    folder = adapter_folder(lora.path)
+def _go_on_from(backbone: PreTrainedModel, lora: LoraConfig, path: str) -> peft.PeftModel:
+    where = f"lora.path={path!r}"
+    folder = adapter_folder(path)
     config = read_adapter_config(folder, where)
     if config.peft_type != peft.PeftType.LORA:
         raise ConfigError(f"{where}: an adapter of type {config.peft_type.value}, expected LORA")
@@ -175,7 +178,7 @@ def _own_names(backbone: PreTrainedModel, target_modules: str | tuple[str, ...])
 
     Those of experts, too.
     """
-    paths = target_modules
+    paths: Any = target_modules
     if target_modules == "all-linear":
         output, linear = backbone.get_output_embeddings(), (nn.Linear, ExpertLinear)
         paths = [path for path, m in backbone.named_modules() if isinstance(m, linear) and m is not output]

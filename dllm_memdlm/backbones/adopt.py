@@ -7,6 +7,8 @@ had. The model itself, which its user holds, changes class.
 
 from __future__ import annotations
 
+from typing import Any
+
 import peft
 from torch import nn
 
@@ -50,7 +52,7 @@ def adopt(model: nn.Module) -> None:
         ConfigError: experts that differ in kind, in whether they train or in their adapters, or under other adapters
             than a plain LoRA; or a LLaDA or ModernBERT that computes what ours does not.
     """
-    inner = unwrapped(model)
+    inner: Any = unwrapped(model)
     name = type(inner).__name__
     if isinstance(inner, StagedForward) or not type(inner).__module__.startswith(_HOMES):
         return
@@ -87,7 +89,7 @@ def adopt(model: nn.Module) -> None:
         model.__class__ = StockPeftModel
 
 
-def _make_llada(model: nn.Module) -> None:
+def _make_llada(model: Any) -> None:
     """Give a LLaDA our config, decoder and layers. Raises ConfigError, with nothing changed, for what ours is not."""
     try:
         config = LLaDAConfig.from_dict(model.config.to_dict())
@@ -102,7 +104,7 @@ def _make_llada(model: nn.Module) -> None:
         blocks[index] = remade(LLaDABlock, block, config=config)
 
 
-def _make_modernbert(model: nn.Module) -> None:
+def _make_modernbert(model: Any) -> None:
     """Give a ModernBERT our layers. Raises ConfigError, with nothing changed, for what ours is not."""
     try:
         take_layers(model)
@@ -112,7 +114,7 @@ def _make_modernbert(model: nn.Module) -> None:
         model.config._attn_implementation = "sdpa"
 
 
-def _our_layer(layer: nn.Module, layer_class: type, attention_class: type, block_class: type) -> nn.Module:
+def _our_layer(layer: Any, layer_class: Any, attention_class: type, block_class: type) -> nn.Module:
     name, block = layer_class.attention_name, layer.mlp
     if hasattr(block, "experts"):
         block = remade(block_class, block, shared_experts=getattr(block, "shared_experts", None))

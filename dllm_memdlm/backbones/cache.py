@@ -24,7 +24,7 @@ class CanvasCache:
     def __init__(self, layers: int, length: int) -> None:
         self.length = length
         self.visible = length
-        self.positions: Tensor | None = None  #: of the tokens under way [B, M] int64
+        self.positions: Tensor  #: of the tokens under way [B, M] int64; the model sets them
         self.layers = [_LayerCache(self) for _ in range(layers)]
 
 
@@ -41,13 +41,14 @@ class _LayerCache:
 
         What else transformers' attention gives (the layer's number, cosines and sines) differs between releases.
         """
-        if self.keys is None:
+        keys, values = self.keys, self.values
+        if keys is None or values is None:
             shape = (*key.shape[:2], self.canvas.length, key.shape[-1])
-            self.keys, self.values = key.new_zeros(shape), value.new_zeros(shape)
+            keys, values = self.keys, self.values = key.new_zeros(shape), value.new_zeros(shape)
         index = self.canvas.positions[:, None, :, None].expand_as(key)
-        self.keys.scatter_(2, index, key)
-        self.values.scatter_(2, index, value)
-        return self.keys[:, :, : self.canvas.visible], self.values[:, :, : self.canvas.visible]
+        keys.scatter_(2, index, key)
+        values.scatter_(2, index, value)
+        return keys[:, :, : self.canvas.visible], values[:, :, : self.canvas.visible]
 
 
 def block_causal(positions: Tensor, keys: int, block_size: int) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig, Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
@@ -34,14 +33,14 @@ class DreamConfig(Qwen2Config):
         super().__init__(**named, **kwargs)
 
 
-class DreamModel(bidirectional("Qwen2ForCausalLM")):
+class DreamModel(bidirectional("Qwen2ForCausalLM")):  # type: ignore[misc]
     """Dream's model under the name that its files give. See `StagedForward.forward`."""
 
     config_class = DreamConfig
     right_shift_logits = True
 
 
-def dream_layer(theirs: nn.Module, config: PretrainedConfig) -> Qwen2DecoderLayer:
+def dream_layer(theirs: Any, config: PretrainedConfig) -> Qwen2DecoderLayer:
     """Return one of transformers' layers with the modules of dllm's, adapters included; `config` is that of its model.
 
     dllm's hands over tuples, and its attention knows neither the kernels of transformers nor our cache.

@@ -37,10 +37,10 @@ class Term(NamedTuple):
     scaling: float = 1.0  #: 1 without `down`
     dropout: float = 0.0
     per_sample: bool = False  #: whether there is a matrix for each expert and sample
-    unpack: Callable[[], Tensor] | None = None  #: makes `up` where it is packed in 4 bit; the backward pass asks again
+    unpack: Any = None  #: () → `up` where it is packed in 4 bit; the backward pass asks again
 
 
-Projections = Sequence[Sequence[Term]]  #: gate, up and down, the own weights first in each
+Projections = Sequence[list[Term]]  #: gate, up and down, the own weights first in each
 
 
 def expert_ffn(
@@ -53,7 +53,7 @@ def expert_ffn(
     return _ExpertFFN.apply((without, act), x, weights, *routes, *matrices)
 
 
-def _together(without: Projections, given: Sequence[Tensor | None]) -> tuple[Routes, Projections]:
+def _together(without: Projections, given: Sequence[Any]) -> tuple[Routes, Projections]:
     routes, matrices = Routes(*given[: len(Routes._fields)]), iter(given[len(Routes._fields) :])
     return routes, [[t._replace(up=next(matrices), down=next(matrices)) for t in terms] for terms in without]
 
@@ -104,7 +104,8 @@ class _ExpertFFN(torch.autograd.Function):
 
 def _project(terms: Sequence[Term], x: Tensor, routes: Routes) -> tuple[Tensor, list[Tensor | None]]:
     """x [T, in] → [T, out], and two tensors a term for the backward pass: down(x) [T, r], and what survived dropout."""
-    output, kept = None, []
+    output: Any = None
+    kept: list[Tensor | None] = []
     for term in terms:
         given, offsets, low, survivors = x.to(term.dtype), routes.ends(term.per_sample), None, None
         if term.dropout > 0:
@@ -119,26 +120,27 @@ def _project(terms: Sequence[Term], x: Tensor, routes: Routes) -> tuple[Tensor, 
 
 def _backward(
     terms: Sequence[Term],
-    kept: Sequence[Tensor | None],
+    kept: Sequence[Any],
     d_output: Tensor,
-    x: Tensor | None,
+    x: Any,
     routes: Routes,
     wanted: bool,
     weights: Tensor | None = None,
-) -> tuple[Tensor | None, list[Tensor | None]]:
+) -> tuple[Any, list[Tensor | None]]:
     """The gradient of x [T, in] if wanted, and those of `up` and `down` of each term.
 
     `weights` [T, 1] are what the outputs are multiplied by afterwards, if they are: d_output and the gradient of x are
     without them.
     """
-    d_x, gradients = None, []
+    d_x: Any = None
+    gradients: list[Tensor | None] = []
     for term, low, survivors in zip(terms, kept[::2], kept[1::2], strict=True):
         offsets, d_up, d_down = routes.ends(term.per_sample), None, None
         first, d_first = term.up, d_output.to(term.dtype)
-        if term.down is not None:
-            if term.up.requires_grad:
+        if first is not None and term.down is not None:
+            if first.requires_grad:
                 d_up = _outer(d_first, low * term.scaling, offsets, weights, len(first))
-            first, d_first = term.down, grouped_linear(d_first, term.up.mT, offsets).mul_(term.scaling)
+            first, d_first = term.down, grouped_linear(d_first, first.mT, offsets).mul_(term.scaling)
         if first is not None and first.requires_grad:
             gradient = _outer(d_first, _kept_of(x.to(term.dtype), survivors, term), offsets, weights, len(first))
             d_up, d_down = (gradient, None) if term.down is None else (d_up, gradient)

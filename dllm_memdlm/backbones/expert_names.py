@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _PROJECTION = rf"(?:{'|'.join(PROJECTIONS)})(?:\..+)?"
@@ -23,6 +23,7 @@ def is_stacked(name: str) -> bool:
 def split_name(name: str, experts: int) -> list[str]:
     """What files call a layer, or a tensor, of all experts: `experts.up_proj` is `experts.0.up_proj` and so on."""
     found = _STACKED.fullmatch(name)
+    assert found is not None, name
     return [f"{found[1]}{number}.{found[2]}" for number in range(experts)]
 
 
@@ -59,7 +60,7 @@ def stack_names(state: Mapping[str, Tensor], experts: int | None = None) -> dict
 
 
 @torch.no_grad()
-def stack_on_loading(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def stack_on_loading(module: Any, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """A hook for `load_state_dict` of RoutedExperts, which takes a tensor an expert, too.
 
     A file of a sharded checkpoint may have some experts of a layer only. Those are put in place at once.
@@ -71,6 +72,6 @@ def stack_on_loading(module: nn.Module, state: dict[str, Tensor], prefix: str, *
     for name in list(own):
         found = _APART.fullmatch(name)
         whole = None if found is None else there.get(found[1] + found[3])
-        if whole is not None and whole.shape[1:] == own[name].shape and int(found[2]) < len(whole):
+        if found and whole is not None and whole.shape[1:] == own[name].shape and int(found[2]) < len(whole):
             whole[int(found[2])].copy_(own.pop(name))
     state.update(own)

@@ -81,7 +81,7 @@ class PackedExpertLinear(ExpertLinear):
         return weights.reshape(self.experts, self.out_features, self.in_features)
 
 
-def without_adapters(linear: nn.Module) -> nn.Module:
+def without_adapters(linear: nn.Module) -> Any:
     """The layer inside PEFT's, or the layer itself."""
     return linear.get_base_layer() if isinstance(linear, BaseTunerLayer) else linear
 

@@ -39,7 +39,7 @@ def save_pairs(
     """
     backbone, rank = unwrapped(model), next(iter(pairs.values())).up.shape[-1]
     layers = {path: layer for path, layer in backbone.named_modules() if isinstance(layer, LoraLayer)}
-    config, state = StockLoraConfig(r=rank, lora_alpha=rank), {}
+    config, state = StockLoraConfig(r=rank, lora_alpha=rank), dict[str, Tensor]()
     if adapter is not None:
         config, state = _plain_lora(adapter, layers)
     ranks = {path: layer.r["default"] for path, layer in layers.items()}
@@ -47,6 +47,7 @@ def save_pairs(
     for path, pair in pairs.items():
         prefix = f"base_model.model.{path}"
         names = [f"{prefix}.lora_{side}.weight" for side in "AB"]
+        assert pair.down is not None  # a low-rank pair
         down, up = pair.down[..., 0, :, :], pair.up[..., 0, :, :] * pair.scaling
         if path in layers:
             down = torch.cat([state[names[0]].float(), down], dim=-2)

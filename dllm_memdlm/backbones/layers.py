@@ -36,7 +36,7 @@ def constant(weight: Tensor) -> Tensor:
     return weight.detach() if _constant.get() else weight
 
 
-def remade(cls: type[nn.Module], module: nn.Module, **parts: Any) -> nn.Module:
+def remade(cls: type[nn.Module], module: Any, **parts: Any) -> nn.Module:
     """A module of this class with the parts of another, but for these."""
     own = cls.__new__(cls)
     vars(own).update(vars(module))
@@ -58,10 +58,8 @@ def take(x: Tensor, positions: Tensor) -> Tensor:
     return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def additive_mask(attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def additive_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask to add to attention scores: 0 to see, the lowest number of `dtype` not to. [B, L] becomes [B, 1, 1, L]."""
-    if attention_mask is None:
-        return None
     if attention_mask.dim() == 2:
         attention_mask = attention_mask[:, None, None, :].bool()
     if attention_mask.dtype == torch.bool:
@@ -165,7 +163,8 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return _turned(gradient, *ctx.saved_tensors, -1, ctx.dtype), None, None, None
+        cos, sin = ctx.saved_tensors
+        return _turned(gradient, cos, sin, -1, ctx.dtype), None, None, None
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int, dtype: torch.dtype) -> Tensor:
@@ -181,7 +180,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int, dtype: torch.dtype) 
 
 
 def attend(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,

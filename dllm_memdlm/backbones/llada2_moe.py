@@ -89,6 +89,8 @@ class LLaDA2MoeAttention(nn.Module):
 class LLaDA2MoeGate(nn.Module):
     """Sigmoid router: a bias steers the choice (the best groups first), the unbiased scores are the weights."""
 
+    expert_bias: Tensor
+
     def __init__(self, config: LLaDA2MoeConfig) -> None:
         super().__init__()
         self.config = config
@@ -139,7 +141,7 @@ class LLaDA2MoeDecoderLayer(SparseLayer):
     def __init__(self, config: LLaDA2MoeConfig, layer_idx: int) -> None:
         attention = LLaDA2MoeAttention(config)
         if config.num_experts is not None and layer_idx >= config.first_k_dense_replace:
-            mlp = LLaDA2MoeSparseMoeBlock(config)
+            mlp: nn.Module = LLaDA2MoeSparseMoeBlock(config)
         else:
             mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
         super().__init__(config, attention=attention, mlp=mlp)

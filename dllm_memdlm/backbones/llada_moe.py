@@ -108,7 +108,7 @@ class LLaDAMoEDecoderLayer(SparseLayer):
     def __init__(self, config: LLaDAMoEConfig, layer_idx: int) -> None:
         attention, shared = LLaDAMoEAttention(config), None
         if config.moe_layer_freq[layer_idx]:
-            mlp = LLaDAMoESparseMoeBlock(config)
+            mlp: nn.Module = LLaDAMoESparseMoeBlock(config)
             if config.shared_expert_intermediate_size is not None:
                 shared = GatedMLP(config.hidden_size, config.shared_expert_intermediate_size, config.hidden_act)
         else:

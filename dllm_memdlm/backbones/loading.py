@@ -42,7 +42,7 @@ BUNDLED: dict[str, type[PreTrainedModel]] = {
 }
 
 
-def model_class(architecture: str, where: str = "model.architecture") -> type[PreTrainedModel]:
+def model_class(architecture: str | None, where: str = "model.architecture") -> type[PreTrainedModel]:
     """Return the class for an architecture name. Raises ConfigError: `where`, and the known names."""
     if architecture in BUNDLED:
         return BUNDLED[architecture]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners import lora
@@ -38,7 +38,7 @@ def custom_module(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Mod
 # === on a linear layer ===
 
 
-class FusedLora:
+class FusedLora(lora.LoraLayer):
     """PEFT's forward pass, where it is a plain LoRA in one dtype on a plain layer; PEFT's own where it is not."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -135,6 +135,10 @@ class ExpertLora(nn.Module, lora.LoraLayer):
 
     Only what PEFT calls a plain LoRA; without a name it has none yet.
     """
+
+    if TYPE_CHECKING:  # what PEFT's class holds; nn.Module has a tensor or a module for every name
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init__(self, base_layer: ExpertLinear, adapter_name: str | None = None, **settings: Any) -> None:
         nn.Module.__init__(self)

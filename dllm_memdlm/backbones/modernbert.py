@@ -74,7 +74,7 @@ class ModernBertForMaskedLM(StagedForward, transformers.ModernBertForMaskedLM):
         return self.model.embeddings.drop(self.model.embeddings.norm(given))
 
     def contexts(
-        self, hidden: Tensor, mask: Tensor | None, position_ids: Tensor, cache: CanvasCache | None
+        self, hidden: Tensor, mask: Any, position_ids: Tensor, cache: CanvasCache | None
     ) -> list[dict[str, Any]]:
         keys = torch.arange(hidden.shape[1] if cache is None else cache.visible, device=hidden.device)
         queries, reach = keys[None] if cache is None else position_ids, self.config.local_attention // 2
@@ -95,14 +95,14 @@ class ModernBertForMaskedLM(StagedForward, transformers.ModernBertForMaskedLM):
 
     def _turns(self, base: float, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of every position, each [1 or B, L, d], in float32 at least."""
-        size = self.layers[0].head_dim
+        size: Any = self.layers[0].head_dim
         rates = 1.0 / base ** (torch.arange(0, size, 2, device=hidden.device).float() / size)
         angles = position_ids[..., None].float() * rates
         angles = torch.cat([angles, angles], dim=-1).to(torch.promote_types(hidden.dtype, torch.float32))
         return angles.cos(), angles.sin()
 
 
-def take_layers(model: nn.Module) -> None:
+def take_layers(model: Any) -> None:
     """Put layers of ours in place of transformers', with the same modules: those take neither our masks nor a cache.
 
     Raises:

@@ -47,10 +47,10 @@ class RoutedExperts(nn.Module):
 
     def __init__(self, experts: int, hidden_size: int, width: int, activation: str) -> None:
         super().__init__()
-        inner = [ExpertLinear(experts, hidden_size, width) for _ in range(2)]
-        self._set_up(ACT2FN[activation], *inner, ExpertLinear(experts, width, hidden_size))
+        gate, up = (ExpertLinear(experts, hidden_size, width) for _ in range(2))
+        self._set_up(ACT2FN[activation], gate, up, ExpertLinear(experts, width, hidden_size))
 
-    def _set_up(self, act_fn: nn.Module, gate: nn.Module, up: nn.Module, down: nn.Module) -> None:
+    def _set_up(self, act_fn: Any, gate: Any, up: Any, down: Any) -> None:
         self.gate_proj, self.up_proj, self.down_proj, self.act_fn = gate, up, down, act_fn
         self.fast: dict[str, SiteWeights] = {}
         self.register_load_state_dict_pre_hook(stack_on_loading)
@@ -100,7 +100,7 @@ def stack_experts(model: nn.Module) -> None:
     Raises:
         ValueError: as `check_alike`, of any layer's; nothing is changed then.
     """
-    found = [(module, getattr(module, "experts", None)) for module in model.modules()]
+    found: list[tuple[nn.Module, Any]] = [(module, getattr(module, "experts", None)) for module in model.modules()]
     found = [(module, experts) for module, experts in found if isinstance(experts, nn.ModuleList)]
     for _, experts in found:
         for linears in _by_projection(experts):

@@ -22,7 +22,7 @@ class OutputLinear(nn.Linear):
     chunk: int | None = None  #: logits at a time, if not those of the device
 
     @classmethod
-    def put_into(cls, model: nn.Module) -> None:
+    def put_into(cls, model: Any) -> None:
         """In place of a model's plain output layer, with its weight."""
         plain = model.get_output_embeddings()
         if type(plain) is nn.Linear:

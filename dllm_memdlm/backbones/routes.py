@@ -61,6 +61,8 @@ class Routes(NamedTuple):
         A batched product also reads the matrices of groups without rows. At least half of the groups have to have some,
         unless the matrices, of `numel` weights, are small.
         """
+        if self.fast_offsets is None:
+            return self
         last, rows = ends(self.fast_offsets, len(self.order)), len(self.order)
         sizes = [end - start for start, end in zip([0, *last], last, strict=False)]
         size = max(sizes)

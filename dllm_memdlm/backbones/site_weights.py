@@ -46,8 +46,8 @@ class SiteWeights(NamedTuple):
 
     def part(self, samples: slice) -> SiteWeights:
         """Those of some of the samples."""
-        down, up = (m if m is None else m[..., samples, :, :] for m in (self.down, self.up))
-        return SiteWeights(down, up, self.scaling)
+        down = None if self.down is None else self.down[..., samples, :, :]
+        return SiteWeights(down, self.up[..., samples, :, :], self.scaling)
 
     def dense(self, x: Tensor) -> Tensor:
         """(α/r)·B·A·x, each sample through its own. x [B, M, in] → [B, M, out]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ class SparseDecoder(nn.Module):
 class SparseModel(StagedForward, PreTrainedModel):
     """A language model with routed experts: tensors of all of them in memory, a matrix an expert in files."""
 
-    layer_class: type[SparseLayer]
+    layer_class: Callable[[Any, int], SparseLayer]
     embeddings_name: str
     layers_take_queries = True
     base_model_prefix = "model"

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -31,7 +32,7 @@ def experts_apart() -> Iterator[None]:
         are_apart.reset(token)
 
 
-def check_alike(linears: Sequence[nn.Module]) -> None:
+def check_alike(linears: Sequence[Any]) -> None:
     """Raise ValueError for layers of experts that have biases, or differ in kind, in whether they train or in the LoRA
     that they are under, and for adapters that are no plain LoRA."""
     first = linears[0]
@@ -48,14 +49,14 @@ def check_alike(linears: Sequence[nn.Module]) -> None:
         raise ValueError("experts of which some train: expected all or none")
 
 
-def stacked(linears: Sequence[nn.Module]) -> ExpertLinear | ExpertLora:
+def stacked(linears: Sequence[Any]) -> ExpertLinear | ExpertLora:
     """The same linear layer of every expert, as one. The layers, which must be alike, lose their weights."""
     first = linears[0]
     if isinstance(first, LoraLayer):
         return _stacked_lora(linears)
     if _is_packed(first):
         packed = [(linear.weight.data, linear.weight.quant_state) for linear in linears]
-        whole = PackedExpertLinear(packed, first.compute_dtype)
+        whole: ExpertLinear = PackedExpertLinear(packed, first.compute_dtype)
         for linear in linears:
             linear.weight = None
         return whole
@@ -89,7 +90,7 @@ def is_plain(linear: nn.Module) -> bool:
     )
 
 
-def _is_packed(linear: nn.Module) -> bool:
+def _is_packed(linear: Any) -> bool:
     bitsandbytes = sys.modules.get("bitsandbytes")
     return bitsandbytes is not None and isinstance(linear, bitsandbytes.nn.Linear4bit)
 

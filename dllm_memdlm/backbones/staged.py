@@ -9,7 +9,7 @@ stages pass through the outermost module's `forward`, so that PEFT, DDP, ZeRO an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -52,6 +52,12 @@ class StagedForward:
     Attention is bidirectional. The layers take (hidden, attention_mask, position_ids, position_embeddings), and those
     of a class with `layers_take_queries` also `queries`, the positions whose output is wanted.
     """
+
+    # Of the class that this is mixed into
+    model: Any
+    config: Any
+    get_input_embeddings: Callable[[], Any]
+    get_output_embeddings: Callable[[], Any]
 
     layers_take_queries = False
     right_shift_logits = False  #: by architecture: logits at position i predict token i + 1
@@ -138,6 +144,7 @@ class StagedForward:
         """
         if stage != "suffix":
             hidden = self.embedded(input_ids, inputs_embeds)
+        assert hidden is not None, "the suffix takes hidden states"
         if position_ids is None:
             position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
         mask = self._mask(attention_mask, hidden, cache is not None)
@@ -174,13 +181,13 @@ class StagedForward:
                 return BlockCausal(attention_mask, hidden)
             length = hidden.shape[1]
             attention_mask = block_causal(torch.arange(length, device=hidden.device)[None], length, attention_mask)
-        return additive_mask(attention_mask, hidden.dtype)
+        return None if attention_mask is None else additive_mask(attention_mask, hidden.dtype)
 
 
 @contextmanager
 def _not_checkpointed(layers: nn.ModuleList) -> Iterator[None]:
     """Keep the activations of these layers: a recomputation would want fast weights that are gone by then."""
-    checkpointed = [layer for layer in layers if getattr(layer, "gradient_checkpointing", False)]
+    checkpointed: list[Any] = [layer for layer in layers if getattr(layer, "gradient_checkpointing", False)]
     for layer in checkpointed:
         layer.gradient_checkpointing = False
     try:

@@ -43,7 +43,7 @@ class StockLoraConfig(peft.LoraConfig):
     def of(cls, config: peft.LoraConfig) -> StockLoraConfig:
         """One with the settings of PEFT's own."""
         own = cls()
-        vars(own).update(vars(config))
+        own.__dict__.update(vars(config))
         return own
 
     def on(self, backbone: nn.Module) -> StockLoraConfig:
@@ -53,7 +53,7 @@ class StockLoraConfig(peft.LoraConfig):
             ValueError: the targets, or the patterns of ranks, mean some experts of a layer and not others.
         """
         self._register_custom_module({ExpertLinear: ExpertLora, nn.Linear: custom_module})
-        ways = dict.fromkeys(("target_modules", "exclude_modules"), on_stacked)
+        ways: dict[str, Any] = dict.fromkeys(("target_modules", "exclude_modules"), on_stacked)
         ways |= dict.fromkeys(("rank_pattern", "alpha_pattern"), _patterns_on_stacked)
         self._as_saved = {name: getattr(self, name) for name in ways}
         for name, way in ways.items():
@@ -67,7 +67,7 @@ class StockLoraConfig(peft.LoraConfig):
             module = STOCK_MODULES[mapping["base_model_class"]]
             kwargs["auto_mapping_dict"] = {**mapping, "parent_library": module}
         saved = copy.copy(self)
-        vars(saved).update(getattr(self, "_as_saved", {}))
+        saved.__dict__.update(getattr(self, "_as_saved", {}))
         super(StockLoraConfig, saved).save_pretrained(save_directory, **kwargs)
 
 
@@ -143,7 +143,7 @@ def on_stacked(backbone: nn.Module, targets: str | Iterable[str] | None) -> str 
     return paths
 
 
-def _patterns_on_stacked(backbone: nn.Module, patterns: dict[str, int]) -> dict[str, int]:
+def _patterns_on_stacked(backbone: nn.Module, patterns: dict[Any, int]) -> dict[str, int]:
     """PEFT's ranks, or alphas, by patterns of paths; those of the experts' layers by the paths that these have here.
 
     Of several patterns that fit a layer the first one counts.

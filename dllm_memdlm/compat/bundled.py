@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from ..versions import TrainingArguments
+
+Time = TypeVar("Time", float, Tensor)
 
 
 @dataclass
@@ -30,18 +32,18 @@ class BaseAlphaScheduler(abc.ABC):
         super().__init_subclass__(**kwargs)
         BaseAlphaScheduler.registry[cls.__name__.lower()] = cls
 
-    def __call__(self, t: float | Tensor) -> float | Tensor:
+    def __call__(self, t: Time) -> Time:
         return self.alpha(t)
 
-    def alpha(self, t: float | Tensor) -> float | Tensor:
+    def alpha(self, t: Time) -> Time:
         """α(t). Raises ValueError outside [0, 1]."""
         return self._value(self._alpha, t)
 
-    def alpha_derivative(self, t: float | Tensor) -> float | Tensor:
+    def alpha_derivative(self, t: Time) -> Time:
         """α'(t). Raises ValueError outside [0, 1]."""
         return self._value(self._alpha_derivative, t)
 
-    def weight(self, t: float | Tensor) -> float | Tensor:
+    def weight(self, t: Time) -> Time:
         """w(t) = -α'(t) / (1 - α(t)), the weight of a masked token in the diffusion loss."""
         return -self.alpha_derivative(t) / (1 - self.alpha(t) + 1e-6)
 
@@ -53,7 +55,7 @@ class BaseAlphaScheduler(abc.ABC):
         result = (1 - self(early)) / (1 - self(late))
         return result.item() if isinstance(s, float) and isinstance(t, float) else result
 
-    def _value(self, function: Any, t: float | Tensor) -> float | Tensor:
+    def _value(self, function: Any, t: Time) -> Time:
         value = torch.as_tensor(t, dtype=torch.float32)
         if not torch.all((value >= 0) & (value <= 1)):
             raise ValueError(f"t={t}: expected a time in [0, 1]")
@@ -144,7 +146,7 @@ def prepend_bos(batch: dict[str, Any], bos_token_id: int, label_pad_token_id: in
 class MDLMConfig(TrainingArguments):
     """Training arguments of plain masked diffusion, with dllm's defaults."""
 
-    output_dir: str = None
+    output_dir: str | None = None
     report_to: str = "wandb"
     seed: int = 42
     num_train_epochs: float = 10
@@ -168,7 +170,7 @@ class MDLMConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.run_name = self.run_name or self.output_dir
+        self.run_name: str | None = self.run_name or self.output_dir
 
 
 class TokenMeter(transformers.TrainerCallback):
@@ -184,7 +186,7 @@ class TokenMeter(transformers.TrainerCallback):
         self.sums[split] = self.sums.get(split, torch.zeros_like(total)) + total
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        logs = {}
+        logs: dict[str, float] = {}
         for split in ("train", "eval"):
             total = self.sums.pop(split, torch.zeros(2, dtype=torch.float64, device=args.device))
             value, weight = self.trainer.accelerator.reduce(total, "sum").tolist()

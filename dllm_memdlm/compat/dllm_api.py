@@ -14,9 +14,9 @@ from pathlib import Path
 #: The dllm commit that the bundled subset follows and the contract tests compare with.
 DLLM_COMMIT = "ca176752"
 
-_spec = importlib.util.find_spec("dllm")
-HAS_DLLM = _spec is not None and _spec.origin is not None  # a bare folder called dllm is a namespace package, not dllm
-_description = f"dllm at {_spec.origin}" if HAS_DLLM else "bundled subset (dllm is not installed)"
+_origin = getattr(importlib.util.find_spec("dllm"), "origin", None)
+HAS_DLLM = _origin is not None  # a bare folder called dllm is a namespace package, not dllm
+_description = f"dllm at {_origin}" if HAS_DLLM else "bundled subset (dllm is not installed)"
 
 if HAS_DLLM:
     try:
@@ -34,7 +34,7 @@ if HAS_DLLM:
     ) as error:  # a dependency is missing, or another dllm
         HAS_DLLM = False
         _reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        _description = f"bundled subset (dllm at {_spec.origin} is not usable: {_reason}; known to work: {DLLM_COMMIT})"
+        _description = f"bundled subset (dllm at {_origin} is not usable: {_reason}; known to work: {DLLM_COMMIT})"
         warnings.warn(f"using the {_description}", stacklevel=2)
 
 if not HAS_DLLM:

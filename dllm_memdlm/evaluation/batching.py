@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
-Item = TypeVar("Item")
+
+class HasLength(Protocol):
+    @property
+    def length(self) -> int: ...  # tokens
+
+
+Item = TypeVar("Item", bound=HasLength)
 
 #: Tokens of a batch that `auto` makes on a CPU, where memory does not say when to stop, and more do not make it faster.
 CPU_TOKENS = 8192

@@ -63,7 +63,7 @@ def read_prompts(
     Raises:
         ConfigError: a setting is not what it should be, or the answers alone leave no room.
     """
-    prompts, seen, ignored, sampler, limit = [], Counter(), set(), decoder.sampler, decoder.max_length
+    prompts, seen, ignored, sampler, limit = [], Counter[str](), set(), decoder.sampler, decoder.max_length
     own = sampler_settings(sampler)
     for number, (context, settings) in enumerate(arguments):
         new_tokens = _number(settings, ("max_gen_toks", "max_new_tokens"), int, default_new_tokens)
@@ -100,7 +100,7 @@ def _number(settings: dict[str, Any], names: Sequence[str], kind: type, default:
     if name is None:
         return default
     try:
-        number = float(settings[name])
+        number: float | None = float(settings[name])
         value = kind(number)
     except (TypeError, ValueError, OverflowError):
         number = value = None

@@ -94,7 +94,7 @@ class MemDLMEvalLM(LM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Estimate the log-likelihood of whole texts, in windows of `max_length`. There is no prompt to adapt to."""
-        pairs, owners = [], []
+        pairs, owners = list[Pair](), list[int]()
         for number, request in enumerate(requests):
             tokens = self.texts.whole(request.args[0])
             windows = get_rolling_token_windows(tokens, self.texts.first(), self.max_length - 1, context_len=1)
@@ -167,7 +167,7 @@ class MemDLMEvalLM(LM):
         return tqdm(results, title, total=len(prompts), disable=quiet or self.rank != 0)
 
     def _log_likelihoods(self, pairs: Sequence[Pair], title: str, quiet: bool, adapt: bool = True) -> list[float]:
-        items, texts = [], []
+        items, texts = list[Masked](), []
         for number, (context, continuation) in enumerate(pairs):
             kept = continuation[-self.max_length :]
             seen, text = self.decoder.parts(context, len(kept))

@@ -46,8 +46,9 @@ class Hook:
     @staticmethod
     def find_spec(name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         spec = PathFinder.find_spec(name, path) if name == MODELS else None
-        if spec is not None and spec.loader is not None:
-            spec.loader.exec_module = Hook.then_register(spec.loader)
+        loader: Any = spec and spec.loader
+        if loader is not None:
+            loader.exec_module = Hook.then_register(loader)
         return spec
 
     @staticmethod

@@ -24,7 +24,8 @@ class Texts:
     """Encodes for one tokenizer; `template` is the chat template in use, if any, and takes these `arguments`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None = None) -> None:
-        self.tokenizer, self.template = tokenizer, None
+        self.tokenizer = tokenizer
+        self.template: str | None = None
         own = tokenizer.chat_template or {}
         self._templates = own if isinstance(own, dict) else {"default": own}
         self._encoder = Encoder(tokenizer, arguments)
@@ -37,8 +38,9 @@ class Texts:
                 f"--apply_chat_template: tokenizer={self.tokenizer.name_or_path!r} has no chat template {name!r}; "
                 f"expected {f'one of {known}' if known else 'the tokenizer of a chat model, or no such flag'}"
             )
-        self.template = self.tokenizer.chat_template = self._templates[name]
-        return self.template
+        template: str = self._templates[name]
+        self.template = self.tokenizer.chat_template = template
+        return template
 
     def render(self, chat: list[dict[str, str]], begun: bool) -> str:
         """Return a chat as text, up to where its answer begins, or goes on if it has `begun`.

@@ -92,7 +92,7 @@ class Conversation:
     def text_of(self, tokens: list[int], mask: str = "") -> str:
         """Return an answer as text, up to its end, with something in place of what is still masked."""
         ends = (self.tokenizer.eos_token_id, self.tokenizer.eot_token_id)
-        texts, run = [], []
+        texts, run = list[str](), list[int]()
         for token in tokens:
             if token in ends:
                 break

@@ -16,6 +16,8 @@ from ..method.prompt_memory import PromptMemory, Text, at_inference, load_snapsh
 from .pretrained import Pretrained
 from .samplers import DreamSampler, LLaDA2Sampler, LLaDA21Sampler, MDLMSampler, SamplerConfig, completions
 
+SamplerName = Literal["auto", "mdlm", "llada2", "llada21", "dream"]
+
 #: By the name that `sampler=` takes.
 SAMPLERS = {"mdlm": MDLMSampler, "llada2": LLaDA2Sampler, "llada21": LLaDA21Sampler, "dream": DreamSampler}
 
@@ -31,12 +33,12 @@ RECOMMENDED = {"dream": {"alg": "entropy", "temperature": 0.0}}
 TOKEN_LISTS = {"suppress_tokens", "begin_suppress_tokens", "cfg_keep_tokens"}
 
 
-def sampler_name(model: Any) -> str:
+def sampler_name(model: Any) -> SamplerName:
     """Return what a model was made for: block diffusion for LLaDA2.1, Dream's own, low-confidence remasking else.
 
     LLaDA2.0 has the architecture of 2.1, and no file that tells it apart: it is asked for by `sampler=llada2`.
     """
-    made_for = {LLaDA2MoeModelLM: "llada21", DreamModel: "dream"}
+    made_for: dict[Any, SamplerName] = {LLaDA2MoeModelLM: "llada21", DreamModel: "dream"}
     return next((name for cls, name in made_for.items() if isinstance(staged_backbone(model), cls)), "mdlm")
 
 
@@ -60,10 +62,10 @@ class Decoder:
     """
 
     pretrained: Pretrained
-    sampler: Literal["auto", "mdlm", "llada2", "llada21", "dream"] = "auto"
+    sampler: SamplerName = "auto"
     settings: dict[str, Any] = field(default_factory=dict)
     memory: PromptMemory | None = None
-    max_length: int | None = None
+    max_length: Any = None  #: an int once it is made
     visible: int | None = None
     answered: int = field(default=0, init=False)  #: answers so far
     left_masked: int = field(default=0, init=False)  #: those among them in which a mask is left
@@ -81,9 +83,10 @@ class Decoder:
                 f"pretrained={self.pretrained.name!r}: config.json has max_position_embeddings={self.max_length!r}; "
                 "expected a whole number of at least 2, or max_length=N"
             )
-        if self.reads_windows and self.memory.memory.config.window > self.max_length:
+        window = None if self.memory is None else self.memory.memory.config.window
+        if window is not None and window > self.max_length:
             raise ConfigError(
-                f"memory.window={self.memory.memory.config.window}: expected at most max_length={self.max_length}, the "
+                f"memory.window={window}: expected at most max_length={self.max_length}, the "
                 "tokens that the model takes at a time"
             )
         self.config_for(1)  # a wrong setting is refused before anything is decoded

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from ..backbones import DECODERS
 from ..backbones.joined_lora import save_pairs
-from ..config import ConfigError, MemoryConfig
+from ..config import ConfigError, DType, MemoryConfig
 from ..method.inner_loop import ParametricMemory
 from ..method.prompt_memory import load_snapshot
 from ..training.model_card import Training, label, write_card
@@ -29,7 +29,7 @@ def export(
     model: str,
     out: str | Path,
     adapter: str | None = None,
-    dtype: str = "auto",
+    dtype: DType = "auto",
     shard_size: str = "5GB",
     memory: str | None = None,
 ) -> Path:
@@ -61,10 +61,11 @@ def export(
             f"from: --model BASE{f' --adapter {source.adapter}' if source.adapter else ''}"
         )
     dtype = source.dtype if dtype == "auto" else dtype
-    fast_weights, settings = (None, None) if memory is None else load_snapshot(memory, source.name)
+    snapshot = None if memory is None else load_snapshot(memory, source.name)
     own = dtype == source.dtype and memory is None
     loaded = load_pretrained(model, adapter, dtype=dtype if own else "float32", merge_adapter=True)
-    if memory is not None:
+    if snapshot is not None:
+        fast_weights, settings = snapshot
         _memory_of(loaded, settings).merge(fast_weights)
     if not own:
         loaded.model.to(getattr(torch, dtype))

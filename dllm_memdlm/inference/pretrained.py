@@ -11,12 +11,11 @@ from typing import Any
 import huggingface_hub
 import torch
 import yaml
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..backbones import load_model, read_config, staged_backbone
 from ..backbones.adapters import adapter_folder, load_adapter, merge, narrow
-from ..config import ConfigError, MemoryConfig, ModelConfig
+from ..config import Attention, ConfigError, DType, MemoryConfig, ModelConfig
 from ..data import check_mask, load_tokenizer
 from ..training.recipe import FILE_NAME
 
@@ -26,7 +25,7 @@ class Pretrained:
     """What decoding needs. The model is in eval mode, on its device, and nothing of it is trainable."""
 
     name: str
-    model: nn.Module
+    model: Any  #: a backbone, or PEFT's wrapper around one
     tokenizer: PreTrainedTokenizerBase
     memory: MemoryConfig  #: as it was trained; the paper's settings where no recipe stands beside the weights
     right_shift_logits: bool
@@ -52,7 +51,7 @@ class Source:
         return os.path.realpath(name) if os.path.isdir(name) else name
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> Any:
         """The name of the base's dtype."""
         return str(self.config.dtype or torch.float32).removeprefix("torch.")
 
@@ -94,9 +93,9 @@ def load_pretrained(
     tokenizer: str | None = None,
     *,
     device: torch.device | str = "cpu",
-    dtype: str = "auto",
+    dtype: DType = "auto",
     load_in_4bit: bool = False,
-    attn_implementation: str = "sdpa",
+    attn_implementation: Attention = "sdpa",
     merge_adapter: bool = False,
 ) -> Pretrained:
     """Load a run's folder, a hub name, or an adapter.
@@ -161,7 +160,8 @@ def _is_adapter(name: str) -> bool:
 
 def _base_of(adapter: str) -> str:
     try:
-        base = json.loads(file_beside(adapter, "adapter_config.json").read_text()).get("base_model_name_or_path")
+        path = file_beside(adapter, "adapter_config.json")
+        base = None if path is None else json.loads(path.read_text()).get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:  # not JSON, or not a mapping
         raise ConfigError(f"pretrained={adapter!r}: no readable adapter_config.json ({_one_line(error)})") from None
     if not base:

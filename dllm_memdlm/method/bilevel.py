@@ -54,6 +54,7 @@ class BilevelStep:
 
     def write(self) -> Written:
         """Run the inner loop, from the prefix's output on, or on the windows of the prompts."""
+        assert self.memory is not None  # plain MDLM writes nothing
         if self.memory.config.source == "prompt":
             return self.memory.write_all(self.windows)
         return self.memory.write(self.trajectory, anchor_prefix=self.prefix)
@@ -63,6 +64,7 @@ class BilevelStep:
 
         It keeps a model able to denoise prompts, which it must be to write on them.
         """
+        assert self.prompt is not None
         trajectory, positions = self.prompt, self.prompt.loss_positions(-1)
         where = {**self._where, "attention_mask": trajectory.attention_mask}
         state = trajectory.state(trajectory.anchor_mask, self.mask_token_id)
@@ -86,7 +88,7 @@ class BilevelStep:
             count: as in `masked_diffusion_loss`.
         """
         trajectory, positions = self.trajectory, self.trajectory.loss_positions(-1)
-        with nullcontext() if fast is None else self.memory.holding(fast):
+        with nullcontext() if self.memory is None else self.memory.holding(fast):
             nll = model(
                 stage="suffix",
                 hidden=self.prefix,

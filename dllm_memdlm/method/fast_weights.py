@@ -92,13 +92,15 @@ class FastWeights:
         names = parts[0].tensors
         return cls({k: torch.cat([part.tensors[k] for part in parts], dim=-3) for k in names}, parts[0].scaling)
 
-    def save(self, path: str | os.PathLike, header: dict[str, Any] | None = None) -> None:
+    def save(self, path: str | os.PathLike[str], header: dict[str, Any] | None = None) -> None:
         """Write a safetensors file; `header`, what they belong to, goes into its metadata as JSON."""
         metadata = {"format": FORMAT, "scaling": repr(self.scaling), "header": json.dumps(header or {})}
         save_file({k: v.detach().contiguous() for k, v in self.tensors.items()}, path, metadata)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> tuple[FastWeights, dict[str, Any]]:
+    def load(
+        cls, path: str | os.PathLike[str], device: torch.device | str = "cpu"
+    ) -> tuple[FastWeights, dict[str, Any]]:
         """Read what `save` wrote: the fast weights and their header. Raises ConfigError for any other file."""
         try:
             with safe_open(path, framework="pt") as file:

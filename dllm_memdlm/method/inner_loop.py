@@ -8,7 +8,7 @@ with memory.holding(written.fast_weights):
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -113,12 +113,12 @@ class ParametricMemory:
 
     def write_all(self, trajectories: Iterable[Trajectory]) -> Written:
         """Run the inner loop along one trajectory after another: the windows of a prompt, into one φ (ours)."""
-        written, steps = None, []
-        for trajectory in trajectories:
-            part = self.write(trajectory, initial=written and written.fast_weights)
-            steps += part.steps
-            finite = part.finite if written is None else written.finite & part.finite
-            written = Written(part.fast_weights.keep(finite), steps, finite)
+        remaining = iter(trajectories)
+        written = self.write(next(remaining))
+        for trajectory in remaining:
+            part = self.write(trajectory, initial=written.fast_weights)
+            finite = written.finite & part.finite
+            written = Written(part.fast_weights.keep(finite), written.steps + part.steps, finite)
         return written
 
     def _inner_step(
@@ -134,22 +134,24 @@ class ParametricMemory:
         positions = trajectory.loss_positions(k, config.targets)
         index = positions.logit_index(self.right_shift_logits)
 
-        def view(hidden: Tensor) -> Tensor:
-            out = self.suffix(hidden, index, attention_mask, project=objective.on_logits)
-            return out.logits if objective.on_logits else out.hidden
+        def view(hidden: Tensor, on_logits: bool) -> Tensor:
+            out = self.suffix(hidden, index, attention_mask, project=on_logits)
+            seen: Tensor = out["logits" if on_logits else "hidden"]
+            return seen
 
         # 1. A teacher sees the next state, with the same φ.
         if objective is not None:
+            assert next_prefix is not None
             with torch.no_grad(), self.holding(fast):
-                teacher = view(next_prefix)
+                teacher = view(next_prefix, objective.on_logits)
         leaves = fast.leaves()
         with torch.enable_grad(), self.holding(leaves), frozen(self._experts):
             # 2. The loss of each token [B, M].
             if objective is not None:
-                losses = objective.loss(view(prefix), teacher)
+                losses = objective.loss(view(prefix, objective.on_logits), teacher)
             else:
                 tokens = positions.gather(trajectory.input_ids)
-                losses = self.suffix(prefix, index, attention_mask, tokens=tokens).nll
+                losses = self.suffix(prefix, index, attention_mask, tokens=tokens)["nll"]
             # 3. The mean of a sample's tokens, weighted; of all the batch's where its samples share one φ.
             total, count = (losses * positions.valid).sum(-1), positions.valid.sum(-1)  # [B]
             if config.weighting == "scheduler" and config.source == "response":
@@ -160,7 +162,8 @@ class ParametricMemory:
                 (count,) = global_batch.total([count])
             loss = total / count.clamp_min(1)  # [S]
             # 4. Its gradient, for φ alone.
-            gradients = torch.autograd.grad(loss.sum(), list(leaves.tensors.values()), materialize_grads=True)
+            wanted = list(leaves.tensors.values())
+            gradients: Sequence[Tensor] = torch.autograd.grad(loss.sum(), wanted, materialize_grads=True)
         if config.sync:
             loss, *gradients = global_batch.total([loss.detach(), *gradients])
         fast, step = sgd_step(fast, dict(zip(leaves.tensors, gradients, strict=True)), loss, config)
@@ -178,7 +181,8 @@ class ParametricMemory:
     def prefix(self, input_ids: Tensor, attention_mask: Tensor | int | None = None) -> Tensor:
         """Run the layers without fast weights. input_ids [B, L] → [B, L, D]."""
         out = self.model(stage="prefix", input_ids=input_ids, attention_mask=attention_mask, boundary=self.boundary)
-        return out.hidden
+        hidden: Tensor = out.hidden
+        return hidden
 
     def suffix(
         self, hidden: Tensor, positions: Tensor, attention_mask: Tensor | int | None = None, **wanted: Any
@@ -188,7 +192,8 @@ class ParametricMemory:
         `wanted` says what of `StagedForward.forward`: `tokens` for their NLL, `project` for logits or hidden states.
         """
         own = {"boundary": self.boundary, "attention_mask": attention_mask}
-        return self.model(stage="suffix", hidden=hidden, positions=positions, **own, **wanted)
+        out: StageOutput = self.model(stage="suffix", hidden=hidden, positions=positions, **own, **wanted)
+        return out
 
     # === fast weights in place ===
 
@@ -228,7 +233,7 @@ class ParametricMemory:
         self.check(fast_weights)
         for site in self.sites:
             experts = isinstance(site.module, RoutedExperts)
-            linear = getattr(site.module, site.projection) if experts else site.module
+            linear: Any = getattr(site.module, site.projection) if experts else site.module
             (difference,) = fast_weights.site(site.shape.name).difference().unbind(-3)
             linear.weight += difference
 

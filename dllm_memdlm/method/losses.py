@@ -13,7 +13,7 @@ from torch import Tensor
 class Positions(NamedTuple):
     """The positions where a batch has a loss, gathered to the left and padded to the longest sample."""
 
-    index: Tensor  #: [B, M] int64
+    index: Tensor  # type: ignore[assignment]  #: [B, M] int64, in place of tuple.index
     valid: Tensor  #: [B, M] bool, false on padding
 
     def logit_index(self, right_shift: bool) -> Tensor:
@@ -42,8 +42,11 @@ LOSS_WEIGHT = r"scheduler|uniform|cart(\[geo_p:(?P<p>0\.\d*[1-9]\d*)\])?"
 
 def cart_share(loss_weight: str) -> float | None:
     """Return p of a `cart[geo_p:p]`; none for other weights."""
+    if not loss_weight.startswith("cart"):
+        return None
     found = re.fullmatch(LOSS_WEIGHT, loss_weight)
-    return float(found["p"] or 0.3) if loss_weight.startswith("cart") else None
+    assert found is not None, loss_weight
+    return float(found["p"] or 0.3)
 
 
 def cart_weights(visible: Tensor, p: float) -> Tensor:
@@ -57,7 +60,8 @@ def cart_weights(visible: Tensor, p: float) -> Tensor:
     share[0] = 0
     kernel = torch.cat([share, share.new_zeros(1), share[1:].flip(0)])  # of a circle that is twice as long
     spectra = torch.fft.rfft(visible.to(share.dtype), 2 * length) * torch.fft.rfft(kernel)
-    return torch.fft.irfft(spectra, 2 * length)[:, :length]
+    weights: Tensor = torch.fft.irfft(spectra, 2 * length)
+    return weights[:, :length]
 
 
 #: Ways to normalise the outer loss: (weighted NLL of each sample [B], its maskable tokens [B]) → scalar.

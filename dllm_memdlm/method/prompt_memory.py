@@ -33,10 +33,11 @@ Text = Tensor | list[int]
 NOTHING = b""
 
 
-def at_inference(config: MemoryConfig, **changes: object) -> MemoryConfig:
+def at_inference(config: MemoryConfig, **changes: Any) -> MemoryConfig:
     """Turn a training configuration into that for prompts: uniform weights, and fast weights of each prompt's own."""
-    settings = {"enabled": True, "source": "prompt", "weighting": "uniform", "scope": "sample", "sync": False}
-    return replace(config, **settings, **{"dropout": 0.0, "prompt_loss": 0.0, **changes})
+    settings: dict[str, Any] = {"enabled": True, "source": "prompt", "weighting": "uniform"}
+    settings |= {"scope": "sample", "sync": False}
+    return replace(config, **settings, **({"dropout": 0.0, "prompt_loss": 0.0} | changes))
 
 
 @dataclass
@@ -90,7 +91,7 @@ class PromptMemory:
     attention: Literal["full", "block_causal"] = "full"
     block_size: int = 32
     fixed: FastWeights | None = None
-    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
+    progress: Callable[[list[Any]], Iterable[Any]] = iter
     tally: Tally = field(default_factory=Tally)
     _kept: dict[bytes, FastWeights] = field(default_factory=dict, repr=False)
 
@@ -115,7 +116,8 @@ class PromptMemory:
         self._kept = {name: self._kept[name] for name in distinct if name in self._kept}
         missing = [name for name in distinct if name not in self._kept and name != NOTHING]
         if missing:
-            self._kept |= zip(missing, self._write_if_it_fits([distinct[name] for name in missing]), strict=True)
+            to_write = [text for name, text in distinct.items() if name in missing and text is not None]
+            self._kept |= zip(missing, self._write_if_it_fits(to_write), strict=True)
         if NOTHING in distinct:
             self._kept.setdefault(NOTHING, self._nothing())
         rows = [name for name, counts in zip(names, counted or [True] * len(names), strict=True) if counts]
@@ -152,11 +154,11 @@ class PromptMemory:
             trajectory = window_trajectory(rows, keys, self.memory.config, number, self.memory.right_shift_logits)
             if self.attention == "block_causal":
                 mask, length = trajectory.attention_mask, trajectory.input_ids.shape[1]
-                if mask is None:
-                    trajectory.attention_mask = self.block_size
-                else:
+                if isinstance(mask, Tensor):
                     blocks = block_causal(torch.arange(length)[None], length, self.block_size)
                     trajectory.attention_mask = mask[:, None, None, :] & blocks
+                else:
+                    trajectory.attention_mask = self.block_size
             yield trajectory.to(self._device)
 
     def _nothing(self) -> FastWeights:
@@ -174,7 +176,7 @@ def _digest(text: Text) -> bytes:
 
 
 def save_snapshot(
-    path: str | os.PathLike, fast_weights: FastWeights, model: str, config: MemoryConfig, text: Text
+    path: str | os.PathLike[str], fast_weights: FastWeights, model: str, config: MemoryConfig, text: Text
 ) -> None:
     """Write one memory, with the model, the settings and the text that it belongs to.
 
@@ -189,7 +191,7 @@ def save_snapshot(
 
 
 def load_snapshot(
-    path: str | os.PathLike, model: str, device: torch.device | str = "cpu"
+    path: str | os.PathLike[str], model: str, device: torch.device | str = "cpu"
 ) -> tuple[FastWeights, MemoryConfig]:
     """Read what `save_snapshot` wrote: the fast weights, on the device, and the settings they were written with.
 

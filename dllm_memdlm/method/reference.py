@@ -70,7 +70,7 @@ def naive_states(maskable: set[int], anchor: set[int], order: list[float], scale
     Of the tokens beyond the anchor those of the smallest `order` are hidden longest.
     """
     r = Fraction(len(anchor), max(len(maskable), 1))
-    extra = math.floor(len(maskable) * min(1, max(Fraction(scale) * r, r))) - len(anchor)
+    extra = math.floor(len(maskable) * min(Fraction(1), max(Fraction(scale) * r, r))) - len(anchor)
     others = sorted(maskable - anchor, key=lambda i: (order[i], i))
     states = []
     for left in range(steps - 1, 0, -1):
@@ -121,7 +121,7 @@ def state_level(memory: Any, k: int, mask: Tensor, maskable: Tensor, t: float) -
         return t
     if memory.strategy == "inconsistent":
         first = memory.start_ratio if memory.steps > 1 else memory.anchor_ratio
-        return first + (memory.anchor_ratio - first) * k / max(memory.steps - 1, 1)
+        return float(first + (memory.anchor_ratio - first) * k / max(memory.steps - 1, 1))
     return mask.sum().item() / max(maskable.sum().item(), 1)
 
 
@@ -144,6 +144,7 @@ def inner_loss(name: str, student: tuple[Tensor, Tensor], teacher: tuple[Tensor,
     logits, hidden = (wide(view) for view in student)
     if name == "cross_entropy":
         return F.cross_entropy(logits.transpose(1, 2), x0, reduction="none")
+    assert teacher is not None  # which all other objectives have
     p, q, towards = wide(teacher[0]).softmax(-1), logits.softmax(-1), wide(teacher[1])
     if name == "kl":
         return (p * (p.log() - q.log())).sum(-1)
@@ -151,7 +152,8 @@ def inner_loss(name: str, student: tuple[Tensor, Tensor], teacher: tuple[Tensor,
         return (q * (q.log() - p.log())).sum(-1)
     if name == "hidden_mse":
         return ((hidden - towards) ** 2).mean(-1)
-    return 1 - (hidden * towards).sum(-1) / (hidden.norm(dim=-1) * towards.norm(dim=-1))
+    cosine: Tensor = (hidden * towards).sum(-1) / (hidden.norm(dim=-1) * towards.norm(dim=-1))
+    return 1 - cosine
 
 
 def mdlm_loss(
@@ -182,12 +184,14 @@ def wide(x: Tensor) -> Tensor:
 
 def full_forward(model: nn.Module, tokens: Tensor, attention_mask: Tensor | None, shift: bool) -> tuple[Tensor, Tensor]:
     """Return logits [B, L, V] and the hidden states under them [B, L, D], moved by one where logits are shifted."""
-    seen = []
+    seen: list[Tensor] = []
     handle = backbone_of(model).final_norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
     logits = model(input_ids=tokens, attention_mask=attention_mask).logits
     handle.remove()
-    views = (logits, seen[0])
-    return tuple(torch.cat([v[:, :1], v[:, :-1]], dim=1) for v in views) if shift else views
+    hidden = seen[0]
+    if shift:
+        logits, hidden = (torch.cat([view[:, :1], view[:, :-1]], dim=1) for view in (logits, hidden))
+    return logits, hidden
 
 
 @contextmanager
@@ -219,7 +223,7 @@ def linear_names(model: nn.Module, memory: Any) -> set[str]:
     return {path for path in paths if path.endswith(tuple(f".{target}" for target in targets))}
 
 
-def backbone_of(model: nn.Module) -> nn.Module:
+def backbone_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

@@ -189,12 +189,16 @@ def smallest(values: Tensor, among: Tensor, counts: Tensor) -> Tensor:
     return (rank[:, None, :] < counts[:, :, None]) & among[:, None, :]
 
 
+#: `inner_masks` and `inner_ratios` of a Trajectory.
+States = tuple[Tensor, Tensor]
+
+
 def _then_clean(masks: Tensor) -> Tensor:
     """Append the clean sequence, nothing masked, as the state after the last one."""
     return torch.cat([masks, torch.zeros_like(masks[:, :1])], dim=1)
 
 
-def _anchor_consistent(config: MemoryConfig, maskable: Tensor, anchor: Tensor, t: Tensor, keys: Tensor):
+def _anchor_consistent(config: MemoryConfig, maskable: Tensor, anchor: Tensor, t: Tensor, keys: Tensor) -> States:
     """x_pre → … → x_t, weighted at each state's own masked ratio (section 3.2). Equal shares are revealed."""
     extra = pre_anchor_count(anchor, maskable, config.pre_anchor_scale) - anchor.sum(-1)
     order = noise.uniform(keys, noise.REVEAL, anchor.shape[1])
@@ -202,18 +206,18 @@ def _anchor_consistent(config: MemoryConfig, maskable: Tensor, anchor: Tensor, t
     return _then_clean(masks), masked_ratio(masks, maskable[:, None, :])
 
 
-def _pre_anchor_only(config: MemoryConfig, maskable: Tensor, anchor: Tensor, t: Tensor, keys: Tensor):
+def _pre_anchor_only(config: MemoryConfig, maskable: Tensor, anchor: Tensor, t: Tensor, keys: Tensor) -> States:
     """x_pre alone, its successor being the anchor (figure 9)."""
     masks, ratios = _anchor_consistent(replace(config, steps=2), maskable, anchor, t, keys)
     return masks[:, :2], ratios[:, :1]
 
 
-def _anchor_only(config: MemoryConfig, maskable: Tensor, anchor: Tensor, t: Tensor, keys: Tensor):
+def _anchor_only(config: MemoryConfig, maskable: Tensor, anchor: Tensor, t: Tensor, keys: Tensor) -> States:
     """x_t alone (figure 9). Its loss is weighted at the sampled level t, as the outer loss is."""
     return _then_clean(anchor[:, None, :]), t[:, None]
 
 
-def _inconsistent(config: MemoryConfig, maskable: Tensor, anchor: Tensor, t: Tensor, keys: Tensor):
+def _inconsistent(config: MemoryConfig, maskable: Tensor, anchor: Tensor, t: Tensor, keys: Tensor) -> States:
     """A trajectory of its own, blind to the anchor: from `start_ratio` down to `anchor_ratio` (figure 8)."""
     first = config.start_ratio if config.steps > 1 else config.anchor_ratio
     levels = torch.linspace(first, config.anchor_ratio, config.steps, dtype=torch.float64, device=maskable.device)
@@ -224,7 +228,7 @@ def _inconsistent(config: MemoryConfig, maskable: Tensor, anchor: Tensor, t: Ten
     return _then_clean(masks), levels.to(torch.float32).expand(len(maskable), config.steps)
 
 
-def _cover(config: MemoryConfig, maskable: Tensor, anchor: Tensor, t: Tensor, keys: Tensor):
+def _cover(config: MemoryConfig, maskable: Tensor, anchor: Tensor, t: Tensor, keys: Tensor) -> States:
     """K disjoint shares of the tokens, each masked in one state (ours): nothing goes unwritten. Blind to the anchor."""
     ends = maskable.sum(-1, keepdim=True) * torch.arange(config.steps + 1, device=maskable.device) // config.steps
     masked = smallest(noise.uniform(keys, noise.COVER, maskable.shape[1]), maskable, ends)
@@ -232,8 +236,8 @@ def _cover(config: MemoryConfig, maskable: Tensor, anchor: Tensor, t: Tensor, ke
     return _then_clean(masks), masked_ratio(masks, maskable[:, None, :])
 
 
-#: Ways to make the states: (config, maskable, anchor, t, keys) → (inner_masks, inner_ratios) of `Trajectory`.
-STRATEGIES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+#: Ways to make the states, of (config, maskable, anchor, t, keys).
+STRATEGIES: dict[str, Callable[..., States]] = {
     "anchor_consistent": _anchor_consistent,
     "inconsistent": _inconsistent,
     "pre_anchor_only": _pre_anchor_only,

@@ -32,7 +32,7 @@ class MemDLMConfig(MDLMConfig):
         ConfigError: a value is of the wrong type, out of range, or of something that is not installed.
     """
 
-    engine: Literal[engines.ENGINES] = knob("auto", "what shares the work; auto is the launcher's choice, else DDP")
+    engine: engines.Engine = knob("auto", "what shares the work; auto is the launcher's choice, else DDP")
     # by a function, as HfArgumentParser takes no other default of a list
     report_to: str | list[str] = field(default_factory=lambda: "none", metadata={"help": "trackers that get the logs"})
     trackio_space_id: str | None = knob(None, "Space of the hub that trackio's logs go to; none: they stay here")
@@ -84,18 +84,19 @@ class MemDLMConfig(MDLMConfig):
     def __post_init__(self) -> None:
         check_types(self, "training")
         if self.gradient_checkpointing and not isinstance(self.gradient_checkpointing_kwargs, str):
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False} | (self.gradient_checkpointing_kwargs or {})
+            given: Any = self.gradient_checkpointing_kwargs or {}
+            self.gradient_checkpointing_kwargs: Any = {"use_reentrant": False} | given
             if self.gradient_checkpointing_kwargs["use_reentrant"]:
                 raise ConfigError(
                     "training.gradient_checkpointing_kwargs.use_reentrant=True: expected false; the reentrant kind "
                     "breaks gradients that do not go through `.backward()`"
                 )
-        self.max_grad_norm = self.max_grad_norm or 0.0
+        self.max_grad_norm: float = self.max_grad_norm or 0.0
         if not (torch.cuda.is_available() or torch.xpu.is_available()):
             self.use_cpu, self.dataloader_pin_memory = True, False
         if self.dataloader_pin_memory and not isinstance(self.accelerator_config, (str, AcceleratorConfig)):
             # A copy that the host waits for would end its running ahead, once for every tensor of a batch.
-            self.accelerator_config = {"non_blocking": True} | (self.accelerator_config or {})
+            self.accelerator_config: Any = {"non_blocking": True} | (self.accelerator_config or {})
         engines.prepare(self)
         with engines.in_force(self):
             super().__post_init__()

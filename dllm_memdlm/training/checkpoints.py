@@ -35,7 +35,7 @@ RUN = ".run"
 # === which checkpoint, and whether it fits ===
 
 
-def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
+def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     """Return the checkpoint that the newest run in a folder has written last; none where no run has written any.
 
     It need not be the one of most steps: a run may go on from an earlier checkpoint, or use the folder of another run.
@@ -64,7 +64,7 @@ def _by_age(output_dir: Path) -> list[tuple[dict[str, Any], Path]]:
     return [(contents, path) for contents, _, path in found]
 
 
-def contents_of(checkpoint: str | os.PathLike) -> dict[str, Any]:
+def contents_of(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
     """Return what a whole checkpoint says of itself, empty for any other folder."""
     try:
         contents = json.loads(Path(checkpoint, CONTENTS).read_text(encoding="utf-8"))
@@ -73,7 +73,7 @@ def contents_of(checkpoint: str | os.PathLike) -> dict[str, Any]:
     return contents if isinstance(contents, dict) and "made_by" in contents else {}
 
 
-def read_contents(checkpoint: str | os.PathLike) -> dict[str, Any]:
+def read_contents(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
     """Return what a checkpoint says of itself. Raises ConfigError where no run can go on from it."""
     folder, contents = Path(checkpoint), contents_of(checkpoint)
     if not folder.is_dir():
@@ -95,7 +95,7 @@ def read_contents(checkpoint: str | os.PathLike) -> dict[str, Any]:
     return contents
 
 
-def check_fits(checkpoint: str | os.PathLike, contents: dict[str, Any], trained: list[str], engine: str) -> None:
+def check_fits(checkpoint: str | os.PathLike[str], contents: dict[str, Any], trained: list[str], engine: str) -> None:
     """Refuse what another engine or number of processes has made, or a version for which experts were no tensors.
 
     `trained` are the names of the tensors that train; `engine` is in use, as `engines.describe` puts it.
@@ -144,7 +144,8 @@ class WholeCheckpoints(transformers.Trainer):
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ConfigError(f"{self.args.output_dir}: no checkpoint to go on from")
-        self.resumed, run = None, uuid.uuid4().hex
+        run: str | None = uuid.uuid4().hex
+        self.resumed = None
         if resume_from_checkpoint:
             self.resumed, contents = Path(resume_from_checkpoint), contents_of(resume_from_checkpoint)
             if contents:  # else one of another trainer's
@@ -179,6 +180,7 @@ class WholeCheckpoints(transformers.Trainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            assert self.begun is not None  # since `save_model`
             self.mark(self.begun)
         self.accelerator.wait_for_everyone()
         if self.to_push is not None:

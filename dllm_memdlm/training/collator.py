@@ -188,7 +188,8 @@ def _own_tokens(batch: dict[str, Any], features: list[dict[str, Any]]) -> Tensor
 
     None where neither tells: a wrapped collator made other tokens of the examples, and no mask.
     """
-    mask, ids = batch.get("attention_mask"), batch["input_ids"]
+    mask: Tensor | None = batch.get("attention_mask")
+    ids: Tensor = batch["input_ids"]
     if mask is not None and mask.shape == ids.shape and not mask.all():
         return mask.bool()
     own = torch.zeros_like(ids, dtype=torch.bool)

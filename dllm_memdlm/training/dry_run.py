@@ -71,8 +71,8 @@ def dry_run(recipe: Recipe, machine: Machine | None = None, console: Console | N
     console.print(f"Parameters ({source})")
     counts = {"all": plan.parameters, "active": plan.active, "trainable": plan.trainable}
     fast = f"{plan.fast:,}" if plan.fast else "0 (memory is off)"
-    rows = [*((name, f"{count:,}") for name, count in counts.items()), ("fast weights, each sample", fast)]
-    console.print(_table(("what", "number"), rows))
+    numbers = [*((name, f"{count:,}") for name, count in counts.items()), ("fast weights, each sample", fast)]
+    console.print(_table(("what", "number"), numbers))
     _print_plan(console, plan, recipe)
     missing, examples = missing_parts(recipe)
     console.print(f"Steps: {steps_of(recipe, plan, examples)}")

@@ -95,7 +95,7 @@ class Evaluation(transformers.Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         training_collator = self.data_collator
-        self.data_collator = training_collator.for_evaluation()
+        self.data_collator: Any = training_collator.for_evaluation()
         try:
             return super().get_eval_dataloader(self.for_evaluation(eval_dataset))
         finally:

@@ -15,7 +15,7 @@ EXAMPLE_ID = "example_id"
 PROMPT, OTHER_PROMPT = "prompt_ids", "other_prompt_ids"
 
 
-class _With(Dataset):
+class _With(Dataset[dict[str, Any]]):
     """A map-style dataset whose items carry more: what `more` says of the dataset and an index."""
 
     def __init__(self, dataset: Any, more: Callable[[Any, int], dict[str, Any]]) -> None:
@@ -46,9 +46,10 @@ def with_other_prompts(dataset: Any) -> Any:
 
 def prompt_of(example: Mapping[str, Any]) -> list[int]:
     """The tokens of an example's prompt: those of its own field, or all before the first that is learned."""
+    ids: list[int] = example.get(PROMPT, example.get("input_ids", []))
     if PROMPT in example:
-        return example[PROMPT]
-    ids, labels = example.get("input_ids", ()), example.get("labels", ())
+        return ids
+    labels = example.get("labels", ())
     return ids[: next((i for i, label in enumerate(labels) if label != -100), len(ids))]
 
 

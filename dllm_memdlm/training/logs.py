@@ -34,7 +34,8 @@ class Averages:
         """Means and counts over all processes since the last call."""
 
         def over_processes(value: Tensor) -> Tensor:
-            return accelerator.reduce(value.to(accelerator.device), "sum")
+            summed: Tensor = accelerator.reduce(value.to(accelerator.device), "sum")
+            return summed
 
         means = {name: over_processes(pair).tolist() for name, pair in self._sums.items()}
         counts = {name: int(over_processes(number)) for name, number in self._counts.items()}

@@ -53,15 +53,16 @@ class Recipe:
     def to_yaml(self) -> str:
         """Return every section with every value, but `training` as given. Loading it gives the same recipe."""
         sections = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS if name != "training"}
-        return OmegaConf.to_yaml(OmegaConf.create({**sections, "training": self.values["training"]}))
+        text: str = OmegaConf.to_yaml(OmegaConf.create({**sections, "training": self.values["training"]}))
+        return text
 
-    def save(self, folder: str | os.PathLike) -> None:
+    def save(self, folder: str | os.PathLike[str]) -> None:
         """Write recipe.yaml into a folder."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / FILE_NAME).write_text(self.to_yaml(), encoding="utf-8")
 
 
-def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, or `recipe:NAME`, what it extends, and command-line overrides.
 
     Raises:
@@ -75,7 +76,7 @@ def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recip
         raise ConfigError(f"{path}: {error}") from None
 
 
-def resolve(path: str | os.PathLike, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def resolve(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Return the plain values of a recipe, with `extends` followed and overrides applied. Raises ConfigError."""
     merged = _read(shipped.find(path), seen=())
     for override in overrides:
@@ -87,7 +88,8 @@ def resolve(path: str | os.PathLike, overrides: Sequence[str] = ()) -> dict[str,
             raise ConfigError(f"override {override!r}: {' '.join(str(error).split())}") from None
         merged = _merge(merged, change)
     try:
-        return OmegaConf.to_container(merged, resolve=True)
+        values: dict[str, Any] = OmegaConf.to_container(merged, resolve=True)
+        return values
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from None
 

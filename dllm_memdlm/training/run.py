@@ -253,7 +253,7 @@ class _Progress(ProgressCallback):
     )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or self.training_bar is None:
+        if logs is None or not state.is_world_process_zero or self.training_bar is None:
             return
         shown = [f"{name} {logs[name]:.4f}" for name in self.SHOWN if isinstance(logs.get(name), float)]
         if logs.get("nonfinite_samples"):

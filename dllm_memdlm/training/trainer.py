@@ -136,7 +136,7 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
         engines.check(self.accelerator, self.args)
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(*args)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args)
         # With LoRA nothing goes without weight decay, and DeepSpeed takes no empty group.
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
@@ -150,7 +150,7 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
     # === the step ===
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
+        loss: Tensor = super().training_step(*args, **kwargs)
         self._clock.loss_sum += loss.double()
         return loss
 
@@ -220,7 +220,7 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
 
     # === order ===
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if dataset is None or not has_length(dataset):
             return None
@@ -243,9 +243,10 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
             )
         return loader
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | list[int] | None:
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | list[int] | None:
         if not self.args.group_by_length or eval_dataset is None or not has_length(eval_dataset):
-            return super()._get_eval_sampler(eval_dataset)
+            sampler: Sampler[int] | None = super()._get_eval_sampler(eval_dataset)
+            return sampler
         # The longest first: the same batches in every evaluation, with hardly any padding.
         lengths = lengths_of(eval_dataset)
         return sorted(range(len(lengths)), key=lambda i: -lengths[i])
@@ -255,7 +256,8 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
     def _note(self, step: BilevelStep, written: Written) -> None:
         passes = len(written.steps) // (len(step.windows) if self.memory_config.source == "prompt" else 1)
         for number, inner in enumerate(written.steps):
-            place, where = number % passes + 1, inner.finite & (inner.tokens > 0)  # of each window the first, …
+            place = number % passes + 1  # of each window the first, …
+            where = inner.finite if inner.tokens is None else inner.finite & (inner.tokens > 0)
             self._train_log.add(f"inner_loss_{place}", inner.loss, where)
             self._train_log.add(f"inner_grad_norm_{place}", inner.grad_norm, where)
         self._train_log.count("nonfinite_samples", (~written.finite).sum())

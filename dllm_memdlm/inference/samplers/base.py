@@ -187,11 +187,12 @@ class RowNoise:
         Rows that are idle draw nothing from their own generators, as they would not if they were alone; nor does the
         global one if all are.
         """
-        chosen, idle = torch.zeros(probabilities.shape[:2], dtype=torch.long, device=self.device), idle[:, 0].tolist()
+        chosen = torch.zeros(probabilities.shape[:2], dtype=torch.long, device=self.device)
+        left_out = idle[:, 0].tolist()
         if self.generators is None:
-            return chosen if all(idle) else torch.multinomial(probabilities.flatten(0, 1), 1).view_as(chosen)
-        for row, own, generator, left_out in zip(chosen, probabilities, self.generators, idle, strict=True):
-            if not left_out:
+            return chosen if all(left_out) else torch.multinomial(probabilities.flatten(0, 1), 1).view_as(chosen)
+        for row, own, generator, out in zip(chosen, probabilities, self.generators, left_out, strict=True):
+            if not out:
                 row.copy_(torch.multinomial(own, 1, generator=generator)[:, 0])
         return chosen
 

@@ -214,7 +214,8 @@ class LLaDA21Sampler(CanvasSampler):
 
         left = own & (after == mask)
         seen = [fact.any(1, keepdim=True) for fact in (masked, left, after != before, edited)]
-        rows.note(*seen, self._text_ends(canvas, rows))
+        seen.append(self._text_ends(canvas, rows))
+        rows.note(*seen)
 
     def _text_ends(self, canvas: Tensor, rows: Rows) -> Tensor:
         """Tell whether the text ends in a row's block, where generation is to stop then. [B, 1]."""

@@ -139,7 +139,7 @@ class Denoiser:
         bounds = list(zip(block.starts, block.ends, strict=True))
         if self.settings.threshold is not None:
             return [None] * max(end - start for start, end in bounds)
-        counts = []
+        counts: list[list[int]] = []
         for row, (start, end) in enumerate(bounds):
             left = int((self.canvas[row, start:end] == self.mask).sum())
             counts.append([])
@@ -156,6 +156,7 @@ class Denoiser:
     def _step(self, masked: Tensor, counts: tuple[int, ...] | None) -> None:
         """Commit tokens at masked positions [B, T]: so many in each row, or all that are sure enough."""
         if counts is None:
+            assert self.settings.threshold is not None
             confidence, tokens = self._propose(masked)
             best = torch.zeros_like(masked).scatter_(1, confidence.argmax(1, keepdim=True), True)
             chosen = (best | (confidence > self.settings.threshold)) & masked

@@ -10,7 +10,7 @@ import json
 import os
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from accelerate import Accelerator
@@ -22,7 +22,7 @@ from ...backbones.moe import RoutedExperts
 from ...config import ConfigError
 
 #: `auto` is what the launcher was configured for, DDP by default.
-ENGINES = ("auto", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+Engine = Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
 FILES = Path(__file__).parent
 
@@ -76,7 +76,8 @@ def in_force(args: Any) -> AbstractContextManager[None]:
         settings = yaml.safe_load((FILES / "fsdp2.yaml").read_text(encoding="utf-8"))["fsdp_config"]
         found["ACCELERATE_USE_FSDP"] = "true"
         found |= {name: str(v).lower() if isinstance(v, bool) else str(v) for name, v in settings.items()}
-    return patch_environment(**found)
+    environment: AbstractContextManager[None] = patch_environment(**found)
+    return environment
 
 
 def _several() -> bool:

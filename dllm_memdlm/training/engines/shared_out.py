@@ -16,7 +16,7 @@ from ...backbones.stock_peft import own_state
 from ...config import ConfigError
 
 
-def load_shared_out(model: nn.Module, checkpoint: str | os.PathLike) -> None:
+def load_shared_out(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
     """Read the weights of a checkpoint into a model that FSDP2 shares out, of which every process holds a part.
 
     accelerate (1.11) saves and restores an adapter's first part alone; the checkpoint's own safetensors are whole.

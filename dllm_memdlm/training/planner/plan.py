@@ -151,12 +151,12 @@ def make_plans(
     with disable_input_dtype_casting(model, active=low is not None):  # as in training
         steps = {on: step(model, mode, memory if on else None, sizes, held.stays) for on in (False, True)}
     micro_batches = args.gradient_accumulation_steps * gpus
-    flops = [steps[on].flops * micro_batches for on in (False, True)]
+    flops_mdlm, flops_memdlm = (steps[on].flops * micro_batches for on in (False, True))
     plans = {}
     for on, live in steps.items():
         fast = memory.fast_parameters if on else 0
         step_sizes = (sizes.batch, args.gradient_accumulation_steps, length, sizes.masked)
-        by_use = [_with_share(step, held) for step in (live.highest, live.largest)]
+        flops, by_use = (flops_mdlm, flops_memdlm), (_with_share(live.highest, held), _with_share(live.largest, held))
         plans[on] = Plan(engine, gpus, *counts, fast, *step_sizes, *flops, *by_use, live.highest_moment)
     return plans
 
@@ -171,8 +171,8 @@ def _with_share(step: Counter[str], held: Share) -> dict[str, int]:
 def parse_memory(text: str) -> int:
     """Bytes of `80GiB`, `141 GB`, … Raises ConfigError for anything else."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)\s*", text, re.IGNORECASE)
-    unit = found and UNITS.get(found[2].upper())
-    if not unit or float(found[1]) <= 0:
+    unit = UNITS.get(found[2].upper()) if found else None
+    if not found or not unit or float(found[1]) <= 0:
         raise ConfigError(f"--memory {text!r}: expected a size such as 80GiB, 141GB or 40000MiB")
     return int(float(found[1]) * unit)
 

@@ -43,7 +43,7 @@ def quantise(model: nn.Module, compute_dtype: torch.dtype) -> None:
             parameter.data = parameter.data.float()
 
 
-def packable(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear | ExpertLinear]]:
+def packable(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     """The linear layers that loading in 4 bit packs, all but the output: parent, name, layer."""
     output = staged_backbone(model).get_output_embeddings()
     children = [(parent, *child) for parent in model.modules() for child in parent.named_children()]
@@ -63,7 +63,8 @@ class PackedLinear(nn.Linear):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        output = _PackedProduct.apply(x.to(self.compute_dtype), self.weight, (self.out_features, self.in_features))
+        shape = (self.out_features, self.in_features)
+        output: Tensor = _PackedProduct.apply(x.to(self.compute_dtype), self.weight, shape)
         return (output if self.bias is None else output + self.bias.to(output.dtype)).to(x.dtype)
 
 
@@ -99,7 +100,8 @@ def _packed(matrix: Tensor, count: int = 1) -> tuple[nn.Parameter, nn.Parameter]
     blocks = math.ceil(numel / BLOCK)
     constants = count * (blocks + 4 * math.ceil(blocks / SCALES) + TABLES)
     packed = (torch.empty(size, dtype=torch.uint8) for size in (count * math.ceil(numel / 2), constants))
-    return tuple(nn.Parameter(part, requires_grad=False) for part in packed)
+    weight, others = (nn.Parameter(part, requires_grad=False) for part in packed)
+    return weight, others
 
 
 def materialise(module: nn.Module, dtype: torch.dtype | None = None) -> None:
@@ -116,7 +118,7 @@ def materialise(module: nn.Module, dtype: torch.dtype | None = None) -> None:
 
 def held_bytes(module: nn.Module, trainable: bool = False, cast: torch.dtype | None = None) -> int:
     """Bytes of a module's tensors, or of the parameters that train; with `cast` all floating ones are of that dtype."""
-    tensors = [p for p in module.parameters() if p.requires_grad or not trainable]
+    tensors: list[Tensor] = [p for p in module.parameters() if p.requires_grad or not trainable]
     tensors += [] if trainable else module.buffers()
     return sum(t.numel() * (cast.itemsize if cast and t.is_floating_point() else t.element_size()) for t in tensors)
 

@@ -91,7 +91,8 @@ def step(
         with torch.autocast("cpu", sizes.amp) if whole else nullcontext():
             live.moment = "outer forward"
             windows = [Trajectory.from_batch(batch, "prompt_")] * sizes.windows
-            own = {"windows": windows, "prompt": windows[0], "prompt_loss": sizes.prompt_loss, "loss_norm": sizes.norm}
+            own: dict[str, Any] = {"windows": windows, "prompt": windows[0]}
+            own |= {"prompt_loss": sizes.prompt_loss, "loss_norm": sizes.norm}
             outer, fast = BilevelStep(model, memory, Trajectory.from_batch(batch), 0, **own), None
             if memory is not None:
                 live.moment = "inner loop"
@@ -125,9 +126,10 @@ def _batch(sizes: Sizes, memory: ParametricMemory | None) -> dict[str, Tensor]:
 def _kinds(model: nn.Module, memory: ParametricMemory | None, sizes: Sizes) -> Any:
     """What a tensor is for, told by its shape."""
     vocabulary, fast = staged_backbone(model).config.vocab_size, set()
-    for shape in () if memory is None else memory.shapes:
-        samples = sizes.batch if memory.config.scope == "sample" else 1
-        for size in shape.tensors(memory.config).values():
+    shapes, config = ([], MemoryConfig()) if memory is None else (memory.shapes, memory.config)
+    for shape in shapes:
+        samples = sizes.batch if config.scope == "sample" else 1
+        for size in shape.tensors(config).values():
             groups = (samples,) if shape.experts is None else (shape.experts, samples)
             fast |= {(*groups, *size), (samples * (shape.experts or 1), *size)}
 
