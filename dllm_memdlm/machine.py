@@ -10,7 +10,7 @@ import shlex
 import shutil
 import threading
 from importlib import metadata
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -57,7 +57,8 @@ def packages() -> list[Finding]:
     extras = set(about.get_all("Provides-Extra") or []) - {"dev", "" if importlib.util.find_spec("dllm") else "dllm"}
     wanted: dict[str, tuple[Requirement, list[str]]] = {}
     for requirement in map(Requirement, about.get_all("Requires-Dist") or []):
-        marker, requirement.marker = requirement.marker, None
+        marker: Any = requirement.marker
+        requirement.marker = None
         needed = marker is None or marker.evaluate({"extra": ""})
         brings = [] if needed else [extra for extra in sorted(extras) if marker.evaluate({"extra": extra})]
         if needed or brings:

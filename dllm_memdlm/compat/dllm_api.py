@@ -60,7 +60,7 @@ def describe() -> str:
 
 def commit() -> str:
     """Return the commit of the dllm in use, eight digits; nothing where it is no git checkout."""
-    folder = Path(_spec.origin).parents[1] if HAS_DLLM else None
+    folder = None if _origin is None else Path(_origin).parents[1]
     if folder is None or not (folder / ".git").exists() or shutil.which("git") is None:
         return ""
     git = ["git", "-C", str(folder), "rev-parse", "--short=8", "HEAD"]

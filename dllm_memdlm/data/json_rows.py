@@ -20,7 +20,7 @@ Row = dict[str, Any]
 BLOCK = 1000  #: rows that become a table at a time
 EMPTY = "has no rows; expected at least one"
 #: What opens a file that is compressed, by the end of its name.
-COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
 def kind_of(path: Path) -> str:

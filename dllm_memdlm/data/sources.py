@@ -69,12 +69,13 @@ def load_rows(config: DataConfig) -> tuple[Rows, Rows | None]:
 
 def _load_split(config: DataConfig, split: str) -> Rows:
     """Read one split through the cache of `datasets`. Local paths are absolute there: it knows no working folder."""
-    path = _local_path(config.dataset)
+    dataset = str(config.dataset)  # one of several has a config of its own
+    path = _local_path(dataset)
     try:
         if path is not None:
             rows = _read_local(path, split)
         else:
-            rows = datasets.load_dataset(config.dataset, split=split, streaming=config.streaming)
+            rows = datasets.load_dataset(dataset, split=split, streaming=config.streaming)
         if isinstance(rows, datasets.Dataset) and not len(rows):
             raise ValueError(EMPTY)
         if path is not None:

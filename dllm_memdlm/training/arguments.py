@@ -45,7 +45,7 @@ class MemDLMConfig(MDLMConfig):
     )
     ddp_find_unused_parameters: bool | None = knob(False, "experts without a token get a gradient of zeros anyway")
 
-    noted: ClassVar[dict[str, Any]] = {}  #: what trackers note beside these; the trainer sets the memory's settings
+    noted = dict[str, Any]()  #: what trackers note beside these, no field; the trainer sets the memory's settings
 
     #: Types narrower than transformers' own: what it would take without a word, and then train wrongly or end in a
     #: traceback. Ranges of the optimizer's other arguments are the optimizer's to check.

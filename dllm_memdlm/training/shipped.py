@@ -5,6 +5,7 @@ An installation has them beside this file, where setup.py puts them; a checkout 
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from pathlib import Path
@@ -25,7 +26,7 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def find(recipe: str | os.PathLike, beside: Path = Path()) -> Path:
+def find(recipe: str | os.PathLike[str], beside: Path = Path()) -> Path:
     """Return the file of `recipe:NAME`; of a path, itself, seen from the folder `beside`.
 
     Raises:
@@ -46,12 +47,13 @@ def about(name: str) -> str:
     Raises:
         ConfigError: no recipe has this name.
     """
-    header = re.match(r"(#.*\n)*", find(PREFIX + name).read_text(encoding="utf-8"))[0]
-    text = " ".join(line.strip("# ") for line in header.partition("#\n")[2].splitlines())
+    lines = find(PREFIX + name).read_text(encoding="utf-8").splitlines()
+    header = [line.strip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
+    text = " ".join(header[header.index("") + 1 :])
     return re.split(r"(?<=\.) ", text)[0]
 
 
-def copy(name: str, folder: str | os.PathLike) -> list[Path]:
+def copy(name: str, folder: str | os.PathLike[str]) -> list[Path]:
     """Copy a recipe, and the files that it extends, into a folder. What is there already is left as it is.
 
     Returns:
