@@ -11,7 +11,6 @@ import threading
 import time
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,7 +143,7 @@ def test_the_hub_is_asked_and_not_waited_for(monkeypatch):
 def test_the_commit_of_a_checkout_of_dllm(tmp_path, monkeypatch):
     (tmp_path / "dllm").mkdir()
     monkeypatch.setattr(dllm_api, "HAS_DLLM", True)
-    monkeypatch.setattr(dllm_api, "_spec", SimpleNamespace(origin=str(tmp_path / "dllm" / "__init__.py")))
+    monkeypatch.setattr(dllm_api, "_origin", str(tmp_path / "dllm" / "__init__.py"))
     assert dllm_api.commit() == "", "no checkout"
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
