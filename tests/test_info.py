@@ -63,7 +63,7 @@ def test_an_optional_package_that_does_not_fit_has_its_remedy_and_stops_nothing(
     said = rows(done.stdout)
     assert said["gguf"] == "0.1.0  – extra small expects >=0.18: pip install 'gguf>=0.18'"
     assert said["torch"].startswith(f"{metadata.version('torch')}  ✓ >=2.")
-    assert said["using"].startswith(describe()) and said["device"] == machine.devices()[-1]
+    assert said["using"].startswith(describe()) and said["device"].startswith("cpu: ")
     assert said["hub"].endswith("is not asked (HF_HUB_OFFLINE)")
     assert {"experts", "attention", "bf16", "4 bit", "hub token"} <= said.keys()
     assert "✗" not in done.stdout and "error" not in done.stderr

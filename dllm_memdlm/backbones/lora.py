@@ -38,7 +38,14 @@ def custom_module(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Mod
 # === on a linear layer ===
 
 
-class FusedLora(lora.LoraLayer):
+#: What `FusedLora` is mixed into. As a base it would change how objects lie in memory.
+if TYPE_CHECKING:
+    _Layer = lora.LoraLayer
+else:
+    _Layer = object
+
+
+class FusedLora(_Layer):
     """PEFT's forward pass, where it is a plain LoRA in one dtype on a plain layer; PEFT's own where it is not."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
