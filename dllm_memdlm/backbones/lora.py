@@ -40,7 +40,7 @@ def custom_module(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Mod
 
 #: What `FusedLora` is mixed into. As a base it would change how objects lie in memory.
 if TYPE_CHECKING:
-    _Layer = lora.LoraLayer
+    from peft.tuners.lora import LoraLayer as _Layer
 else:
     _Layer = object
 
