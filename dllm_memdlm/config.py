@@ -184,9 +184,7 @@ class DataConfig:
     dataset: str | Names | dict[str, Positive] = knob(
         "", "hub name, or local .json/.jsonl/.parquet/.csv file or folder; a list of them; or their shares in a mixture"
     )
-    streaming: bool = knob(
-        False, "read rows while training, shuffled 10,000 at a time, and keep none; needs training.max_steps"
-    )
+    streaming: bool = knob(False, "read rows while training, shuffled 10,000 at a time; needs training.max_steps")
     split: str = knob("train", "split to train on")
     eval_split: str | None = knob(None, "split to evaluate on; none holds eval_fraction of `split` out")
     eval_fraction: ShareBelowOne = knob(0.05, "share of the examples held out when there is no eval_split")

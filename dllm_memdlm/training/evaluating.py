@@ -9,6 +9,7 @@ import torch
 import transformers
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from transformers.trainer_utils import has_length
 
 from ..config import ConfigError, MemoryConfig
 from ..method.bilevel import BilevelStep
@@ -113,10 +114,10 @@ def check_best_metric(
         known += ["loss_memory_off", *OF_PROMPTS]
     if memory.enabled or memory.prompt_loss > 0:
         known.append("prompt_nll")
-    if "prompt" in metric or "other" in metric:  # of which there are losses where an example has one
-        rows = eval_dataset or ()
-        if not any(len(prompt_of(rows[index])) for index in range(len(rows))):
-            known = [name for name in known if name in ("loss", "loss_memory_off")]
+    of_prompts = (*OF_PROMPTS, "prompt_nll")  # which there are where an example has a prompt
+    rows = range(len(eval_dataset)) if metric in of_prompts and has_length(eval_dataset) else ()
+    if rows and not any(len(prompt_of(eval_dataset[index])) for index in rows):
+        known = [name for name in known if name not in of_prompts]
     if metric not in known:
         raise ConfigError(
             f"training.metric_for_best_model={args.metric_for_best_model!r}: expected one of "

@@ -6,11 +6,13 @@ import dataclasses
 import math
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from conftest import KINDS, MASK, examples, make_trainer, tiny
 from steps import OFF, memory_for, plain_loss
 
+from dllm_memdlm.config import ConfigError
 from dllm_memdlm.method.inner_loop import ParametricMemory
 from dllm_memdlm.method.prompt_memory import at_inference
 from dllm_memdlm.method.trajectory import Trajectory
@@ -128,3 +130,13 @@ def test_neither_evaluations_nor_logs_move_training(tokenizer, tmp_path):
         weights.append(model.state_dict())
     for one, other in (weights[:2], weights[2:]):
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_best_metric_of_prompts_is_known_where_nobody_can_look_at_all_examples(tokenizer, tmp_path):
+    """Of a stream; of a list in which no example has a prompt it is refused."""
+    metric = {"metric_for_best_model": "eval_loss_memory_prompt"}
+    rows = [{**row, "labels": list(row["input_ids"])} for row in examples(3)]
+    streamed = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama"), eval_data=streamed, **metric)
+    with pytest.raises(ConfigError, match="expected one of eval_loss, eval_loss_memory_off$"):
+        make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama"), eval_data=rows, **metric)
