@@ -138,5 +138,5 @@ def test_a_best_metric_of_prompts_is_known_where_nobody_can_look_at_all_examples
     rows = [{**row, "labels": list(row["input_ids"])} for row in examples(3)]
     streamed = datasets.Dataset.from_list(rows).to_iterable_dataset()
     make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama"), eval_data=streamed, **metric)
-    with pytest.raises(ConfigError, match="expected one of eval_loss, eval_loss_memory_off$"):
+    with pytest.raises(ConfigError, match=r"expected one of eval_loss, eval_loss_memory_off$"):
         make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama"), eval_data=rows, **metric)
