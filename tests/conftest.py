@@ -84,6 +84,9 @@ AMPLIFIED["llada2"] = {"inner_lr": 30.0, "grad_clip": 0.02}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Files that take long come first, so that no process is alone with one at the end
+    long = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in long)
     if not dllm_api.HAS_DLLM:
         skip = pytest.mark.skip(reason=f"needs dllm; in use: {dllm_api.describe()}")
         for item in items:

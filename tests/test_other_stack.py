@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 OTHER = ROOT / (".venv-dllm" if transformers.__version__.startswith("5.") else ".venv") / "bin" / "python"
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not OTHER.exists(), reason=f"needs {OTHER}"),
     pytest.mark.filterwarnings("ignore:Unexpected keyword arguments:UserWarning"),  # PEFT, of a newer one's config
 ]

@@ -166,7 +166,8 @@ def test_blocks_are_causal_in_windows_too():
 
 def test_scaled_positions_are_refused():
     scaling = {"rope_type": "linear", "factor": 2.0}
-    model = ModelConfig(architecture="ModernBertForMaskedLM", dimensions={"rope_scaling": scaling, "vocab_size": 48})
+    dimensions = {"rope_scaling": scaling, "vocab_size": 48, "hidden_size": 32, "num_attention_heads": 2}
+    model = ModelConfig(architecture="ModernBertForMaskedLM", dimensions=dimensions)
     says = message_of(load_model, model, config_of(model))
     assert says.startswith("model.dimensions: they make no ModernBertForMaskedLM (rope_scaling={")
     assert says.endswith("}: expected none)")

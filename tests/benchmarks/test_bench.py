@@ -40,6 +40,7 @@ def bench() -> training.Bench:
     return training.Bench(training.QUICK, training.QUICK.base)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_measured_is_left_out(found):
     """dllm's where dllm is not installed, and the naive step under checkpointing."""
     rows = found["step-1"]

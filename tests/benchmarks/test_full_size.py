@@ -37,6 +37,7 @@ def options(folder: Path, bits: int = 16) -> list[str]:
     return ["--cpu", "--bits", str(bits), "--output", str(folder)]
 
 
+@pytest.mark.slow
 def test_full_size(tmp_path):
     recipes = ["recipes/llada_moe.yaml", "recipes/tiny_llada2.yaml"]
     assert full_size.main([*recipes, *options(tmp_path), "--set", "training.gradient_checkpointing=true"]) == 0

@@ -33,6 +33,7 @@ def folder(tmp_path_factory, warm_python) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_all_that_was_measured_is_in_one_report(folder):
     facts, page = json.loads((folder / "gpu-check.json").read_text()), (folder / "gpu-check.md").read_text()
     assert facts["card"].startswith("cpu: ") and facts["torch"] and facts["commit"] == "abc1234"

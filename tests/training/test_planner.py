@@ -76,6 +76,7 @@ def assert_within(request, record_property) -> Callable[[Plan, int, float], None
     return compare
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "lora", "memory", "training"),
     [
@@ -111,7 +112,7 @@ def test_the_peak_with_a_base_in_4_bit(tmp_path, assert_within):
 def test_a_prompt_that_is_cut_counts_as_one_window(tmp_path):
     """However long a window is beside what the model sees."""
     plans = {}
-    for window, visible in ((8, None), (8, 4), (8 * LENGTH, 4)):
+    for window, visible in ((LENGTH // 4, None), (LENGTH // 4, 4), (8 * LENGTH, 4)):
         recipe = recipe_of("llama", tmp_path, memory={**OF_PROMPTS, "window": window})
         plans[window, visible] = plan_of(replace(recipe, data=replace(recipe.data, visible=visible)))
     whole, short, long = plans.values()
