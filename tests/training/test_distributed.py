@@ -43,7 +43,7 @@ LLADA2 |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_head
 CASES: dict[str, tuple[str, ...]] = {
     "LLaDA-MoE, LoRA": LORA,
     "LLaDA-MoE, LoRA, checkpointing, accumulation": (*LORA, CHECKPOINTING, ACCUMULATION),
-    "LLaDA-MoE, all weights, AdamW": ("training.optim=adamw_torch", "training.learning_rate=1e-3", EPSILON),
+    "LLaDA-MoE, all weights, AdamW": ("training.optim=adamw_torch", "training.learning_rate=3e-3", EPSILON),
     "LLaDA-MoE, LoRA, MDLM": (*LORA, "memory.enabled=false"),
     "LLaDA-MoE, LoRA, one φ for all (memory.sync)": (*LORA, "memory.scope=batch", "memory.sync=true"),
     "LLaDA-MoE, LoRA, memory of prompts": (*LORA, *OF_PROMPTS),
