@@ -43,14 +43,13 @@ LLADA2 |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_head
 CASES: dict[str, tuple[str, ...]] = {
     "LLaDA-MoE, LoRA": LORA,
     "LLaDA-MoE, LoRA, checkpointing, accumulation": (*LORA, CHECKPOINTING, ACCUMULATION),
-    "LLaDA-MoE, all weights, AdamW": ("training.optim=adamw_torch", "training.learning_rate=3e-3", EPSILON),
+    "LLaDA-MoE, all weights, AdamW": ("training.optim=adamw_torch", "training.learning_rate=1e-3", EPSILON),
     "LLaDA-MoE, LoRA, MDLM": (*LORA, "memory.enabled=false"),
     "LLaDA-MoE, LoRA, one φ for all (memory.sync)": (*LORA, "memory.scope=batch", "memory.sync=true"),
     "LLaDA-MoE, LoRA, memory of prompts": (*LORA, *OF_PROMPTS),
     "LLaDA2.1, LoRA, two adapted layers, K = 3, KL": (*LORA, *WIDE_MEMORY),
-    # with a seed of 42 rounding sends a token through another expert: 3e-4 and more apart, under every engine; and a
-    # larger inner rate makes a row of the output layer's gradients out of rounding, under ZeRO-3
-    "LLaDA2.1, all weights, checkpointing": (CHECKPOINTING, "training.seed=7", "memory.inner_lr=3"),
+    # with a seed of 42 rounding sends a token through another expert: 3e-4 and more apart, under every engine
+    "LLaDA2.1, all weights, checkpointing": (CHECKPOINTING, "training.seed=7"),
     "LLaDA2.1, all weights, accumulation": (ACCUMULATION, "training.seed=7"),
     "LLaDA2.1, LoRA, checkpointing": (*LORA, CHECKPOINTING),
     "a checkpoint, LoRA": LORA,
@@ -60,8 +59,9 @@ CASES: dict[str, tuple[str, ...]] = {
 #: In every `make test`, under all engines but ZeRO-1; the others run in `make test-distributed`.
 SHORT = "LLaDA-MoE, LoRA, checkpointing, accumulation"
 
-#: The largest difference of a weight from one process's, over the largest distance a weight has moved.
-TOLERANCE = 3e-5
+#: The largest difference of a weight from one process's, over the largest distance a weight has moved. The inner rate
+#: makes rounding larger: 8e-5 are seen, the same under all engines. A wrong share of the loss is of the order of 1.
+TOLERANCE = 1.5e-4
 TABLE = "Two processes of 4 against one of 8 after 5 steps: largest difference of a weight ÷ largest move of a weight"
 
 
