@@ -63,7 +63,7 @@ SOURCES: list[Row] = [
     ("absent-folder", {}, "data.dataset=./absent", "data.dataset='./absent' | no such file or folder | expected a hub"),
     ("absent-at-home", {}, "data.dataset='~/no/such'", "data.dataset='~/no/such' | no such file or folder"),
     ("absent-home", {}, "data.dataset='~nobody-here/a.json'", "~nobody-here | no such file or folder | expected a"),
-    ("not-made", {}, "data.dataset=data/hotpotqa.jsonl", "no such file | `python -m reproduce.prepare` writes"),
+    ("not-made", {}, "data.dataset=data/hotpotqa.jsonl", "no such file | in a checkout `make data` writes it"),
     ("inline", {}, "data.dataset='{\"output\": \"" + "a" * 300 + "\"}'", "data.dataset= | expected a hub name"),
     ("table-of-text", {"d.tsv": "a,b"}, "", "'d.tsv' | type '.tsv' | expected .json, | .csv, also with .gz, .bz2, .xz"),
     ("packed", {"d.jsonl.gz": b"\x1f\x8b"}, "", "'d.jsonl.gz' | expected a whole file"),

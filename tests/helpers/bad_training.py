@@ -123,8 +123,6 @@ BAD_TRAINING: list[tuple[str, ...]] = [
     # the recipe itself
     ("memry.rank=4", "unknown key 'memry'; did you mean memory?"),
     ("values.a=4", "unknown key 'values'; known: model, "),
-    ("rank=4", "unknown key 'rank'; did you mean memory.rank?"),
-    ("alpha=4", "unknown key 'alpha'; did you mean lora.alpha or memory.alpha?"),
     ("memory.rnk=4", "unknown key 'memory.rnk'; did you mean memory.rank?"),
     ("lora.rank=4", "unknown key 'lora.rank'; known: enabled, r, alpha"),
     ("training.lerning_rate=1", "unknown key 'training.lerning_rate'; did you mean training.learning_rate?"),
