@@ -60,6 +60,7 @@ def exit_code(run: Callable[[], None], debug: bool = False, first_only: bool = F
     if not sys.stderr.isatty():  # nobody watches bars
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # else `datasets` tells a server of each local file
+    hush()
     try:
         _go_offline_at_the_first_failure()
         run()
@@ -73,6 +74,11 @@ def exit_code(run: Callable[[], None], debug: bool = False, first_only: bool = F
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def hush() -> None:
+    """Keep bitsandbytes from warning, at every import, that 4 bit on a CPU could be faster."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @functools.cache

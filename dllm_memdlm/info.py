@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from .cli import hush
 from .config import DataConfig, LoraConfig, MemoryConfig, ModelConfig, declared
 from .machine import Finding, devices, hub, one_line, packages, step
 
@@ -62,7 +63,7 @@ def keys_table(keys: list[Key], title: str) -> Table:
     table = Table(title=title)
     table.add_column("key", no_wrap=True)  # to be copied into a recipe, so never cut
     for name in ("type", "default", "meaning"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     sections = [key.name.rpartition(".")[0] for key in keys]
     for key, section, following in zip(keys, sections, [*sections[1:], ""], strict=True):
         table.add_row(*key, end_section=section != following)
@@ -99,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--keys", action="store_true", help="list every key a recipe can set, with its default")
     parser.add_argument("--arguments", action="store_true", help="list what lm_eval's --model_args can set")
     args = parser.parse_args(argv)
+    hush()
     # `markup=False`: brackets in help texts, such as "in [0, 1]", are text
     console = Console(markup=False, highlight=False)
     if args.arguments:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import sys
 
 import huggingface_hub
@@ -11,7 +12,7 @@ import pytest
 from command_line import error_of
 from fresh_python import needs_lm_eval, run
 
-from dllm_memdlm import __version__, cli, train
+from dllm_memdlm import __version__, cli, info, train
 from dllm_memdlm.config import ConfigError
 
 pytestmark = pytest.mark.usefixtures("as_from_a_shell")
@@ -64,6 +65,15 @@ def test_exit_codes(capsys, monkeypatch):
         ending(RuntimeError())
     with pytest.raises(ConfigError):
         ending(ConfigError(), debug=True)
+
+
+@pytest.mark.parametrize("main", [lambda: cli.exit_code(lambda: None), lambda: info.main(["--keys"])])
+def test_bitsandbytes_says_nothing_of_kernels_for_cpus(main):
+    names = ("bitsandbytes.backends.cpu.ops", "bitsandbytes")
+    for name in names:
+        logging.getLogger(name).setLevel(logging.NOTSET)
+    main()
+    assert [logging.getLogger(name).isEnabledFor(logging.WARNING) for name in names] == [False, True]
 
 
 @pytest.mark.parametrize(

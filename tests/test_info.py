@@ -40,6 +40,7 @@ def test_keys_are_printed_uncut_on_a_narrow_terminal_without_torch():
     done = run("-X", "importtime", "-m", "dllm_memdlm.info", "--keys", COLUMNS="80")
     assert done.returncode == 0 and "MemDLMConfig" in done.stdout
     assert [key.name for key in info.recipe_keys() if key.name not in done.stdout] == []
+    assert "…" not in done.stdout.replace(".jsonl/…", "")
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "pydantic" in imported and not imported & {"torch", "transformers", "datasets", "huggingface_hub"}
 

@@ -22,7 +22,7 @@ SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
 SPLIT_SEED = 42  # dllm's, so that both hold the same rows out
 
 HUB_HINT = "expected a hub name (with network, or downloaded before), or a local file or folder"
-MADE_HERE = "; `make data` or `python -m reproduce.prepare` writes those of the recipes"
+MADE_HERE = "; in a checkout `make data` writes it, elsewhere set data.dataset to rows of your own"
 FOLDER_HINT = f"expected a folder with files of {', '.join(SUFFIXES)}, or one that save_to_disk has written"
 
 

@@ -111,7 +111,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     try:
         content = OmegaConf.load(path)
     except FileNotFoundError:
-        raise ConfigError(f"no such recipe file: {path}") from None
+        advice = f"; did you mean {shipped.PREFIX}{path.stem}?" if path.stem in shipped.names() else ""
+        raise ConfigError(f"no such recipe file: {path}{advice}") from None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"not a readable YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(content, DictConfig):
@@ -124,12 +125,16 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
 
 def build_recipe(values: dict[str, Any], default_output_dir: str | None = None) -> Recipe:
     """Make a recipe of plain values. Raises ConfigError for whatever does not fit."""
+    keys = {name: [f.name for f in dataclasses.fields(cls) if f.init] for name, cls in SECTIONS.items()}
+    for name in values:
+        if name not in SECTIONS and (within := [f"{section}.{name}" for section in keys if name in keys[section]]):
+            raise ConfigError(f"unknown key {name!r}; did you mean {' or '.join(within)}?")
     refuse_unknown("key", values, SECTIONS)
     values = {name: {} if values.get(name) is None else values[name] for name in SECTIONS}
     for name, section in values.items():
         if not isinstance(section, dict):
             raise ConfigError(f"{name}={section!r}: expected a mapping")
-        refuse_unknown("key", section, (f.name for f in dataclasses.fields(SECTIONS[name]) if f.init), f"{name}.")
+        refuse_unknown("key", section, keys[name], f"{name}.")
     values["training"].setdefault("output_dir", default_output_dir)
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
         if values["training"].get(name) is False:  # a bare `no`, which YAML reads as false

@@ -63,7 +63,7 @@ SOURCES: list[Row] = [
     ("absent-folder", {}, "data.dataset=./absent", "data.dataset='./absent' | no such file or folder | expected a hub"),
     ("absent-at-home", {}, "data.dataset='~/no/such'", "data.dataset='~/no/such' | no such file or folder"),
     ("absent-home", {}, "data.dataset='~nobody-here/a.json'", "~nobody-here | no such file or folder | expected a"),
-    ("not-made", {}, "data.dataset=data/hotpotqa.jsonl", "no such file | `python -m reproduce.prepare` writes"),
+    ("not-made", {}, "data.dataset=data/hotpotqa.jsonl", "no such file | in a checkout `make data` writes it"),
     ("inline", {}, "data.dataset='{\"output\": \"" + "a" * 300 + "\"}'", "data.dataset= | expected a hub name"),
     ("table-of-text", {"d.tsv": "a,b"}, "", "'d.tsv' | type '.tsv' | expected .json, | .csv, also with .gz, .bz2, .xz"),
     ("packed", {"d.jsonl.gz": b"\x1f\x8b"}, "", "'d.jsonl.gz' | expected a whole file"),
@@ -125,10 +125,10 @@ CONTENT: list[Row] = [
 ]
 FIELDS: list[Row] = [
     ("stream-tokenizer", TEXT, "data.streaming=true", "model.tokenizer=None: expected one with data.streaming"),
-    ("unknown", lines({"text": "a"}), "", "data.format='auto' | the fields text | expected messages: messages; or"),
-    ("half", lines({"instruction": "a"}), "", "the fields instruction; | instruction: instruction, output"),
-    ("renamed", TEXT, "data.output_field=answer", "fields instruction, output | instruction: instruction, answer"),
-    ("chat-named", TEXT, "data.format=messages", "data.format='messages' | instruction, output; expected messages: m"),
+    ("unknown", lines({"text": "a"}), "", "data.format='auto' | the fields text | expected messages, or"),
+    ("half", lines({"instruction": "a"}), "", "the fields instruction; | or instruction and output; of"),
+    ("renamed", TEXT, "data.output_field=answer", "fields instruction, output | or instruction and answer; of"),
+    ("chat-named", TEXT, "data.format=messages", "data.format='messages' | instruction, output; expected messages, or"),
     ("instruction", lines({"instruction": 5, "output": "b"}), "", "field 'instruction': expected text, found 5"),
     ("output", lines({"instruction": "a", "output": True}), "", "row 0: field 'output': expected text, found True"),
     ("input", lines({"instruction": "a", "input": {"b": 1}, "output": "b"}), "", "expected text, found {'b': 1}"),

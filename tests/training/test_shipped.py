@@ -43,6 +43,12 @@ def test_an_unknown_name_is_one_line_with_those_that_are_known(tmp_path, capsys)
     assert capsys.readouterr().err == f"error: {line}\n"
 
 
+@pytest.mark.parametrize("path", ["llada2_mini", "recipes/llada2_mini.yaml"])
+def test_a_file_that_is_not_there_but_has_the_name_of_one_of_them(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert error_of(capsys, path) == f"{path}: no such recipe file: {tmp_path / path}; did you mean recipe:llada2_mini?"
+
+
 def test_the_list_has_every_recipe_and_its_first_sentence(capsys):
     assert recipes.main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -93,6 +93,11 @@ def test_a_lora_that_cannot_be_built(flags, recipe, tmp_path, capsys):
     assert error_of(capsys, recipe, *overrides, *flags).startswith("lora.target_modules=('w1',): ")
 
 
+@pytest.mark.parametrize(("key", "meant"), [("rank", "memory.rank"), ("alpha", "lora.alpha or memory.alpha")])
+def test_a_key_without_its_section(key, meant, recipe, capsys):
+    assert error_of(capsys, recipe, f"{key}=4").endswith(f"unknown key {key!r}; did you mean {meant}?")
+
+
 def test_debug_shows_where_it_was_raised(recipe, capsys):
     with pytest.raises(ConfigError, match="matches nothing"):
         train.main(["--debug", recipe, "memory.target_modules=[w1]"])
