@@ -40,16 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--reports", type=Path, default=Path("reports"), metavar="DIR", help="where to write")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="of the runs (default: 42 43 44 on the CPU)")
     parser.add_argument("--jobs", type=int, metavar="N", help="commands at a time (default: one a core on the CPU)")
-    parser.add_argument("--base-processes", type=int, metavar="N", help="that share a base's training (default: 1)")
     parser.add_argument("--questions", type=int, metavar="N", help="texts or examples that a model is scored on")
     parser.add_argument("--set", nargs="+", default=(), metavar="KEY=VALUE", help="changes of every recipe")
     parser.add_argument("--commands", action="store_true", help="print the commands and stop")
     parser.add_argument("--draw", action="store_true", help="draw what has been run, and run nothing")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    for name in ("jobs", "base_processes", "questions"):
+    for name in ("jobs", "questions"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
+            parser.error(f"--{name} {getattr(args, name)}: expected at least 1")
     for target in args.targets:
         if target not in FIGURES:
             parser.error(f"unknown target {target!r}; known: {', '.join(FIGURES)}")
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         raise ConfigError(f"--runs {args.runs}: expected a folder of letters, digits and ._+-/ in its name, for make")
     scale = SCALES[args.scale]
     changes = {"runs": args.runs, "settings": (*scale.settings, *args.set), "seeds": tuple(args.seeds or ())}
-    changes |= {"jobs": args.jobs, "questions": args.questions, "base_processes": args.base_processes}
+    changes |= {"jobs": args.jobs, "questions": args.questions}
     changes |= {"about": f"{scale.about} Changed in every recipe: {', '.join(args.set)}." if args.set else None}
     scale = dataclasses.replace(scale, **{name: value for name, value in changes.items() if value})
     if args.draw:

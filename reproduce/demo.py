@@ -40,9 +40,7 @@ LEGEND = "✓ right, ✗ wrong; * the model does not see this word: it is given 
 def train(runs: Path, quick: bool) -> None:
     """Run what has not been run yet, and draw it. Raises ConfigError where a command fails."""
     command = [sys.executable, "-m", "reproduce", "documents", "--seeds", str(SEED), "--runs", str(runs)]
-    command += ["--reports", str(runs / "report")]
-    # The models that are compared train side by side, but the base that they wait for is one
-    command += ["--set", *QUICK] if quick else ["--base-processes", str(min(2, CPU.jobs))]
+    command += ["--reports", str(runs / "report"), *(["--set", *QUICK] if quick else [])]
     if subprocess.run(command, check=False).returncode:
         raise ConfigError(f"not all of it could be run; what was printed is in {runs}/*/*/*/log.txt")
 

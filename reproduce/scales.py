@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 import psutil
 import yaml
 
-from dllm_memdlm.config import ConfigError
-
 from .steps import FOLDER, Step
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -76,7 +74,6 @@ class Scale:
     model_args: tuple[str, ...] = ()  #: how a trained model is loaded, as lm-eval's model takes it
     env: Mapping[str, str] = field(default_factory=dict)
     settings: tuple[str, ...] = ()  #: overrides of every recipe
-    base_processes: int = 1  #: that share the training of a base, which others wait for; its result is the same
     shorter: Mapping[str, Any] = field(default_factory=dict)  #: what ablations change in all of their recipes
     runs: Path = Path("runs/reproduce")
 
@@ -92,7 +89,7 @@ class Scale:
             before = (self.step(f"{backbone.key}/converted", argv, backbone.convert),)
             start = (f"model.path={before[0].folder / 'model'}",)
         for recipe in backbone.base:
-            step = self._trained(f"{backbone.key}/{case}", recipe, start, changes, seed, before, self.base_processes)
+            step = self._trained(f"{backbone.key}/{case}", recipe, start, changes, seed, before)
             start, before = (f"model.path={step.folder}",), (step,)
         return step
 
@@ -131,21 +128,13 @@ class Scale:
         output = ("--output", f"{FOLDER}/scores.json")
         return Step.of(model.folder / name, (*argv, *output), argv, self.runs, after=model.after, env=self.env)
 
-    def _trained(self, name, recipe, start, changes, seed, before, processes=1) -> Step:
+    def _trained(self, name, recipe, start, changes, seed, before) -> Step:
         changes = {**changes, **({} if seed is None else {"training.seed": seed})}
         overrides = (*start, *(f"{key}={one_line(value)}" for key, value in changes.items()), *self.settings)
         path = RECIPES / f"{recipe}.yaml"
-        settings, launch, shares = settings_of(path, overrides), self.launch, ()
-        if processes > 1:
-            rows = settings["training"]["per_device_train_batch_size"]
-            if rows % processes:
-                expected = f"expected a divisor of {rows}, the batch of {path}"
-                raise ConfigError(f"--base-processes {processes}: {expected}")
-            launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *launch)
-            shares = (f"training.per_device_train_batch_size={rows // processes}",)
-        argv = (*launch, os.path.relpath(path), *overrides, *shares, f"training.output_dir={FOLDER}", "--resume")
+        argv = (*self.launch, os.path.relpath(path), *overrides, f"training.output_dir={FOLDER}", "--resume")
         name = name if seed is None else f"{name}-{seed}"
-        return self.step(name, argv, settings, before)
+        return self.step(name, argv, settings_of(path, overrides), before)
 
 
 @cache

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from data_files import message_of
 
-from dllm_memdlm.training.recipe import Recipe, load_recipe, resolve
+from dllm_memdlm.training.recipe import load_recipe, resolve
 from reproduce.cases import PAPER, variants
 from reproduce.figures import FIGURES, OURS
 from reproduce.scales import MDLM, MEMDLM, RECIPES, SCALES, Model, differences
@@ -36,11 +36,6 @@ def settings(path: Path, *overrides: str) -> dict:
     values = yaml.safe_load(load_recipe(path, overrides).to_yaml())
     values["training"].pop("output_dir", None)
     return {f"{section}.{key}": value for section, own in values.items() for key, value in own.items()}
-
-
-def loaded(step: Step) -> Recipe:
-    recipe = next(number for number, word in enumerate(step.argv) if word.endswith(".yaml"))
-    return load_recipe(step.argv[recipe], [word for word in step.argv[recipe + 1 :] if "=" in word])
 
 
 def test_every_variant_has_a_recipe_and_the_default_is_in_every_group():
@@ -107,18 +102,8 @@ def test_every_setting_makes_another_run_and_nothing_else_does():
     assert again.folder.name == runs[0].folder.name
     other = replace(CPU, settings=("model.dimensions.num_experts=8",))
     assert other.run(base, MDLM, 1).folder.name != runs[0].folder.name, "its base is another one"
-    assert [loaded(run).memory.enabled for run in (runs[0], runs[2])] == [False, True]
-
-
-def test_processes_share_the_batches_of_a_base_alone():
-    alone, shared = (replace(CPU, base_processes=count).run(CPU.backbones[0], MDLM, 1) for count in (1, 4))
-    assert shared.argv == alone.argv
-    for one, four in zip(in_order(alone.after), in_order(shared.after), strict=True):
-        assert one.folder == four.folder and "--nproc-per-node=4" in four.argv
-        rows = [loaded(step).training.per_device_train_batch_size for step in (one, four)]
-        assert rows[0] == 4 * rows[1]
-    refused = message_of(lambda: replace(CPU, base_processes=3).base(CPU.backbones[0]))
-    assert "--base-processes 3: expected a divisor of 32" in refused
+    recipes = [next(word for word in run.argv if word.endswith(".yaml")) for run in (runs[0], runs[2])]
+    assert [load_recipe(recipe).memory.enabled for recipe in recipes] == [False, True]
 
 
 def test_every_way_to_score_a_model_has_a_folder_of_its_own():
