@@ -204,9 +204,9 @@ def ablated(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
         panels = [
             ("the paper: BABILong-1K − MDLM's (points)" if any(papers) else "not in the paper", LIGHT, papers),
             (f"ours: {', '.join(task.columns)} − MDLM's (points)", BLUE, [scores[m] - scores[MDLM] for m in methods]),
-            ("loss − MDLM's, φ discarded (10⁻³)", ORANGE, [1e3 * losses[m][0] for m in methods]),
-            ("loss − MDLM's, φ in place (10⁻³)", BLUE, [1e3 * losses[m][1] for m in methods]),
-            ("loss, φ of prompt − of another (10⁻³)", ORANGE, [1e3 * losses[m][2] for m in methods]),
+            ("loss − MDLM's, φ discarded (10⁻³ nats)", ORANGE, [1e3 * losses[m][0] for m in methods]),
+            ("loss − MDLM's, φ in place (10⁻³ nats)", BLUE, [1e3 * losses[m][1] for m in methods]),
+            ("φ of prompt − of another (10⁻³ nats)", ORANGE, [1e3 * losses[m][2] for m in methods]),
         ]
         for ax, (axis, color, values) in zip(row, panels, strict=True):
             bars(ax, names if ax is row[0] else [""] * len(names), values, color)

@@ -85,8 +85,8 @@ def choose_format(config: DataConfig, columns: Iterable[str]) -> Callable[[Row, 
             return to_chat
     raise ConfigError(
         f"data.format={config.format!r}: {config.dataset} has the fields {', '.join(sorted(columns))}; "
-        f"expected {', or '.join(' and '.join(fields) for _, _, fields in wanted)}; of other names "
-        "data.instruction_field, data.output_field and data.messages_field"
+        f"expected {', or '.join(' and '.join(fields) for _, _, fields in wanted)}; fields of other "
+        "names are told by data.instruction_field, data.output_field and data.messages_field"
     )
 
 

@@ -126,8 +126,8 @@ CONTENT: list[Row] = [
 FIELDS: list[Row] = [
     ("stream-tokenizer", TEXT, "data.streaming=true", "model.tokenizer=None: expected one with data.streaming"),
     ("unknown", lines({"text": "a"}), "", "data.format='auto' | the fields text | expected messages, or"),
-    ("half", lines({"instruction": "a"}), "", "the fields instruction; | or instruction and output; of"),
-    ("renamed", TEXT, "data.output_field=answer", "fields instruction, output | or instruction and answer; of"),
+    ("half", lines({"instruction": "a"}), "", "the fields instruction; | or instruction and output; fields of"),
+    ("renamed", TEXT, "data.output_field=answer", "fields instruction, output | or instruction and answer; fields of"),
     ("chat-named", TEXT, "data.format=messages", "data.format='messages' | instruction, output; expected messages, or"),
     ("instruction", lines({"instruction": 5, "output": "b"}), "", "field 'instruction': expected text, found 5"),
     ("output", lines({"instruction": "a", "output": True}), "", "row 0: field 'output': expected text, found True"),

@@ -154,7 +154,7 @@ def test_ablations_are_losses_against_mdlms_of_the_same_seed(figures, tmp_path, 
     shown = {ax.get_xlabel(): [bar.get_width() for bar in ax.patches] for ax in figures[0].axes[:5]}
     group = next(iter(groups.values()))
     assert shown["the paper: BABILong-1K − MDLM's (points)"] == [score - 53.8 for *_, score in group]
-    assert shown["loss − MDLM's, φ in place (10⁻³)"] == [1000 * (methods[m] - base) for _, m, _ in group]
+    assert shown["loss − MDLM's, φ in place (10⁻³ nats)"] == [1000 * (methods[m] - base) for _, m, _ in group]
 
 
 #: Right answers by model, in results made by hand.
