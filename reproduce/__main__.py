@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns 2 after one line about what the user can correct."""
     parser = argparse.ArgumentParser(prog="reproduce", description="Reproduce the paper's figures and tables.")
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"{', '.join(FIGURES)} (with --draw: default all)")
-    parser.add_argument("--scale", default="cpu", help="cpu, small (one GPU) or paper (many; default: cpu)")
+    parser.add_argument("--scale", default="cpu", help="demo, cpu, small (one GPU) or paper (many; default: cpu)")
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="where runs are kept")
     parser.add_argument("--reports", type=Path, default=Path("reports"), metavar="DIR", help="where to write")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="of the runs (default: 42 43 44 on the CPU)")
@@ -70,8 +70,12 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     changes |= {"jobs": args.jobs, "questions": args.questions}
     changes |= {"about": f"{scale.about} Changed in every recipe: {', '.join(args.set)}." if args.set else None}
     scale = dataclasses.replace(scale, **{name: value for name, value in changes.items() if value})
+    there = [name for name in FIGURES if scale.name in FIGURES[name].scales]
+    if missing := [name for name in args.targets if name not in there]:
+        scales = " or ".join(FIGURES[missing[0]].scales)
+        raise ConfigError(f"--scale {scale.name}: does not have {missing[0]}; expected {scales}")
     if args.draw:
-        draw_all(args.targets or [*FIGURES], scale, args.reports, all_of_them=bool(args.targets))
+        draw_all(args.targets or there, scale, args.reports, all_of_them=bool(args.targets))
         return
     steps = {name: in_order(case.step for case in FIGURES[name].cases(scale)) for name in args.targets}
     if args.commands:
@@ -87,9 +91,9 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         options.remove(name)
     draw = [sys.executable, "-m", "reproduce", "--draw", *options]
     rules = [step.rule() for step in dict.fromkeys(step for own in steps.values() for step in own)]
-    for name, own in steps.items():
+    for name, own in steps.items():  # the last first: what trains longest does not end alone
         command = shlex.join([*draw[:4], name, *draw[4:]]).replace("$", "$$")
-        rules.append(f".PHONY: {name}\n{name}: {' '.join(str(step.done) for step in own)}\n\t@{command}\n")
+        rules.append(f".PHONY: {name}\n{name}: {' '.join(str(step.done) for step in reversed(own))}\n\t@{command}\n")
     make(scale, rules, args.targets)
 
 

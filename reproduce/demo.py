@@ -1,6 +1,6 @@
 """Train one small model in three ways on documents longer than what it sees, then ask it: `python -m reproduce.demo`.
 
-Trained and scored by the commands of `make reproduce-documents`, for one seed; then the last model is asked live about
+Trained and scored by the commands of `make reproduce-documents SCALE=demo`; then the last model is asked live about
 three documents that neither training nor the scores have seen, without a memory and with it.
 """
 
@@ -25,13 +25,13 @@ from dllm_memdlm.config import ConfigError
 
 from .documents import WAYS, WHOSE, cases
 from .needle import PLACES, Planted, held_out, plant
-from .scales import CPU
+from .scales import DEMO
 from .steps import Step
 
 if TYPE_CHECKING:
     from dllm_memdlm.inference.conversation import Conversation
 
-SEED, DOCUMENTS, WORDS = 42, 3, 40
+DOCUMENTS, WORDS = 3, 40
 #: Of every training, for --quick: too few to learn anything.
 QUICK = ("training.max_steps=30", "training.eval_steps=15", "training.save_steps=30", "data.eval_size=20")
 LEGEND = "✓ right, ✗ wrong; * the model does not see this word: it is given the end of a document alone"
@@ -39,20 +39,20 @@ LEGEND = "✓ right, ✗ wrong; * the model does not see this word: it is given 
 
 def train(runs: Path, quick: bool) -> None:
     """Run what has not been run yet, and draw it. Raises ConfigError where a command fails."""
-    command = [sys.executable, "-m", "reproduce", "documents", "--seeds", str(SEED), "--runs", str(runs)]
+    command = [sys.executable, "-m", "reproduce", "documents", "--scale", DEMO.name, "--runs", str(runs)]
     command += ["--reports", str(runs / "report"), *(["--set", *QUICK] if quick else [])]
     if subprocess.run(command, check=False).returncode:
         raise ConfigError(f"not all of it could be run; what was printed is in {runs}/*/*/*/log.txt")
 
 
-def scores(report: Path) -> Table:
+def scores(points: Path) -> Table:
     """Show the right answers to what a model sees, and to what it does not, by the memory in place."""
-    points = pd.read_json(report / "documents.jsonl", lines=True)
     caption = "A guess is right in 8 %. The memory of another text is the control."
     table = Table("trained", "memory", title="Right answers, %", caption=caption)
     table.add_column("seen", justify="right")
     table.add_column("not seen", justify="right")
-    means = points[points.place.notna()].groupby(["way", "whose", "place"]).score.mean()
+    asked = pd.read_json(points, lines=True).dropna(subset="place")
+    means = asked.groupby(["way", "whose", "place"]).score.mean()
     for way in WAYS:
         for whose, name in WHOSE.items():
             cells = (f"{means[way, whose, place]:.0f}" for place in PLACES)
@@ -88,7 +88,7 @@ def talk(run: Step, document: Path, out: Console) -> None:
     from dllm_memdlm.training.recipe import FILE_NAME, load_recipe
 
     recipe = load_recipe(run.folder / FILE_NAME)
-    haystacks = held_out(recipe.data, CPU.questions + DOCUMENTS)[-DOCUMENTS:]
+    haystacks = held_out(recipe.data, DEMO.questions + DOCUMENTS)[-DOCUMENTS:]
     decoders = {
         label: parse({"pretrained": str(run.folder), "memory": memory, "sampler": "mdlm"}).open()
         for label, memory in (("memory off", False), ("memory on", True))
@@ -104,17 +104,19 @@ def talk(run: Step, document: Path, out: Console) -> None:
     document.write_text(text, encoding="utf-8")
     out.print(f"\n{LEGEND}\n", soft_wrap=True)
     line = f'memdlm generate --model {run.folder} --prompt-file {document} --question "{question}" --memory'
-    out.print(f"To go on:\n  {line}\n  make reproduce-documents   # with three seeds, and error bars", soft_wrap=True)
+    more = "make reproduce-documents   # a model of four layers, with three seeds, and error bars"
+    out.print(f"To go on:\n  {line}\n  {more}", soft_wrap=True)
 
 
 def run(args: argparse.Namespace) -> None:
     """Train, show, ask. Raises ConfigError for what the user can correct."""
     out, runs = Console(highlight=False), args.runs / "quick" if args.quick else args.runs
     train(runs, args.quick)
-    out.print(scores(runs / "report"), f"\n{runs / 'report' / 'documents.png'}", sep="\n", soft_wrap=True)
+    report = runs / "report" / f"documents-{DEMO.name}"
+    out.print(scores(report.with_suffix(".jsonl")), f"\n{report.with_suffix('.png')}", sep="\n", soft_wrap=True)
     settings = QUICK if args.quick else ()
-    scale = replace(CPU, runs=runs, seeds=(SEED,), settings=(*CPU.settings, *settings))
-    trained = next(case.step for case in cases(scale) if case.labels == {"way": [*WAYS][-1], "seed": SEED})
+    scale = replace(DEMO, runs=runs, settings=(*DEMO.settings, *settings))
+    trained = next(case.step for case in cases(scale) if case.labels == {"way": [*WAYS][-1], "seed": DEMO.seeds[0]})
     talk(trained, runs / "document.txt", out)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.report import Section
-from dllm_memdlm.config import ConfigError
 
 from .cases import Case
 from .draw import Drawn
@@ -28,10 +27,7 @@ SHORTER = {"training.max_steps": 300, "training.eval_steps": 50, "training.save_
 
 
 def cases(scale: Scale) -> Iterator[Case]:
-    backbone = scale.backbones[0]
-    if backbone.convert or not backbone.base:
-        raise ConfigError(f"--scale {scale.name}: starts from pretrained weights; expected cpu for dropout")
-    first = backbone._replace(base=backbone.base[:1])
+    first = scale.backbones[0]._replace(base=scale.backbones[0].base[:1])
     for seed in scale.seeds:
         for case, (_, changes) in DROPOUTS.items():
             run = scale.base(first, seed, f"scratch-{case}", **SHORTER, **changes)

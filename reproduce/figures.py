@@ -24,10 +24,8 @@ class Figure(NamedTuple):
     title: str
     cases: Callable[[Scale], Iterator[Case]]
     draw: Callable[[Scale, pd.DataFrame, Path], Drawn]  #: the points of the cases, to a PNG file
+    scales: tuple[str, ...] = ("cpu", "small", "paper")  #: that have it
 
-
-#: Ours, and the scales that have them.
-OURS = {"documents": ("cpu", "small"), "further": ("cpu",), "dropout": ("cpu",)}
 
 FIGURES = {
     "figure3": Figure("Before and after fine-tuning, by context length (figure 3)", cases.by_length, draw.by_length),
@@ -35,9 +33,11 @@ FIGURES = {
     "figure7": Figure("Anchor ratio at inference (figure 7)", cases.by_ratio, draw.by_ratio),
     "figure11": Figure("Exposure bias (figure 11)", cases.exposed, draw.exposed),
     "ablations": Figure("Ablations (figures 5 to 10)", cases.ablated, draw.ablated),
-    "documents": Figure("A document longer than what the model sees (ours)", documents.cases, documents.draw),
-    "further": Figure("How far a memory of prompts goes (ours)", documents.further, documents.draw_further),
-    "dropout": Figure("Memory dropout, from scratch (ours)", dropout.cases, dropout.draw),
+    "documents": Figure(
+        "A document longer than what the model sees (ours)", documents.cases, documents.draw, ("demo", "cpu", "small")
+    ),
+    "further": Figure("How far a memory of prompts goes (ours)", documents.further, documents.draw_further, ("cpu",)),
+    "dropout": Figure("Memory dropout, from scratch (ours)", dropout.cases, dropout.draw, ("cpu",)),
     **{
         name: Figure(PAPER[name]["title"], partial(cases.table, name), partial(draw.table, name))
         for name in ("table1", "table2", "table3")

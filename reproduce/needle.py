@@ -50,10 +50,9 @@ tree acacia alder beech birch cedar elm larch maple poplar rowan walnut willow
 #: The values that each key can have.
 VALUES = {key: tuple(values) for key, *values in map(str.split, TABLE.splitlines())}
 
-NEEDLES = 8  #: in a text
+NEEDLES = 8  #: in a text, where no other number is asked for
 NEEDLE = "The {} is {}."  #: the sentence of each
 PLACES = ("visible", "hidden")  #: where a needle is for a model that sees the end of a text
-SHORTEST = NEEDLES * len(NEEDLE.split())  #: words of a text that has room for them
 
 
 class Planted(NamedTuple):
@@ -151,6 +150,7 @@ class Found(NamedTuple):
     """What a model knows of one text, by key."""
 
     visible: set[str]  #: whose needle it sees
+    hidden: set[str]  #: whose needle it does not see
     right: set[str]  #: to which its answer gives the value
     nll: dict[str, float]  #: of the values that it sees, and of those it does not, all of them masked together
 
@@ -173,32 +173,31 @@ def found(decoder: Decoder, examples: Sequence[Planted], batch_size: int, whose:
     for start in range(0, len(prompts), batch_size):
         rows = range(start, min(start + batch_size, len(prompts)))
         seen = [parts[row][0] for row in rows]
-        visible, states = [], []
+        places, states = [], []
         for row, prompt in zip(rows, seen, strict=True):
-            visible.append(examples[row].planted_in(decode_text(tokenizer, prompt)))
-            for place in (visible[-1], examples[row].values.keys() - visible[-1]):
+            visible = examples[row].planted_in(decode_text(tokenizer, prompt))
+            places.append((visible, examples[row].values.keys() - visible))
+            for place in places[-1]:
                 ids, mask = examples[row].tokens(encoder, place)
                 states.append(Masked(row, prompt, ids, mask, 1.0))
         with decoder.recalled([texts[row] for row in rows], [whose != "none"] * len(rows)):
             answers = decoder.answers(seen, new_tokens)
         with decoder.recalled([texts[row] for row in rows for _ in PLACES], [False] * len(states)):
             nats = [-value for value in log_likelihoods(model, states, *settings)]
-        for row, keys, answer, *own in zip(rows, visible, answers, nats[::2], nats[1::2], strict=True):
+        for row, keys, answer, *own in zip(rows, places, answers, nats[::2], nats[1::2], strict=True):
             right = examples[row].right(decode_text(tokenizer, answer))
-            results.append(Found(keys, right, dict(zip(PLACES, own, strict=True))))
+            results.append(Found(*keys, right, dict(zip(PLACES, own, strict=True))))
     return results
 
 
 def summary(results: Sequence[Found]) -> dict[str, Any]:
     """Count the right answers; where a model does not see all of a text, those to what it sees and the others apart."""
-    row: dict[str, Any] = {"right": sum(len(r.right) for r in results), "asked": len(results) * NEEDLES}
-    if sum(len(r.visible) for r in results) == row["asked"]:
-        return row
-    for place in PLACES:
-        keys = [r.visible if place == "visible" else VALUES.keys() - r.visible for r in results]
-        asked = sum(len(r.visible) if place == "visible" else NEEDLES - len(r.visible) for r in results)
-        right = sum(len(r.right & own) for r, own in zip(results, keys, strict=True))
-        row[place] = {"right": right, "asked": asked, "nll": sum(r.nll[place] for r in results) / max(1, asked)}
+    asked = {place: sum(len(getattr(r, place)) for r in results) for place in PLACES}
+    row: dict[str, Any] = {"right": sum(len(r.right) for r in results), "asked": sum(asked.values())}
+    for place in PLACES if asked["hidden"] else ():
+        right = sum(len(r.right & getattr(r, place)) for r in results)
+        nll = sum(r.nll[place] for r in results) / max(1, asked[place])
+        row[place] = {"right": right, "asked": asked[place], "nll": nll}
     return row
 
 
@@ -210,7 +209,7 @@ def run(args: argparse.Namespace) -> None:
     whose = args.whose or (["none"] if decoder.memory is None else ["own"])
     console, rows = Console(highlight=False), []
     for words, own in track([*itertools.product(args.words, whose)], "asking", console=console, transient=True):
-        results = found(decoder, [plant(text, words) for text in haystacks], args.batch_size, own)
+        results = found(decoder, [plant(text, words, args.planted) for text in haystacks], args.batch_size, own)
         rows.append({"words": words, "whose": own, **summary(results)})
     report: dict[str, Any] = {"model": args.model, "memory": decoder.memory is not None, "questions": len(haystacks)}
     finish(args.output, report | {"scores": rows}, decoder, table(rows), console)
@@ -233,13 +232,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 2 after one line about what the user can correct."""
     parser = of_a_run("python -m reproduce.needle", "Retrieval by context length.")
     parser.add_argument("--words", type=int, nargs="+", required=True, metavar="N", help="lengths of the texts")
+    parser.add_argument("--planted", type=int, default=NEEDLES, metavar="N", help="needles in each (default: 8)")
     parser.add_argument("--whose", nargs="+", choices=WHOSE, help="memories to compare (default: own with --memory)")
     parser.add_argument("--questions", type=int, default=50, metavar="N", help="texts of each length (default: 50)")
     parser.add_argument("--batch-size", type=int, default=25, metavar="N", help="texts at a time (default: 25)")
     args = parser.parse_intermixed_args(argv)
     args.memory = args.memory or bool({"own", "other"} & set(args.whose or ()))
+    if args.planted not in range(1, len(VALUES) + 1):
+        parser.error(f"--planted {args.planted}: expected 1 to {len(VALUES)}")
     for name, values, least in (
-        ("words", args.words, SHORTEST),
+        ("words", args.words, args.planted * len(NEEDLE.split())),  # they have room
         ("questions", [args.questions], 1),
         ("batch-size", [args.batch_size], 1),
     ):

@@ -19,7 +19,7 @@ from typing import Any
 from dllm_memdlm.cli import exit_code
 from dllm_memdlm.config import ConfigError
 
-from .needle import first_words, plant
+from .needle import NEEDLES, first_words, plant
 
 Row = dict[str, Any]
 
@@ -55,13 +55,13 @@ def text(row: Row) -> Row:
     return {"messages": [{"role": "assistant", "content": content}]}
 
 
-def needles(row: Row, lengths: Sequence[int]) -> Row:
+def needles(row: Row, lengths: Sequence[int], count: int = NEEDLES) -> Row:
     """Plant needles in a row's sentences (`needle.py`). Of the lengths, in words, a row always takes the same one.
 
     The sentences go along, one a line, for reproduce.needle to plant the same needles in longer texts.
     """
     haystack = [sentence for _, sentences in paragraphs(row) for sentence in sentences]
-    planted = plant(haystack, random.Random(f"length {haystack}").choice(lengths))
+    planted = plant(haystack, random.Random(f"length {haystack}").choice(lengths), count)
     return {"instruction": planted.prompt, "output": planted.response, "haystack": "\n".join(haystack)}
 
 
@@ -90,7 +90,8 @@ FILES: dict[str, Callable[[Row], Row]] = {
     "needles-32-64": partial(needles, lengths=(32, 32, 32, 64)),  # 32 are the needles alone, which are learned fast
     "needles-32-64-texts": needles_and_texts,
     "needles-120": partial(needles, lengths=(120,)),
-    **{f"needles-{words}": partial(needles, lengths=(words,)) for words in (40, 80, 160, 1000)},
+    **{f"needles-{words}": partial(needles, lengths=(words,)) for words in (40, 80, 160, 220, 1000)},
+    **{f"needles-40-{count}": partial(needles, lengths=(40,), count=count) for count in (2, 4)},
 }
 
 

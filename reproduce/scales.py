@@ -1,14 +1,15 @@
-"""Three sizes to reproduce the paper at: which models are trained from what, with which seeds, and how.
+"""The sizes to reproduce the paper at: which models are trained from what, with which seeds, and how.
 
 `paper` trains the paper's backbones from the hub, with the recipes of its runs. `cpu` does the same with models of 0.6
-and 0.7 million parameters that it first trains itself, `small` with one of 135 million that a package ships.
+and 0.7 million parameters that it first trains itself, `small` with one of 135 million that a package ships. `demo`,
+with one of half a million, has documents alone.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -190,6 +191,16 @@ CPU = Scale(
     shorter={"training.max_steps": 50, "training.eval_steps": 50, "training.eval_on_start": False},
     env={"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
 )
+DEMO = replace(
+    CPU,
+    name="demo",
+    about="A model of half a million parameters, in minutes.",
+    backbones=(),
+    documents=Backbone(
+        "A LLaDA-MoE of two layers", "documents/llada_moe", ("documents/demo_words", "documents/demo_base")
+    ),
+    seeds=(42,),
+)
 SMALL = Scale(
     name="small",
     about="SmolLM2-135M, a causal model, adapted to masked diffusion, then fine-tuned on HotpotQA with all ten "
@@ -208,4 +219,4 @@ PAPER = Scale(
     questions=500,
     **_ON_GPUS,
 )
-SCALES = {scale.name: scale for scale in (CPU, SMALL, PAPER)}
+SCALES = {scale.name: scale for scale in (DEMO, CPU, SMALL, PAPER)}

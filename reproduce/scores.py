@@ -19,7 +19,7 @@ import yaml
 
 from dllm_memdlm.config import ConfigError
 
-from .needle import PLACES
+from .needle import NEEDLES, PLACES
 from .scales import RECIPES, Model, Scale
 from .steps import FOLDER, Step
 
@@ -29,6 +29,7 @@ class PlantedWords:
     """Words found in texts of several lengths."""
 
     words: tuple[int, ...]
+    planted: int = NEEDLES  #: in each
 
     @property
     def columns(self) -> list[str]:
@@ -37,13 +38,14 @@ class PlantedWords:
 
     def asked(self, scale: Scale) -> str:
         """Say how much is asked."""
-        return f"eight words in each of {scale.questions} texts that training has not seen"
+        return f"the words planted in each of {scale.questions} texts that training has not seen"
 
     def step(self, scale: Scale, model: Model, whose: str, *settings: str) -> Step:
         """Score a model, with settings of decoding and memory as memdlm generate takes them."""
         # The settings stand first: behind `--words` they would be read as lengths.
         arguments = [*settings, "--whose", whose, "--words", *map(str, self.words)]
         arguments += ["--questions", str(scale.questions)]
+        arguments += ["--planted", str(self.planted)] * (self.planted != NEEDLES)
         return scale.evaluated(f"needle-{whose}", model, "reproduce.needle", arguments)
 
     def read(self, folder: Path) -> Iterator[dict[str, Any]]:
@@ -173,7 +175,7 @@ RETRIEVAL: dict[str, Sequence[Task]] = {
 }
 
 #: What is asked of documents that are longer than what a model sees.
-DOCUMENTS = {"cpu": PlantedWords((40,)), "small": PlantedWords((1000,))}
+DOCUMENTS = {"demo": PlantedWords((40,)), "cpu": PlantedWords((40,)), "small": PlantedWords((1000,))}
 
 #: What the anchor ratio at inference is tried on: the paper stops at 16K.
 ANCHORED = {**RETRIEVAL, "paper": RETRIEVAL["paper"][:-1]}

@@ -36,7 +36,7 @@ def test_it_runs_and_goes_on_where_it_was_stopped(tmp_path, warm_python, monkeyp
     assert demo.main(["--quick", "--runs", "runs"]) == 0, capfd.readouterr().err
     out = capfd.readouterr().out
     assert out.count("python -m dllm_memdlm.train ") == 5 and out.count("python -m reproduce.needle ") == 9
-    assert Path("runs/quick/report/documents.png").is_file() and "Right answers, %" in out
+    assert Path("runs/quick/report/documents-demo.png").is_file() and "Right answers, %" in out
     assert out.count("memory off") == out.count("memory on ") == demo.DOCUMENTS
     (line,) = (line for line in out.splitlines() if line.strip().startswith("memdlm generate "))
     assert Path("runs/quick/document.txt").read_text() in out and "--prompt-file runs/quick/document.txt" in line
@@ -44,7 +44,7 @@ def test_it_runs_and_goes_on_where_it_was_stopped(tmp_path, warm_python, monkeyp
     again = capfd.readouterr().out
     assert "dllm_memdlm.train" not in again and again.count("memory off") == demo.DOCUMENTS
     # what fails is said in a line, and where to look
-    for log in Path("runs").glob("quick/cpu/*/*/done"):
+    for log in Path("runs").glob("quick/demo/*/*/done"):
         log.unlink()
     for name in Path("data").iterdir():
         name.unlink()

@@ -17,7 +17,7 @@ from drawings import lines_of
 from reproduce import __main__ as command
 from reproduce import draw, plots
 from reproduce.cases import BEFORE, DENOISING_STEPS, PAPER, points_of
-from reproduce.figures import FIGURES, OURS
+from reproduce.figures import FIGURES
 from reproduce.logs import first_step_at, last, logged, tail
 from reproduce.needle import PLACES
 from reproduce.plots import DISCARDED
@@ -192,8 +192,8 @@ def finish(target: str, scale) -> None:
 
 
 #: Every target at the scale of the paper, and some where there is another one.
-PAGES = [(target, "cpu" if target in OURS else "paper") for target in FIGURES]
-PAGES += [("documents", "small"), ("figure3", "cpu"), ("figure11", "cpu"), ("table1", "cpu"), ("ablations", "small")]
+PAGES = [(target, figure.scales[-1]) for target, figure in FIGURES.items()]
+PAGES += [("documents", "cpu"), ("figure3", "cpu"), ("figure11", "cpu"), ("table1", "cpu"), ("ablations", "small")]
 
 
 @pytest.mark.parametrize(("target", "size"), PAGES)

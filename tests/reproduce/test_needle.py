@@ -132,6 +132,8 @@ def test_the_report_has_what_was_found(run_dir, data, tmp_path, monkeypatch, cap
         assert [file.name for file in path.parent.iterdir()] == [path.name], "nothing half-written is left"
         return json.loads(path.read_text())
 
+    (row,) = report_of("--words", "40", "--planted", "3")["scores"]
+    assert row == {"words": 40, "whose": "none", "right": 0, "asked": 5 * 3}, "other texts and questions"
     report = report_of("--words", "40", "50")
     scores = [{"words": w, "whose": "none", "right": right, "asked": 40} for w, right in ((40, 16), (50, 0))]
     told = {"model": str(run_dir), "memory": False, "questions": 5}
@@ -159,6 +161,7 @@ def test_words_that_the_model_does_not_see_are_counted_apart(run_dir, data, monk
     assert others[0].right == own[0].right == examples[0].values.keys()
     row = summary(own)
     assert row["visible"]["asked"] + row["hidden"]["asked"] == row["asked"] == 24
+    assert all(each.visible | each.hidden == example.values.keys() for example, each in zip(examples, own, strict=True))
     assert row["visible"]["right"] + row["hidden"]["right"] == row["right"] and 0 < row["visible"]["asked"] < 24
     for example, each in zip(examples, own, strict=True):
         end = example.prompt[-60:]
@@ -188,7 +191,15 @@ def test_what_the_user_can_correct_is_one_line(run_dir, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--words", "31"], ["--words", "40", "--questions", "0"], ["--words", "40", "--batch-size", "0"], []]
+    "arguments",
+    [
+        ["--words", "31"],
+        ["--words", "40", "--questions", "0"],
+        ["--words", "40", "--batch-size", "0"],
+        ["--words", "80", "--planted", "11"],
+        ["--words", "11", "--planted", "3"],
+        [],
+    ],
 )
 def test_what_makes_no_sense_is_refused_before_anything_is_loaded(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:

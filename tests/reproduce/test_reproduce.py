@@ -19,7 +19,7 @@ from conftest import LAUNCHED
 from data_files import needle_rows
 
 from reproduce.__main__ import main
-from reproduce.figures import FIGURES, OURS
+from reproduce.figures import FIGURES
 from reproduce.scales import RECIPES, SCALES
 
 #: A few steps on a few short texts, all of which is logged.
@@ -93,7 +93,7 @@ def test_what_is_there_stays_and_another_recipe_has_folders_of_its_own(made, war
 @pytest.mark.parametrize("scale", SCALES)
 def test_commands_are_shown_and_nothing_is_run(scale, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    targets = [target for target in FIGURES if scale in OURS.get(target, SCALES)]
+    targets = [target for target, figure in FIGURES.items() if scale in figure.scales]
     given = ["--scale", scale, "--runs", "somewhere", "--seeds", "7", "--set", "memory.rank=3", "--commands"]
     assert main([*targets, *given]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -117,10 +117,11 @@ def test_what_is_unknown_is_refused_in_a_line(capsys, tmp_path, monkeypatch):
         ("figure5", "unknown target 'figure5'; known: figure3, figure4"),
         ("figure4 --jobs 0", "--jobs 0: expected at least 1"),
         ("", "expected a target: figure3"),
-        ("figure4 --scale huge", "--scale huge: expected one of cpu, small, paper"),
+        ("figure4 --scale huge", "--scale huge: expected one of demo, cpu, small, paper"),
         ("figure4 --set training.max_steps", "expected section.key=value"),
         ("figure4 --set training.max_stepps=4", "training.max_stepps"),
-        ("dropout --scale paper --commands", "--scale paper"),
+        ("dropout --scale paper --commands", "--scale paper: does not have dropout; expected cpu"),
+        ("figure4 --scale demo", "--scale demo: does not have figure4; expected cpu or small or paper"),
         ("table1 --questions 5", "--questions 5"),
         ("figure4 --runs 'a b'", "--runs a b"),
         ("figure4 --draw", "have not been run, such as "),

@@ -15,7 +15,7 @@ from data_files import message_of
 
 from dllm_memdlm.training.recipe import load_recipe, resolve
 from reproduce.cases import PAPER, variants
-from reproduce.figures import FIGURES, OURS
+from reproduce.figures import FIGURES
 from reproduce.scales import MDLM, MEMDLM, RECIPES, SCALES, Model, differences
 from reproduce.scores import ABLATED, ANCHORED, RETRIEVAL, RULER_OFFLINE, TABLES, Harness, PlantedWords, without_memory
 from reproduce.steps import Step, in_order
@@ -25,7 +25,7 @@ FILES = sorted((RECIPES / "ablations").glob("*.yaml"))
 GROUPS = (*RETRIEVAL.values(), *ANCHORED.values(), *TABLES.values(), RULER_OFFLINE.values(), ABLATED.values())
 TASKS = dict.fromkeys(itertools.chain(*GROUPS))
 CPU = replace(SCALES["cpu"], seeds=(1, 2))
-EVERYWHERE = [(name, size) for size in SCALES for name in FIGURES if size in OURS.get(name, SCALES)]
+EVERYWHERE = [(name, size) for name, figure in FIGURES.items() for size in figure.scales]
 
 
 def steps_of(target: str, size: str) -> list[Step]:
@@ -80,7 +80,7 @@ def test_a_command_comes_after_those_whose_folders_it_reads(target, size):
         made[str(step.folder)] = step
 
 
-@pytest.mark.parametrize("size", SCALES)
+@pytest.mark.parametrize("size", FIGURES["figure3"].scales)
 def test_figures_share_their_commands(size):
     """What figure 7 has for the default ratio is figure 3's, and both score the models of figure 4."""
     shown, ratios, trained = (set(steps_of(f"figure{n}", size)) for n in (3, 7, 4))
@@ -107,7 +107,7 @@ def test_every_setting_makes_another_run_and_nothing_else_does():
 
 
 def test_every_way_to_score_a_model_has_a_folder_of_its_own():
-    tasks = {*TASKS, PlantedWords((40,)), Harness("ruler", (), "[4096]")}
+    tasks = {*TASKS, PlantedWords((40,)), PlantedWords((40,), 4), Harness("ruler", (), "[4096]")}
     changes = ([], ["memory_anchor_ratio=0.3"], ["temperature=0.3", "steps=4"])
     models = [Model.of(CPU.run(CPU.backbones[0], method, 1)) for method in (MDLM, MEMDLM)]
     models += [CPU.untuned(backbone) for backbone in CPU.backbones]
@@ -117,7 +117,7 @@ def test_every_way_to_score_a_model_has_a_folder_of_its_own():
         assert lines.setdefault(step.folder, step.line) == step.line
         assert step.folder.parent == model.folder and all(word in step.line for word in (model.pretrained, *chosen))
         assert (whose == "own") == ("own" in step.argv or "memory=true" in step.line)
-    asked = {(task.config, task.lengths) if isinstance(task, Harness) else task.words for task in tasks}
+    asked = {(task.config, task.lengths) if isinstance(task, Harness) else task for task in tasks}
     assert len(lines) == len(models) * len(asked) * 2 * len(changes)
     model = models[0]
     assert replace(CPU, questions=3).evaluated("x", model, "m", ["3"]) != CPU.evaluated("x", model, "m", ["40"])
