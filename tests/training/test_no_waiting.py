@@ -48,7 +48,8 @@ def test_a_step_needs_no_values(kind, variant, tokenizer, tmp_path):
     plain = variant == "off"
     settings = {**VARIANTS, "prompts": OF_PROMPTS, "off": {}}[variant]
     memory = OFF if plain else memory_for(kind, **{"rank": 4, **settings, "dropout": 0.5})
-    trainer = make_trainer(tiny(kind, lora=not plain), tokenizer, tmp_path, memory, examples(4))
+    model = tiny(kind, lora=not plain, num_hidden_layers=2)  # one before the memory, and one with it
+    trainer = make_trainer(model, tokenizer, tmp_path, memory, examples(4))
     assert all(isinstance(result, FakeTensor) for result in step(trainer) if result is not None)
 
 

@@ -26,14 +26,14 @@ LENGTH, RESPONSE, BATCH = 256, 64, 4
 TABLE = "Peak memory of a process: planned and measured"
 ROUTED = {"num_experts": 4, "num_experts_per_tok": 2}
 DIMENSIONS: dict[str, dict[str, Any]] = {
-    "llada_moe": {"dense_intermediate_size": 384, "expert_intermediate_size": 128, "moe_layer_freq": [0, 1, 1, 1]}
+    "llada_moe": {"dense_intermediate_size": 384, "expert_intermediate_size": 128, "moe_layer_freq": [0, 1]}
     | {"shared_expert_intermediate_size": 128, **ROUTED},
     "llada2": {"intermediate_size": 384, "moe_intermediate_size": 128, "n_group": 2, "topk_group": 1, **ROUTED},
     "llama": {"intermediate_size": 384},
     "llada": {"intermediate_size": 384},
     "modernbert": {"intermediate_size": 384, "local_attention": 64, "num_key_value_heads": None},
 }
-COMMON = {"vocab_size": 1024, "hidden_size": 128, "num_hidden_layers": 4}
+COMMON = {"vocab_size": 1024, "hidden_size": 128, "num_hidden_layers": 2}
 COMMON |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
@@ -42,15 +42,15 @@ def without_a_launcher(as_from_a_shell):
     """No variables of an earlier run."""
 
 
-def recipe_of(kind: str, folder: Any, lora: bool = False, memory: Any = True, **training: Any) -> Recipe:
-    """Half a million to two million parameters; every response token is masked, as a plan assumes."""
+def recipe_of(kind: str, folder: Any, lora: float | None = None, memory: Any = True, **training: Any) -> Recipe:
+    """A quarter to one million parameters; every response token is masked, as a plan assumes. `lora`: its dropout."""
     steps = {"max_steps": 2, "per_device_train_batch_size": BATCH, "time_epsilon": 0.999, "bf16": False}
     quiet = {"logging_steps": 100, "eval_strategy": "no", "save_strategy": "no", "disable_tqdm": True}
     memory = memory if isinstance(memory, dict) else {"enabled": memory}
     dimensions = {name: size for name, size in (COMMON | DIMENSIONS[kind]).items() if size is not None}
     values = {
         "model": {"architecture": ARCHITECTURES[kind], "dtype": "float32", "dimensions": dimensions},
-        "lora": {"enabled": lora, "r": 16, "dropout": 0.05},
+        "lora": {"enabled": lora is not None, "r": 16, "dropout": lora or 0.0},
         "data": {"dataset": "none.jsonl", "max_length": LENGTH},
         "memory": {"rank": 8, "alpha": 16, "layer_fraction": 0.5, **memory},
         "training": {**steps, **quiet, **training},
@@ -80,33 +80,33 @@ def assert_within(request, record_property) -> Callable[[Plan, int, float], None
 @pytest.mark.parametrize(
     ("kind", "lora", "memory", "training"),
     [
-        ("llada_moe", False, True, {"gradient_checkpointing": True, "bf16": True}),
-        ("llada_moe", True, True, {"gradient_checkpointing": True}),
-        ("llada2", False, False, {"gradient_checkpointing": True}),
-        ("llada2", True, {"objective": "kl"}, {}),
-        ("llada2", False, {**OF_PROMPTS, "window": LENGTH // 4}, {"gradient_checkpointing": True}),
-        ("llada2", False, True, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}),
-        ("llama", False, {"layer_fraction": 1.0}, {"bf16": True}),
-        ("llama", True, False, {"gradient_checkpointing": True, "bf16": True}),
-        ("llama", True, {"kind": "full", "scope": "batch", "steps": 3}, {"gradient_checkpointing": True}),
+        ("llada_moe", None, True, {"gradient_checkpointing": True, "bf16": True}),
+        ("llada_moe", 0.05, True, {"gradient_checkpointing": True}),
+        ("llada2", None, False, {"gradient_checkpointing": True}),
+        ("llada2", 0.0, {"objective": "kl"}, {}),
+        ("llada2", None, {**OF_PROMPTS, "window": LENGTH // 4}, {"gradient_checkpointing": True}),
+        ("llada2", None, True, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}),
+        ("llama", None, {"layer_fraction": 1.0}, {"bf16": True}),
+        ("llama", 0.0, False, {"gradient_checkpointing": True, "bf16": True}),
+        ("llama", 0.0, {"kind": "full", "scope": "batch", "steps": 3}, {"gradient_checkpointing": True}),
     ],
 )
 def test_the_peak_is_what_training_takes(kind, lora, memory, training, tmp_path, assert_within):
-    """Within 4 %; 15 % was asked for. Not planned: for a moment a dropout's mask, as MKL draws it, is integers."""
+    """Within 4 %; 15 % was asked for. Not planned: for a moment a dropout's mask, as MKL draws it, is integers: 7 %."""
     recipe = recipe_of(kind, tmp_path, lora, memory, **training)
     plan = plan_of(recipe)
-    assert_within(plan, measure(lambda: trainer_of(copy.deepcopy(recipe), RESPONSE)), 0.04)
+    assert_within(plan, measure(lambda: trainer_of(copy.deepcopy(recipe), RESPONSE)), 0.07 if lora else 0.04)
     if "gradient_accumulation_steps" in training:  # gradients are there all the time
         assert plan.at_peak["gradients"] == plan.trainable * 4 and plan.tokens == 2 * BATCH * LENGTH
 
 
 def test_the_peak_with_a_base_in_4_bit(tmp_path, assert_within):
     pytest.importorskip("bitsandbytes")
-    recipe = recipe_of("llada2", tmp_path, lora=True, bf16=True, gradient_checkpointing=True)
+    recipe = recipe_of("llada2", tmp_path, lora=0.0, bf16=True, gradient_checkpointing=True)
     load_model(recipe.model, config_of(recipe.model)).save_pretrained(tmp_path / "base")
     model = {"path": str(tmp_path / "base"), "load_in_4bit": True}
     recipe = build_recipe({**recipe.values, "model": model}, str(tmp_path / "run"))
-    assert_within(plan_of(recipe), measure(lambda: trainer_of(copy.deepcopy(recipe), RESPONSE)), 0.03)
+    assert_within(plan_of(recipe), measure(lambda: trainer_of(copy.deepcopy(recipe), RESPONSE)), 0.02)
 
 
 def test_a_prompt_that_is_cut_counts_as_one_window(tmp_path):
@@ -122,7 +122,7 @@ def test_a_prompt_that_is_cut_counts_as_one_window(tmp_path):
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("engine", "lora", "low"),
-    [("ddp", True, False), ("zero2", False, True), ("zero3", True, True), ("fsdp2", False, True)],
+    [("ddp", 0.05, False), ("zero2", None, True), ("zero3", 0.05, True), ("fsdp2", None, True)],
 )
 def test_the_peak_of_each_of_two_processes(engine, lora, low, tmp_path, assert_within):
     recipe = recipe_of("llada_moe", tmp_path, lora, bf16=low, gradient_checkpointing=low, engine=engine)
@@ -132,7 +132,7 @@ def test_the_peak_of_each_of_two_processes(engine, lora, low, tmp_path, assert_w
         assert_within(plan, int((tmp_path / f"peak.{rank}").read_text()), 0.15, ", rank 1" * rank)
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [None, 0.05])
 def test_weights_gradients_and_optimizer_are_exact(lora, tmp_path):
     recipe = recipe_of("llada2", tmp_path, lora)
     trainer = trainer_of(copy.deepcopy(recipe), RESPONSE)
@@ -167,7 +167,7 @@ COUNTED: dict[Any, Callable[..., int]] = {
 )
 def test_flops_are_those_that_torch_counts(kind, checkpointing, tmp_path):
     for memory in (False, True):
-        recipe = recipe_of(kind, tmp_path, True, memory, gradient_checkpointing=checkpointing)
+        recipe = recipe_of(kind, tmp_path, 0.05, memory, gradient_checkpointing=checkpointing)
         trainer = trainer_of(copy.deepcopy(recipe), RESPONSE)
         checkpoint_activations(trainer.model, checkpointing)
         trainer.state.global_step, trainer.state.logging_steps = 5, 100  # this step is not logged
@@ -227,7 +227,7 @@ def test_the_first_thing_to_change(tmp_path):
     assert first() == "training.gradient_checkpointing=true"
     smaller = "training.per_device_train_batch_size=2, with training.gradient_accumulation_steps=2"
     assert first(gradient_checkpointing=True) == smaller
-    assert first(lora=True, gradient_checkpointing=True, per_device_train_batch_size=1) == "data.max_length=128"
+    assert first(lora=0.05, gradient_checkpointing=True, per_device_train_batch_size=1) == "data.max_length=128"
     one = {"gradient_checkpointing": True, "per_device_train_batch_size": 1, "memory": False}
     assert first(gpus=2, **one) == "training.engine=fsdp2"
     assert first(gpus=2, engine="zero3", **one) == "lora.enabled=true"

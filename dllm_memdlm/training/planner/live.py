@@ -62,6 +62,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):  # more often asked than all else
+            return args[0].fake_device
         kwargs = kwargs or {}
         if func is aten._grouped_mm.default and isinstance(args[0], FakeTensor):
             out = grouped_output(*args, **kwargs)  # torch's shape function knows bfloat16 only, its kernels more
