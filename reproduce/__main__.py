@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scale", default="cpu", help="demo, cpu, small (one GPU) or paper (many; default: cpu)")
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="where runs are kept")
     parser.add_argument("--reports", type=Path, default=Path("reports"), metavar="DIR", help="where to write")
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="of the runs (default: 42 43 44 on the CPU)")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="of the runs (default: 42; for cpu 42 43 44)")
     parser.add_argument("--jobs", type=int, metavar="N", help="commands at a time (default: one a core on the CPU)")
     parser.add_argument("--questions", type=int, metavar="N", help="texts or examples that a model is scored on")
     parser.add_argument("--set", nargs="+", default=(), metavar="KEY=VALUE", help="changes of every recipe")
@@ -91,9 +91,9 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         options.remove(name)
     draw = [sys.executable, "-m", "reproduce", "--draw", *options]
     rules = [step.rule() for step in dict.fromkeys(step for own in steps.values() for step in own)]
-    for name, own in steps.items():  # the last first: what trains longest does not end alone
+    for name, own in steps.items():
         command = shlex.join([*draw[:4], name, *draw[4:]]).replace("$", "$$")
-        rules.append(f".PHONY: {name}\n{name}: {' '.join(str(step.done) for step in reversed(own))}\n\t@{command}\n")
+        rules.append(f".PHONY: {name}\n{name}: {' '.join(str(step.done) for step in own)}\n\t@{command}\n")
     make(scale, rules, args.targets)
 
 
@@ -131,7 +131,7 @@ def draw_all(names: Sequence[str], scale: Scale, reports: Path, all_of_them: boo
                 raise
             print(f"{name}: {error}", file=sys.stderr)
     if not written:
-        raise ConfigError(f"{scale.runs}: nothing to draw there; `make reproduce-figure4` makes something")
+        raise ConfigError(f"{scale.runs}: nothing to draw there; `make reproduce` makes something")
     pages = [page for page in sorted(reports.glob("*.md")) if page.name != "README.md"]
     lines = [f"- [{page.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}]({page.name})" for page in pages]
     (reports / "README.md").write_text("\n".join(["# Reports", "", *lines, ""]), encoding="utf-8")

@@ -191,7 +191,7 @@ def finish(target: str, scale) -> None:
                 (step.folder / name).write_text(json.dumps(content))
 
 
-#: Every target at the scale of the paper, and some where there is another one.
+#: Every target at the last scale that it has, and some at another one.
 PAGES = [(target, figure.scales[-1]) for target, figure in FIGURES.items()]
 PAGES += [("documents", "cpu"), ("figure3", "cpu"), ("figure11", "cpu"), ("table1", "cpu"), ("ablations", "small")]
 

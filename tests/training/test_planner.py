@@ -26,15 +26,14 @@ LENGTH, RESPONSE, BATCH = 256, 64, 4
 TABLE = "Peak memory of a process: planned and measured"
 ROUTED = {"num_experts": 4, "num_experts_per_tok": 2}
 DIMENSIONS: dict[str, dict[str, Any]] = {
-    "llada_moe": {"dense_intermediate_size": 384, "expert_intermediate_size": 128, "moe_layer_freq": [0, 1]}
+    "llada_moe": {"dense_intermediate_size": 384, "expert_intermediate_size": 128, "moe_layer_freq": [0, 1, 1, 1]}
     | {"shared_expert_intermediate_size": 128, **ROUTED},
     "llada2": {"intermediate_size": 384, "moe_intermediate_size": 128, "n_group": 2, "topk_group": 1, **ROUTED},
     "llama": {"intermediate_size": 384},
     "llada": {"intermediate_size": 384},
     "modernbert": {"intermediate_size": 384, "local_attention": 64, "num_key_value_heads": None},
 }
-COMMON = {"vocab_size": 1024, "hidden_size": 128, "num_hidden_layers": 2}
-COMMON |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+COMMON = {"vocab_size": 1024, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -42,12 +41,18 @@ def without_a_launcher(as_from_a_shell):
     """No variables of an earlier run."""
 
 
-def recipe_of(kind: str, folder: Any, lora: float | None = None, memory: Any = True, **training: Any) -> Recipe:
-    """A quarter to one million parameters; every response token is masked, as a plan assumes. `lora`: its dropout."""
+def recipe_of(
+    kind: str, folder: Any, lora: float | None = None, memory: Any = True, layers: int = 2, **training: Any
+) -> Recipe:
+    """Every response token is masked, as a plan assumes. `lora`: its dropout. Half of the layers have fast weights.
+
+    With four layers there are routed experts before those of the memory, too.
+    """
     steps = {"max_steps": 2, "per_device_train_batch_size": BATCH, "time_epsilon": 0.999, "bf16": False}
     quiet = {"logging_steps": 100, "eval_strategy": "no", "save_strategy": "no", "disable_tqdm": True}
     memory = memory if isinstance(memory, dict) else {"enabled": memory}
-    dimensions = {name: size for name, size in (COMMON | DIMENSIONS[kind]).items() if size is not None}
+    dimensions = COMMON | {"num_hidden_layers": layers} | DIMENSIONS[kind]
+    dimensions = {name: size for name, size in dimensions.items() if size is not None}
     values = {
         "model": {"architecture": ARCHITECTURES[kind], "dtype": "float32", "dimensions": dimensions},
         "lora": {"enabled": lora is not None, "r": 16, "dropout": lora or 0.0},
@@ -81,7 +86,7 @@ def assert_within(request, record_property) -> Callable[[Plan, int, float], None
     ("kind", "lora", "memory", "training"),
     [
         ("llada_moe", None, True, {"gradient_checkpointing": True, "bf16": True}),
-        ("llada_moe", 0.05, True, {"gradient_checkpointing": True}),
+        ("llada_moe", 0.05, True, {"gradient_checkpointing": True, "layers": 4}),
         ("llada2", None, False, {"gradient_checkpointing": True}),
         ("llada2", 0.0, {"objective": "kl"}, {}),
         ("llada2", None, {**OF_PROMPTS, "window": LENGTH // 4}, {"gradient_checkpointing": True}),
@@ -92,10 +97,10 @@ def assert_within(request, record_property) -> Callable[[Plan, int, float], None
     ],
 )
 def test_the_peak_is_what_training_takes(kind, lora, memory, training, tmp_path, assert_within):
-    """Within 4 %; 15 % was asked for. Not planned: for a moment a dropout's mask, as MKL draws it, is integers: 7 %."""
+    """Within 4 %; 15 % was asked for. Not planned: for a moment a dropout's mask, as MKL draws it, is integers."""
     recipe = recipe_of(kind, tmp_path, lora, memory, **training)
     plan = plan_of(recipe)
-    assert_within(plan, measure(lambda: trainer_of(copy.deepcopy(recipe), RESPONSE)), 0.07 if lora else 0.04)
+    assert_within(plan, measure(lambda: trainer_of(copy.deepcopy(recipe), RESPONSE)), 0.04)
     if "gradient_accumulation_steps" in training:  # gradients are there all the time
         assert plan.at_peak["gradients"] == plan.trainable * 4 and plan.tokens == 2 * BATCH * LENGTH
 
@@ -125,7 +130,7 @@ def test_a_prompt_that_is_cut_counts_as_one_window(tmp_path):
     [("ddp", 0.05, False), ("zero2", None, True), ("zero3", 0.05, True), ("fsdp2", None, True)],
 )
 def test_the_peak_of_each_of_two_processes(engine, lora, low, tmp_path, assert_within):
-    recipe = recipe_of("llada_moe", tmp_path, lora, bf16=low, gradient_checkpointing=low, engine=engine)
+    recipe = recipe_of("llada_moe", tmp_path, lora, layers=4, bf16=low, gradient_checkpointing=low, engine=engine)
     launch(2, tmp_path, measure_rank, recipe.values, RESPONSE, tmp_path / "peak")
     plan = plan_of(recipe, gpus=2)
     for rank in range(2):
@@ -167,7 +172,8 @@ COUNTED: dict[Any, Callable[..., int]] = {
 )
 def test_flops_are_those_that_torch_counts(kind, checkpointing, tmp_path):
     for memory in (False, True):
-        recipe = recipe_of(kind, tmp_path, 0.05, memory, gradient_checkpointing=checkpointing)
+        layers = 4 if kind == "llada_moe" else 2
+        recipe = recipe_of(kind, tmp_path, 0.05, memory, layers, gradient_checkpointing=checkpointing)
         trainer = trainer_of(copy.deepcopy(recipe), RESPONSE)
         checkpoint_activations(trainer.model, checkpointing)
         trainer.state.global_step, trainer.state.logging_steps = 5, 100  # this step is not logged
