@@ -10,7 +10,7 @@ import sys
 import huggingface_hub
 import pytest
 from command_line import error_of
-from fresh_python import needs_lm_eval, run
+from fresh_python import run
 
 from dllm_memdlm import __version__, cli, info, train
 from dllm_memdlm.config import ConfigError
@@ -27,12 +27,6 @@ def test_each_command_is_the_module_of_its_name(name, capsys):
         texts.append(capsys.readouterr().out)
         assert stopped.value.code == 0
     assert texts[0] == texts[1] and texts[0].startswith(f"usage: memdlm {name} ")
-
-
-@needs_lm_eval
-def test_lm_eval_s_command_line():
-    done = run("-m", "dllm_memdlm.cli", "evaluate", "validate", "--tasks", "no-such-task")
-    assert done.returncode == 1 and "no-such-task" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

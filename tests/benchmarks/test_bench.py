@@ -12,7 +12,7 @@ import torch
 from measured import allocated
 
 from benchmarks import __main__ as command
-from benchmarks import padding, profiling, steps, switches, training
+from benchmarks import host, padding, profiling, steps, switches, training
 from benchmarks.device import Clock, peak_memory
 from benchmarks.report import Range, text
 from dllm_memdlm.compat import dllm_api
@@ -24,9 +24,9 @@ MEMORY = pytest.mark.parametrize("memory", [MemoryConfig(), steps.PLAIN], ids=["
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, warm_python) -> dict[str, list[dict[str, Any]]]:
-    """The rows of every section, by column, but for the host's, which test_host.py has."""
+    """The rows of every section, by column, but for the host's traffic, which test_host.py counts."""
     folder = tmp_path_factory.mktemp("reports")
-    names = [name for name in command.sections(True) if not name.startswith("host")]
+    names = [name for name in command.sections(True) if name != "host-traffic"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", warm_python)
         assert command.main(["--quick", "--repeats", "1", "--output", str(folder), "--only", *names]) == 0
@@ -87,6 +87,14 @@ def test_peaks_are_those_of_the_allocator(shape, found):
         assert peak_memory(case) == pytest.approx(allocated(case), rel=0.05)
     row = next(row for row in found["peaks"] if row["model, vocabulary, prompt:response"] == str(shape))
     assert row["plain"] < row["MemDLM"] < (row["naive MemDLM"] or 1e9)
+
+
+def test_the_host(found):
+    rows = {row["model"]: row for row in found["host"]}
+    assert [*rows] == [*reversed(host.MODELS)] and rows[host.DENSE]["MemDLM ÷ dense"] == 1
+    for name, row in rows.items():
+        assert row["MemDLM s"] > 0 and row["modules"] > row["trainable tensors"] > 0
+        assert (row["command to step 1, s"] is None) == (name == host.DENSE)
 
 
 def test_switches(found):

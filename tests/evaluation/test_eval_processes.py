@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import launch
 from saved_models import byte_tokenizer, save_model
-
-import dllm_memdlm
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'dllm-memdlm[eval]'")
 
@@ -21,27 +16,17 @@ from local_tasks import ROWS, data_in, write_tasks
 
 pytestmark = pytest.mark.slow  # both processes import lm-eval
 
-TESTS = Path(__file__).parents[1]
 MEMORY = {"rank": 4, "alpha": 8.0, "layer_fraction": 0.4, "inner_lr": 1.0}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The same evaluations in this process, and in two that torchrun starts (gloo)."""
+    """The same evaluations in this process, and in two as torchrun starts them (gloo)."""
     folder = tmp_path_factory.mktemp("processes")
     model = save_model(folder / "model", "llama", byte_tokenizer(), {"memory": MEMORY})
     (folder / "tasks").mkdir()
     tasks = write_tasks(folder / "tasks")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    paths = [str(Path(dllm_memdlm.__file__).parents[1]), str(TESTS), str(TESTS / "helpers")]
-    launched = subprocess.run(
-        [*launch, evaluate_in_processes.__file__, model, str(tasks), str(folder / "results.json")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert launched.returncode == 0, launched.stderr[-3000:]
+    launch(2, folder, evaluate_in_processes.write_all, model, tasks, folder / "results.json")
     with data_in(folder / "datasets"):
         one = evaluate_in_processes.evaluate_all(model, tasks)
     return json.loads(json.dumps(one)), json.loads((folder / "results.json").read_text())

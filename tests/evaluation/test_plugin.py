@@ -185,22 +185,10 @@ def test_torch_imports_without_a_word_and_the_hook_waits(installed):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-COMMANDS = {
-    "module": ("-m", "lm_eval"),
-    "console script": ("-c", "from lm_eval.__main__ import cli_evaluate; cli_evaluate()"),
-    "our own": ("-m", "dllm_memdlm.evaluate"),
-}
-
-
 @needs_lm_eval
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMMANDS)
-def test_commands_know_the_model(name, request):
-    if name == "our own":
-        done = run(*COMMANDS[name], *UNKNOWN, paths=(ROOT,), TORCH_DEVICE_BACKEND_AUTOLOAD="0")
-    else:
-        done = run(*COMMANDS[name], *UNKNOWN, paths=(request.getfixturevalue("installed"),))
-    assert {"dummy", "hf", "memdlm"} <= set(known_models(done))
+def test_lm_eval_s_command_knows_the_model(installed):
+    assert {"dummy", "hf", "memdlm"} <= set(known_models(run("-m", "lm_eval", *UNKNOWN, paths=(installed,))))
 
 
 def test_without_lm_eval_our_command_says_what_to_install(monkeypatch, capsys):
@@ -211,8 +199,8 @@ def test_without_lm_eval_our_command_says_what_to_install(monkeypatch, capsys):
 
 
 @needs_lm_eval
-def test_a_wrong_model_argument_is_one_line():
+def test_our_own_command_knows_it_without_torchs_help_and_says_a_wrong_argument_in_one_line():
     arguments = ("--model", "memdlm", "--model_args", "pretrained=nowhere,memry=true", "--tasks", "arc_easy")
-    done = run("-m", "dllm_memdlm.evaluate", *arguments, paths=(ROOT,), HF_HUB_OFFLINE="1")
+    done = run("-m", "dllm_memdlm.cli", "evaluate", *arguments, paths=(ROOT,), TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == "error: unknown model argument 'memry'; did you mean memory?"

@@ -1,12 +1,8 @@
-"""Runs in each of several processes: evaluations of the local tasks, whose results the first process writes down.
-
-python -m torch.distributed.run --standalone --nproc_per_node 2 evaluate_in_processes.py MODEL TASKS RESULTS
-"""
+"""Runs in each of several processes: evaluations of the local tasks, whose results the first process writes down."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +33,9 @@ def evaluate_all(model: str, tasks: Path) -> dict[str, Any]:
     return found
 
 
-if __name__ == "__main__":
-    with data_in(Path(sys.argv[3]).parent / "datasets"):
-        results = evaluate_all(sys.argv[1], Path(sys.argv[2]))
+def write_all(model: str, tasks: Path, file: Path) -> None:
+    """What `evaluate_all` has found, as JSON."""
+    with data_in(file.parent / "datasets"):
+        results = evaluate_all(model, tasks)
     if results:
-        Path(sys.argv[3]).write_text(json.dumps(results), encoding="utf-8")
+        file.write_text(json.dumps(results), encoding="utf-8")
