@@ -47,6 +47,9 @@ def test_needles_are_of_each_length_and_bring_the_text_along():
     for i, row in enumerate(rows):
         assert row["haystack"] == f"Row {i}.\nA word."
         assert row["output"] == plant(row["haystack"].split("\n"), 99).response
+    few = prepare.FILES["needles-40-2"](hotpotqa(["Row 1.", " A word. "]))
+    planted = plant(["Row 1.", "A word."], 40, 2)
+    assert (few["instruction"], few["output"]) == (planted.prompt, planted.response)
 
 
 def test_every_fourth_row_is_a_text_that_goes_on():

@@ -171,20 +171,21 @@ COUNTED: dict[Any, Callable[..., int]] = {
     [("llada_moe", True), ("llada2", False), ("llama", True), ("llada", False), ("modernbert", True)],
 )
 def test_flops_are_those_that_torch_counts(kind, checkpointing, tmp_path):
-    for memory in (False, True):
-        layers = 4 if kind == "llada_moe" else 2
-        recipe = recipe_of(kind, tmp_path, 0.05, memory, layers, gradient_checkpointing=checkpointing)
+    recipes = [
+        recipe_of(kind, tmp_path, 0.05, memory, 4 if kind == "llada_moe" else 2, gradient_checkpointing=checkpointing)
+        for memory in (False, True)
+    ]
+    plan = plan_of(recipes[1])
+    for recipe, planned in zip(recipes, (plan.flops_mdlm, plan.flops_memdlm), strict=True):
         trainer = trainer_of(copy.deepcopy(recipe), RESPONSE)
         checkpoint_activations(trainer.model, checkpointing)
         trainer.state.global_step, trainer.state.logging_steps = 5, 100  # this step is not logged
         batch = trainer.data_collator([trainer.train_dataset[i] for i in range(BATCH)])
         with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
             trainer.compute_loss(trainer.model.train(), dict(batch)).backward()
-        plan = plan_of(recipe)
-        planned = plan.flops_memdlm if memory else plan.flops_mdlm
         assert planned == pytest.approx(counter.get_total_flops(), rel=0.002)
     assert 1.1 < plan.flops_memdlm / plan.flops_mdlm < 3
-    elsewhere = plan_of(recipe, device="cuda")
+    elsewhere = plan_of(recipes[1], device="cuda")
     assert (elsewhere.flops_mdlm, elsewhere.flops_memdlm) == (plan.flops_mdlm, plan.flops_memdlm), "experts all at once"
 
 
