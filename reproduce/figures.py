@@ -16,6 +16,7 @@ from . import cases, documents, draw, dropout
 from .cases import PAPER, Case
 from .draw import Drawn
 from .scales import Scale
+from .scores import DOCUMENTS
 
 
 class Figure(NamedTuple):
@@ -34,7 +35,7 @@ FIGURES = {
     "figure11": Figure("Exposure bias (figure 11)", cases.exposed, draw.exposed),
     "ablations": Figure("Ablations (figures 5 to 10)", cases.ablated, draw.ablated),
     "documents": Figure(
-        "A document longer than what the model sees (ours)", documents.cases, documents.draw, ("demo", "cpu", "small")
+        "A document longer than what the model sees (ours)", documents.cases, documents.draw, tuple(DOCUMENTS)
     ),
     "further": Figure("How far a memory of prompts goes (ours)", documents.further, documents.draw_further, ("cpu",)),
     "dropout": Figure("Memory dropout, from scratch (ours)", dropout.cases, dropout.draw, ("cpu",)),
