@@ -95,8 +95,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip)
 
 
-def pytest_collection_finish() -> None:
-    # Every trainer collects garbage at its end, and would look at all that was imported: a third of a second each time
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_no_garbage() -> None:
+    """Every trainer collects garbage at its end, and would look at all that was imported: a third of a second each."""
     gc.collect()
     gc.freeze()
 

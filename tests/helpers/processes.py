@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import multiprocessing
 import os
 import socket
@@ -93,6 +94,7 @@ def launch(count: int, folder: Path, target: Callable[..., None], *arguments: An
 
 
 def _work(group: dict[str, Any], log: Path, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    gc.freeze()  # what the server has imported is no garbage to look for
     os.environ.update({name: str(value) for name, value in group.items()})
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)

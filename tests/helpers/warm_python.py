@@ -5,6 +5,7 @@ What counts there is what the commands do and how they are started, not what a f
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -64,6 +65,7 @@ def _wait_for(connection: socket.socket) -> None:
 
 
 def _run(connection: socket.socket) -> None:
+    gc.freeze()  # what the server has imported is no garbage to look for
     _, streams, *_ = socket.recv_fds(connection, 1, 3)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
