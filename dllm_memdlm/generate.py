@@ -112,12 +112,12 @@ def answer(conversation: Any, question: str, out: Console) -> None:
     states, started = conversation.ask(question), time.perf_counter()
     first = next(states)  # a memory has been written by then, under a progress bar of its own
     with Live(console=out, refresh_per_second=20) as live:
-        for number, progress in enumerate(itertools.chain([first], states)):
-            text = Text(conversation.text_of(progress.tokens, mask="░"))
+        for steps, tokens in enumerate(itertools.chain([first], states)):
+            text = Text(conversation.text_of(tokens, mask="░"))
             text.highlight_regex("░+", "dim")
-            live.update(text, refresh=number == 0)  # at once, however short the answer
+            live.update(text, refresh=steps == 0)  # at once, however short the answer
         live.update(Text(conversation.turns[-1][1]))
-    out.print(f"{progress.steps} steps, {time.perf_counter() - started:.1f} s", style="dim", highlight=False)
+    out.print(f"{steps} steps, {time.perf_counter() - started:.1f} s", style="dim", highlight=False)
 
 
 def reading(windows: list[list[Any]], notes: Console) -> Iterator[list[Any]]:

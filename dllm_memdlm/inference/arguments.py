@@ -29,7 +29,7 @@ from ..config import (
     refuse_unknown,
     require,
 )
-from .decoding import SAMPLERS, Decoder, memory_for, sampler_settings
+from .decoding import SAMPLERS, Decoder, SamplerName, memory_for, sampler_settings
 from .pretrained import load_pretrained
 
 _logger = logging.getLogger("lm_eval.models.memdlm")  # lm-eval shows the messages of its own loggers only
@@ -73,7 +73,7 @@ class EvalArguments:
     max_length: _AtLeastTwo | None = knob(None, "tokens of prompt and answer together; none is the model's")
     visible: Count | None = knob(None, "tokens of a prompt that the model sees, from its end; none: as it was trained")
     max_gen_toks: Count = knob(256, "new tokens where the task does not say")
-    sampler: Literal["auto", "mdlm", "llada2", "llada21", "dream"] = knob(
+    sampler: SamplerName = knob(
         "auto", "how to decode; auto is what the model was made for, and of LLaDA 2 version 2.1"
     )
     seed: _Seed = knob(0, "of the memory's masks, of sampling, and of the likelihood's masks")

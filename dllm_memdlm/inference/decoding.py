@@ -93,15 +93,13 @@ class Decoder:
 
     def config_for(self, new_tokens: int, **changes: Any) -> SamplerConfig:
         """Return the sampler's settings for answers of `new_tokens`. Raises ConfigError for one that does not fit."""
-        chosen = {"max_new_tokens": new_tokens, **self.settings, **changes}
         usual = {**dict.fromkeys(ONE_BLOCK.get(self.sampler, ()), new_tokens), **RECOMMENDED.get(self.sampler, {})}
         if hasattr(self._sampler.CONFIG, "right_shift_logits"):
             usual["right_shift_logits"] = self.pretrained.right_shift_logits
-        chosen = {**usual, **chosen}
-        config = self._sampler.CONFIG.of(None, chosen)
+        config = self._sampler.CONFIG.of(None, {**usual, "max_new_tokens": new_tokens, **self.settings, **changes})
         vocabulary = self.pretrained.model.config.vocab_size
-        for name in TOKEN_LISTS & chosen.keys():
-            known = all(0 <= token < vocabulary for token in getattr(config, name) or ())
+        for name in TOKEN_LISTS:
+            known = all(0 <= token < vocabulary for token in getattr(config, name, None) or ())
             require("sampler", config, name, known, f"tokens below the vocabulary's size, {vocabulary}")
         return config
 

@@ -116,14 +116,13 @@ except ModuleNotFoundError as error:
 
 
 @needs_lm_eval
-@before_or_after
-def test_lm_eval_has_the_model_and_all_of_its_own(code):
+def test_lm_eval_has_the_model_and_all_of_its_own():
     after = """
 from lm_eval.api.registry import get_model, model_registry
 differing = sorted(model_registry.keys() ^ lm_eval.models.MODEL_MAPPING.keys())
 print(json.dumps([differing, get_model("dummy").__name__, "hf" in model_registry, sys.meta_path == finders]))
 """
-    found = printed(run("-c", BEFORE + code + after, paths=(ROOT,)))
+    found = printed(run("-c", BEFORE + ORDERS["before"] + after, paths=(ROOT,)))
     assert found == [["memdlm"], "DummyLM", True, True]
 
 
@@ -168,7 +167,8 @@ class MemDLMEvalLM(LM):
 sys.modules["dllm_memdlm.evaluation.lm_eval_model"] = types.SimpleNamespace(MemDLMEvalLM=MemDLMEvalLM)
 assert not {"torch", "lm_eval.models"} & sys.modules.keys()
 """
-BY_NAME = "import torch; from lm_eval.api.registry import get_model; get_model('memdlm')()"
+WAITS = f"assert '{plugin.__name__}' in [getattr(finder, '__module__', '') for finder in sys.meta_path]"
+BY_NAME = f"import torch; {WAITS}; from lm_eval.api.registry import get_model; get_model('memdlm')()"
 BY_FUNCTION = "import lm_eval; lm_eval.simple_evaluate(model='memdlm', tasks=['arc_easy'])"
 
 
@@ -177,12 +177,7 @@ BY_FUNCTION = "import lm_eval; lm_eval.simple_evaluate(model='memdlm', tasks=['a
 def test_python_resolves_the_model(code, installed):
     done = run("-c", RESOLVES + code, paths=(installed,))
     assert done.returncode == 1 and done.stderr.endswith("built\n"), done.stderr[-3000:]
-
-
-def test_torch_imports_without_a_word_and_the_hook_waits(installed):
-    code = f"import sys, torch; assert '{plugin.__name__}' in [getattr(f, '__module__', '') for f in sys.meta_path]"
-    done = run("-c", code, paths=(installed,))
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert code != BY_NAME or (done.stdout, done.stderr) == ("", "built\n"), "torch imports without a word"
 
 
 @needs_lm_eval

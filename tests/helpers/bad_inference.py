@@ -45,8 +45,8 @@ DAMAGED: list[tuple[Any, ...]] = [
     ("template_cut", "base", {"chat_template.jinja": b"{% if %}"}, "tokenizer='template_cut'", "chat template refuses"),
     ("template_no", "base", {"chat_template.jinja": b"{{ raise_exception('not a chat model') }}"},
      "tokenizer='template_no'", "not a chat model"),
-    ("recipe_bytes", "base", {"recipe.yaml": b"\xff"}, "recipe_bytes/recipe.yaml: not a", "readable recipe"),
-    ("recipe_cut", "base", {"recipe.yaml": b"memory: ["}, "recipe_cut/recipe.yaml: not a", "readable recipe"),
+    ("recipe_bytes", "base", {"recipe.yaml": b"\xff"}, "recipe_bytes/recipe.yaml: not a", "readable YAML"),
+    ("recipe_cut", "base", {"recipe.yaml": b"memory: ["}, "recipe_cut/recipe.yaml: not a", "readable YAML"),
     ("recipe_list", "base", {"recipe.yaml": b"- memory"}, "recipe_list/recipe.yaml: not a", "expected a mapping"),
     ("recipe_key", "base", {"recipe.yaml": b"memory: {rnak: 4}"}, "recipe_key/recipe.yaml: not a", "'rnak'"),
     ("recipe_value", "base", {"recipe.yaml": b"memory: {rank: 0}"},
@@ -74,7 +74,7 @@ COPIES |= {
     "state_list": ("base", {"trainer_state.json": b"[]"}),
 }
 
-UNIT, NAMES, SNAPSHOT = "expected in [0, 1]", "known: ", "not a fast-weight snapshot"
+UNIT, NAMES, SNAPSHOT = "expected number in [0, 1]", "known: ", "not a fast-weight snapshot"
 
 #: By command. Arguments, in one text at spaces, and pieces of the one line on stderr.
 # fmt: off
@@ -86,7 +86,7 @@ BAD: dict[str, list[Any]] = {
         ("steps=[", "'steps=['", "expected name=value", "suppress_tokens=[5, 7]"),
         ("temperature=", "sampler.temperature=None", "expected number"),
         ("top_k=3", "top_k", "mdlm sampler", NAMES),
-        ("temperature=-1", "sampler.temperature=-1.0", "at least 0"),
+        ("temperature=-1", "sampler.temperature=-1", "at least 0"),
         ("temperature=.inf", "sampler.temperature=inf", "expected number"),
         ("steps=0", "sampler.steps=0", "at least 1"),
         ("block_size=-3", "sampler.block_size=-3", "at least 1"),
@@ -139,14 +139,14 @@ BAD: dict[str, list[Any]] = {
         *((f"--model {name}", *says) for name, _, _, *says in DAMAGED),
     ],
     "export": [
-        ("--out full", "--out ", "full: not empty", "expected a folder"),
-        ("--out doc.txt", "doc.txt: a file", "expected a folder that is empty"),
-        ("--out doc.txt/out", "doc.txt/out: ", "doc.txt is a file"),
+        ("--out full", "--out 'full': not empty", "expected a folder"),
+        ("--out doc.txt", "doc.txt is a file", "expected a folder that is empty"),
+        ("--out doc.txt/out", "--out 'doc.txt/out': ", "doc.txt is a file"),
         (["--out", ""], "--out ''", "expected a folder that is empty"),
         ("--memory no", "no: ", SNAPSHOT, "--save-memory"),
         ("--memory other.memory", "other.memory: written with the model", "not '"),
         ("--memory two.memory --as-adapter", "two.memory", "expected the memory of one text"),
-        ("--memory other.memory --as-adapter --out full", "--out ", "full: not empty"),
+        ("--memory other.memory --as-adapter --out full", "--out 'full': not empty"),
         ("--model quantised", "pretrained='quantised'", "quantised weights", "BASE"),
         ("--model state_cut", "state_cut/trainer_state.json", "not the state of a trainer"),
         ("--model state_list", "trainer_state.json", "expected a mapping with log_history"),
@@ -162,11 +162,11 @@ BAD: dict[str, list[Any]] = {
         ("pretrained=base memory=true fast_weights=x", "memory=True", "fast_weights"),
     ],
     "task": [
-        ("max_gen_toks=long", "gen_kwargs max_gen_toks='long'", "whole number"),
-        ("max_gen_toks=2.5", "gen_kwargs max_gen_toks=2.5", "whole number"),
+        ("max_gen_toks=long", "gen_kwargs.max_gen_toks='long'", "whole number"),
+        ("max_gen_toks=2.5", "gen_kwargs.max_gen_toks=2.5", "whole number"),
         ("max_gen_toks=999", "max_length=99", "999 tokens", "max_gen_toks=N"),
-        ("until=5", "gen_kwargs until=5", "text or a list of texts"),
-        ("temperature=hot", "gen_kwargs temperature='hot'", "expected a number"),
+        ("until=5", "gen_kwargs.until=5", "text or a list of texts"),
+        ("temperature=hot", "gen_kwargs.temperature='hot'", "expected number"),
         ("steps=0", "sampler.steps=0", "at least 1"),
     ],
     "template": [

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from conftest import AMPLIFIED, tiny
-from fresh_python import ROOT, run
 from rich.console import Console
 from saved_models import byte_tokenizer, ending, save_model, word_tokenizer
 
@@ -82,14 +81,13 @@ def test_memory_changes_the_answer_and_its_settings_matter(ask):
     assert without != with_memory == ask("memory=true") and ask("--memory", "memory_inner_lr=0.0") == without
 
 
-def test_a_kept_memory_gives_the_same_answers_in_a_new_process_and_to_a_copy(ask, model, document, tmp_path):
+def test_a_kept_memory_gives_the_same_answers_and_to_a_copy_of_the_model(ask, model, tmp_path):
     path = str(tmp_path / "memory.safetensors")
     saved = ask("--save-memory", path)
     assert saved == ask("--memory")
     fast_weights, config = load_snapshot(path, model)
     assert config.rank == 4 and fast_weights.samples == 1
-    command = ["-m", "dllm_memdlm.generate", "--model", model, "--prompt-file", document, "--question", "Who?"]
-    assert run(*command, "--max-new-tokens", "10", "--load-memory", path, paths=(ROOT,)).stdout == saved
+    assert ask("--load-memory", path) == saved
     assert ask("--load-memory", path, model=str(shutil.copytree(model, tmp_path / "copy"))) == saved
 
 
@@ -149,12 +147,10 @@ def test_what_the_memory_is_written_on_and_what_is_asked(pretrained):
     assert chat.tokenizer.decode(chat.prompt("When?", chat.turns)) == expected + "<|role_end|><|assistant|>"
 
 
-def test_progress_ends_at_the_answer(pretrained):
+def test_steps_end_at_the_answer(pretrained):
     chat = about(pretrained)
-    steps, mask = list(chat.ask("Who?")), chat.tokenizer.mask_token_id
-    assert [progress.steps for progress in steps] == list(range(len(steps)))
-    assert steps[0].tokens == [mask] * 12 and mask not in steps[-1].tokens
-    assert chat.text_of(steps[-1].tokens).strip() == chat.turns[-1][1]
+    (first, *_, last), mask = chat.ask("Who?"), chat.tokenizer.mask_token_id
+    assert first == [mask] * 12 and mask not in last and chat.text_of(last).strip() == chat.turns[-1][1]
     tokens, more = [*pretrained.tokenizer("ab")["input_ids"], mask, mask], pretrained.tokenizer("c")["input_ids"]
     assert chat.text_of([*tokens, *more], mask="_") == "ab__c"
     assert chat.text_of([*tokens, pretrained.tokenizer.eot_token_id, *more], mask="_") == "ab__"
