@@ -112,7 +112,7 @@ def test_answers_that_are_left_masked_are_counted(way):
     ("kind", "shift", "attention"),
     [
         *((kind, kind == SHIFTED, "full") for kind in (*KINDS, SHIFTED)),
-        *(("llada2", False, "block_causal"), ("llama", True, "block_causal")),
+        ("llama", True, "block_causal"),
     ],
 )
 def test_a_batch_answers_as_each_prompt_alone(kind, shift, attention):
