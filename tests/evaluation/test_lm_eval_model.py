@@ -240,6 +240,16 @@ def test_the_tally_counts_prompts(model):
     assert lm.memory.tally == Tally()
 
 
+def test_overlong_prompts_have_memories_where_these_read_windows(model):
+    found = {}
+    for window in (None, 16):
+        settings = {"memory_window": window, "memory_strategy": "cover", "memory_inner_lr": 3.0, "max_length": 48}
+        lm = model(memory=True, max_gen_toks=4, **settings)
+        found[window] = [generate(lm, TEXTS[0]), score(lm, (TEXTS[0], "Ada"))]
+        assert (lm.memory.tally.without, lm.memory.tally.written) == ((2, 0) if window is None else (0, 1))
+    assert all(one != other for one, other in zip(*found.values(), strict=True))
+
+
 def test_where_the_continuation_begins_and_the_context_is_cut(model, caplog):
     lm = model()
     assert values(lm, ("Ada lives ", "here")) == values(lm, ("Ada lives", " here"))

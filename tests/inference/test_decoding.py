@@ -142,6 +142,23 @@ def test_the_memory_has_the_settings_of_training_but_for_changes_or_those_it_was
         memory_of(pretrained_of(tiny("llama", num_hidden_layers=5)), {}, path)
 
 
+def test_what_a_model_sees_and_what_a_memory_reads():
+    text, model = random_prompts(20)[0], tiny("llama")
+
+    def parts(prompt: list[int], window: int | None = None, **settings: int) -> tuple:
+        memory = prompt_memory(model, memory_for("llama", window=window))
+        return Decoder(pretrained_of(model), memory=memory, max_length=16, **settings).parts(prompt, 4)
+
+    assert parts(text) == (text[-12:], None) and parts(text[:12]) == (text[:12], text[:12])
+    assert parts(text, window=8) == (text[-12:], text)
+    assert parts(text, window=8, visible=5) == (text[-5:], text)
+    assert parts(text[:12], visible=5) == (text[7:12], text[:12])
+    assert parts(text, visible=5) == (text[-5:], None)
+    # as a run's recipe says, unless told otherwise
+    trained = dataclasses.replace(pretrained_of(model), visible=7)
+    assert Decoder(trained).visible == 7 and Decoder(trained, visible=3).visible == 3
+
+
 IN_BLOCKS = {"mdlm": MDLMSampler, "llada21": LLaDA21Sampler}
 SAMPLERS = {**IN_BLOCKS, "dream": DreamSampler}  # which has tests of its own
 both = pytest.mark.parametrize("sampler", IN_BLOCKS.values(), ids=IN_BLOCKS)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...config import Count, Natural, NotNegative, Probability, ShareBelowOne, knob, require
-from ...method.losses import positions_of
+from ...method.losses import Positions, positions_of
 from .base import SamplerConfig, choice
 from .llada21 import keep_likeliest
 from .mdlm import Block, Denoiser, MDLMSampler
@@ -87,11 +87,8 @@ class _DreamDenoiser(Denoiser):
             confidence = confidence / self.settings.alg_temp - drawn.log()
         return super()._surest(row, confidence, count)
 
-    def _propose(self, masked: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a confidence, -inf where nothing is masked, and the token that the model proposes. Both [B, T]."""
-        settings, positions = self.settings, positions_of(masked)
-        logits = self._logits(positions.logit_index(settings.right_shift_logits))
-        logits[..., settings.suppress_tokens or []] = -torch.inf
+    def _choose(self, logits: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        settings = self.settings
         if settings.temperature > 0:
             logits = logits / settings.temperature
         for top_k, top_p in ((None, settings.top_p), (settings.top_k, None)):  # in this order, as dllm
@@ -101,7 +98,7 @@ class _DreamDenoiser(Denoiser):
         if settings.temperature > 0:
             found = self.noise.of_valid(probabilities, positions.valid, choice)
             likeliest = probabilities.gather(-1, found[..., None])[..., 0]
-        return self._placed(masked, positions, CONFIDENCE[settings.alg](probabilities, likeliest), found)
+        return CONFIDENCE[settings.alg](probabilities, likeliest), found
 
 
 def _uniform(positions: Tensor, generator: torch.Generator | None) -> Tensor:

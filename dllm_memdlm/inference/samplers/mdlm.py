@@ -120,15 +120,13 @@ class Denoiser:
         return int(torch.binomial(n, p, generator=self.noise.generators[row]))
 
     def _step(self, masked: Tensor, counts: tuple[int, ...] | None) -> None:
-        """Commit tokens at masked positions [B, T]: so many in each row, or all that are sure enough."""
+        """Commit tokens at masked positions [B, T]: so many in each row, or all that are sure enough, at least one."""
+        if counts is not None:
+            masked = masked & (torch.tensor(counts, device=masked.device)[:, None] > 0)
+        confidence, tokens = self._propose(masked)
         if counts is None:
-            assert self.settings.threshold is not None
-            confidence, tokens = self._propose(masked)
-            best = torch.zeros_like(masked).scatter_(1, confidence.argmax(1, keepdim=True), True)
-            chosen = (best | (confidence > self.settings.threshold)) & masked
-            self.canvas[chosen] = tokens[chosen]
-            return
-        confidence, tokens = self._propose(masked & (torch.tensor(counts, device=masked.device)[:, None] > 0))
+            sure = (confidence > self.settings.threshold).sum(1)
+            counts = sure.clamp(min=1).where(masked.any(1), 0).tolist()
         for row, (count, end) in enumerate(zip(counts, self.ends, strict=True)):
             # As many entries as the row alone would have, so that ties fall as they do without a batch.
             chosen = self._surest(row, confidence[row, :end], count)
@@ -145,25 +143,24 @@ class Denoiser:
         if settings.threshold is not None:  # goes on until no mask is left
             logits[..., self.mask] = -torch.inf
         logits[..., settings.suppress_tokens or []] = -torch.inf
-        shape = (*masked.shape, logits.shape[-1])
+        sure, found = self._choose(logits, positions)
+        sure = sure.masked_fill(~positions.valid, -torch.inf)
+        confidence = sure.new_full(masked.shape, -torch.inf).scatter_(1, positions.index, sure)
+        return confidence, torch.zeros_like(masked, dtype=torch.long).scatter_(1, positions.index, found)
+
+    def _choose(self, logits: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        """Return how sure a token is, and the token, at each of the positions. logits [B, M, V] → [B, M] each."""
+        settings, shape = self.settings, (*self.canvas.shape, logits.shape[-1])
         if settings.temperature > 0:
             # Gumbel's trick, in float64 as in dllm: in less, small probabilities are cut off.
             uniform = self.noise.uniform(shape, positions, torch.float64)
             found = (logits.double().exp() / (-uniform.log()) ** settings.temperature).argmax(-1)
         else:
             found = logits.argmax(-1)
+        if settings.remasking == "random":
+            return self.noise.uniform(shape[:2], positions, torch.float32), found
         logits[..., settings.begin_suppress_tokens or []] = -torch.inf
-        if settings.remasking == "low_confidence":
-            sure = logits.softmax(-1).gather(-1, found[..., None])[..., 0]
-        else:
-            sure = self.noise.uniform(shape[:2], positions, torch.float32)
-        return self._placed(masked, positions, sure, found)
-
-    def _placed(self, masked: Tensor, positions: Positions, sure: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
-        """Put confidences and tokens [B, M] where they belong on the canvas [B, T]."""
-        sure = sure.masked_fill(~positions.valid, -torch.inf)
-        confidence = sure.new_full(masked.shape, -torch.inf).scatter_(1, positions.index, sure)
-        return confidence, torch.zeros_like(masked, dtype=torch.long).scatter_(1, positions.index, found)
+        return logits.softmax(-1).gather(-1, found[..., None])[..., 0], found
 
     def _logits(self, positions: Tensor) -> Tensor:
         """Return the logits at `positions` [B, M], guided if asked for. → [B, M, V]."""
