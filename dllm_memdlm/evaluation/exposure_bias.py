@@ -174,11 +174,7 @@ def _predict(decoder: Decoder, rows: Rows, canvas: Tensor, masked: Tensor) -> Pr
 
 
 def held_out(data: DataConfig, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Example]:
-    """Return the first `count` examples that a run evaluates on, or all of them.
-
-    Raises:
-        ConfigError: it holds none out; or as `load_examples`.
-    """
+    """Return the first `count` examples that a run evaluates on, or all. Raises ConfigError where it holds none out."""
     from ..data import load_examples
     from ..data.examples import IGNORED
 

@@ -27,8 +27,7 @@ _Texts = Annotated[str | list[Any] | tuple[Any, ...] | None, Field(description="
 class Asked:
     """What a task may say beside the settings of a sampler, in lm-eval's words or transformers'; numbers as text, too.
 
-    Raises:
-        ConfigError: a value is not what it should be.
+    Raises ConfigError for a value that is not what it should be.
     """
 
     until: _Texts = None  #: where answers end

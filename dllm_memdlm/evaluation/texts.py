@@ -45,8 +45,7 @@ class Texts:
     def render(self, chat: list[dict[str, str]], begun: bool) -> str:
         """Return a chat as text, up to where its answer begins, or goes on if it has `begun`.
 
-        Raises:
-            ConfigError: there is no chat template, or it refuses the chat.
+        Raises ConfigError where there is no chat template, or it refuses the chat.
         """
         if self.template is None:
             self.use_template()

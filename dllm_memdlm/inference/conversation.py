@@ -93,11 +93,7 @@ class Conversation:
         return turn_of(self.tokenizer, "".join(texts))
 
     def prompt(self, question: str, turns: list[tuple[str, str]]) -> list[int]:
-        """Return the tokens of a question after these turns.
-
-        Raises:
-            ConfigError: there are turns but no chat template, or it refuses the chat.
-        """
+        """Return the tokens of a question after these turns. Raises ConfigError where no chat template takes them."""
         first, *later = [asked for asked, _ in turns] + [question]
         questions = [GAP.join(part for part in (self.document, first) if part), *later]
         if self.tokenizer.chat_template is None:

@@ -175,8 +175,7 @@ def _base_of(adapter: str) -> str:
 def _read(recipe: Path) -> tuple[dict[str, Any], MemoryConfig]:
     """Return the sections of a recipe that are not empty, and its memory: what training alone takes may be of any kind.
 
-    Raises:
-        ConfigError: the message begins with the file.
+    Raises ConfigError, which begins with the file.
     """
     try:
         sections = {name: section for name, section in resolve(recipe).items() if section is not None}

@@ -224,10 +224,9 @@ def test_steps_yield_the_canvas_as_it_changes(sampler, model, tokenizer):
     assert torch.equal(first, output.sequences) and torch.equal(sampler.sample([prompt], **settings), first)
 
 
-@pytest.mark.parametrize("kind", ["llada2", "llama"])
 @pytest.mark.parametrize("temperature", [0.0, 0.6])
-def test_in_bfloat16(kind, temperature, tokenizer):
-    model, settings = decoding_model(kind, torch.bfloat16), {"max_new_tokens": 13, "temperature": temperature}
+def test_in_bfloat16(temperature, tokenizer):
+    model, settings = decoding_model("llama", torch.bfloat16), {"max_new_tokens": 13, "temperature": temperature}
     found = []
     for changes in ({}, {"cache": "dual"}, {"cache": "prefix", "cfg_scale": 0.5}):
         changes |= {"block_size": 5, "steps": 13, "suppress_tokens": [MASK]}  # it may be drawn

@@ -68,8 +68,8 @@ def test_every_step_is_dllms(name, variant, tokenizer):
     drawn = settings.temperature > 0 or settings.alg_temp > 0
     for batch in [*([row] for row in inputs), *([] if drawn else [inputs])]:
         answers.update(assert_same(ours, theirs, batch, settings, left=True).flatten().tolist())
-    assert len(answers) > 12 and MASK not in answers
-    for row in inputs:
+    assert len(answers) > 12 and (settings.temperature > 0 or MASK not in answers)
+    for row in inputs if settings.cfg_scale == 0 else ():  # dllm fills in without guidance
         row[1:3] = MASK
         assert_same(ours, theirs, [row], settings, "infill", left=True)
 

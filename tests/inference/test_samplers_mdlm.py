@@ -66,7 +66,7 @@ def test_every_step_is_the_plain_samplers(kind, variant, tokenizer):
     assert_every_step(MDLMSampler(model, tokenizer), plain, settings, variant in DRAWN)
 
 
-IN_DLLM = [name for name, changes in VARIANTS.items() if not {"cache", "threshold"} & changes.keys()]
+OURS = {"no_block_size"} | {name for name, changes in VARIANTS.items() if {"cache", "threshold"} & changes.keys()}
 FILLED = [{}, {"block_size": 4}, {"temperature": 0.8}, {"cfg_scale": 0.7, "block_size": 5, "remasking": "random"}]
 #: dllm's LLaDA2.1 takes no mask of two dimensions, which is what dllm's MDLMSampler passes.
 MODELS = [*KINDS, ENCODER, *(f"{kind} of dllm" for kind in ("llada_moe", "llada", ENCODER))]
@@ -75,7 +75,10 @@ MODELS = [*KINDS, ENCODER, *(f"{kind} of dllm" for kind in ("llada_moe", "llada"
 @pytest.mark.dllm
 @pytest.mark.parametrize(
     ("name", "variant"),
-    [*(("llama of dllm", variant) for variant in IN_DLLM), *((name, "right_shift_guided") for name in MODELS)],
+    [
+        *(("llama of dllm", variant) for variant in VARIANTS if variant not in OURS),
+        *((name, "right_shift_guided") for name in MODELS),
+    ],
 )
 def test_every_step_is_dllms(name, variant, tokenizer):
     from dllm.core.samplers import MDLMSampler as Theirs

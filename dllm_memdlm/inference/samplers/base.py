@@ -37,11 +37,7 @@ class SamplerConfig(BaseSamplerConfig):
 
     @classmethod
     def of(cls, config: BaseSamplerConfig | None, changes: dict[str, Any]) -> SamplerConfig:
-        """Return `config`, which may be dllm's dataclass of the same fields, with `changes`.
-
-        Raises:
-            ConfigError: there is no such setting.
-        """
+        """Return `config`, which may be dllm's dataclass of the same fields, with `changes`, or raise ConfigError."""
         known = sorted(field.name for field in dataclasses.fields(cls))
         refuse_unknown(f"setting of the {cls.NAME} sampler", changes, known)
         given = {} if config is None else {name: getattr(config, name) for name in known if hasattr(config, name)}
