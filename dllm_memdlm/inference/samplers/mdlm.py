@@ -125,8 +125,9 @@ class Denoiser:
             masked = masked & (torch.tensor(counts, device=masked.device)[:, None] > 0)
         confidence, tokens = self._propose(masked)
         if counts is None:
+            assert self.settings.threshold is not None
             sure = (confidence > self.settings.threshold).sum(1)
-            counts = sure.clamp(min=1).where(masked.any(1), 0).tolist()
+            counts = tuple(sure.clamp(min=1).where(masked.any(1), 0).tolist())
         for row, (count, end) in enumerate(zip(counts, self.ends, strict=True)):
             # As many entries as the row alone would have, so that ties fall as they do without a batch.
             chosen = self._surest(row, confidence[row, :end], count)
