@@ -64,8 +64,10 @@ def test_the_papers_decoding_is_the_default_then_come_the_users_settings_then_th
     assert Decoder(pretrained_of(tiny("llama"), shift=True)).config_for(4).right_shift_logits is True
     config = decoder_with(None, tiny("llama"), steps=3, temperature=0.5).config_for(40, temperature=0.25)
     assert (config.steps, config.temperature, config.block_size) == (3, 0.25, 40)
-    config = decoder_with(None, tiny(SHIFTED)).config_for(40, steps=3)
-    assert (config.steps, config.alg, config.temperature) == (3, "entropy", 0.0)
+    config = decoder_with(None, tiny(SHIFTED)).config_for(40)
+    assert (config.steps, config.alg, config.temperature) == (40, "entropy", 0.0)
+    assert Decoder(pretrained_of(tiny("llama")), "dream", {"alg": "origin"}).config_for(4).alg == "origin"
+    assert Decoder(pretrained_of(tiny("llama")), "dream").config_for(4).right_shift_logits is False
 
 
 def test_an_answer_ends_with_the_text_or_the_turn(monkeypatch):
