@@ -69,22 +69,19 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def read_document(path: str | None, question: str | None) -> str:
     """Return the document, or nothing. Raises ConfigError where it or the question is no text, or both say nothing."""
-    text = ""
+    what, text, advice = f"--question {question!r}", question, ", or a document in --prompt-file"
     try:
         (question or "").encode()
         if path is not None:
+            what, advice = f"--prompt-file {path}", ""
             text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except UnicodeEncodeError:
-        raise ConfigError(f"--question {question!r}: not a text in UTF-8; expected one") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"--prompt-file {path}: not a text in UTF-8; expected one") from None
+    except UnicodeError:
+        raise ConfigError(f"{what}: not a text in UTF-8; expected one") from None
     except OSError as error:
-        raise ConfigError(f"--prompt-file {path}: {error.strerror}; expected a text file in UTF-8") from None
-    if path is not None and not text.strip():
-        raise ConfigError(f"--prompt-file {path}: empty; expected a text")
-    if path is None and question is not None and not question.strip():
-        raise ConfigError(f"--question {question!r}: empty; expected a text, or a document in --prompt-file")
-    return text
+        raise ConfigError(f"{what}: {error.strerror}; expected a text file in UTF-8") from None
+    if text is not None and not text.strip():
+        raise ConfigError(f"{what}: empty; expected a text{advice}")
+    return "" if path is None else text or ""
 
 
 def questions(args: argparse.Namespace, console: Console) -> Iterator[str]:
@@ -112,12 +109,12 @@ def answer(conversation: Any, question: str, out: Console) -> None:
     states, started = conversation.ask(question), time.perf_counter()
     first = next(states)  # a memory has been written by then, under a progress bar of its own
     with Live(console=out, refresh_per_second=20) as live:
-        for number, progress in enumerate(itertools.chain([first], states)):
-            text = Text(conversation.text_of(progress.tokens, mask="░"))
+        for steps, tokens in enumerate(itertools.chain([first], states)):
+            text = Text(conversation.text_of(tokens, mask="░"))
             text.highlight_regex("░+", "dim")
-            live.update(text, refresh=number == 0)  # at once, however short the answer
+            live.update(text, refresh=steps == 0)  # at once, however short the answer
         live.update(Text(conversation.turns[-1][1]))
-    out.print(f"{progress.steps} steps, {time.perf_counter() - started:.1f} s", style="dim", highlight=False)
+    out.print(f"{steps} steps, {time.perf_counter() - started:.1f} s", style="dim", highlight=False)
 
 
 def reading(windows: list[list[Any]], notes: Console) -> Iterator[list[Any]]:

@@ -73,8 +73,8 @@ def ask(conversation: Conversation, planted: Planted, question: str, label: str,
     """Decode an answer, on a terminal as it is unmasked, and mark it."""
     head, answer = Text(f"{label:12}"), ""
     with Live(console=out, refresh_per_second=20, transient=True) as live:
-        for progress in conversation.ask(question):
-            answer = conversation.text_of(progress.tokens, mask="░")
+        for tokens in conversation.ask(question):
+            answer = conversation.text_of(tokens, mask="░")
             live.update(head + Text(answer))
     prompt = conversation.prompt(question, [])
     seen, _ = conversation.decoder.parts(prompt, conversation.new_tokens)

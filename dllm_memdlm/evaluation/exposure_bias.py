@@ -137,14 +137,13 @@ def _denoise(decoder: Decoder, batch: Sequence[Example], steps: int, seed: int) 
 def _rows(decoder: Decoder, batch: Sequence[Example], steps: int, seed: int) -> Rows:
     """Put a batch on the model's device. Steps that reveal nothing in any row share a state."""
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
     from ..method import noise
     from ..method.trajectory import smallest
 
     lengths, prompts = torch.tensor([[example.length, len(example.prompt)] for example in batch]).T[..., None]
-    clean = torch.full((len(batch), int(lengths.max())), decoder.pretrained.tokenizer.mask_token_id)
-    for row, example in zip(clean, batch, strict=True):
-        row[: example.length] = torch.tensor([*example.prompt, *example.response])
+    clean = pad_sequence([torch.tensor([*example.prompt, *example.response]) for example in batch], batch_first=True)
     place = torch.arange(clean.shape[1])
     visible = place < lengths
     counts = -(-(lengths - prompts) * torch.arange(steps, 0, -1) // steps)  # ceil(n · (1 - s/S)), in exact arithmetic
@@ -175,11 +174,7 @@ def _predict(decoder: Decoder, rows: Rows, canvas: Tensor, masked: Tensor) -> Pr
 
 
 def held_out(data: DataConfig, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Example]:
-    """Return the first `count` examples that a run evaluates on, or all of them.
-
-    Raises:
-        ConfigError: it holds none out; or as `load_examples`.
-    """
+    """Return the first `count` examples that a run evaluates on, or all. Raises ConfigError where it holds none out."""
     from ..data import load_examples
     from ..data.examples import IGNORED
 

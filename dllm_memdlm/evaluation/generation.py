@@ -6,18 +6,38 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
 
-from ..config import ConfigError
+from pydantic import Field
+
+from ..config import ConfigError, check_types
 from ..inference.arguments import NONE_IS_A_CHOICE, as_meant
 from ..inference.decoding import Decoder, sampler_settings
 from ..method.prompt_memory import shared_prefixes
 
 _logger = logging.getLogger(__name__)
 
-#: What a task may say that is no setting of a sampler: where answers end, and lm-eval's and transformers' other names.
-TASK_KEYS = {"until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature"}
+_Tokens = Annotated[int, Field(strict=False, ge=1, description="whole number of at least 1")]
+_Number = Annotated[float, Field(strict=False, description="number")]
+_Texts = Annotated[str | list[Any] | tuple[Any, ...] | None, Field(description="text or a list of texts")]
+
+
+@dataclass
+class Asked:
+    """What a task may say beside the settings of a sampler, in lm-eval's words or transformers'; numbers as text, too.
+
+    Raises ConfigError for a value that is not what it should be.
+    """
+
+    until: _Texts = None  #: where answers end
+    max_gen_toks: _Tokens | None = None
+    max_new_tokens: _Tokens | None = None
+    do_sample: Any = None
+    temperature: _Number | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self, "gen_kwargs")
 
 
 @dataclass
@@ -64,52 +84,33 @@ def read_prompts(
         ConfigError: a setting is not what it should be, or the answers alone leave no room.
     """
     prompts, seen, ignored, sampler, limit = [], Counter[str](), set(), decoder.sampler, decoder.max_length
-    own = sampler_settings(sampler)
+    own, words = sampler_settings(sampler), {field.name for field in fields(Asked)}
     for number, (context, settings) in enumerate(arguments):
-        new_tokens = _number(settings, ("max_gen_toks", "max_new_tokens"), int, default_new_tokens)
+        asked = Asked(**{name: settings[name] for name in words & settings.keys()})
+        new_tokens = asked.max_gen_toks or asked.max_new_tokens or default_new_tokens
         if limit <= new_tokens:
             raise ConfigError(
                 f"model_args.max_length={limit}: answers of {new_tokens} tokens leave no room for a prompt; "
                 "expected a larger one, or --gen_kwargs max_gen_toks=N"
             )
         changes = {name: as_meant(value, name in NONE_IS_A_CHOICE) for name, value in settings.items() if name in own}
-        ignored |= settings.keys() - changes.keys() - TASK_KEYS
-        if settings.get("do_sample") is False:
+        ignored |= settings.keys() - changes.keys() - words
+        if asked.do_sample is False:
             changes["temperature"] = 0.0
-        elif "temperature" in settings or settings.get("do_sample"):
-            changes["temperature"] = _number(settings, ("temperature",), float, 1.0)
-        stops = settings.get("until") or []
-        if not isinstance(stops, (str, list, tuple)):
-            raise ConfigError(f"gen_kwargs until={stops!r}: expected text or a list of texts")
-        stops = [stops] if isinstance(stops, str) else [str(stop) for stop in stops if stop]
+        elif "temperature" in settings or asked.do_sample:
+            changes["temperature"] = 1.0 if asked.temperature is None else asked.temperature
+        stops = [asked.until] if isinstance(asked.until, str) else asked.until or ()
         tokens = encode(context)
         name = str((seed, names[number], tokens))
         digest = hashlib.blake2b(f"{name} {seen[name]}".encode(), digest_size=7).digest()
         seen[name] += 1
         shown, text = decoder.parts(tokens, new_tokens)
         own_seed = int.from_bytes(digest, "little")
+        stops = [str(stop) for stop in stops if stop]
         prompts.append(Prompt(number, shown, text, new_tokens, changes, own_seed, stops))
     if ignored:
         _logger.warning("ignored, as the %s sampler has no such setting: %s", sampler, ", ".join(sorted(ignored)))
     return prompts
-
-
-def _number(settings: dict[str, Any], names: Sequence[str], kind: type, default: Any) -> Any:
-    """Return the first of these settings that is there. Raises ConfigError unless it is a number; of tokens, >= 1."""
-    name = next((name for name in names if settings.get(name) is not None), None)
-    if name is None:
-        return default
-    try:
-        number: float | None = float(settings[name])
-        value = kind(number)
-    except (TypeError, ValueError, OverflowError):
-        number = value = None
-    if value is None or value != number or isinstance(settings[name], bool):
-        expected = "a whole number" if kind is int else "a number"
-        raise ConfigError(f"gen_kwargs {name}={settings[name]!r}: expected {expected}")
-    if kind is int and value < 1:
-        raise ConfigError(f"gen_kwargs {name}={value}: expected at least 1")
-    return value
 
 
 def share_prefixes(prompts: list[Prompt]) -> None:

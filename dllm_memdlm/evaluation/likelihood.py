@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from ..method import noise
 from ..method.losses import positions_of
@@ -63,11 +65,8 @@ def log_likelihoods(
     """
     device = next(model.parameters()).device
     lengths = torch.tensor([state.length for state in batch])
-    tokens = torch.full((len(batch), int(lengths.max())), mask_token_id)
-    masked = torch.zeros_like(tokens, dtype=torch.bool)
-    for row, state in enumerate(batch):
-        tokens[row, : state.length] = torch.tensor(state.prompt + state.continuation)
-        masked[row, len(state.prompt) : state.length] = state.mask
+    tokens = pad_sequence([torch.tensor(state.prompt + state.continuation) for state in batch], batch_first=True)
+    masked = pad_sequence([pad(state.mask, (len(state.prompt), 0)) for state in batch], batch_first=True)
     visible = torch.arange(tokens.shape[1]) < lengths[:, None]
     tokens, masked, visible = tokens.to(device), masked.to(device), visible.to(device)
     positions = positions_of(masked)

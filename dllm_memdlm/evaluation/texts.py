@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from ..config import ConfigError
 from ..data.encoding import Encoder, Tokens, unmarked
+from ..inference.conversation import rendered
 from ..method.prompt_memory import shared_length
 
 Pair = tuple[list[int], list[int]]  #: the tokens of a context and of its continuation
@@ -45,19 +45,11 @@ class Texts:
     def render(self, chat: list[dict[str, str]], begun: bool) -> str:
         """Return a chat as text, up to where its answer begins, or goes on if it has `begun`.
 
-        Raises:
-            ConfigError: there is no chat template, or it refuses the chat.
+        Raises ConfigError where there is no chat template, or it refuses the chat.
         """
         if self.template is None:
             self.use_template()
-        try:
-            return self._encoder.render(chat, add_generation_prompt=not begun, continue_final_message=begun)
-        except jinja2.TemplateError as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(
-                f"--apply_chat_template: the template of tokenizer={self.tokenizer.name_or_path!r} refuses a chat of "
-                f"{', '.join(message['role'] for message in chat)}: {reason}"
-            ) from error
+        return rendered(self._encoder, chat, add_generation_prompt=not begun, continue_final_message=begun)
 
     def context(self, text: str, continuation: str = "") -> Tokens:
         """Return the tokens of a context and what follows it, without those that the tokenizer appends to a text."""

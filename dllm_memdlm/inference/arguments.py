@@ -29,7 +29,7 @@ from ..config import (
     refuse_unknown,
     require,
 )
-from .decoding import SAMPLERS, Decoder, memory_for, sampler_settings
+from .decoding import SAMPLERS, Decoder, SamplerName, memory_for, sampler_settings
 from .pretrained import load_pretrained
 
 _logger = logging.getLogger("lm_eval.models.memdlm")  # lm-eval shows the messages of its own loggers only
@@ -54,11 +54,7 @@ _BatchSize = Annotated[Count | _Size, Field(description="a number of at least 1,
 
 @dataclass(frozen=True, kw_only=True)
 class EvalArguments:
-    """The arguments that are neither the sampler's nor the memory's.
-
-    Raises:
-        ConfigError: a value is of the wrong type, out of range, or not among the choices.
-    """
+    """The arguments that are neither the sampler's nor the memory's. Raises ConfigError for a value that is no such."""
 
     pretrained: Place = knob("", "a run's folder, a hub name, or the folder of an adapter")
     adapter: Place | None = knob(None, "a PEFT adapter")
@@ -73,7 +69,7 @@ class EvalArguments:
     max_length: _AtLeastTwo | None = knob(None, "tokens of prompt and answer together; none is the model's")
     visible: Count | None = knob(None, "tokens of a prompt that the model sees, from its end; none: as it was trained")
     max_gen_toks: Count = knob(256, "new tokens where the task does not say")
-    sampler: Literal["auto", "mdlm", "llada2", "llada21", "dream"] = knob(
+    sampler: SamplerName = knob(
         "auto", "how to decode; auto is what the model was made for, and of LLaDA 2 version 2.1"
     )
     seed: _Seed = knob(0, "of the memory's masks, of sampling, and of the likelihood's masks")
@@ -106,8 +102,7 @@ class Parsed:
     def open(self, device: torch.device | None = None) -> Decoder:
         """Load the model, with its sampler and memory, on a device or on the one of the arguments.
 
-        Raises:
-            ConfigError: something is not there, or does not fit.
+        Raises ConfigError where something is not there, or does not fit.
         """
         own = self.arguments
         pretrained = load_pretrained(
@@ -146,11 +141,7 @@ def device_of(name: str | None) -> torch.device:
 
 
 def parse(values: dict[str, Any]) -> Parsed:
-    """Sort the arguments out.
-
-    Raises:
-        ConfigError: an argument that does not exist; or as `EvalArguments`.
-    """
+    """Sort the arguments out. Raises ConfigError for one that does not exist, or as `EvalArguments`."""
     values = {name: as_meant(value, name in NONE_IS_A_CHOICE) for name, value in values.items()}
     own = {f.name for f in dataclasses.fields(EvalArguments)}
     samplers = set().union(*map(sampler_settings, SAMPLERS))

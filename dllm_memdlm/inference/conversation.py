@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any
 
 import jinja2
 
@@ -15,13 +16,6 @@ from .decoding import Decoder
 
 #: Between a document and the first question about it.
 GAP = "\n\n"
-
-
-class Progress(NamedTuple):
-    """An answer under way."""
-
-    tokens: list[int]  #: masks where nothing has been decided yet
-    steps: int
 
 
 @dataclass
@@ -48,8 +42,10 @@ class Conversation:
         self.tokenizer = self.decoder.pretrained.tokenizer
         self._encoder = Encoder(self.tokenizer, self.decoder.pretrained.template)
 
-    def ask(self, question: str) -> Iterator[Progress]:
-        """Yield the answer as it is decoded; once it has ended, it is the last of `turns`.
+    def ask(self, question: str) -> Iterator[list[int]]:
+        """Yield the tokens of the answer before the first step and after each one, masks where nothing is decided yet.
+
+        Once it has ended, the answer is the last of `turns`.
 
         Raises:
             ConfigError: the prompt is too long, or a chat goes on without a chat template.
@@ -58,10 +54,9 @@ class Conversation:
         length = len(prompt) + self.new_tokens
         tokens: list[int] = []
         with self.decoder.recalled([text]):
-            canvases = self.decoder.stream([prompt], self.new_tokens, seeds=[self.seed + len(self.turns)])
-            for steps, canvas in enumerate(canvases):
+            for canvas in self.decoder.stream([prompt], self.new_tokens, seeds=[self.seed + len(self.turns)]):
                 tokens = canvas[0, len(prompt) : length].tolist()
-                yield Progress(tokens, steps)
+                yield tokens
         self.turns.append((question, self.text_of(tokens).strip()))
 
     def parts(self, question: str) -> tuple[list[int], list[int]]:
@@ -92,23 +87,13 @@ class Conversation:
     def text_of(self, tokens: list[int], mask: str = "") -> str:
         """Return an answer as text, up to its end, with something in place of what is still masked."""
         ends = (self.tokenizer.eos_token_id, self.tokenizer.eot_token_id)
-        texts, run = list[str](), list[int]()
-        for token in tokens:
-            if token in ends:
-                break
-            if token == self.tokenizer.mask_token_id:
-                texts += [decode_text(self.tokenizer, run), mask]
-                run = []
-            else:
-                run.append(token)
-        return turn_of(self.tokenizer, "".join([*texts, decode_text(self.tokenizer, run)]))
+        own = itertools.takewhile(lambda token: token not in ends, tokens)
+        runs = itertools.groupby(own, lambda token: token == self.tokenizer.mask_token_id)
+        texts = (mask * len([*run]) if masked else decode_text(self.tokenizer, [*run]) for masked, run in runs)
+        return turn_of(self.tokenizer, "".join(texts))
 
     def prompt(self, question: str, turns: list[tuple[str, str]]) -> list[int]:
-        """Return the tokens of a question after these turns.
-
-        Raises:
-            ConfigError: there are turns but no chat template, or it refuses the chat.
-        """
+        """Return the tokens of a question after these turns. Raises ConfigError where no chat template takes them."""
         first, *later = [asked for asked, _ in turns] + [question]
         questions = [GAP.join(part for part in (self.document, first) if part), *later]
         if self.tokenizer.chat_template is None:
@@ -118,10 +103,14 @@ class Conversation:
         chat = [{"role": "user", "content": questions[0]}]
         for (_, answer), asked in zip(turns, later, strict=True):
             chat += [{"role": "assistant", "content": answer}, {"role": "user", "content": asked}]
-        try:
-            return self._encoder.encode(self._encoder.render(chat, add_generation_prompt=True)).ids
-        except jinja2.TemplateError as error:
-            raise ConfigError(
-                f"tokenizer={self.tokenizer.name_or_path!r}: its chat template refuses a chat of a user "
-                f"({' '.join(str(error).split())}); expected one of a chat model"
-            ) from error
+        return self._encoder.encode(rendered(self._encoder, chat, add_generation_prompt=True)).ids
+
+
+def rendered(encoder: Encoder, chat: Sequence[Mapping[str, Any]], **template: Any) -> str:
+    """Return a chat as text. Raises ConfigError where the tokenizer's template refuses it."""
+    try:
+        return encoder.render(chat, **template)
+    except jinja2.TemplateError as error:
+        roles, reason = ", ".join(message["role"] for message in chat), " ".join(str(error).split())
+        name = encoder.tokenizer.name_or_path
+        raise ConfigError(f"tokenizer={name!r}: its chat template refuses a chat of {roles}: {reason}") from error

@@ -21,6 +21,10 @@ SamplerName = Literal["auto", "mdlm", "llada2", "llada21", "dream"]
 #: By the name that `sampler=` takes.
 SAMPLERS = {"mdlm": MDLMSampler, "llada2": LLaDA2Sampler, "llada21": LLaDA21Sampler, "dream": DreamSampler}
 
+#: What a model was made for, if not for low-confidence remasking. LLaDA2.0 has the architecture of 2.1, and no file
+#: that tells it apart: it is asked for by `sampler=llada2`.
+MADE_FOR: dict[type, SamplerName] = {LLaDA2MoeModelLM: "llada21", DreamModel: "dream"}
+
 #: What the number of new tokens decides for each prompt; the rest of a sampler's settings are the user's.
 PER_PROMPT = {"max_new_tokens", "max_length", "return_dict", "right_shift_logits"}
 
@@ -31,15 +35,6 @@ RECOMMENDED = {"dream": {"alg": "entropy", "temperature": 0.0}}
 
 #: Settings that name tokens.
 TOKEN_LISTS = {"suppress_tokens", "begin_suppress_tokens", "cfg_keep_tokens"}
-
-
-def sampler_name(model: Any) -> SamplerName:
-    """Return what a model was made for: block diffusion for LLaDA2.1, Dream's own, low-confidence remasking else.
-
-    LLaDA2.0 has the architecture of 2.1, and no file that tells it apart: it is asked for by `sampler=llada2`.
-    """
-    made_for: dict[Any, SamplerName] = {LLaDA2MoeModelLM: "llada21", DreamModel: "dream"}
-    return next((name for cls, name in made_for.items() if isinstance(staged_backbone(model), cls)), "mdlm")
 
 
 def sampler_settings(sampler: str) -> set[str]:
@@ -53,7 +48,7 @@ class Decoder:
 
     Args:
         pretrained: model and tokenizer.
-        sampler: which one; auto is `sampler_name`.
+        sampler: which one; auto is what the model was made for.
         settings: of the sampler. `block_size` and `steps` of the MDLM sampler default to the paper's decoding: one
             block, and as many steps as tokens; Dream's to as many steps, and the tokens of least entropy.
         memory: writes or holds the fast weights; none decodes with the model as it is.
@@ -73,7 +68,8 @@ class Decoder:
     def __post_init__(self) -> None:
         model, tokenizer = self.pretrained.model, self.pretrained.tokenizer
         if self.sampler == "auto":
-            self.sampler = sampler_name(model)
+            backbone = staged_backbone(model)
+            self.sampler = next((name for cls, name in MADE_FOR.items() if isinstance(backbone, cls)), "mdlm")
         self._sampler = SAMPLERS[self.sampler](model, tokenizer)
         self._ends = tokenizer.eos_token_id, tokenizer.eot_token_id  # of a text, of a turn
         self.visible = self.visible or self.pretrained.visible
@@ -93,15 +89,13 @@ class Decoder:
 
     def config_for(self, new_tokens: int, **changes: Any) -> SamplerConfig:
         """Return the sampler's settings for answers of `new_tokens`. Raises ConfigError for one that does not fit."""
-        chosen = {"max_new_tokens": new_tokens, **self.settings, **changes}
         usual = {**dict.fromkeys(ONE_BLOCK.get(self.sampler, ()), new_tokens), **RECOMMENDED.get(self.sampler, {})}
         if hasattr(self._sampler.CONFIG, "right_shift_logits"):
             usual["right_shift_logits"] = self.pretrained.right_shift_logits
-        chosen = {**usual, **chosen}
-        config = self._sampler.CONFIG.of(None, chosen)
+        config = self._sampler.CONFIG.of(None, {**usual, "max_new_tokens": new_tokens, **self.settings, **changes})
         vocabulary = self.pretrained.model.config.vocab_size
-        for name in TOKEN_LISTS & chosen.keys():
-            known = all(0 <= token < vocabulary for token in getattr(config, name) or ())
+        for name in TOKEN_LISTS:
+            known = all(0 <= token < vocabulary for token in getattr(config, name, None) or ())
             require("sampler", config, name, known, f"tokens below the vocabulary's size, {vocabulary}")
         return config
 

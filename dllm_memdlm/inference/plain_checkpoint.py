@@ -127,18 +127,17 @@ def _appearing(out: Path) -> Iterator[Path]:
 
 def _free_folder(out: str | Path) -> Path:
     """Return the whole path of `out`. Raises ConfigError unless it can be made, or is empty."""
-    if not str(out):
-        raise ConfigError("--out '': expected a folder that is empty or not there yet")
-    out = Path(out).expanduser().absolute()
-    above = next(folder for folder in (out, *out.parents) if os.path.exists(folder))
+    path = Path(out).expanduser().absolute()
+    above = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
     if not above.is_dir():
-        found = "a file" if above == out else f"{above} is a file"
-        raise ConfigError(f"--out {out}: {found}; expected a folder that is empty or not there yet")
-    if not os.access(above, os.W_OK):
-        raise ConfigError(f"--out {out}: {above} may not be written to; expected a folder that may")
-    if above == out and any(out.iterdir()):
-        raise ConfigError(f"--out {out}: not empty; expected a folder that is empty or not there yet")
-    return out
+        found = f"{above} is a file"
+    elif not os.access(above, os.W_OK):
+        found = f"{above} may not be written to"
+    elif not str(out) or (above == path and any(path.iterdir())):
+        found = "not empty"
+    else:
+        return path
+    raise ConfigError(f"--out {str(out)!r}: {found}; expected a folder that is empty or not there yet")
 
 
 def _write(folder: Path, loaded: Pretrained, source: Source, dtype: str, shard_size: str, memory: str | None) -> None:

@@ -10,14 +10,14 @@ from typing import Any
 
 import huggingface_hub
 import torch
-import yaml
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..backbones import load_model, read_config, staged_backbone
 from ..backbones.adapters import adapter_folder, load_adapter, merge, narrow
 from ..config import Attention, ConfigError, DType, MemoryConfig, ModelConfig
 from ..data import check_mask, load_tokenizer
-from ..training.recipe import FILE_NAME
+from ..data.sources import reason_of
+from ..training.recipe import FILE_NAME, resolve
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Source:
     config: PretrainedConfig  #: of the base
     recipe_file: Path | None  #: the first recipe.yaml in the folders
     recipe: dict[str, Any]  #: its sections; empty where there is no such file
+    memory: MemoryConfig
 
     @property
     def name(self) -> str:
@@ -68,12 +69,12 @@ def find_source(pretrained: str, adapter: str | None = None) -> Source:
         hint = f"; {adapter!r} names that base, for another give pretrained=BASE,adapter={adapter}"
     folders = [base] if adapter is None else [adapter_folder(adapter), base]
     recipe_file = next(filter(None, (file_beside(folder, FILE_NAME) for folder in folders)), None)
-    recipe = {} if recipe_file is None else _sections(recipe_file)
+    recipe, memory = ({}, MemoryConfig()) if recipe_file is None else _read(recipe_file)
     try:
         config = read_config(base, recipe.get("model", {}).get("architecture"), f"pretrained={base!r}")
     except ConfigError as error:
         raise ConfigError(f"{error}{hint}") from None
-    return Source(base, adapter, folders, config, recipe_file, recipe)
+    return Source(base, adapter, folders, config, recipe_file, recipe, memory)
 
 
 def file_beside(folder: str, name: str) -> Path | None:
@@ -146,7 +147,7 @@ def load_pretrained(
         name=source.name,
         model=model.eval().requires_grad_(False),
         tokenizer=loaded,
-        memory=_memory_of(source),
+        memory=source.memory,
         right_shift_logits=bool(shifted or staged_backbone(model).right_shift_logits),
         visible=source.recipe.get("data", {}).get("visible"),
         template=source.recipe.get("data", {}).get("template") or {},
@@ -163,7 +164,7 @@ def _base_of(adapter: str) -> str:
         path = file_beside(adapter, "adapter_config.json")
         base = None if path is None else json.loads(path.read_text()).get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:  # not JSON, or not a mapping
-        raise ConfigError(f"pretrained={adapter!r}: no readable adapter_config.json ({_one_line(error)})") from None
+        raise ConfigError(f"pretrained={adapter!r}: no readable adapter_config.json ({reason_of(error)})") from None
     if not base:
         raise ConfigError(
             f"pretrained={adapter!r}: an adapter that does not name its base; give pretrained=BASE,adapter={adapter}"
@@ -171,28 +172,19 @@ def _base_of(adapter: str) -> str:
     return base
 
 
-def _sections(recipe: Path) -> dict[str, Any]:
-    """Return the sections of a recipe that are not empty."""
+def _read(recipe: Path) -> tuple[dict[str, Any], MemoryConfig]:
+    """Return the sections of a recipe that are not empty, and its memory: what training alone takes may be of any kind.
+
+    Raises ConfigError, which begins with the file.
+    """
     try:
-        sections = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
-        sections = {name: section for name, section in dict(sections).items() if section is not None}
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{recipe}: not a readable recipe, expected a mapping ({_one_line(error)})") from None
-    for name, section in sections.items():
-        if not isinstance(section, dict):
-            raise ConfigError(f"{recipe}: not a recipe ({name}: {section!r}: expected a mapping)")
-    return sections
-
-
-def _memory_of(source: Source) -> MemoryConfig:
-    settings = dict(source.recipe.get("memory", {}))
-    if settings.get("layers") == "last":  # in runs of before, and the only choice now
-        del settings["layers"]
-    try:
-        return MemoryConfig(**settings)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{source.recipe_file}: not a recipe of this version ({_one_line(error)})") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+        sections = {name: section for name, section in resolve(recipe).items() if section is not None}
+        for name, section in sections.items():
+            if not isinstance(section, dict):
+                raise ConfigError(f"{name}={section!r}: expected a mapping")
+        memory = dict(sections.get("memory", {}))
+        if memory.get("layers") == "last":  # in runs of before, and the only choice now
+            del memory["layers"]
+        return sections, MemoryConfig(**memory)
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"{recipe}: not a recipe of this version ({error})") from None

@@ -7,14 +7,14 @@ import math
 
 import pytest
 import torch
-from conftest import KINDS, MASK, tiny
+from conftest import MASK, tiny
 from saved_models import random_prompts
 from torch import nn
 
 from dllm_memdlm.evaluation.likelihood import draw_masks, log_likelihoods, states
 
 
-def frozen(kind: str = "llama") -> nn.Module:
+def frozen(kind: str) -> nn.Module:
     return tiny(kind, torch.float64).eval().requires_grad_(False)
 
 
@@ -66,8 +66,10 @@ def test_masks_are_never_empty_and_go_by_the_seed(length, count):
     assert length <= 3 or not torch.equal(masks, other[0])
 
 
-@pytest.mark.parametrize("prompt", [[], [5, 9, 30]])
-@pytest.mark.parametrize(("kind", "shift"), [*((kind, False) for kind in KINDS), ("llama", True)])
+@pytest.mark.parametrize(
+    ("kind", "shift", "prompt"),
+    [("llama", False, []), ("llama", True, []), ("llama", True, [5, 9, 30]), ("llada2", False, [5, 9, 30])],
+)
 def test_many_masks_give_the_exact_value(kind, shift, prompt):
     model, continuation = frozen(kind), [7, 31, 12, 44]
     value = exact(model, prompt, continuation, shift)
@@ -76,13 +78,7 @@ def test_many_masks_give_the_exact_value(kind, shift, prompt):
     assert all(abs(value - other) > 0.02 for other in others), "what is wrong should show"
 
 
-def test_few_masks_are_right_on_average():
-    model, prompt, continuation = frozen(), [5, 9], [7, 31, 12]
-    found = [estimate(model, prompt, continuation, 1, seed) for seed in range(600)]
-    assert sum(found) / 600 == pytest.approx(exact(model, prompt, continuation), rel=0.04)
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["llada_moe", "llama"])
 def test_the_batch_does_not_matter(kind):
     model, ends = frozen(kind), random_prompts(3, 1, 12, 6, seed=1)
     pairs = enumerate(zip(random_prompts(4, 15, 1, 9), ends, strict=True))

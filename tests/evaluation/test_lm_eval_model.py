@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import EOS
+from processes import launch
 from saved_models import BYTES, byte_tokenizer, save_model, word_tokenizer
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'dllm-memdlm[eval]'")
 
+import evaluate_in_processes
 from lm_eval.api.model import CachingLM, hash_args
 from local_tasks import (
     DOCUMENTS,
@@ -70,33 +73,62 @@ def model(folder):
     return lambda **arguments: MemDLMEvalLM(**{"pretrained": folder, "device": "cpu", "mc_num": 4, **arguments})
 
 
-@pytest.mark.parametrize(
-    "memory", [{}, {"memory": True}, {"memory": True, "memory_scope": "prefix"}], ids=["off", "prompt", "prefix"]
-)
-def test_every_kind_of_task(memory, folder, tasks):
-    given = {"pretrained": folder, "mc_num": 4, **memory}
-    results = evaluate(tasks, KINDS_OF_TASK, given, batch_size=2)
+@pytest.fixture(scope="module")
+def runs(folder, tasks, tmp_path_factory) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same evaluations in this process, and in two as torchrun starts them (gloo)."""
+    results = tmp_path_factory.mktemp("processes") / "results.json"
+    launch(2, results.parent, evaluate_in_processes.write_all, folder, tasks, results)
+    one = evaluate_in_processes.evaluate_all(folder, tasks)
+    return json.loads(json.dumps(one)), json.loads(results.read_text())
+
+
+def same(found: Any, expected: Any) -> bool:
+    """Answers, or likelihoods with whether they are greedy; numbers up to rounding."""
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(same, found, expected))
+    return found == (pytest.approx(expected, rel=1e-5) if isinstance(expected, float) else expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["off", "prompt", "prefix"])
+def test_every_kind_of_task(way, runs, folder):
+    found = runs[0][way]
     prefixes = [DOCUMENTS[0] + "Wh"] * 3 + [DOCUMENTS[1]] * 2  # with which the questions begin
-    memories = None if not memory else prefixes if "memory_scope" in memory else TEXTS
+    memories = {"off": None, "prefix": prefixes, "prompt": TEXTS}[way]
     expected = [answer.split("\n")[0] for answer in decoded(folder, TEXTS, memories)]
-    assert responses(results, "tiny_generate") == [[[answer]] for answer in expected]
+    assert found["answers"][0] == [[[answer]] for answer in expected]
+    tally = found["tally"]
+    assert (tally is None) is (memories is None)
+    if memories:
+        assert tally["written"] >= 2 and tally["without"] == tally["not_finite"] == 0 and 0 < tally["hit_rate"] < 1
+        assert runs[1]["prefix"]["tally"]["written"] < runs[1]["prompt"]["tally"]["written"]
+    if way == "prefix":  # what is shared depends on the prompts of a process
+        assert len(runs[1][way]["answers"][0]) == len(ROWS)
+        return
 
     pretrained = load_pretrained(folder)
-    decoder = Decoder(pretrained, memory=memory_for(pretrained, {}) if memory else None)
-    for row, found in zip(ROWS, responses(results, "tiny_choose"), strict=True):
+    decoder = Decoder(pretrained, memory=memory_for(pretrained, {}) if memories else None)
+    for row, choices in zip(ROWS, found["answers"][1], strict=True):
         context = pretrained.tokenizer.encode(row["question"])
-        for choice, ((value, greedy),) in zip(row["choices"], found, strict=True):
+        for choice, ((value, greedy),) in zip(row["choices"], choices, strict=True):
             items = list(states(0, context, pretrained.tokenizer.encode(f" {choice}"), 4, 0))
             with decoder.recalled([context]):
                 expected = sum(log_likelihoods(pretrained.model, items, pretrained.tokenizer.mask_token_id))
             assert value == pytest.approx(expected, rel=1e-5) and greedy is False
-    assert results["results"]["tiny_roll"]["bits_per_byte,none"] > 1
-    assert len(results["samples"]["tiny_roll"]) == len(ROWS)
-    tally = results["config"].get("memory_tally")
-    assert (tally is None) is (not memory)
-    if memory:
-        assert tally["written"] >= 2 and tally["without"] == tally["not_finite"] == 0 and 0 < tally["hit_rate"] < 1
-        assert results["config"]["memory"]["inner_lr"] == 1.0 and results["config"]["memory"]["weighting"] == "uniform"
+    assert found["scores"][2]["bits_per_byte,none"] > 1
+
+    for one, two in zip(*(run[way]["answers"] for run in runs), strict=True):
+        assert len(two) == len(ROWS), "every document once, though they do not divide by two"
+        # the process with fewer documents answers its last one twice, so that both work on as many
+        assert same(*([[request[0] for request in document] for document in found] for found in (two, one)))
+    for one, two in zip(*(run[way]["scores"] for run in runs), strict=True):
+        numbers = {name: value for name, value in one.items() if isinstance(value, float)}
+        assert two["sample_len"] == len(ROWS) and numbers == pytest.approx({name: two[name] for name in numbers})
+
+
+def test_the_same_prompt_is_sampled_anew_in_every_process(runs):
+    one, two = ([document[0][0] for document in found["sampled"]["answers"][0]] for found in runs)
+    assert one == two and len(set(one)) == len(ROWS)
 
 
 def test_chats_with_shots_and_a_begun_answer(folder, tasks):
@@ -206,6 +238,16 @@ def test_the_tally_counts_prompts(model):
     lm = model(memory=True, max_length=40)
     assert rolling(lm, TEXTS[0], "Ada") == rolling(model(max_length=40), TEXTS[0], "Ada")
     assert lm.memory.tally == Tally()
+
+
+def test_overlong_prompts_have_memories_where_these_read_windows(model):
+    found = {}
+    for window in (None, 16):
+        settings = {"memory_window": window, "memory_strategy": "cover", "memory_inner_lr": 3.0, "max_length": 48}
+        lm = model(memory=True, max_gen_toks=4, **settings)
+        found[window] = [generate(lm, TEXTS[0]), score(lm, (TEXTS[0], "Ada"))]
+        assert (lm.memory.tally.without, lm.memory.tally.written) == ((2, 0) if window is None else (0, 1))
+    assert all(one != other for one, other in zip(*found.values(), strict=True))
 
 
 def test_where_the_continuation_begins_and_the_context_is_cut(model, caplog):

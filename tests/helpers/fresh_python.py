@@ -31,7 +31,6 @@ MODELS = """
 from lm_eval.api.registry import model_registry
 model_registry.register("dummy", target="lm_eval.models.dummy:DummyLM")
 """
-UNKNOWN = ("--model", "nonesuch", "--tasks", "arc_easy", "--limit", "1")
 
 
 def run(*arguments: str, paths: tuple[Path, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
@@ -60,11 +59,3 @@ def write_lm_eval(folder: Path, registry: str = REGISTRY, models: str = MODELS, 
         path = folder / "lm_eval" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-
-
-def known_models(done: subprocess.CompletedProcess[str]) -> list[str]:
-    """What lm-eval offers instead of a model that it does not know."""
-    assert done.returncode == 1, done.stderr[-3000:]
-    last = done.stderr.splitlines()[-1]
-    assert "'nonesuch', but no model for this name found" in last, done.stderr[-3000:]
-    return last.partition("Supported model names: ")[2].split(", ")

@@ -23,8 +23,11 @@ class NaiveDream:
         """The canvas before the first step and after each one."""
         return self.fill(prompt + [self.mask] * new, len(prompt))
 
-    def fill(self, canvas: Canvas, first: int = 0) -> list[Canvas]:
-        """The same for the masks of a canvas from a position on."""
+    def infill(self, canvas: Canvas, longest: int) -> list[Canvas]:
+        """The same for the masks of a canvas; how long a batch is does not matter."""
+        return self.fill(canvas, 0)
+
+    def fill(self, canvas: Canvas, first: int) -> list[Canvas]:
         settings, canvas = self.settings, list(canvas)
         history, shown = [list(canvas)], [i for i, token in enumerate(canvas) if token != self.mask]
         masked = [i for i in range(first, len(canvas)) if canvas[i] == self.mask]

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from conftest import MASK, VOCABULARY, tiny
+from conftest import EOS, MASK, VOCABULARY, tiny
 from torch import Tensor, nn
 
 Canvas = list[int]
@@ -32,6 +32,63 @@ def cosine(t: Tensor) -> Tensor:
 def moves(canvases: list[Canvas]) -> list[Canvas]:
     """Without the steps that changed nothing."""
     return [canvas for i, canvas in enumerate(canvases) if i == 0 or canvas != canvases[i - 1]]
+
+
+def of_row(histories: list[Tensor], row: int, length: int) -> list[Canvas]:
+    """The canvases of one row of a batch without its padding, and without the steps in which it stood still."""
+    canvases = [canvas[row].tolist() for canvas in histories]
+    assert all(set(canvas[length:]) <= {EOS} for canvas in canvases)
+    return moves([canvas[:length] for canvas in canvases])
+
+
+def assert_every_step(sampler: Any, naive: Callable[[int | None], Any], settings: Any, drawn: bool) -> None:
+    """The sampler goes step by step as the plain one of a seed, and by the seed where something is `drawn`.
+
+    Alone with torch's global generator, in the order in which dllm draws from it; in a batch each row with its seed.
+    """
+    inputs, seeds, new = prompts(9, 4, 12), [7, 8, 7], settings.max_new_tokens
+    torch.manual_seed(5)
+    expected = naive(None).sample(inputs[0], new)
+    torch.manual_seed(5)
+    output = sampler.sample(inputs[:1], settings)
+    assert [canvas.tolist() for canvas in output.histories] == [[canvas] for canvas in expected]
+    assert output.sequences.tolist() == [expected[-1]]
+    assert settings.temperature > 0 or MASK not in expected[-1]
+    assert len(set(expected[-1][9:])) > 2, "a canvas of one token would hide mistakes"
+
+    together = sampler.sample(inputs, settings, seeds)
+    assert together.sequences.shape == (3, 12 + new)
+    for row, (prompt, seed) in enumerate(zip(inputs, seeds, strict=True)):
+        assert of_row(together.histories, row, len(prompt) + new) == moves(naive(seed).sample(prompt, new))
+    if drawn:
+        others = sampler.sample(inputs, settings, [1, 2, 3])
+        assert [h.tolist() for h in others.histories] != [h.tolist() for h in together.histories]
+
+
+def assert_filled_in(sampler: Any, naive: Callable[[int | None], Any], settings: Any, seeded: bool) -> None:
+    """Masks are filled in as by the plain sampler of a seed; in a prompt that is only followed they are text, and stay.
+
+    dllm fills in the masks of a prompt in place of as many of the answer.
+    """
+    inputs, new = prompts(14, 6, 9), settings.max_new_tokens
+    for row in inputs:
+        row[2:5] = [MASK] * 3
+    inputs[0][8:13] = [MASK] * 5
+    inputs[2][0] = MASK
+    for batch in [inputs] if seeded else [[row] for row in inputs]:
+        seeds, longest = [3, 4, 5] if seeded else None, max(map(len, batch))
+        for way in ("infill", "sample"):
+            torch.manual_seed(2)
+            output = getattr(sampler, way)(batch, settings, seeds)
+            for row, canvas in enumerate(batch):
+                torch.manual_seed(2)
+                plain, length = naive(seeds and seeds[row]), len(canvas) + new * (way == "sample")
+                expected = plain.infill(canvas, longest) if way == "infill" else plain.sample(canvas, new)
+                assert of_row(output.histories, row, length) == moves(expected)
+                kept = {i for i, token in enumerate(canvas) if way == "sample" or token != MASK}
+                assert all(expected[-1][i] == canvas[i] for i in kept)
+                filled = {token for i, token in enumerate(expected[-1]) if i not in kept}
+                assert settings.temperature > 0 or MASK not in filled
 
 
 def prompts(*lengths: int) -> list[Canvas]:

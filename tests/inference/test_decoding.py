@@ -35,7 +35,8 @@ def without(decoder: Decoder) -> Decoder:
 
 
 def test_the_sampler_is_what_the_model_was_made_for():
-    assert [decoder_with(None, tiny(kind)).sampler for kind in KINDS] == ["mdlm", "llada21", "mdlm", "mdlm"]
+    found = [decoder_with(None, tiny(kind)).sampler for kind in (*KINDS, SHIFTED)]
+    assert found == ["mdlm", "llada21", "mdlm", "mdlm", "dream"]
     assert decoder_with(None, tiny("llada2", lora=True)).sampler == "llada21"
     forced = Decoder(pretrained_of(tiny("llada2")), "mdlm")
     assert forced.sampler == "mdlm" and forced.config_for(9).steps == 9
@@ -54,7 +55,7 @@ def test_every_sampler_decodes_by_its_name(name):
 
 
 def test_the_papers_decoding_is_the_default_then_come_the_users_settings_then_the_requests():
-    """LLaDA-MoE: one block, as many steps as tokens. LLaDA2.1: blocks of 32, a threshold of 0.95."""
+    """LLaDA-MoE: one block, as many steps as tokens. LLaDA2.1: blocks of 32, a threshold of 0.95. Dream: as its own."""
     config = decoder_with(None, tiny("llada_moe")).config_for(40)
     assert (config.max_new_tokens, config.block_size, config.steps, config.temperature) == (40, 40, 40, 0.0)
     assert config.remasking == "low_confidence" and config.right_shift_logits is False
@@ -63,6 +64,10 @@ def test_the_papers_decoding_is_the_default_then_come_the_users_settings_then_th
     assert Decoder(pretrained_of(tiny("llama"), shift=True)).config_for(4).right_shift_logits is True
     config = decoder_with(None, tiny("llama"), steps=3, temperature=0.5).config_for(40, temperature=0.25)
     assert (config.steps, config.temperature, config.block_size) == (3, 0.25, 40)
+    config = decoder_with(None, tiny(SHIFTED)).config_for(40)
+    assert (config.steps, config.alg, config.temperature) == (40, "entropy", 0.0)
+    assert Decoder(pretrained_of(tiny("llama")), "dream", {"alg": "origin"}).config_for(4).alg == "origin"
+    assert Decoder(pretrained_of(tiny("llama")), "dream").config_for(4).right_shift_logits is False
 
 
 def test_an_answer_ends_with_the_text_or_the_turn(monkeypatch):
@@ -105,8 +110,13 @@ def test_answers_that_are_left_masked_are_counted(way):
     assert (kept.answered, kept.left_masked, kept.unfinished()) == (4, 0, "")
 
 
-@pytest.mark.parametrize("attention", ["full", "block_causal"])
-@pytest.mark.parametrize(("kind", "shift"), [*((kind, False) for kind in KINDS), ("llama", True)])
+@pytest.mark.parametrize(
+    ("kind", "shift", "attention"),
+    [
+        *((kind, kind == SHIFTED, "full") for kind in (*KINDS, SHIFTED)),
+        ("llama", True, "block_causal"),
+    ],
+)
 def test_a_batch_answers_as_each_prompt_alone(kind, shift, attention):
     decoder = decoder_of(kind, torch.float64, shift, attention=attention, block_size=8)
     prompts, turned = random_prompts(9, 30, 16, 1, 23), [3, 0, 4, 1, 2]
@@ -134,6 +144,23 @@ def test_the_memory_has_the_settings_of_training_but_for_changes_or_those_it_was
         memory_of(pretrained_of(tiny("llama", num_hidden_layers=5)), {}, path)
 
 
+def test_what_a_model_sees_and_what_a_memory_reads():
+    text, model = random_prompts(20)[0], tiny("llama")
+
+    def parts(prompt: list[int], window: int | None = None, **settings: int) -> tuple:
+        memory = prompt_memory(model, memory_for("llama", window=window))
+        return Decoder(pretrained_of(model), memory=memory, max_length=16, **settings).parts(prompt, 4)
+
+    assert parts(text) == (text[-12:], None) and parts(text[:12]) == (text[:12], text[:12])
+    assert parts(text, window=8) == (text[-12:], text)
+    assert parts(text, window=8, visible=5) == (text[-5:], text)
+    assert parts(text[:12], visible=5) == (text[7:12], text[:12])
+    assert parts(text, visible=5) == (text[-5:], None)
+    # as a run's recipe says, unless told otherwise
+    trained = dataclasses.replace(pretrained_of(model), visible=7)
+    assert Decoder(trained).visible == 7 and Decoder(trained, visible=3).visible == 3
+
+
 IN_BLOCKS = {"mdlm": MDLMSampler, "llada21": LLaDA21Sampler}
 SAMPLERS = {**IN_BLOCKS, "dream": DreamSampler}  # which has tests of its own
 both = pytest.mark.parametrize("sampler", IN_BLOCKS.values(), ids=IN_BLOCKS)
@@ -148,9 +175,10 @@ def model():
 @pytest.mark.parametrize(
     ("settings", "parts"),
     [
-        ({"temprature": 0.5}, ["temprature", " sampler", "known: ", "block_size, "]),
+        ({"temprature": 0.5}, ["unknown setting of the ", " sampler 'temprature'; did you mean temperature?"]),
         ({"max_new_tokens": None, "max_length": 9}, ["sampler.max_length=9", "more than the prompt's 9"]),
         ({"max_new_tokens": None, "max_length": None}, ["sampler.max_length=None"]),
+        ({"zzz": 1}, ["'zzz'", "known: ", "block_size, "]),
         ({"max_new_tokens": -3}, ["sampler.max_new_tokens=-3", "at least 1"]),
         ({"block_size": "32"}, ["sampler.block_size='32'", "whole number"]),
         ({"seeds": [1]}, ["1 seeds for 2 prompts"]),
@@ -198,18 +226,20 @@ def test_steps_yield_the_canvas_as_it_changes(sampler, model, tokenizer):
     assert torch.equal(first, output.sequences) and torch.equal(sampler.sample([prompt], **settings), first)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [0.0, 0.6])
-def test_in_bfloat16(kind, temperature, tokenizer):
-    model, settings = decoding_model(kind, torch.bfloat16), {"max_new_tokens": 13, "temperature": temperature}
+def test_in_bfloat16(temperature, tokenizer):
+    model, settings = decoding_model("llama", torch.bfloat16), {"max_new_tokens": 13, "temperature": temperature}
+    found = []
     for changes in ({}, {"cache": "dual"}, {"cache": "prefix", "cfg_scale": 0.5}):
         changes |= {"block_size": 5, "steps": 13, "suppress_tokens": [MASK]}  # it may be drawn
-        tokens = MDLMSampler(model, tokenizer).sample(texts_of(9, 5), **settings, **changes)
-        assert tokens.dtype == torch.long and not (tokens == MASK).any()
+        found.append(MDLMSampler(model, tokenizer).sample(texts_of(9, 5), **settings, **changes))
+    for alg in ("origin", "maskgit_plus", "topk_margin", "entropy"):
+        changes = {"alg": alg, "steps": 5, "suppress_tokens": [MASK]}
+        found.append(DreamSampler(model, tokenizer).sample(texts_of(9, 5), **settings, **changes))
     for cached in (True, False):
         more = {"threshold": 0.3, "editing_threshold": 0.3, "top_k": 20, "top_p": 0.9, "use_cache": cached}
-        tokens = LLaDA21Sampler(model, tokenizer).sample(texts_of(9, 3), block_size=4, **settings, **more)
-        assert tokens.dtype == torch.long and not (tokens == MASK)[0].any()
+        found.append(LLaDA21Sampler(model, tokenizer).sample(texts_of(9, 3), block_size=4, **settings, **more)[:1])
+    assert all(tokens.dtype == torch.long and not (tokens == MASK).any() for tokens in found)
 
 
 @pytest.mark.dllm

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import AMPLIFIED, tiny
-from fresh_python import ROOT, run
 from rich.console import Console
 from saved_models import byte_tokenizer, ending, save_model, word_tokenizer
 
@@ -37,20 +36,28 @@ def pretrained(model) -> Pretrained:
 
 
 @pytest.fixture
-def document(tmp_path) -> str:
-    (tmp_path / "doc.txt").write_text(DOCUMENT, encoding="utf-8")
-    return str(tmp_path / "doc.txt")
+def command(model, tmp_path, capsys):
+    """The command's exit code, and what it says on stdout and stderr, asked about the document."""
+
+    def run_with(
+        *arguments: str, question: str | None = "Who?", model: str = model, document: str = DOCUMENT
+    ) -> tuple[int, str, str]:
+        (tmp_path / "doc.txt").write_text(document, encoding="utf-8")
+        base = ["--model", model, "--prompt-file", str(tmp_path / "doc.txt"), "--max-new-tokens", "10"]
+        base += [] if question is None else ["--question", question]
+        return generate.main([*base, *arguments]), *capsys.readouterr()
+
+    return run_with
 
 
 @pytest.fixture
-def ask(model, document, capsys):
-    """The command's answer on stdout, asked about the document."""
+def ask(command):
+    """Its answer."""
 
-    def run_with(*arguments: str, question: str | None = "Who?", model: str = model) -> str:
-        base = ["--model", model, "--prompt-file", document, "--max-new-tokens", "10"]
-        base += [] if question is None else ["--question", question]
-        assert generate.main([*base, *arguments]) == 0, capsys.readouterr().err
-        return capsys.readouterr().out
+    def run_with(*arguments: str, **more: str | None) -> str:
+        code, answer, notes = command(*arguments, **more)
+        assert code == 0, notes
+        return answer
 
     return run_with
 
@@ -82,14 +89,13 @@ def test_memory_changes_the_answer_and_its_settings_matter(ask):
     assert without != with_memory == ask("memory=true") and ask("--memory", "memory_inner_lr=0.0") == without
 
 
-def test_a_kept_memory_gives_the_same_answers_in_a_new_process_and_to_a_copy(ask, model, document, tmp_path):
+def test_a_kept_memory_gives_the_same_answers_and_to_a_copy_of_the_model(ask, model, tmp_path):
     path = str(tmp_path / "memory.safetensors")
     saved = ask("--save-memory", path)
     assert saved == ask("--memory")
     fast_weights, config = load_snapshot(path, model)
     assert config.rank == 4 and fast_weights.samples == 1
-    command = ["-m", "dllm_memdlm.generate", "--model", model, "--prompt-file", document, "--question", "Who?"]
-    assert run(*command, "--max-new-tokens", "10", "--load-memory", path, paths=(ROOT,)).stdout == saved
+    assert ask("--load-memory", path) == saved
     assert ask("--load-memory", path, model=str(shutil.copytree(model, tmp_path / "copy"))) == saved
 
 
@@ -99,10 +105,10 @@ def test_a_chat_answers_line_by_line(ask, monkeypatch):
     assert out.startswith(alone) and len(out) > len(alone)
 
 
-def test_on_a_terminal_the_unmasking_is_seen(model, document):
+def test_on_a_terminal_the_unmasking_is_seen(model):
     terminal = {"TERM": "xterm"}  # whatever the tests run on: on a dumb one nothing is drawn
     out = Console(file=io.StringIO(), force_terminal=True, width=80, _environ=terminal)
-    chat = Conversation(parse({"pretrained": model}).open(), Path(document).read_text(), 10)
+    chat = Conversation(parse({"pretrained": model}).open(), DOCUMENT, 10)
     generate.answer(chat, "Who?", out)
     shown = out.file.getvalue()
     assert "░" in shown and "steps" in shown and chat.turns[-1][0] == "Who?"
@@ -114,16 +120,56 @@ def test_answers_that_are_left_masked_are_said(model, monkeypatch, capsys):
     assert capsys.readouterr().err == "of 1 one has masks left\n"
 
 
-def test_the_document_can_come_from_the_standard_input(ask, document, monkeypatch):
+def test_the_document_can_come_from_the_standard_input(ask, monkeypatch):
     expected = ask()
-    monkeypatch.setattr(sys, "stdin", io.StringIO(Path(document).read_text()))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(DOCUMENT))
     assert ask("--prompt-file", "-") == expected
+
+
+#: Of 60 bytes, of which a model with this context sees the last ones alone.
+LONG, SHORT = f"{DOCUMENT} Lovelace was her married name. ", ("max_length=48", "--max-new-tokens", "8")
+WINDOWS = ("--window", "16", "memory_strategy=cover", "memory_inner_lr=3.0", "memory_grad_clip=1.0")
+
+
+def test_a_long_document_is_read_in_windows_asked_saved_and_loaded(command, tmp_path):
+    path = str(tmp_path / "memory.safetensors")
+    code, answer, notes = command(*SHORT, *WINDOWS, "--save-memory", path, document=LONG)
+    assert code == 0 and re.search(r"read 6\d tokens in 4 windows, \d+\.\d s", notes) and "saved to" in notes
+    assert command(*SHORT, *WINDOWS, "--memory", document=LONG)[1] == answer
+    assert command(*SHORT, "--load-memory", path, document=LONG)[:2] == (0, answer)  # it says that it reads windows
+    # the beginning, long out of sight, still matters; without a memory it does not
+    other = LONG.replace("Ada", "Bob")
+    assert command(*SHORT, *WINDOWS, "--memory", document=other)[1] != answer
+    (one, two) = (command(*SHORT, "visible=40", document=document)[:2] for document in (LONG, other))
+    assert one == two == (0, one[1]) and one[1] != answer
+
+
+def test_without_windows_a_long_document_is_refused(command, tmp_path):
+    def refused(*arguments: str) -> str:
+        code, _, notes = command(*SHORT, *arguments, document=LONG)
+        assert code == 2 and notes.count("\n") == 1
+        return notes
+
+    refused("--save-memory", str(tmp_path / "memory"))
+    assert not (tmp_path / "memory").exists()
+    for arguments in ((), ("--memory",)):
+        assert all(part in refused(*arguments) for part in ("--window", "max_length="))
+    assert "expected at most 48" in refused("--memory", *WINDOWS, "--max-new-tokens", "47")  # no room for the question
+    # nor is the question itself cut
+    said = refused("--memory", *WINDOWS, "visible=4")
+    assert "expected at most 12 together beside the document; visible=" in said
+    assert "memory.window=49: expected at most max_length=48" in refused("--memory", "--window", "49")
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        *("", "--question Who? --max-new-tokens 0", "--question Who? --memory --load-memory m"),
+        *(
+            "",
+            "--question Who? --window 16",
+            "--question Who? --max-new-tokens 0",
+            "--question Who? --memory --load-memory m",
+        ),
         *("--question Who? --save-memory m --load-memory m", "--chat --save-memory m", "--chat --prompt-file -"),
     ],
 )
@@ -149,18 +195,26 @@ def test_what_the_memory_is_written_on_and_what_is_asked(pretrained):
     assert chat.tokenizer.decode(chat.prompt("When?", chat.turns)) == expected + "<|role_end|><|assistant|>"
 
 
-def test_progress_ends_at_the_answer(pretrained):
+def test_steps_end_at_the_answer(pretrained):
     chat = about(pretrained)
-    steps, mask = list(chat.ask("Who?")), chat.tokenizer.mask_token_id
-    assert [progress.steps for progress in steps] == list(range(len(steps)))
-    assert steps[0].tokens == [mask] * 12 and mask not in steps[-1].tokens
-    assert chat.text_of(steps[-1].tokens).strip() == chat.turns[-1][1]
+    (first, *_, last), mask = chat.ask("Who?"), chat.tokenizer.mask_token_id
+    assert first == [mask] * 12 and mask not in last and chat.text_of(last).strip() == chat.turns[-1][1]
     tokens, more = [*pretrained.tokenizer("ab")["input_ids"], mask, mask], pretrained.tokenizer("c")["input_ids"]
     assert chat.text_of([*tokens, *more], mask="_") == "ab__c"
     assert chat.text_of([*tokens, pretrained.tokenizer.eot_token_id, *more], mask="_") == "ab__"
     assert chat.text_of(tokens) == "ab"
     pretrained.tokenizer.turn_end = "b"  # as text, of BERTs
     assert chat.text_of([*tokens, *more], mask="_") == "a"
+
+
+def test_windows_and_what_is_visible_go_with_the_settings_of_a_run(tmp_path):
+    recipe = {"memory": {**MEMORY, "window": 16, "source": "prompt", "prompt_loss": 0.3}, "data": {"visible": 32}}
+    folder = save_model(tmp_path, "llada2", byte_tokenizer(), recipe, max_position_embeddings=48)
+    decoder = parse({"pretrained": folder, "memory": True}).open()
+    assert decoder.reads_windows and decoder.visible == 32
+    asked(Conversation(decoder, LONG, 8), "Who?")
+    assert decoder.memory.tally.written == 1
+    assert not parse({"pretrained": folder, "memory": True, "memory_window": None}).open().reads_windows
 
 
 def test_without_a_chat_template_there_is_one_question_alone():

@@ -18,7 +18,6 @@ import pytest
 import torch
 from bad_inference import BAD, COPIES, FILES
 from conftest import ARCHITECTURES, tiny
-from data_files import message_of
 from saved_models import BYTES, byte_tokenizer, save_adapter, save_model
 from small_run import ROWS
 
@@ -121,25 +120,6 @@ def test_bad_input_is_one_line(command, row, places, monkeypatch, capsys):
 
 def parsed(**values) -> Parsed:
     return parse({"pretrained": "runs/mine", **values})
-
-
-@pytest.mark.parametrize(
-    ("values", "parts"),
-    [
-        ({"memory_iner_lr": 1}, ["'memory_iner_lr'", "did you mean memory_inner_lr?"]),
-        (
-            {"zzz": 1},
-            ["'zzz'", "known: adapter, alg, alg_temp, attn_implementation", "memory_inner_lr", "editing_threshold"],
-        ),
-        *(({name: 1}, [f"'{name}'"]) for name in ("memory_enabled", "max_new_tokens")),
-        *(({"batch_size": size}, [f"batch_size={size!r}", "or auto"]) for size in (0, "-1", "auto:x")),
-        ({"memory_scope": "prefix", "fast_weights": "a"}, ["memory_scope", "memory=true"]),
-        ({"memory_rank": 4, "fast_weights": "a"}, ["model_args.", "fast_weights"]),
-    ],
-)
-def test_what_does_not_fit_is_refused(values, parts):
-    message = message_of(lambda: parsed(**values))
-    assert [part for part in parts if part not in message] == [], message
 
 
 def test_the_memory_is_on_where_it_or_one_of_its_settings_is_given():

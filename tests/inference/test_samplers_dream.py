@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from conftest import EOS, MASK, SHIFTED, tiny
+from conftest import MASK, SHIFTED
 from data_files import message_of
+from dllms_samplers import assert_same, decoders
 from naive_dream import NaiveDream
-from naive_samplers import Draws, decoder, moves, prompts
-from saved_models import pretrained_of, prompt_memory, random_prompts
-from steps import memory_for
-from torch import Tensor
+from naive_samplers import Draws, assert_every_step, assert_filled_in, decoder, prompts
+from torch import nn
 
-from dllm_memdlm.inference.decoding import Decoder
 from dllm_memdlm.inference.samplers import DreamSampler, DreamSamplerConfig, LLaDA21Sampler, MDLMSampler
 
 NEW = 13
@@ -44,52 +43,60 @@ def settings_of(kind: str = SHIFTED, **changes: Any) -> DreamSamplerConfig:
     return DreamSamplerConfig(**own | changes)
 
 
-def of_row(histories: list[Tensor], row: int, length: int) -> list[list[int]]:
-    """The canvases of one row of a batch without its padding, and without the steps in which it stood still."""
-    canvases = [canvas[row].tolist() for canvas in histories]
-    assert all(set(canvas[length:]) <= {EOS} for canvas in canvases)
-    return moves([canvas[:length] for canvas in canvases])
+def naive(model: nn.Module, settings: DreamSamplerConfig, seed: int | None) -> NaiveDream:
+    return NaiveDream(model, settings, MASK, Draws(seed))
 
 
 @pytest.mark.parametrize(("kind", "variant"), CASES)
 def test_every_step_is_the_plain_samplers(kind, variant, tokenizer):
-    """Alone with torch's global generator; in a batch each with its seed."""
-    model, settings, seeds = decoder(kind), settings_of(kind, **VARIANTS[variant]), [7, 8, 7]
-    sampler, inputs = DreamSampler(model, tokenizer), prompts(9, 4, 12)
-    torch.manual_seed(5)
-    expected = NaiveDream(model, settings, MASK, Draws()).sample(inputs[0], NEW)
-    torch.manual_seed(5)
-    output = sampler.sample(inputs[:1], settings)
-    assert [canvas.tolist() for canvas in output.histories] == [[canvas] for canvas in expected]
-    assert output.sequences.tolist() == [expected[-1]]
-    assert settings.temperature > 0 or MASK not in expected[-1]
-    assert len(set(expected[-1][9:])) > 2, "a canvas of one token would hide mistakes"
+    model, settings = decoder(kind), settings_of(kind, **VARIANTS[variant])
+    assert_every_step(DreamSampler(model, tokenizer), partial(naive, model, settings), settings, variant in DRAWN)
 
-    together = sampler.sample(inputs, settings, seeds)
-    for row, (prompt, seed) in enumerate(zip(inputs, seeds, strict=True)):
-        expected = NaiveDream(model, settings, MASK, Draws(seed)).sample(prompt, NEW)
-        assert of_row(together.histories, row, len(prompt) + NEW) == moves(expected)
-    if variant in DRAWN:
-        others = sampler.sample(inputs, settings, [1, 2, 3])
-        assert [h.tolist() for h in others.histories] != [h.tolist() for h in together.histories]
+
+@pytest.mark.dllm
+@pytest.mark.parametrize("name", ["dream", "dream of dllm"])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if not name.startswith(("origin", "suppressed"))])
+def test_every_step_is_dllms(name, variant, tokenizer):
+    """One prompt at a time, and all at once where nothing is drawn and so no tie is likely."""
+    from dllm.pipelines.dream.sampler import DreamSampler as Theirs
+    from dllm.pipelines.dream.sampler import DreamSamplerConfig as Config
+
+    model, own_model = decoders(name)
+    ours, theirs = DreamSampler(own_model, tokenizer), Theirs(model, tokenizer)
+    settings = Config(**{"max_new_tokens": NEW, "steps": NEW, "return_dict": True} | VARIANTS[variant])
+    inputs, answers = [torch.tensor(prompt) for prompt in prompts(7, 12, 3)], set()
+    drawn = settings.temperature > 0 or settings.alg_temp > 0
+    for batch in [*([row] for row in inputs), *([] if drawn else [inputs])]:
+        answers.update(assert_same(ours, theirs, batch, settings, left=True).flatten().tolist())
+    assert len(answers) > 12 and (settings.temperature > 0 or MASK not in answers)
+    for row in inputs if settings.cfg_scale == 0 else ():  # dllm fills in without guidance
+        row[1:3] = MASK
+        assert_same(ours, theirs, [row], settings, "infill", left=True)
+
+
+@pytest.mark.dllm
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_origin_is_dreams_own(temperature, tokenizer):
+    """Which dllm has in its model's own generation alone."""
+    from dllm.pipelines.dream.models.generation_utils import DreamGenerationConfig
+
+    model, own_model = decoders("dream of dllm")
+    settings = {"max_new_tokens": 15, "steps": 6, "eps": 1e-3, "alg": "origin", "temperature": temperature}
+    settings |= {"top_p": 0.9, "top_k": 20, "return_dict": True}
+    tokens = {"mask_token_id": MASK, "pad_token_id": 0, "eos_token_id": 0, "output_history": True}
+    torch.manual_seed(3)
+    given = DreamGenerationConfig(**settings, **tokens)
+    theirs = model.diffusion_generate(torch.tensor(prompts(9)), generation_config=given)
+    torch.manual_seed(3)
+    ours = DreamSampler(own_model, tokenizer).sample(prompts(9), **settings)
+    assert [c.tolist() for c in ours.histories[1:]] == [c.tolist() for c in theirs.history]
+    assert len(set(ours.sequences[0, 9:].tolist())) > 3
 
 
 @pytest.mark.parametrize("variant", ["entropy", "origin", "drawn_positions"])
 def test_filling_in_is_the_plain_samplers(variant, tokenizer):
-    """And masks that a prompt brings along stay, where it is only followed."""
     model, settings = decoder(SHIFTED), settings_of(**VARIANTS[variant])
-    inputs = prompts(14, 6, 9)
-    for row in inputs:
-        row[2:5] = [MASK] * 3
-    inputs[2][7] = MASK
-    sampler = DreamSampler(model, tokenizer)
-    filled, followed = sampler.infill(inputs, settings, [3, 4, 5]), sampler.sample(inputs, settings, [3, 4, 5])
-    for number, canvas in enumerate(inputs):
-        naive = NaiveDream(model, settings, MASK, Draws(number + 3)).fill(canvas)
-        assert of_row(filled.histories, number, len(canvas)) == moves(naive)
-        naive = NaiveDream(model, settings, MASK, Draws(number + 3)).sample(canvas, NEW)
-        assert of_row(followed.histories, number, len(canvas) + NEW) == moves(naive)
-        assert naive[-1][2:5] == [MASK] * 3
+    assert_filled_in(DreamSampler(model, tokenizer), partial(naive, model, settings), settings, seeded=True)
 
 
 def test_positions_are_drawn_at_any_temperature(tokenizer):
@@ -101,30 +108,10 @@ def test_positions_are_drawn_at_any_temperature(tokenizer):
     )
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.6])
-def test_in_bfloat16(temperature, tokenizer):
-    sampler, found = DreamSampler(decoder(SHIFTED, torch.bfloat16), tokenizer), []
-    for alg in ("origin", "maskgit_plus", "topk_margin", "entropy"):
-        tokens = sampler.sample(prompts(9, 5), max_new_tokens=13, steps=5, alg=alg, temperature=temperature)
-        assert tokens.dtype == torch.long and not (tokens == MASK).any()
-        found.append(tokens.tolist())
-    assert found[2] != found[1] != found[3]
-
-
 def test_a_temperature_of_positions_is_refused_where_none_is_by_confidence():
     text = message_of(lambda: settings_of(alg="origin", alg_temp=0.5))
     assert text.startswith("sampler.alg_temp=0.5: expected 0 with alg=")
     assert settings_of(alg="entropy", alg_temp=0.5).alg_temp == 0.5
-
-
-def test_it_is_chosen_for_dream_as_its_authors_recommend_it():
-    plain = Decoder(pretrained_of(tiny(SHIFTED, lora=True), shift=True))
-    config = plain.config_for(40)
-    assert plain.sampler == "dream"
-    assert (config.steps, config.alg, config.temperature, config.right_shift_logits) == (40, "entropy", 0.0, True)
-    assert Decoder(pretrained_of(tiny("llama")), "dream").config_for(4).right_shift_logits is False
-    chosen = Decoder(pretrained_of(tiny(SHIFTED), shift=True), settings={"alg": "origin", "steps": 3}).config_for(40)
-    assert (chosen.alg, chosen.steps) == ("origin", 3)
 
 
 def test_every_sampler_shifts_as_the_architecture_does(tokenizer):
@@ -138,15 +125,3 @@ def test_every_sampler_shifts_as_the_architecture_does(tokenizer):
         assert text == "sampler.right_shift_logits=False: expected true with this model, whose logits are shifted"
     text = message_of(LLaDA21Sampler, model, tokenizer)
     assert text.startswith("sampler llada21: takes no logits of the next position, which those of DreamModel are")
-
-
-def test_the_memory_of_a_prompt_changes_its_answer_and_no_other():
-    model, texts = tiny(SHIFTED), random_prompts(9, 12)
-    decode = Decoder(pretrained_of(model, shift=True), memory=prompt_memory(model, memory_for(SHIFTED)))
-    with decode.recalled(texts):
-        together = decode.answers(texts, 6, whole=True)
-    alone = []
-    for text in texts:
-        with decode.recalled([text]):
-            alone += decode.answers([text], 6, whole=True)
-    assert together == alone != Decoder(decode.pretrained).answers(texts, 6, whole=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from conftest import EOS, MASK
-from naive_samplers import Denoiser, Draws, cosine, decoder, linear, moves, prompts
-from torch import Tensor, nn
+from conftest import ENCODER, KINDS, MASK
+from dllms_samplers import assert_same, decoders
+from naive_samplers import Denoiser, Draws, assert_every_step, assert_filled_in, cosine, decoder, linear, prompts
+from torch import nn
 
 from dllm_memdlm.compat.bundled import CosineAlphaScheduler
 from dllm_memdlm.inference.samplers import MDLMSampler, MDLMSamplerConfig
@@ -47,7 +49,6 @@ CASES = [("llama", variant) for variant in VARIANTS] + [
     for variant in ("blocks", "right_shift_guided", "stochastic", "prefix", "dual_guided")
 ]
 DRAWN = ("warm", "random", "random_warm", "stochastic", "right_shift_guided", "dual_right_shift", "prefix_guided")
-every_case = pytest.mark.parametrize(("kind", "variant"), CASES)
 
 
 def settings_of(**changes: Any) -> MDLMSamplerConfig:
@@ -58,35 +59,43 @@ def naive(model: nn.Module, settings: MDLMSamplerConfig, seed: int | None = None
     return Denoiser(model, settings, MASK, schedule, Draws(seed))
 
 
-def of_row(histories: list[Tensor], row: int, length: int) -> list[list[int]]:
-    """The canvases of one row of a batch without its padding, and without the steps in which it stood still."""
-    canvases = [canvas[row].tolist() for canvas in histories]
-    assert all(set(canvas[length:]) <= {EOS} for canvas in canvases)
-    return moves([canvas[:length] for canvas in canvases])
-
-
-@every_case
+@pytest.mark.parametrize(("kind", "variant"), CASES)
 def test_every_step_is_the_plain_samplers(kind, variant, tokenizer):
-    """Alone with torch's global generator, in the order in which dllm draws from it; in a batch each with its seed."""
-    model, settings, seeds = decoder(kind), settings_of(**VARIANTS[variant]), [7, 8, 7]
-    sampler, inputs = MDLMSampler(model, tokenizer), prompts(9, 4, 12)
-    torch.manual_seed(5)
-    expected = naive(model, settings).sample(inputs[0], NEW)
-    torch.manual_seed(5)
-    output = sampler.sample(inputs[:1], settings)
-    assert [canvas.tolist() for canvas in output.histories] == [[canvas] for canvas in expected]
-    assert output.sequences.tolist() == [expected[-1]]
-    assert settings.temperature > 0 or MASK not in expected[-1]
-    assert len(set(expected[-1][9:])) > 2, "a canvas of one token would hide mistakes"
+    model, settings = decoder(kind), settings_of(**VARIANTS[variant])
+    plain = partial(naive, model, settings)
+    assert_every_step(MDLMSampler(model, tokenizer), plain, settings, variant in DRAWN)
 
-    together = sampler.sample(inputs, settings, seeds)
-    assert together.sequences.shape == (3, 12 + NEW)
-    for row, (prompt, seed) in enumerate(zip(inputs, seeds, strict=True)):
-        expected = naive(model, settings, seed).sample(prompt, NEW)
-        assert of_row(together.histories, row, len(prompt) + NEW) == moves(expected)
-    if variant in DRAWN:
-        others = sampler.sample(inputs, settings, [1, 2, 3])
-        assert [h.tolist() for h in others.histories] != [h.tolist() for h in together.histories]
+
+OURS = {"no_block_size"} | {name for name, changes in VARIANTS.items() if {"cache", "threshold"} & changes.keys()}
+FILLED = [{}, {"block_size": 4}, {"temperature": 0.8}, {"cfg_scale": 0.7, "block_size": 5, "remasking": "random"}]
+#: dllm's LLaDA2.1 takes no mask of two dimensions, which is what dllm's MDLMSampler passes.
+MODELS = [*KINDS, ENCODER, *(f"{kind} of dllm" for kind in ("llada_moe", "llada", ENCODER))]
+
+
+@pytest.mark.dllm
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        *(("llama of dllm", variant) for variant in VARIANTS if variant not in OURS),
+        *((name, "right_shift_guided") for name in MODELS),
+    ],
+)
+def test_every_step_is_dllms(name, variant, tokenizer):
+    from dllm.core.samplers import MDLMSampler as Theirs
+    from dllm.core.samplers import MDLMSamplerConfig as Config
+
+    model, own_model = decoders(name)
+    ours, theirs = MDLMSampler(own_model, tokenizer), Theirs(model, tokenizer)
+    settings = {"max_new_tokens": NEW, "block_size": NEW, "steps": NEW, "return_dict": True}
+    inputs = [torch.tensor(prompt) for prompt in prompts(7, 12, 3)]
+    # Suppressed first tokens are all of confidence 0: a tie, which in dllm falls by how long the batch is.
+    batches = [[prompt] for prompt in inputs] if variant == "suppressed" else [inputs]
+    answers = [assert_same(ours, theirs, batch, Config(**settings | VARIANTS[variant])) for batch in batches]
+    assert len({token for canvas in answers for token in canvas[:, 12:].flatten().tolist()}) > 3
+    for row in inputs:
+        row[1:3] = MASK
+    for changes in FILLED:
+        assert_same(ours, theirs, inputs, Config(**settings | {"block_size": None, "steps": 9} | changes), "infill")
 
 
 def test_the_schedule_says_how_many_tokens_a_step_commits(tokenizer):
@@ -94,20 +103,6 @@ def test_the_schedule_says_how_many_tokens_a_step_commits(tokenizer):
     output = MDLMSampler(model, tokenizer, CosineAlphaScheduler()).sample([prompt], settings)
     expected = naive(model, settings, schedule=cosine).sample(prompt, NEW)
     assert [canvas[0].tolist() for canvas in output.histories] == expected != naive(model, settings).sample(prompt, NEW)
-
-
-@pytest.mark.parametrize("seeds", [None, [4, 5]])
-def test_masks_that_a_prompt_brings_along(seeds, tokenizer):
-    """They are text: the sampler does not fill them in, nor in their place less of the answer, as dllm does."""
-    model, settings = decoder("llada_moe"), settings_of(block_size=5, temperature=0.0 if seeds is None else 0.7)
-    inputs = prompts(8, 6)
-    inputs[0][2:5] = [MASK] * 3
-    inputs[1][0] = MASK
-    output = MDLMSampler(model, tokenizer).sample(inputs, settings, seeds)
-    for row, prompt in enumerate(inputs):
-        expected = naive(model, settings, seeds and seeds[row]).sample(prompt, NEW)
-        assert of_row(output.histories, row, len(prompt) + NEW) == expected
-        assert expected[-1][: len(prompt)] == prompt and MASK not in expected[-1][len(prompt) :]
 
 
 @pytest.mark.parametrize("prompt", [[], torch.tensor([], dtype=torch.long), torch.tensor([5, 6, 7])])
@@ -136,21 +131,7 @@ def test_empty_prompts_tensors_and_a_length_that_counts_the_prompt(prompt, shift
 @pytest.mark.parametrize("seeded", [False, True])
 def test_filling_in_is_the_plain_samplers(kind, changes, seeded, tokenizer):
     model, settings = decoder(kind), settings_of(**{"block_size": None, "steps": 9, **changes})
-    inputs = prompts(14, 6, 9)
-    for row in inputs:
-        row[2:5] = [MASK] * 3
-    inputs[0][8:13] = [MASK] * 5
-    inputs[2][0] = MASK
-    for batch in [inputs] if seeded else [[row] for row in inputs]:
-        seeds = [3, 4, 5] if seeded else None
-        torch.manual_seed(2)
-        output = MDLMSampler(model, tokenizer).infill(batch, settings, seeds)
-        for row, canvas in enumerate(batch):
-            torch.manual_seed(2)
-            expected = naive(model, settings, seeds and seeds[row]).infill(canvas, max(map(len, batch)))
-            assert of_row(output.histories, row, len(canvas)) == moves(expected)
-            assert settings.temperature > 0 or MASK not in expected[-1]
-            assert all(a == b for a, b in zip(canvas, expected[-1], strict=True) if a != MASK)
+    assert_filled_in(MDLMSampler(model, tokenizer), partial(naive, model, settings), settings, seeded)
 
 
 def test_masks_that_the_model_chooses_stay_masks(tokenizer):

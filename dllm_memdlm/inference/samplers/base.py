@@ -12,17 +12,10 @@ from torch import Tensor
 
 from ...backbones import adopt, staged_backbone
 from ...compat.dllm_api import BaseSampler, BaseSamplerConfig, BaseSamplerOutput
-from ...config import ConfigError, check_types, knob, require
+from ...config import ConfigError, Count, NotNegative, check_types, knob, refuse_unknown, require
 from ...method.losses import Positions
 
 Prompts = Sequence[Tensor | list[int]]
-
-#: The least value of a setting, in whichever sampler has it.
-LEAST = {"max_new_tokens": 1, "block_size": 1, "steps": 1, "block_steps": 1, "num_to_transfer": 1}
-LEAST |= {"max_post_steps": 0, "temperature": 0, "cfg_scale": 0, "top_k": 0, "alg_temp": 0}
-
-#: Settings that are shares.
-SHARES = {"threshold", "editing_threshold", "top_p"}
 
 
 @dataclasses.dataclass
@@ -35,29 +28,18 @@ class SamplerConfig(BaseSamplerConfig):
 
     NAME: ClassVar[str]  #: of the sampler
 
-    max_new_tokens: int | None = knob(128, "of an answer")
+    max_new_tokens: Count | None = knob(128, "of an answer")
     max_length: int | None = knob(None, "of prompt and answer together, where max_new_tokens is none")
-    temperature: float = knob(0.0, "0 takes the likeliest token")
+    temperature: NotNegative = knob(0.0, "0 takes the likeliest token")
 
     def __post_init__(self) -> None:
         check_types(self, "sampler")
-        for name, value in vars(self).items():
-            if value is not None and name in LEAST:
-                require("sampler", self, name, value >= LEAST[name], f"at least {LEAST[name]}")
-            if value is not None and name in SHARES:
-                require("sampler", self, name, 0 <= value <= 1, "in [0, 1]")
 
     @classmethod
     def of(cls, config: BaseSamplerConfig | None, changes: dict[str, Any]) -> SamplerConfig:
-        """Return `config`, which may be dllm's dataclass of the same fields, with `changes`.
-
-        Raises:
-            ConfigError: there is no such setting.
-        """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(changes.keys() - known):
-            accepted = ", ".join(sorted(known))
-            raise ConfigError(f"{unknown[0]}: not a setting of the {cls.NAME} sampler; known: {accepted}")
+        """Return `config`, which may be dllm's dataclass of the same fields, with `changes`, or raise ConfigError."""
+        known = sorted(field.name for field in dataclasses.fields(cls))
+        refuse_unknown(f"setting of the {cls.NAME} sampler", changes, known)
         given = {} if config is None else {name: getattr(config, name) for name in known if hasattr(config, name)}
         return cls(**{**given, **changes})
 
@@ -138,6 +120,10 @@ class CanvasSampler(BaseSampler):
         if len(inputs) == 0:
             raise ConfigError("no prompt to decode")
         prompts = [torch.as_tensor(prompt, dtype=torch.long, device=device) for prompt in inputs]
+        if getattr(settings, "right_shift_logits", False):  # the first token is predicted from what stands before it
+            prompts = [
+                prompt if len(prompt) else prompt.new_tensor([self.tokenizer.bos_token_id]) for prompt in prompts
+            ]
         return prompts, settings, RowNoise(seeds, len(prompts), device)
 
     def _canvas(self, prompts: list[Tensor], ends: list[int]) -> Tensor:
@@ -164,8 +150,9 @@ class RowNoise:
     def __init__(self, seeds: Sequence[int] | None, rows: int, device: torch.device) -> None:
         if seeds is not None and len(seeds) != rows:
             raise ConfigError(f"{len(seeds)} seeds for {rows} prompts: expected one for each")
-        self.generators = None if seeds is None else [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        self.device = device
+        self.seeded = seeds is not None
+        own = [torch.Generator(device).manual_seed(seed) for seed in seeds or ()]
+        self.generators: Sequence[torch.Generator | None] = own or [None] * rows  #: of each row; none is torch's
 
     def uniform(self, shape: tuple[int, ...], positions: Positions, dtype: torch.dtype) -> Tensor:
         """Draw uniform numbers for some positions of a canvas. shape (B, T, …), positions [B, M] → [B, M, …].
@@ -173,48 +160,32 @@ class RowNoise:
         The global generator draws the whole canvas, as dllm does; a row's own draws for the row's positions alone.
         """
         index, valid = positions
-        if self.generators is None:
-            drawn = torch.rand(shape, dtype=dtype, device=self.device)
-            return drawn[torch.arange(len(index), device=self.device)[:, None], index]
-        drawn = torch.ones(*index.shape, *shape[2:], dtype=dtype, device=self.device)
+        if not self.seeded:
+            drawn = torch.rand(shape, dtype=dtype, device=index.device)
+            return drawn[torch.arange(len(index), device=index.device)[:, None], index]
+        drawn = torch.ones(*index.shape, *shape[2:], dtype=dtype, device=index.device)
         for row, count, generator in zip(drawn, valid.sum(1).tolist(), self.generators, strict=True):
             row[:count].uniform_(generator=generator)
         return drawn
-
-    def choose(self, probabilities: Tensor, idle: Tensor) -> Tensor:
-        """Draw a token from each distribution. probabilities [B, M, V], idle [B, 1] → [B, M] int64.
-
-        Rows that are idle draw nothing from their own generators, as they would not if they were alone; nor does the
-        global one if all are.
-        """
-        chosen = torch.zeros(probabilities.shape[:2], dtype=torch.long, device=self.device)
-        left_out = idle[:, 0].tolist()
-        if self.generators is None:
-            return chosen if all(left_out) else torch.multinomial(probabilities.flatten(0, 1), 1).view_as(chosen)
-        for row, own, generator, out in zip(chosen, probabilities, self.generators, left_out, strict=True):
-            if not out:
-                row.copy_(torch.multinomial(own, 1, generator=generator)[:, 0])
-        return chosen
 
     def of_valid(
         self, values: Tensor, valid: Tensor, draw: Callable[[Tensor, torch.Generator | None], Tensor]
     ) -> Tensor:
         """Apply `draw(values [N, …], generator)` → [N] to what is valid, in order: row by row, or all at once.
 
-        values [B, M, …], valid [B, M] bool → [B, M], 0 where nothing is valid.
+        values [B, M, …], valid [B, M] bool, true at the first places of a row → [B, M], 0 where nothing is valid.
         """
-        if self.generators is None:
-            drawn = draw(values[valid], None)
+        rows = [row[:count] for row, count in zip(values, valid.sum(1).tolist(), strict=True)]
+        if self.seeded:
+            drawn = torch.cat([draw(row, generator) for row, generator in zip(rows, self.generators, strict=True)])
         else:
-            rows = zip(values, valid, self.generators, strict=True)
-            drawn = torch.cat([draw(row[own], generator) for row, own, generator in rows])
+            drawn = draw(torch.cat(rows), None)
         return drawn.new_zeros(valid.shape).masked_scatter(valid, drawn)
 
-    def binomial(self, row: int, count: int, probability: float) -> int:
-        """Draw how many of `count` events happen."""
-        n, p = (torch.tensor(value, dtype=torch.float64, device=self.device) for value in (count, probability))
-        generator = None if self.generators is None else self.generators[row]
-        return int(torch.binomial(n, p, generator=generator))
+
+def choice(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw one of V for each distribution. [N, V] → [N]."""
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
 def completions(canvas: Tensor, prompt_lengths: Sequence[int], new_tokens: int, ends: Sequence[int]) -> list[list[int]]:

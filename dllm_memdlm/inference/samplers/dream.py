@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...config import ShareBelowOne, knob, require
-from ...method.losses import positions_of
-from .base import SamplerConfig
+from ...config import Count, Natural, NotNegative, Probability, ShareBelowOne, knob, require
+from ...method.losses import Positions, positions_of
+from .base import SamplerConfig, choice
 from .llada21 import keep_likeliest
 from .mdlm import Block, Denoiser, MDLMSampler
 
@@ -28,35 +28,25 @@ class DreamSamplerConfig(SamplerConfig):
     block_size = threshold = cfg_keep_tokens = None  # no settings here: one block, and none of MDLM's approximations
     cache = "none"
 
-    max_new_tokens: int | None = knob(20, "of an answer")
-    temperature: float = knob(1.0, "0 takes the likeliest token")
-    steps: int = knob(512, "of an answer")
+    max_new_tokens: Count | None = knob(20, "of an answer")
+    temperature: NotNegative = knob(1.0, "0 takes the likeliest token")
+    steps: Count = knob(512, "of an answer")
     alg: Literal["origin", "maskgit_plus", "topk_margin", "entropy"] = knob(
         "origin", "which tokens a step commits: any; the likeliest; those far ahead of the next; those of least entropy"
     )
-    alg_temp: float | None = knob(0.0, "draw the positions, by confidence over this; 0 and none take the surest")
+    alg_temp: NotNegative | None = knob(0.0, "draw the positions, by confidence over this; 0 and none take the surest")
     eps: ShareBelowOne = knob(1e-3, "time of the last step of `origin`")
-    top_p: float | None = knob(1.0, "keep the likeliest tokens that hold this probability")
-    top_k: int | None = knob(50, "keep this many of the likeliest tokens")
+    top_p: Probability | None = knob(1.0, "keep the likeliest tokens that hold this probability")
+    top_k: Natural | None = knob(50, "keep this many of the likeliest tokens")
     stochastic_transfer: bool = knob(False, "draw how many tokens a step commits")
     right_shift_logits: bool = knob(True, "logits at position i predict token i + 1")
-    cfg_scale: float = knob(0.0, "classifier-free guidance; costs a second forward pass")
+    cfg_scale: NotNegative = knob(0.0, "classifier-free guidance; costs a second forward pass")
     suppress_tokens: list[int] | None = knob(None, "never chosen")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         asked = not self.alg_temp or self.alg != "origin"
         require("sampler", self, "alg_temp", asked, "0 with alg=origin, which asks for no confidence")
-
-
-@dataclass
-class DreamSampler(MDLMSampler):
-    """dllm's `DreamSampler`, but for mask tokens in a prompt, which stay. See `CanvasSampler`."""
-
-    CONFIG = DreamSamplerConfig
-
-    def _denoiser(self, *under_way: Any) -> Denoiser:
-        return _DreamDenoiser(self, *under_way)
 
 
 #: How sure a proposal is: (probabilities [B, M, V], those of the proposed tokens [B, M]) → [B, M].
@@ -91,19 +81,14 @@ class _DreamDenoiser(Denoiser):
             self.canvas[chosen] = tokens[chosen]
 
     def _surest(self, row: int, confidence: Tensor, count: int) -> Tensor:
-        settings, generators = self.settings, self.noise.generators
-        if settings.alg_temp:
+        if self.settings.alg_temp:
             # Without replacement, each as probable as exp(confidence / alg_temp); as torch.multinomial draws, in logs.
-            generator = None if generators is None else generators[row]
-            drawn = torch.empty_like(confidence).exponential_(generator=generator)
-            confidence = confidence / settings.alg_temp - drawn.log()
+            drawn = torch.empty_like(confidence).exponential_(generator=self.noise.generators[row])
+            confidence = confidence / self.settings.alg_temp - drawn.log()
         return super()._surest(row, confidence, count)
 
-    def _propose(self, masked: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a confidence, -inf where nothing is masked, and the token that the model proposes. Both [B, T]."""
-        settings, positions = self.settings, positions_of(masked)
-        logits = self._logits(positions.logit_index(settings.right_shift_logits))
-        logits[..., settings.suppress_tokens or []] = -torch.inf
+    def _choose(self, logits: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        settings = self.settings
         if settings.temperature > 0:
             logits = logits / settings.temperature
         for top_k, top_p in ((None, settings.top_p), (settings.top_k, None)):  # in this order, as dllm
@@ -111,14 +96,18 @@ class _DreamDenoiser(Denoiser):
         probabilities = logits.softmax(-1)
         likeliest, found = probabilities.max(-1)
         if settings.temperature > 0:
-            found = self.noise.of_valid(probabilities, positions.valid, _token)
+            found = self.noise.of_valid(probabilities, positions.valid, choice)
             likeliest = probabilities.gather(-1, found[..., None])[..., 0]
-        return self._placed(masked, positions, CONFIDENCE[settings.alg](probabilities, likeliest), found)
+        return CONFIDENCE[settings.alg](probabilities, likeliest), found
 
 
 def _uniform(positions: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.rand(len(positions), generator=generator, device=positions.device)
 
 
-def _token(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+@dataclass
+class DreamSampler(MDLMSampler):
+    """dllm's `DreamSampler`, but for mask tokens in a prompt, which stay. See `CanvasSampler`."""
+
+    CONFIG = DreamSamplerConfig
+    DENOISER = _DreamDenoiser

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ...backbones.cache import CanvasCache, block_causal
 from ...compat.dllm_api import BaseSamplerConfig
-from ...config import ConfigError, knob
-from .base import CanvasSampler, RowNoise, SamplerConfig
+from ...config import ConfigError, Count, Natural, Probability, knob
+from .base import CanvasSampler, RowNoise, SamplerConfig, choice
 
 #: Prompt tokens that one forward pass computes while filling the cache: bounds the memory that a long prompt takes.
 PREFILL = 1024
@@ -33,18 +33,20 @@ class LLaDA21SamplerConfig(SamplerConfig):
 
     NAME = "llada21"
 
-    block_size: int = knob(32, "tokens that see each other; blocks are finished one after the other")
-    top_p: float | None = knob(None, "sample among the likeliest tokens that hold this probability")
-    top_k: int | None = knob(None, "sample among this many of the likeliest tokens")
-    threshold: float = knob(0.95, "masks are committed above this confidence, and at least num_to_transfer of them")
-    editing_threshold: float | None = knob(
+    block_size: Count = knob(32, "tokens that see each other; blocks are finished one after the other")
+    top_p: Probability | None = knob(None, "sample among the likeliest tokens that hold this probability")
+    top_k: Natural | None = knob(None, "sample among this many of the likeliest tokens")
+    threshold: Probability = knob(
+        0.95, "masks are committed above this confidence, and at least num_to_transfer of them"
+    )
+    editing_threshold: Probability | None = knob(
         0.9, "committed tokens give way to another one above this confidence; none never edits, as in the paper"
     )
-    max_post_steps: int = knob(16, "steps of editing alone, once a block has no mask left")
-    num_to_transfer: int = knob(1, "the fewest masks that a step commits")
+    max_post_steps: Natural = knob(16, "steps of editing alone, once a block has no mask left")
+    num_to_transfer: Count = knob(1, "the fewest masks that a step commits")
     eos_early_stop: bool = knob(False, "stop after the block in which the text ends")
     use_cache: bool = knob(True, "keep keys and values of finished blocks; the same tokens without")
-    block_steps: int | None = knob(
+    block_steps: Count | None = knob(
         None,
         "a block takes no more steps than these, nor than the answer has tokens: each commits at least its share of "
         "the block (the paper's are 32); none is no limit",
@@ -57,8 +59,8 @@ class LLaDA2SamplerConfig(LLaDA21SamplerConfig):
 
     NAME = "llada2"
 
-    editing_threshold: float | None = knob(None, "as of llada21; none never edits")
-    block_steps: int | None = knob(32, "as of llada21; dllm's steps_per_block")
+    editing_threshold: Probability | None = knob(None, "as of llada21; none never edits")
+    block_steps: Count | None = knob(32, "as of llada21; dllm's steps_per_block")
 
     @classmethod
     def of(cls, config: BaseSamplerConfig | None, changes: dict[str, Any]) -> SamplerConfig:
@@ -196,7 +198,10 @@ class LLaDA21Sampler(CanvasSampler):
         if settings.temperature > 0:
             logits = keep_likeliest(logits / settings.temperature, settings.top_k, settings.top_p)
         probabilities = logits.softmax(-1)
-        tokens = noise.choose(probabilities, idle) if settings.temperature > 0 else probabilities.argmax(-1)
+        if settings.temperature > 0:
+            tokens = noise.of_valid(probabilities, ~idle.expand_as(window), choice)
+        else:
+            tokens = probabilities.argmax(-1)
         probability = probabilities.gather(-1, tokens[..., None])[..., 0]
 
         before, own = canvas.gather(1, window), window >= rows.prompt  # a mask token of the prompt is text, and stays

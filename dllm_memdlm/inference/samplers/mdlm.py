@@ -10,14 +10,14 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ...backbones.cache import CanvasCache
 from ...compat.dllm_api import BaseSamplerOutput
-from ...config import knob, require
+from ...config import Count, NotNegative, Probability, knob, require
 from ...method.losses import Positions, positions_of
 from .base import CanvasSampler, Prompts, RowNoise, SamplerConfig, finished
 
@@ -28,11 +28,11 @@ class MDLMSamplerConfig(SamplerConfig):
 
     NAME = "mdlm"
 
-    block_size: int | None = knob(128, "blocks are finished one after the other; none is one block")
-    steps: int = knob(128, "of all blocks together")
+    block_size: Count | None = knob(128, "blocks are finished one after the other; none is one block")
+    steps: Count = knob(128, "of all blocks together")
     remasking: Literal["low_confidence", "random"] = knob("low_confidence", "which tokens are committed last")
     stochastic_transfer: bool = knob(False, "draw how many tokens a step commits")
-    cfg_scale: float = knob(0.0, "classifier-free guidance; costs a second forward pass")
+    cfg_scale: NotNegative = knob(0.0, "classifier-free guidance; costs a second forward pass")
     cfg_keep_tokens: list[int] | None = knob(None, "tokens of the prompt that guidance does not hide")
     suppress_tokens: list[int] | None = knob(None, "never chosen")
     begin_suppress_tokens: list[int] | None = knob(None, "of no confidence, so committed last")
@@ -42,76 +42,26 @@ class MDLMSamplerConfig(SamplerConfig):
         "keep keys and values of what stands before the current block (prefix), or of all but it (dual), from the "
         "block's first step on: an approximation, as with bidirectional attention they change in every step",
     )
-    threshold: float | None = knob(None, "commit every token of more confidence, and at least one, whatever steps says")
+    threshold: Probability | None = knob(
+        None, "commit every token of more confidence, and at least one, whatever steps says"
+    )
 
 
-class Block(NamedTuple):
-    """The part of each row that is filled in now, from `starts` up to `ends`."""
-
-    starts: list[int]
-    ends: list[int]
-    lowest: list[int]  #: where a token may be committed first: dllm also fills masks that earlier blocks have left
-
-
-@dataclass
-class MDLMSampler(CanvasSampler):
-    """dllm's `MDLMSampler`, but for mask tokens in a prompt, which stay. See `CanvasSampler`."""
-
-    CONFIG = MDLMSamplerConfig
-
-    @torch.no_grad()
-    def _decode(self, prompts: list[Tensor], settings: MDLMSamplerConfig, noise: RowNoise) -> Iterator[Tensor]:
-        prompts = self._with_bos(prompts, settings)
-        lengths = [len(prompt) for prompt in prompts]
-        new = settings.new_tokens(max(lengths))
-        size = settings.block_size or new
-        canvas = self._canvas(prompts, [length + new for length in lengths])
-        approximate = settings.cache != "none" or settings.threshold is not None
-        blocks = []
-        for first in range(0, new, size):
-            starts = [length + first for length in lengths]
-            ends = [length + min(first + size, new) for length in lengths]
-            blocks.append(Block(starts, ends, starts if approximate else lengths))
-        yield from self._denoiser(settings, noise, canvas, [length + new for length in lengths]).fill(blocks)
-
-    @torch.no_grad()
-    def infill(
-        self, inputs: Prompts, config: Any = None, seeds: Sequence[int] | None = None, **kwargs: Any
-    ) -> BaseSamplerOutput | Tensor:
-        """Fill in the mask tokens of the inputs where they stand; blocks are counted from the start of a row."""
-        rows, settings, noise = self._begin(inputs, config, seeds, kwargs)
-        require("sampler", settings, "cache", settings.cache == "none", "none when filling in")
-        rows = self._with_bos(rows, settings)
-        lengths = [len(row) for row in rows]
-        size = settings.block_size or max(lengths)
-        blocks = []
-        for start in range(0, max(lengths), size):
-            starts = [start] * len(rows)
-            blocks.append(Block(starts, [max(start, min(start + size, length)) for length in lengths], starts))
-        canvas = self._canvas(rows, lengths)
-        return finished(self._denoiser(settings, noise, canvas, lengths).fill(blocks), settings)
-
-    def _denoiser(self, *under_way: Any) -> Denoiser:
-        return Denoiser(self, *under_way)
-
-    def _with_bos(self, rows: list[Tensor], settings: MDLMSamplerConfig) -> list[Tensor]:
-        """Put a first token into empty rows, from which shifted logits can predict."""
-        if not settings.right_shift_logits:
-            return rows
-        return [row if len(row) else row.new_tensor([self.tokenizer.bos_token_id]) for row in rows]
+#: The part of each row that is filled in now: where it starts and ends.
+Block = list[tuple[int, int]]
 
 
 class Denoiser:
-    """A batch under way: its canvas [B, T], which is changed, and whose rows have `lengths` tokens."""
+    """A batch under way: its canvas [B, T], which is changed, and whose rows end at `ends`."""
 
     def __init__(
-        self, sampler: MDLMSampler, settings: MDLMSamplerConfig, noise: RowNoise, canvas: Tensor, lengths: list[int]
+        self, sampler: MDLMSampler, settings: MDLMSamplerConfig, noise: RowNoise, canvas: Tensor, ends: list[int]
     ) -> None:
         self.model, self.scheduler, self.mask = sampler.model, sampler.scheduler, sampler.tokenizer.mask_token_id
-        self.settings, self.noise, self.canvas, self.lengths = settings, noise, canvas, lengths
+        self.settings, self.noise, self.canvas, self.ends = settings, noise, canvas, ends
         self.place = torch.arange(canvas.shape[1], device=canvas.device)
-        ragged = len(set(lengths)) > 1
-        self.keys = self.place < torch.tensor(lengths, device=canvas.device)[:, None] if ragged else None
+        ragged = len(set(ends)) > 1
+        self.keys = self.place < torch.tensor(ends, device=canvas.device)[:, None] if ragged else None
         #: What guidance hides from its second pass: the prompt, but for the tokens to keep [B, T] bool
         self.given = (canvas != self.mask) & (True if self.keys is None else self.keys)
         if settings.cfg_keep_tokens:
@@ -119,11 +69,23 @@ class Denoiser:
         self.caches = [CanvasCache(sampler.layers, canvas.shape[1]) for _ in range(1 + (settings.cfg_scale > 0))]
         self.window: Tensor | None = None  #: positions [B, W] that are computed anew; none is all
 
-    def fill(self, blocks: list[Block]) -> Iterator[Tensor]:
-        """Fill in the blocks, one after the other; yield the canvas before the first step and after each one."""
+    @torch.no_grad()
+    def fill(self, first: list[int], alone: bool) -> Iterator[Tensor]:
+        """Fill in each row from its `first` position on, block after block; yield the canvas at first and each step.
+
+        Unless `alone`, a step may also fill masks that earlier blocks have left, as dllm's do.
+        """
         yield self.canvas
+        rows = list(zip(first, self.ends, strict=True))
+        longest = max(end - start for start, end in rows)
+        size = self.settings.block_size or longest
+        blocks: list[Block] = [
+            [(min(start + offset, end), min(start + offset + size, end)) for start, end in rows]
+            for offset in range(0, longest, size)
+        ]
         for block in blocks:
-            low, high = torch.tensor([block.lowest, block.ends], device=self.canvas.device)[..., None]
+            open_to = [(start if alone else low, end) for low, (start, end) in zip(first, block, strict=True)]
+            low, high = torch.tensor(open_to, device=self.canvas.device).T[..., None]
             self.window = None
             for counts in self._plan(block, math.ceil(self.settings.steps / len(blocks))):
                 masked = (self.canvas == self.mask) & (self.place >= low) & (self.place < high)
@@ -136,11 +98,10 @@ class Denoiser:
 
     def _plan(self, block: Block, steps: int) -> list[tuple[int, ...] | None]:
         """Return for each step of a block how many tokens each row commits; none where the threshold decides."""
-        bounds = list(zip(block.starts, block.ends, strict=True))
         if self.settings.threshold is not None:
-            return [None] * max(end - start for start, end in bounds)
+            return [None] * max(end - start for start, end in block)
         counts: list[list[int]] = []
-        for row, (start, end) in enumerate(bounds):
+        for row, (start, end) in enumerate(block):
             left = int((self.canvas[row, start:end] == self.mask).sum())
             counts.append([])
             for step in range(steps, 0, -1):
@@ -148,24 +109,28 @@ class Denoiser:
                     break
                 reveal = 1 - self.scheduler.reverse_mask_prob(s=(step - 1) / steps, t=step / steps)
                 drawn = self.settings.stochastic_transfer
-                count = min(left, self.noise.binomial(row, left, reveal) if drawn else round(left * reveal))
+                count = min(left, self._binomial(row, left, reveal) if drawn else round(left * reveal))
                 left -= count
                 counts[-1] += [count] * (count > 0)  # steps without any are left out
         return list(itertools.zip_longest(*counts, fillvalue=0))
 
+    def _binomial(self, row: int, count: int, probability: float) -> int:
+        """Draw how many of `count` events happen."""
+        n, p = torch.tensor([count, probability], dtype=torch.float64, device=self.canvas.device)
+        return int(torch.binomial(n, p, generator=self.noise.generators[row]))
+
     def _step(self, masked: Tensor, counts: tuple[int, ...] | None) -> None:
-        """Commit tokens at masked positions [B, T]: so many in each row, or all that are sure enough."""
+        """Commit tokens at masked positions [B, T]: so many in each row, or all that are sure enough, at least one."""
+        if counts is not None:
+            masked = masked & (torch.tensor(counts, device=masked.device)[:, None] > 0)
+        confidence, tokens = self._propose(masked)
         if counts is None:
             assert self.settings.threshold is not None
-            confidence, tokens = self._propose(masked)
-            best = torch.zeros_like(masked).scatter_(1, confidence.argmax(1, keepdim=True), True)
-            chosen = (best | (confidence > self.settings.threshold)) & masked
-            self.canvas[chosen] = tokens[chosen]
-            return
-        confidence, tokens = self._propose(masked & (torch.tensor(counts, device=masked.device)[:, None] > 0))
-        for row, (count, length) in enumerate(zip(counts, self.lengths, strict=True)):
+            sure = (confidence > self.settings.threshold).sum(1)
+            counts = tuple(sure.clamp(min=1).where(masked.any(1), 0).tolist())
+        for row, (count, end) in enumerate(zip(counts, self.ends, strict=True)):
             # As many entries as the row alone would have, so that ties fall as they do without a batch.
-            chosen = self._surest(row, confidence[row, :length], count)
+            chosen = self._surest(row, confidence[row, :end], count)
             self.canvas[row, chosen] = tokens[row, chosen]
 
     def _surest(self, row: int, confidence: Tensor, count: int) -> Tensor:
@@ -179,25 +144,24 @@ class Denoiser:
         if settings.threshold is not None:  # goes on until no mask is left
             logits[..., self.mask] = -torch.inf
         logits[..., settings.suppress_tokens or []] = -torch.inf
-        shape = (*masked.shape, logits.shape[-1])
+        sure, found = self._choose(logits, positions)
+        sure = sure.masked_fill(~positions.valid, -torch.inf)
+        confidence = sure.new_full(masked.shape, -torch.inf).scatter_(1, positions.index, sure)
+        return confidence, torch.zeros_like(masked, dtype=torch.long).scatter_(1, positions.index, found)
+
+    def _choose(self, logits: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        """Return how sure a token is, and the token, at each of the positions. logits [B, M, V] → [B, M] each."""
+        settings, shape = self.settings, (*self.canvas.shape, logits.shape[-1])
         if settings.temperature > 0:
             # Gumbel's trick, in float64 as in dllm: in less, small probabilities are cut off.
             uniform = self.noise.uniform(shape, positions, torch.float64)
             found = (logits.double().exp() / (-uniform.log()) ** settings.temperature).argmax(-1)
         else:
             found = logits.argmax(-1)
+        if settings.remasking == "random":
+            return self.noise.uniform(shape[:2], positions, torch.float32), found
         logits[..., settings.begin_suppress_tokens or []] = -torch.inf
-        if settings.remasking == "low_confidence":
-            sure = logits.softmax(-1).gather(-1, found[..., None])[..., 0]
-        else:
-            sure = self.noise.uniform(shape[:2], positions, torch.float32)
-        return self._placed(masked, positions, sure, found)
-
-    def _placed(self, masked: Tensor, positions: Positions, sure: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
-        """Put confidences and tokens [B, M] where they belong on the canvas [B, T]."""
-        sure = sure.masked_fill(~positions.valid, -torch.inf)
-        confidence = sure.new_full(masked.shape, -torch.inf).scatter_(1, positions.index, sure)
-        return confidence, torch.zeros_like(masked, dtype=torch.long).scatter_(1, positions.index, found)
+        return logits.softmax(-1).gather(-1, found[..., None])[..., 0], found
 
     def _logits(self, positions: Tensor) -> Tensor:
         """Return the logits at `positions` [B, M], guided if asked for. → [B, M, V]."""
@@ -221,10 +185,33 @@ class Denoiser:
 
     def _window_of(self, block: Block) -> Tensor:
         """Return what later steps of a block compute anew, with a cache: the block, or all from it on. [B, W]."""
-        starts, ends = block.starts, block.ends
-        if self.settings.cache == "prefix":
-            ends = [start + self.canvas.shape[1] - max(starts) for start in starts]  # the end of each row's answer
-        if self.settings.right_shift_logits:
-            starts = [start - 1 for start in starts]
-        first = torch.tensor(starts, device=self.canvas.device)[:, None]
-        return first + torch.arange(ends[0] - starts[0], device=self.canvas.device)
+        starts, ends = zip(*block, strict=True)
+        width = ends[0] - starts[0] if self.settings.cache == "dual" else self.canvas.shape[1] - max(starts)
+        shift = int(self.settings.right_shift_logits)
+        place = torch.arange(-shift, width, device=self.canvas.device)
+        return torch.tensor(starts, device=self.canvas.device)[:, None] + place
+
+
+@dataclass
+class MDLMSampler(CanvasSampler):
+    """dllm's `MDLMSampler`, but for mask tokens in a prompt, which stay. See `CanvasSampler`."""
+
+    CONFIG = MDLMSamplerConfig
+    DENOISER: ClassVar[type[Denoiser]] = Denoiser
+
+    def _decode(self, prompts: list[Tensor], settings: MDLMSamplerConfig, noise: RowNoise) -> Iterator[Tensor]:
+        lengths = [len(prompt) for prompt in prompts]
+        new = settings.new_tokens(max(lengths))
+        ends = [length + new for length in lengths]
+        approximate = settings.cache != "none" or settings.threshold is not None
+        return self.DENOISER(self, settings, noise, self._canvas(prompts, ends), ends).fill(lengths, approximate)
+
+    def infill(
+        self, inputs: Prompts, config: Any = None, seeds: Sequence[int] | None = None, **kwargs: Any
+    ) -> BaseSamplerOutput | Tensor:
+        """Fill in the mask tokens of the inputs where they stand; blocks are counted from the start of a row."""
+        rows, settings, noise = self._begin(inputs, config, seeds, kwargs)
+        require("sampler", settings, "cache", settings.cache == "none", "none when filling in")
+        ends = [len(row) for row in rows]
+        denoiser = self.DENOISER(self, settings, noise, self._canvas(rows, ends), ends)
+        return finished(denoiser.fill([0] * len(rows), alone=True), settings)
