@@ -10,8 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import assert_close_relative, take_gradients, tiny
-from inputs import tokens
+from conftest import assert_close_relative
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -78,9 +77,9 @@ def fast_weights(samples: int, full: bool = False, count: int = 6, widths: Any =
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("used", [[0, 1, 2, 3, 4, 5], [1, 4]], ids=["all", "few"])
-def test_sorted_experts_are_a_loop_over_experts(dtype, lora, used):
-    experts = experts_of(dtype, lora)
+def test_sorted_experts_are_a_loop_over_experts(dtype, lora):
+    """Experts that no token chose have a gradient, too: zeros, or ranks that hit others would wait for each other."""
+    experts, used = experts_of(dtype, lora), [1, 2, 4]
     results = []
     for run in (experts, LoopOverExperts(experts)):
         x, chosen, weights = routing(dtype, used)
@@ -130,17 +129,6 @@ def test_disabled_and_merged_adapters_are_followed():
     nn.init.constant_(layers[0].lora_A["default"].weight, torch.inf)
     with pytest.raises(ValueError, match="not finite"):
         layers[0].merge(safe_merge=True)
-
-
-@pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
-@pytest.mark.parametrize("lora", [False, True])
-def test_experts_that_no_token_chose_have_a_gradient(kind, lora):
-    model = tiny(kind, lora=lora, num_experts=24)
-    model(input_ids=tokens()[:1, :3]).logits.square().sum().backward()
-    gradients = take_gradients(model)  # none missing
-    experts = {name: g for name, g in gradients.items() if ".experts." in name}
-    assert len(experts) == sum(isinstance(m, RoutedExperts) for m in model.modules()) * (6 if lora else 3)
-    assert all(len(g) == 24 and 0 < g.flatten(1).any(1).sum() < 12 for g in experts.values())
 
 
 def small_experts(lora: bool = False, **settings: Any) -> RoutedExperts:
