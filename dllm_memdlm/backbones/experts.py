@@ -86,7 +86,7 @@ def without_adapters(linear: nn.Module) -> Any:
     return linear.get_base_layer() if isinstance(linear, BaseTunerLayer) else linear
 
 
-def outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def outermost(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """All modules by path, but for what PEFT's layers have inside."""
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
