@@ -13,15 +13,14 @@ import peft
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import ConfigError, LoraConfig
-from .expert_names import split_names
 from .experts import ExpertLinear
 from .lora import ExpertLora
-from .stock_peft import WEIGHTS, StockLoraConfig, StockPeftModel, on_stacked, own_state
+from .stock_peft import WEIGHTS, StockLoraConfig, StockPeftModel, on_stacked
 
 
 def with_lora(backbone: PreTrainedModel, lora: LoraConfig) -> nn.Module:
@@ -156,20 +155,17 @@ def _loaded(
     try:
         if isinstance(config, StockLoraConfig):
             config.on(backbone)
-        with warnings.catch_warnings():  # PEFT's, of missing keys, which are an error here
+        config.inference_mode = not trainable
+        with warnings.catch_warnings():  # PEFT's
             warnings.simplefilter("ignore", UserWarning)
-            model = StockPeftModel.from_pretrained(backbone, folder, config=config, is_trainable=trainable)
-        with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
-            saved = set(file.keys())
+            model = StockPeftModel(backbone, config)
+            found = model.load_adapter(folder, "default", is_trainable=trainable)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise ConfigError(f"{where}: no adapter for this model ({_one_line(error)})") from error
-    own = split_names(own_state(model))
-    odd = {name for name in own.keys() ^ saved if "lora_" in name}
-    odd |= saved - own.keys() - model.state_dict().keys()  # embeddings may come along whole
-    if odd:
-        first = min(odd)
-        holder = "the adapter" if first in saved else "the model"
-        raise ConfigError(f"{where}: made for another model; {first} is in {holder} only")
+    missing = [name for name in found.missing_keys if "lora_" in name]
+    for names, holder in ((found.unexpected_keys, "adapter"), (missing, "model")):
+        if names:
+            raise ConfigError(f"{where}: made for another model; {min(names)} is in the {holder} only")
     return model
 
 

@@ -13,33 +13,27 @@ import peft
 from torch import nn
 
 from ..config import ConfigError
-from .decoder import DECODERS, bidirectional
-from .dream import DreamModel, dream_layer
+from .decoder import DECODERS
+from .dream import dream_layer
 from .layers import remade, rotary_embedding
-from .llada import LLaDABlock, LLaDAConfig, LLaDADecoder, LLaDAModelLM
-from .llada2_moe import (
-    LLaDA2MoeAttention,
-    LLaDA2MoeDecoderLayer,
-    LLaDA2MoeGate,
-    LLaDA2MoeModelLM,
-    LLaDA2MoeSparseMoeBlock,
-)
-from .llada_moe import LLaDAMoEAttention, LLaDAMoEDecoderLayer, LLaDAMoEModelLM, LLaDAMoESparseMoeBlock
-from .modernbert import ModernBertForMaskedLM, take_layers
+from .llada import LLaDABlock, LLaDAConfig, LLaDADecoder
+from .llada2_moe import LLaDA2MoeAttention, LLaDA2MoeDecoderLayer, LLaDA2MoeGate, LLaDA2MoeSparseMoeBlock
+from .llada_moe import LLaDAMoEAttention, LLaDAMoEDecoderLayer, LLaDAMoESparseMoeBlock
+from .loading import model_class
+from .modernbert import take_layers
 from .moe import stack_experts
 from .output import OutputLinear
 from .staged import StagedForward, unwrapped
 from .stock_peft import StockLoraConfig, StockPeftModel
 
-#: Our classes by the name of dllm's model: of the model, of a layer, of its attention and of its sparse block.
-_SPARSE = {
-    "LLaDAMoEModelLM": (LLaDAMoEModelLM, LLaDAMoEDecoderLayer, LLaDAMoEAttention, LLaDAMoESparseMoeBlock),
-    "LLaDA2MoeModelLM": (LLaDA2MoeModelLM, LLaDA2MoeDecoderLayer, LLaDA2MoeAttention, LLaDA2MoeSparseMoeBlock),
+#: Parts of sparse models, by the name that they have in either library.
+_PARTS = {
+    cls.__name__: cls
+    for cls in (
+        *(LLaDAMoEAttention, LLaDAMoEDecoderLayer, LLaDAMoESparseMoeBlock),
+        *(LLaDA2MoeAttention, LLaDA2MoeDecoderLayer, LLaDA2MoeGate, LLaDA2MoeSparseMoeBlock),
+    )
 }
-
-
-#: Where the classes are: of ModernBERT dllm trains transformers' own.
-_HOMES = ("dllm.", "transformers.models.modernbert.")
 
 
 def adopt(model: nn.Module) -> None:
@@ -50,37 +44,20 @@ def adopt(model: nn.Module) -> None:
 
     Raises:
         ConfigError: experts that differ in kind, in whether they train or in their adapters, or under other adapters
-            than a plain LoRA; or a LLaDA or ModernBERT that computes what ours does not.
+            than a plain LoRA; or a LLaDA or ModernBERT that computes what ours does not. Nothing is changed then.
     """
     inner: Any = unwrapped(model)
-    name = type(inner).__name__
-    if isinstance(inner, StagedForward) or not type(inner).__module__.startswith(_HOMES):
+    name, home = type(inner).__name__, type(inner).__module__
+    # Of ModernBERT dllm trains transformers' own
+    of_dllm = name in _TAKE and home.startswith(("dllm.", "transformers.models.modernbert."))
+    if not of_dllm or isinstance(inner, StagedForward):
         return
-    if name in _SPARSE:
-        cls, *of_layers = _SPARSE[name]
-        try:
-            stack_experts(inner)  # or nothing is changed
-        except ValueError as error:
-            raise ConfigError(f"model of dllm's: {error}") from error
-        for index, layer in enumerate(inner.model.layers):
-            inner.model.layers[index] = _our_layer(layer, *of_layers)
-    elif name == "LLaDAModelLM":
-        cls = LLaDAModelLM
-        _make_llada(inner)
-    elif name.startswith("A2D") and name in DECODERS:
-        cls = bidirectional(name)
-        for layer in inner.model.layers:
-            layer.self_attn.is_causal = False
-    elif name == "DreamModel":
-        cls = DreamModel
-        for index, layer in enumerate(inner.model.layers):
-            inner.model.layers[index] = dream_layer(layer, inner.config)
-    elif name == "ModernBertForMaskedLM":
-        cls = ModernBertForMaskedLM
-        _make_modernbert(inner)
-    else:
-        return
-    inner.__class__ = cls
+    try:
+        _TAKE[name](inner)
+    except ValueError as error:
+        whose = " of dllm's" if home.startswith("dllm.") else ""
+        raise ConfigError(f"model{whose}: {error}") from error
+    inner.__class__ = model_class(name)
     OutputLinear.put_into(inner)
     if isinstance(model, peft.PeftModel):
         for adapter, config in model.peft_config.items():
@@ -89,37 +66,48 @@ def adopt(model: nn.Module) -> None:
         model.__class__ = StockPeftModel
 
 
-def _make_llada(model: Any) -> None:
-    """Give a LLaDA our config, decoder and layers. Raises ConfigError, with nothing changed, for what ours is not."""
-    try:
-        config = LLaDAConfig.from_dict(model.config.to_dict())
-    except ValueError as error:
-        raise ConfigError(f"model of dllm's: {error}") from error
+def _take_sparse(model: Any) -> None:
+    stack_experts(model)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            kinds = (cls.__name__ for cls in type(child).__mro__)  # dllm derives its attention by sdpa from the other
+            own = next((_PARTS[kind] for kind in kinds if kind in _PARTS), None)
+            if own is not None:
+                setattr(parent, name, remade(own, child))
+
+
+def _take_llada(model: Any) -> None:
+    config = LLaDAConfig.from_dict(model.config.to_dict())
     config.name_or_path, config._attn_implementation = model.config.name_or_path, "sdpa"  # which dllm's layers call
     model.config = config
-    rotary_emb = rotary_embedding(config).to(model.device)
-    model.model = remade(LLaDADecoder, model.model, rotary_emb=rotary_emb)
+    model.model = remade(LLaDADecoder, model.model, rotary_emb=rotary_embedding(config).to(model.device))
     blocks = model.model.transformer["blocks"]
     for index, block in enumerate(blocks):
         blocks[index] = remade(LLaDABlock, block, config=config)
 
 
-def _make_modernbert(model: Any) -> None:
-    """Give a ModernBERT our layers. Raises ConfigError, with nothing changed, for what ours is not."""
-    try:
-        take_layers(model)
-    except ValueError as error:
-        raise ConfigError(f"model: {error}") from error
+def _take_decoder(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+
+
+def _take_dream(model: Any) -> None:
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = dream_layer(layer, model.config)
+
+
+def _take_modernbert(model: Any) -> None:
+    take_layers(model)
     if model.config._attn_implementation != "eager":  # transformers 4 chooses another wherever it is installed
         model.config._attn_implementation = "sdpa"
 
 
-def _our_layer(layer: Any, layer_class: Any, attention_class: type, block_class: type) -> nn.Module:
-    name, block = layer_class.attention_name, layer.mlp
-    if hasattr(block, "experts"):
-        block = remade(block_class, block, shared_experts=getattr(block, "shared_experts", None))
-        if block_class is LLaDA2MoeSparseMoeBlock:
-            block.gate = remade(LLaDA2MoeGate, block.gate)
-    shared = getattr(layer, "shared_expert", None)
-    attention = remade(attention_class, getattr(layer, name))
-    return remade(layer_class, layer, shared_expert=shared, mlp=block, **{name: attention})
+#: How the parts of a model become ours, which raises ValueError before it changes any; by the name of the model.
+_TAKE = {
+    "LLaDAMoEModelLM": _take_sparse,
+    "LLaDA2MoeModelLM": _take_sparse,
+    "LLaDAModelLM": _take_llada,
+    "DreamModel": _take_dream,
+    "ModernBertForMaskedLM": _take_modernbert,
+    **dict.fromkeys((name for name in DECODERS if name.startswith("A2D")), _take_decoder),
+}

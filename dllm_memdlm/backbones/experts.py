@@ -7,7 +7,7 @@ adapter (two matrices an expert) ─► `stack_names`, on loading ─► ExpertL
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -84,6 +84,15 @@ class PackedExpertLinear(ExpertLinear):
 def without_adapters(linear: nn.Module) -> Any:
     """The layer inside PEFT's, or the layer itself."""
     return linear.get_base_layer() if isinstance(linear, BaseTunerLayer) else linear
+
+
+def outermost(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """All modules by path, but for what PEFT's layers have inside."""
+    inside: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if not path.startswith(inside):
+            yield path, module
+            inside = (f"{path}.",) if isinstance(module, BaseTunerLayer) else inside
 
 
 def _joined(parts: Sequence[Tensor], block: int) -> Tensor:

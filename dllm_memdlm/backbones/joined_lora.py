@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..config import ConfigError
 from .adapters import adapter_folder, read_adapter_config
 from .expert_names import pattern_of, split_names, stack_names
+from .lora import is_plain
 from .site_weights import SiteWeights
-from .stacking import is_plain
 from .staged import unwrapped
 from .stock_peft import WEIGHTS, StockLoraConfig
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PretrainedConfig
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
 from transformers.models.llama.modeling_llama import eager_attention_forward
@@ -22,18 +23,42 @@ _constant: ContextVar[bool] = ContextVar("weights_are_constant", default=False)
 
 
 @contextmanager
-def frozen_weights() -> Iterator[None]:
-    """The backward pass of what is computed here ends at the fast weights: see `constant`."""
-    token = _constant.set(True)
+def switched_on(flag: ContextVar[bool]) -> Iterator[None]:
+    """Have a flag until the block ends."""
+    token = flag.set(True)
     try:
         yield
     finally:
-        _constant.reset(token)
+        flag.reset(token)
+
+
+def frozen_weights() -> AbstractContextManager[None]:
+    """The backward pass of what is computed within ends at the fast weights: see `constant`."""
+    return switched_on(_constant)
 
 
 def constant(weight: Tensor) -> Tensor:
     """A weight of an autograd function of ours, which computes its gradient only outside of `frozen_weights`."""
     return weight.detach() if _constant.get() else weight
+
+
+class BundledConfig(PretrainedConfig):
+    """A config of plain dimensions.
+
+    Args:
+        named: the dimensions; of the local variables of a subclass's `__init__`, those that it names.
+        kwargs: what transformers' configs take.
+    """
+
+    rope_scaling: dict[str, Any] | None = None  # no property, which transformers 5 has
+
+    def __init__(self, named: dict[str, Any], **kwargs: Any) -> None:
+        for name, value in named.items():
+            # Without a scaling it is not in config.json, where transformers 5 would remark on it.
+            if name not in ("self", "kwargs", "__class__") and (name, value) != ("rope_scaling", None):
+                setattr(self, name, value)
+        given = {name: named[name] for name in ("eos_token_id", "pad_token_id", "tie_word_embeddings") if name in named}
+        super().__init__(**given, **kwargs)
 
 
 def remade(cls: type[nn.Module], module: Any, **parts: Any) -> nn.Module:
@@ -179,6 +204,11 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int, dtype: torch.dtype) 
     return output
 
 
+def in_heads(module: Any, *projected: Tensor) -> Iterator[Tensor]:
+    """Queries, keys or values by head. Each [B, L, H·d] → [B, H, L, d]."""
+    return (part.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for part in projected)
+
+
 def attend(
     module: Any,
     query: Tensor,
@@ -230,3 +260,29 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = lowered(x)
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """Attention and a feed-forward network, each on a norm of what comes in, and added to it.
+
+    A subclass has `attended(x, queries, position_embeddings, attention_mask, cache)`, as `attend`, and `feed_forward`.
+    """
+
+    attended: Callable[..., Tensor]
+    feed_forward: Callable[[Tensor], Tensor]
+    norms = ("input_layernorm", "post_attention_layernorm")  #: names of the norm before either
+
+    def forward(
+        self,
+        hidden: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | BlockCausal | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+        queries: Tensor | None = None,
+    ) -> Tensor:
+        """hidden [B, L, D] → [B, L, D], or [B, M, D] of the positions `queries` [B, M]."""
+        first, second = (getattr(self, name) for name in self.norms)
+        attended = self.attended(lowered(first(hidden)), queries, position_embeddings, attention_mask, cache)
+        hidden = attended + (hidden if queries is None else take(hidden, queries))
+        return hidden + self.feed_forward(second(hidden))

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import PreTrainedModel
 
-from .layers import RMSNorm, attend, lowered, parts, rotary_embedding, take
+from .layers import BundledConfig, DecoderLayer, RMSNorm, attend, in_heads, lowered, parts, rotary_embedding, take
 from .output import OutputLinear
 from .staged import StagedForward
 
@@ -22,7 +21,7 @@ COMPUTED |= {"input_emb_norm": False, "weight_tying": False, "scale_logits": Fal
 COMPUTED |= {"residual_dropout": 0.0, "embedding_dropout": 0.0}
 
 
-class LLaDAConfig(PretrainedConfig):
+class LLaDAConfig(BundledConfig):
     """Dimensions by their published names, or by the usual ones; the defaults are those of LLaDA-8B.
 
     Raises:
@@ -41,7 +40,6 @@ class LLaDAConfig(PretrainedConfig):
         "tie_word_embeddings": "weight_tying",
     }
     partial_rotary_factor = 1.0
-    rope_scaling: dict[str, Any] | None = None  # no property, which transformers 5 has
 
     def __init__(
         self,
@@ -66,9 +64,9 @@ class LLaDAConfig(PretrainedConfig):
         pad_token_id: int | None = 126081,
         **kwargs: Any,
     ) -> None:
-        own = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
+        own = {**COMPUTED, **locals()}
         kwargs = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
-        own = {name: kwargs.pop(name, value) for name, value in {**COMPUTED, **own}.items()}
+        own = {name: kwargs.pop(name, value) for name, value in own.items()}
         own["n_kv_heads"] = own["n_kv_heads"] or own["n_heads"]
         own["mlp_hidden_size"] = own["mlp_hidden_size"] or own["mlp_ratio"] * own["d_model"]
         own["embedding_size"] = own["embedding_size"] or own["vocab_size"]
@@ -80,19 +78,14 @@ class LLaDAConfig(PretrainedConfig):
                 raise ValueError(f"{name}={own[name]!r}: expected {computed!r}")
         if own["embedding_size"] < vocab_size:
             raise ValueError(f"embedding_size={own['embedding_size']}: expected at least vocab_size {vocab_size}")
-        if own["rope_scaling"] is None:  # transformers 5 would remark on it in config.json
-            del own["rope_scaling"]
         for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
             if isinstance(own[name], int) and own[name] >= vocab_size:  # the published ones, of another vocabulary
                 own[name] = None
-        given = {name: own.pop(name) for name in ("eos_token_id", "pad_token_id")}
-        for name, value in own.items():
-            setattr(self, name, value)
-        super().__init__(tie_word_embeddings=False, **given, **kwargs)
+        super().__init__({**own, "tie_word_embeddings": False}, **kwargs)
 
 
-class LLaDABlock(GradientCheckpointingLayer):
-    """Attention and a gated feed-forward network, each on a norm of what comes in, and added to it."""
+class LLaDABlock(DecoderLayer):
+    norms = ("attn_norm", "ff_norm")
 
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__()
@@ -117,25 +110,15 @@ class LLaDABlock(GradientCheckpointingLayer):
     def num_key_value_groups(self) -> int:
         return parts(self.config, "n_heads", "n_kv_heads")
 
-    def forward(
-        self,
-        hidden: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: Any = None,
-        queries: Tensor | None = None,
-    ) -> Tensor:
-        x = lowered(self.attn_norm(hidden))
+    def attended(self, x: Tensor, queries: Tensor | None, *context: Any) -> Tensor:
+        """As `attend`. x [B, L, D] → [B, M, D]."""
         asked = x if queries is None else take(x, queries)
-        query, key, value = (
-            projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projected in (self.q_proj(asked), self.k_proj(x), self.v_proj(x))
-        )
-        attended = attend(self, query, key, value, queries, position_embeddings, attention_mask, cache)
-        hidden = self.attn_out(attended) + (hidden if queries is None else take(hidden, queries))
-        x = lowered(self.ff_norm(hidden))
-        return hidden + self.ff_out(F.silu(self.ff_proj(x)) * self.up_proj(x))
+        query, key, value = in_heads(self, self.q_proj(asked), self.k_proj(x), self.v_proj(x))
+        return self.attn_out(attend(self, query, key, value, queries, *context))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        x = lowered(x)
+        return self.ff_out(F.silu(self.ff_proj(x)) * self.up_proj(x))
 
 
 class LLaDADecoder(nn.Module):

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..versions import tied_weights
-from .layers import GatedMLP, RMSNorm, attend, lowered, parts, take
+from .layers import BundledConfig, GatedMLP, RMSNorm, attend, in_heads, lowered, parts, take
 from .moe import routed_experts
-from .sparse import SparseConfig, SparseLayer, SparseModel
+from .sparse import SparseLayer, SparseModel
 
 
-class LLaDA2MoeConfig(SparseConfig):
+class LLaDA2MoeConfig(BundledConfig):
     """Dimensions; the defaults are those of LLaDA2.1-mini. The first `first_k_dense_replace` layers are dense."""
 
     model_type = "llada21_moe"
@@ -54,7 +54,7 @@ class LLaDA2MoeConfig(SparseConfig):
     ) -> None:
         num_key_value_heads = num_key_value_heads or num_attention_heads
         head_dim = head_dim or hidden_size // num_attention_heads
-        super().__init__(locals())
+        super().__init__(locals(), **kwargs)
 
 
 class LLaDA2MoeAttention(nn.Module):
@@ -80,7 +80,7 @@ class LLaDA2MoeAttention(nn.Module):
         query, key, value = self.query_key_value(x).split(sizes, dim=-1)
         if queries is not None:
             query = take(query, queries)
-        query, key, value = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (query, key, value))
+        query, key, value = in_heads(self, query, key, value)
         if config.use_qk_norm:
             query, key = self.query_layernorm(query), self.key_layernorm(key)
         return self.dense(attend(self, query, key, value, queries, *context))
@@ -124,7 +124,6 @@ class LLaDA2MoeSparseMoeBlock(nn.Module):
         super().__init__()
         self.gate = LLaDA2MoeGate(config)
         self.experts = routed_experts(config, config.moe_intermediate_size)
-        self.shared_experts = None
         if config.num_shared_experts:
             width = config.moe_intermediate_size * config.num_shared_experts
             self.shared_experts = GatedMLP(config.hidden_size, width, config.hidden_act)
@@ -132,7 +131,7 @@ class LLaDA2MoeSparseMoeBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         routes, x = self.gate(x), lowered(x)  # the router computes in float32
         output = self.experts(x, *routes)
-        return output if self.shared_experts is None else output + self.shared_experts(x)
+        return output + self.shared_experts(x) if hasattr(self, "shared_experts") else output
 
 
 class LLaDA2MoeDecoderLayer(SparseLayer):

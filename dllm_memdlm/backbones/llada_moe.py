@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..versions import tied_weights
-from .layers import GatedMLP, RMSNorm, attend, lowered, parts, take
+from .layers import BundledConfig, GatedMLP, RMSNorm, attend, in_heads, lowered, parts, take
 from .moe import routed_experts
-from .sparse import SparseConfig, SparseLayer, SparseModel
+from .sparse import SparseLayer, SparseModel
 
 
-class LLaDAMoEConfig(SparseConfig):
+class LLaDAMoEConfig(BundledConfig):
     """Dimensions; the defaults are those of LLaDA-MoE-7B-A1B. `moe_layer_freq[i]` is 0 where layer i is dense."""
 
     model_type = "lladamoe"
@@ -49,7 +49,7 @@ class LLaDAMoEConfig(SparseConfig):
     ) -> None:
         num_key_value_heads = num_key_value_heads or num_attention_heads
         moe_layer_freq = moe_layer_freq or [1] * num_hidden_layers
-        super().__init__(locals())
+        super().__init__(locals(), **kwargs)
 
 
 class LLaDAMoEAttention(nn.Module):
@@ -70,10 +70,7 @@ class LLaDAMoEAttention(nn.Module):
     def forward(self, x: Tensor, queries: Tensor | None, *context: Any) -> Tensor:
         """As `attend`. x [B, L, D] → [B, M, D]."""
         asked = x if queries is None else take(x, queries)
-        query, key, value = (
-            projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projected in (self.q_proj(asked), self.k_proj(x), self.v_proj(x))
-        )
+        query, key, value = in_heads(self, self.q_proj(asked), self.k_proj(x), self.v_proj(x))
         if self.config.qk_layernorm:
             query, key = self.q_norm(query), self.k_norm(key)
         if self.config.clip_qkv is not None:
@@ -106,19 +103,19 @@ class LLaDAMoEDecoderLayer(SparseLayer):
     attention_name = "self_attn"
 
     def __init__(self, config: LLaDAMoEConfig, layer_idx: int) -> None:
-        attention, shared = LLaDAMoEAttention(config), None
+        attention, width = LLaDAMoEAttention(config), config.shared_expert_intermediate_size
         if config.moe_layer_freq[layer_idx]:
-            mlp: nn.Module = LLaDAMoESparseMoeBlock(config)
-            if config.shared_expert_intermediate_size is not None:
-                shared = GatedMLP(config.hidden_size, config.shared_expert_intermediate_size, config.hidden_act)
+            parts: dict[str, nn.Module] = {"mlp": LLaDAMoESparseMoeBlock(config)}
+            if width is not None:
+                parts["shared_expert"] = GatedMLP(config.hidden_size, width, config.hidden_act)
         else:
-            mlp = GatedMLP(config.hidden_size, config.dense_intermediate_size, config.hidden_act)
-        super().__init__(config, self_attn=attention, mlp=mlp, shared_expert=shared)
+            parts = {"mlp": GatedMLP(config.hidden_size, config.dense_intermediate_size, config.hidden_act)}
+        super().__init__(config, self_attn=attention, **parts)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         x = lowered(x)
         output = self.mlp(x)
-        return output if self.shared_expert is None else output + self.shared_expert(x)
+        return output + self.shared_expert(x) if hasattr(self, "shared_expert") else output
 
 
 class LLaDAMoEModelLM(SparseModel):

@@ -114,9 +114,7 @@ def build_config(cls: type[PretrainedConfig], dimensions: dict[str, Any]) -> Pre
     """A config from dimensions; a name that it does not know is refused (transformers would keep it silently)."""
     defaults = cls().to_dict()
     known = {*defaults, *cls.attribute_map}
-    known |= {"rope_theta", "rope_scaling", *MODERNBERT}  # which transformers 5 takes, and keeps under other names
-    with _refusing("model.dimensions", dict.fromkeys(REFUSED, f"they make no {cls.__name__} ({{}})")):
-        dimensions = config_values(dimensions, cls)
+    known |= {"rope_theta", "rope_scaling", "rope_parameters", "layer_types", *MODERNBERT}  # of either release
     for name in dimensions:
         if name not in known:
             raise ConfigError(f"model.dimensions.{name}: not a field of {cls.__name__}")
@@ -128,7 +126,7 @@ def build_config(cls: type[PretrainedConfig], dimensions: dict[str, Any]) -> Pre
     ids = {name: value for name, value in defaults.items() if name.endswith("_token_id") and isinstance(value, int)}
     of_others = {name: None for name, value in ids.items() if value >= dimensions.get("vocab_size", value + 1)}
     with _refusing("model.dimensions", dict.fromkeys(REFUSED, f"they make no {cls.__name__} ({{}})")):
-        return cls(**{**of_others, **dimensions})
+        return cls(**config_values({**of_others, **dimensions}, cls))
 
 
 def load_model(

@@ -35,6 +35,13 @@ def custom_module(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Mod
     return None
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is under a plain LoRA: two matrices, and nothing else."""
+    return isinstance(layer, lora.LoraLayer) and not (
+        layer.lora_variant or any(layer.lora_bias.values()) or layer.lora_magnitude_vector
+    )
+
+
 # === on a linear layer ===
 
 
@@ -156,25 +163,20 @@ class ExpertLora(nn.Module, lora.LoraLayer):
             self._active_adapter = adapter_name
             self.update_layer(adapter_name, **settings)
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any = None, **kwargs: Any) -> None:
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, **settings: Any) -> None:
         """Put a new LoRA there, as PEFT's method. Raises ValueError for one that is not plain."""
-        asked = kwargs if config is None else vars(config)  # PEFT 0.17 gives the settings one by one
-        for name in ("use_dora", "lora_bias"):
-            if asked.get(name):
-                raise ValueError(f"{name}=True: expected false for routed experts, whose LoRA is two tensors")
-        start = asked.get("init_lora_weights", True)
+        asked = vars(settings["config"]) if "config" in settings else settings  # PEFT 0.17 gives them one by one
+        start, base = asked["init_lora_weights"], self.get_base_layer()
         if start not in (True, False, "gaussian"):
             raise ValueError(f"init_lora_weights={start!r}: expected true, false or 'gaussian' for routed experts")
-        if r <= 0:
-            raise ValueError(f"r={r}: expected at least 1")
-        base, rank_scaled = self.get_base_layer(), bool(asked.get("use_rslora"))
-        self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
-        self.scaling[adapter_name] = lora_alpha / (r**0.5 if rank_scaled else r)
-        settings = {"use_rslora": rank_scaled, "use_dora": False, "lora_bias": False}
-        for name in settings.keys() & set(self.other_param_names):  # those that this release notes
-            getattr(self, name)[adapter_name] = settings[name]
-        dropout = asked.get("lora_dropout", 0.0)
-        self.lora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        with torch.device("meta"):  # nothing but its settings is kept
+            one = nn.Linear(base.in_features, base.out_features, bias=False)
+            like = lora.Linear(one, adapter_name, r=r, lora_alpha=lora_alpha, **settings)
+        if not is_plain(like):
+            odd = [f"{name}=True" for name in ("use_dora", "lora_bias") if asked.get(name)] or ["a variant"]
+            raise ValueError(f"{odd[0]}: expected false for routed experts, whose LoRA is two tensors")
+        for name in self.other_param_names:
+            getattr(self, name).update(getattr(like, name))
         down = ExpertLinear(base.experts, base.in_features, r)
         up = ExpertLinear(base.experts, r, base.out_features)
         if start == "gaussian":

@@ -8,39 +8,31 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..versions import modernbert_layers
 from .cache import CanvasCache
-from .layers import additive_mask, attend, lowered, remade
+from .layers import DecoderLayer, additive_mask, attend, in_heads, lowered, remade
 from .output import OutputLinear
 from .staged import StagedForward
 
 
-class ModernBertEncoderLayer(GradientCheckpointingLayer):
-    """Attention and a gated feed-forward network, on norms of what comes in; the modules are those of transformers."""
+class ModernBertEncoderLayer(DecoderLayer):
+    """A layer of the modules of transformers'."""
 
+    norms = ("attn_norm", "mlp_norm")
     num_key_value_groups = 1
 
     @property
     def head_dim(self) -> int:
         return self.attn.head_dim
 
-    def forward(
-        self,
-        hidden: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: Any = None,
-    ) -> Tensor:
-        projected = self.attn.Wqkv(lowered(self.attn_norm(hidden)))
-        query, key, value = (
-            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in projected.chunk(3, dim=-1)
-        )
-        attended = attend(self, query, key, value, None, position_embeddings, attention_mask, cache)
-        hidden = hidden + self.attn.out_drop(self.attn.Wo(attended))
-        return hidden + self.mlp(lowered(self.mlp_norm(hidden)))
+    def attended(self, x: Tensor, *context: Any) -> Tensor:
+        """As `attend`. x [B, L, D] → [B, L, D]."""
+        query, key, value = in_heads(self, *self.attn.Wqkv(x).chunk(3, dim=-1))
+        return self.attn.out_drop(self.attn.Wo(attend(self, query, key, value, *context)))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.mlp(lowered(x))
 
 
 class ModernBertForMaskedLM(StagedForward, transformers.ModernBertForMaskedLM):

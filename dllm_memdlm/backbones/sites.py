@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..config import ConfigError, MemoryConfig
-from .expert_names import PROJECTIONS
-from .experts import without_adapters
-from .moe import RoutedExperts
+from .experts import ExpertLinear, outermost, without_adapters
 from .site_weights import SiteShape
 from .staged import StagedForward
 
@@ -37,31 +35,19 @@ def find_sites(model: StagedForward, config: MemoryConfig) -> list[Site]:
     layers = adapted_layers(len(model.layers), config)
     targets = {target: model.own_names.get(target, target) for target in config.target_modules}
     sites: list[Site] = []
-
-    def asked(path: str) -> bool:
-        return any(f".{path}".endswith(f".{name}") for name in targets.values())
-
     names: set[str] = set()
     for index in layers:
-        done: list[str] = []  # modules whose insides are spoken for
-        for path, module in model.layers[index].named_modules():
-            full = f"{model.layers_path}.{index}.{path}"
-            if any(path.startswith(f"{outer}.") for outer in done):
+        for path, module in outermost(model.layers[index]):
+            linear = without_adapters(module)
+            if not isinstance(linear, (nn.Linear, ExpertLinear)):
                 continue
-            if isinstance(module, RoutedExperts):
-                done.append(path)
-                for name in PROJECTIONS:
-                    names.add(name)
-                    if asked(name):
-                        linear = getattr(module, name)
-                        shape = SiteShape(f"{full}.{name}", linear.in_features, linear.out_features, len(module))
-                        sites.append(Site(shape, module, name))
-            elif _is_linear(module):
-                done.append(path)  # a PEFT layer holds linear layers of its own
-                name = path.rpartition(".")[2]
-                names.add(name)
-                if asked(path):
-                    sites.append(Site(SiteShape(full, module.in_features, module.out_features), module, name))
+            parent, _, name = path.rpartition(".")
+            names.add(name)
+            if any(f".{path}".endswith(f".{target}") for target in targets.values()):
+                sizes = module.in_features, module.out_features, getattr(linear, "experts", None)
+                shape = SiteShape(f"{model.layers_path}.{index}.{path}", *sizes)
+                place = module if shape.experts is None else model.layers[index].get_submodule(parent)
+                sites.append(Site(shape, place, name))
     for target, name in targets.items():
         if not any(f".{site.shape.name}".endswith(f".{name}") for site in sites):
             raise ConfigError(
@@ -69,7 +55,3 @@ def find_sites(model: StagedForward, config: MemoryConfig) -> list[Site]:
                 f"{type(model).__name__}; linear layers there: {', '.join(sorted(names))}"
             )
     return sites
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(without_adapters(module), nn.Linear)

@@ -6,67 +6,31 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import PreTrainedModel
 
 from .expert_names import split_names
 from .experts import ExpertLinear, PackedExpertLinear
-from .layers import RMSNorm, lowered, rotary_embedding, take
+from .layers import DecoderLayer, RMSNorm, rotary_embedding
 from .moe import stack_experts
 from .output import OutputLinear
 from .stacking import experts_apart
 from .staged import StagedForward
 
 
-class SparseConfig(PretrainedConfig):
-    """A config of plain dimensions.
-
-    Args:
-        named: the local variables of a subclass's `__init__`, which names the dimensions.
-    """
-
-    rope_scaling: dict[str, Any] | None = None  # no property, which transformers 5 has
-
-    def __init__(self, named: dict[str, Any]) -> None:
-        for name, value in named.items():
-            # Without a scaling it is not in config.json, where transformers 5 would remark on it.
-            if name not in ("self", "kwargs", "__class__") and (name, value) != ("rope_scaling", None):
-                setattr(self, name, value)
-        given = {name: named[name] for name in ("pad_token_id", "tie_word_embeddings")}
-        super().__init__(**given, **named["kwargs"])
-
-
-class SparseLayer(GradientCheckpointingLayer):
-    """Attention and a feed-forward network, each on a norm of what comes in, and added to it.
-
-    Args:
-        config: of the model.
-        parts: the attention under the name `attention_name`, and what the feed-forward network consists of.
-    """
+class SparseLayer(DecoderLayer):
+    """A layer of attention, under the name `attention_name`, and the `parts` of a feed-forward network."""
 
     attention_name: str
 
-    def __init__(self, config: Any, **parts: nn.Module | None) -> None:
+    def __init__(self, config: Any, **parts: nn.Module) -> None:
         super().__init__()
         for name, module in parts.items():
             setattr(self, name, module)
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        for name in self.norms:
+            setattr(self, name, RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
 
-    def forward(
-        self,
-        hidden: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: Any = None,
-        queries: Tensor | None = None,
-    ) -> Tensor:
-        normed = lowered(self.input_layernorm(hidden))
-        attention = getattr(self, self.attention_name)
-        attended = attention(normed, queries, position_embeddings, attention_mask, cache)
-        hidden = attended + (hidden if queries is None else take(hidden, queries))
-        return hidden + self.feed_forward(self.post_attention_layernorm(hidden))
+    def attended(self, x: Tensor, *context: Any) -> Tensor:
+        return getattr(self, self.attention_name)(x, *context)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.mlp(x)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
@@ -16,20 +16,16 @@ from torch import nn
 from transformers.integrations.deepspeed import deepspeed_config
 
 from .experts import ExpertLinear, PackedExpertLinear
-from .lora import ExpertLora
+from .layers import switched_on
+from .lora import ExpertLora, is_plain
 
 #: Whether experts are to be built as modules.
 are_apart: ContextVar[bool] = ContextVar("experts_apart", default=False)
 
 
-@contextmanager
-def experts_apart() -> Iterator[None]:
-    """Models that are built here get a module an expert, as their files have them, for `moe.stack_experts`."""
-    token = are_apart.set(True)
-    try:
-        yield
-    finally:
-        are_apart.reset(token)
+def experts_apart() -> AbstractContextManager[None]:
+    """Models that are built within get a module an expert, as their files have them, for `moe.stack_experts`."""
+    return switched_on(are_apart)
 
 
 def check_alike(linears: Sequence[Any]) -> None:
@@ -81,13 +77,6 @@ def _stacked_lora(linears: Sequence[LoraLayer]) -> ExpertLora:
         whole.lora_B[name] = stacked([linear.lora_B[name] for linear in linears])
     whole.take_over(first)
     return whole
-
-
-def is_plain(linear: nn.Module) -> bool:
-    """Whether a layer is under a plain LoRA: two matrices, and nothing else."""
-    return isinstance(linear, LoraLayer) and not (
-        linear.lora_variant or any(linear.lora_bias.values()) or linear.lora_magnitude_vector
-    )
 
 
 def _is_packed(linear: Any) -> bool:

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import peft
-from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from .decoder import DECODERS
 from .expert_names import is_stacked, split_name, split_names, stack_names
-from .experts import ExpertLinear, without_adapters
+from .experts import ExpertLinear, outermost, without_adapters
 from .lora import ExpertLora, custom_module
 
 WEIGHTS = "adapter_model.safetensors"
@@ -84,19 +83,14 @@ class StockPeftModel(peft.PeftModel):
         """As PEFT's method. Raises ValueError for anything but safetensors."""
         if not safe_serialization:
             raise ValueError("safe_serialization=False: expected true; weights are saved as nothing else")
-        state = kwargs.pop("state_dict", None)
-        state = self.state_dict() if state is None else state
-        experts = {name: value for name, value in state.items() if "lora_" in name and is_stacked(name)}
-        rest = {name: value for name, value in state.items() if name not in experts}
-        super().save_pretrained(save_directory, state_dict=rest, **kwargs)
+        super().save_pretrained(save_directory, **kwargs)
         if not kwargs.get("is_main_process", True):
             return
         for adapter in kwargs.get("selected_adapters") or self.peft_config:
-            of_it = re.compile(rf"\.(lora_[AB])\.{re.escape(adapter)}\.(?=weight$)")
-            own = {of_it.sub(r".\1.", name): value for name, value in experts.items() if of_it.search(name)}
-            if own:
-                path = Path(save_directory, "" if adapter == "default" else adapter, WEIGHTS)
-                save_file(load_file(path) | split_names(own), path, {"format": "pt"})
+            path = Path(save_directory, "" if adapter == "default" else adapter, WEIGHTS)
+            saved = load(path.read_bytes())
+            if any(map(is_stacked, saved)):
+                save_file(split_names(saved), path, {"format": "pt"})
 
     def load_adapter(self, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """As PEFT's method."""
@@ -135,8 +129,8 @@ def on_stacked(backbone: nn.Module, targets: str | Iterable[str] | None) -> str 
     else:
         return targets
     paths = []
-    for path, layer in _layers(backbone):
-        meant = {bool(means(name)) for name in _stock_names(path, layer)}
+    for path, names in _layers(backbone):
+        meant = {bool(means(name)) for name in names}
         if len(meant) > 1:
             raise ValueError(f"{targets} means some experts of {path} and not others; expected all or none")
         paths += [path] if True in meant else []
@@ -149,30 +143,20 @@ def _patterns_on_stacked(backbone: nn.Module, patterns: dict[Any, int]) -> dict[
     Of several patterns that fit a layer the first one counts.
     """
     own, of_others = {}, set()
-    for path, layer in _layers(backbone) if patterns else ():
-        names = _stock_names(path, layer)
+    for path, names in _layers(backbone) if patterns else ():
         keys = {next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None) for name in names}
         if len({patterns.get(key) for key in keys}) > 1:
             raise ValueError(f"{patterns} differs between experts of {path}; expected one value for all")
-        if not isinstance(layer, ExpertLinear):
+        if names == [path]:
             of_others |= keys
         elif keys != {None}:
             own[re.escape(path)] = patterns[keys.pop()]
     return own | {key: value for key, value in patterns.items() if key in of_others}
 
 
-def _layers(backbone: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layers with weights of their own, as they are inside PEFT's, by path."""
-    adapted = ""
-    for path, module in backbone.named_modules():
-        if adapted and path.startswith(adapted):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            adapted = f"{path}."
+def _layers(backbone: nn.Module) -> Iterator[tuple[str, list[str]]]:
+    """Layers with weights of their own, by path; and what files call them, which is a name an expert."""
+    for path, module in outermost(backbone):
         layer = without_adapters(module)
         if hasattr(layer, "weight"):
-            yield path, layer
-
-
-def _stock_names(path: str, layer: nn.Module) -> list[str]:
-    return split_name(path, layer.experts) if isinstance(layer, ExpertLinear) else [path]
+            yield path, split_name(path, layer.experts) if isinstance(layer, ExpertLinear) else [path]

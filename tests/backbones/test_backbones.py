@@ -19,13 +19,13 @@ CLOSE = {"rtol": 1e-6, "atol": 1e-6}  # routers compute in float32, and round wh
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("form", ["none", "2-D", "4-D bool"])
-def test_prefix_and_suffix_are_the_full_forward(kind, attention, form):
-    model, given = tiny(kind, torch.float64, attention=attention), {"attention_mask": mask_of(form, torch.float64)}
-    full = model(input_ids=tokens(), **given).logits
-    take(full, POSITIONS).square().sum().backward()
-    expected = take_gradients(model)
-    for boundary in (0, 1, 2):
+def test_prefix_and_suffix_are_the_full_forward(kind, attention):
+    model = tiny(kind, torch.float64, attention=attention)
+    for form, boundary in (("none", 0), ("2-D", 1), ("4-D bool", 2)):
+        given = {"attention_mask": mask_of(form, torch.float64)}
+        full = model(input_ids=tokens(), **given).logits
+        take(full, POSITIONS).square().sum().backward()
+        expected = take_gradients(model)
         start = {"inputs_embeds": model.get_input_embeddings()(tokens())} if boundary == 1 else {"input_ids": tokens()}
         prefix = model(stage="prefix", boundary=boundary, **start, **given).hidden
         suffix = {"stage": "suffix", "hidden": prefix, "boundary": boundary, **given}
@@ -56,27 +56,25 @@ def test_masks_say_the_same_in_every_form(kind):
     torch.testing.assert_close(logits("2-D")[1:2, :8], shorter, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("at_once", [4, 8, 100])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_causal_blocks_need_no_whole_mask(kind, attention, at_once, monkeypatch):
+def test_causal_blocks_need_no_whole_mask(kind, attention, monkeypatch):
     """Some queries at a time, in order or chosen ones, with gradients: as with a mask of all pairs."""
-    monkeypatch.setattr(BlockCausal, "QUERIES", at_once)
+    # At 32,768 tokens in bfloat16 64 MiB, for 2 GiB.
+    assert BlockCausal(32, torch.empty(1, 32768, 8, dtype=torch.bfloat16, device="meta")).mask.nbytes == 2**26
     model, results = tiny(kind, torch.float64, lora=True, attention=attention), []
     chosen = torch.tensor([[11, 0, 5, 5, 7, 2, 9], [1, 2, 3, 4, 8, 9, 10], [0, 0, 11, 3, 6, 6, 1]])
-    for mask in (mask_of("4-D bool", torch.float64), 4):
+    for mask, at_once in ((mask_of("4-D bool", torch.float64), 0), (4, 4), (4, 8), (4, 100)):
+        monkeypatch.setattr(BlockCausal, "QUERIES", at_once)
         logits = model(input_ids=tokens(), attention_mask=mask).logits
         some = model(input_ids=tokens(), attention_mask=mask, positions=chosen).logits
         (logits.square().sum() + some.square().sum()).backward()
         results.append([logits, some, *take_gradients(model).values()])
-    for expected, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-8)
-    # At 32,768 tokens in bfloat16 64 MiB, for 2 GiB.
-    monkeypatch.undo()
-    assert BlockCausal(32, torch.empty(1, 32768, 8, dtype=torch.bfloat16, device="meta")).mask.nbytes == 2**26
+    for expected, *found in zip(*results, strict=True):
+        for each in found:
+            torch.testing.assert_close(each, expected, atol=1e-10, rtol=1e-8)
 
 
-@pytest.mark.parametrize("dropout", [True, 0.3])
-@pytest.mark.parametrize("prompt_loss", [0.0, 0.3])
+@pytest.mark.parametrize(("dropout", "prompt_loss"), [(True, 0.0), (0.3, 0.3)])
 def test_checkpointing_changes_nothing(kind, dropout, prompt_loss, tokenizer, tmp_path):
     memory = MemoryConfig(rank=4, layer_fraction=0.4, inner_lr=10.0, grad_clip=0.2, prompt_loss=prompt_loss)
     results, calls = [], []

@@ -1,4 +1,4 @@
-"""From a folder, from dimensions or from dllm to a model, and one line for what is wrong with a folder."""
+"""From a folder, from dimensions or from dllm to a model. Folders that are refused: helpers/bad_inference.py."""
 
 from __future__ import annotations
 
@@ -131,13 +131,6 @@ def test_every_decoder_loads_sees_both_ways_and_has_sites(name, tmp_path):
     assert len(find_sites(model, MemoryConfig(layer_fraction=0.5))) == 3
 
 
-def test_a_folder_that_is_no_model_is_refused(tmp_path):
-    """Other refusals: helpers/bad_inference.py."""
-    edit(saved("llada_moe", tmp_path), vocab_size=64)
-    assert message_of(load, tmp_path).startswith(f"model.path={str(tmp_path)!r}: weights of another shape (")
-    assert message_of(config_of, ModelConfig(path="./missing")) == "model.path='./missing': no such folder"
-
-
 #: LLaDA-8B-Instruct's config.json, but for the library's own entries.
 PUBLISHED = {
     **{"activation_type": "silu", "alibi": False, "alibi_bias_max": 8.0, "attention_dropout": 0.0},
@@ -187,10 +180,10 @@ def test_a_llada_that_is_computed_otherwise_is_refused(name, value, expected, tm
     assert message_of(config_of, ModelConfig(path=str(tmp_path))) == f"model.path={str(tmp_path)!r}: {reason}"
 
 
-@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("kind", ["llama", "llada_moe"])
 def test_weights_that_are_not_there_are_counted(kind, tmp_path):
     weights = load_file(saved(kind, tmp_path) / "model.safetensors")
-    gone = sorted(name for name in weights if (".layers.2." in name or ".blocks.2." in name) and "norm" in name)
+    gone = sorted(name for name in weights if ".layers.2." in name and "norm" in name)
     save_file({n: w for n, w in weights.items() if n not in gone}, tmp_path / "model.safetensors", {"format": "pt"})
     assert message_of(load, tmp_path).endswith(f": {len(gone)} weights are missing, {gone[0]} the first")
 
