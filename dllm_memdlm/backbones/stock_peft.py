@@ -83,14 +83,19 @@ class StockPeftModel(peft.PeftModel):
         """As PEFT's method. Raises ValueError for anything but safetensors."""
         if not safe_serialization:
             raise ValueError("safe_serialization=False: expected true; weights are saved as nothing else")
-        super().save_pretrained(save_directory, **kwargs)
+        # PEFT writes all but the experts' LoRA: at full size that is gigabytes, which are written once
+        state = kwargs.pop("state_dict", None) or self.state_dict()
+        experts = {name: value for name, value in state.items() if "lora_" in name and is_stacked(name)}
+        rest = {name: value for name, value in state.items() if name not in experts}
+        super().save_pretrained(save_directory, state_dict=rest, **kwargs)
         if not kwargs.get("is_main_process", True):
             return
         for adapter in kwargs.get("selected_adapters") or self.peft_config:
-            path = Path(save_directory, "" if adapter == "default" else adapter, WEIGHTS)
-            saved = load(path.read_bytes())
-            if any(map(is_stacked, saved)):
-                save_file(split_names(saved), path, {"format": "pt"})
+            of_it = re.compile(rf"\.(lora_[AB])\.{re.escape(adapter)}\.(?=weight$)")
+            own = {of_it.sub(r".\1.", name): value for name, value in experts.items() if of_it.search(name)}
+            if own:
+                path = Path(save_directory, "" if adapter == "default" else adapter, WEIGHTS)
+                save_file(load(path.read_bytes()) | split_names(own), path, {"format": "pt"})
 
     def load_adapter(self, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """As PEFT's method."""

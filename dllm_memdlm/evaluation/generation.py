@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from ..config import ConfigError, check_types
+from ..config import ConfigError, check_types, require
 from ..inference.arguments import NONE_IS_A_CHOICE, as_meant
 from ..inference.decoding import Decoder, sampler_settings
 from ..method.prompt_memory import shared_prefixes
@@ -37,6 +37,8 @@ class Asked:
     temperature: _Number | None = None
 
     def __post_init__(self) -> None:
+        for name in ("max_gen_toks", "max_new_tokens", "temperature"):
+            require("gen_kwargs", self, name, not isinstance(getattr(self, name), bool), "a number")
         check_types(self, "gen_kwargs")
 
 

@@ -162,6 +162,7 @@ BAD: dict[str, list[Any]] = {
     "task": [
         ("max_gen_toks=long", "gen_kwargs.max_gen_toks='long'", "whole number"),
         ("max_gen_toks=2.5", "gen_kwargs.max_gen_toks=2.5", "whole number"),
+        ("max_gen_toks=true", "gen_kwargs.max_gen_toks=True", "a number"),
         ("max_gen_toks=999", "max_length=99", "999 tokens", "max_gen_toks=N"),
         ("until=5", "gen_kwargs.until=5", "text or a list of texts"),
         ("temperature=hot", "gen_kwargs.temperature='hot'", "expected number"),
