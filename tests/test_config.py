@@ -98,6 +98,7 @@ def test_a_value_is_refused_with_its_name_and_what_is_accepted(section, name, va
         ("data", {"perbatch_cutoff": True, "resp_cutoff_ratio": 0.5}, "expected 0 with data.perbatch_cutoff"),
         ("data", {"perbatch_cutoff": True, "mask_prompt": False}, "expected none with data.mask_prompt=False"),
         ("data", {"resp_cutoff_ratio": 0.5, "mask_prompt": False}, "expected none with data.mask_prompt=False"),
+        ("data", {"visible": 4, "mask_prompt": False}, "data.visible=4: expected none with data.mask_prompt=False"),
     ],
 )
 def test_settings_that_do_not_go_together(section, values, says):

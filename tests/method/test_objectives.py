@@ -12,7 +12,7 @@ from dllm_memdlm.backbones.output import token_nll, widened
 from dllm_memdlm.config import MemoryConfig
 from dllm_memdlm.method.losses import NORMS, masked_diffusion_loss, positions_of
 from dllm_memdlm.method.objectives import OBJECTIVES, kl, reverse_kl
-from dllm_memdlm.method.reference import inner_loss
+from dllm_memdlm.method.reference import inner_loss, mdlm_loss, weight_of
 
 TAUGHT = {name: objective for name, objective in OBJECTIVES.items() if objective is not None}
 B, L, V = 5, 12, 17
@@ -65,19 +65,19 @@ def test_extreme_logits_stay_finite(loss):
 
 
 def make_batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-    """logits, tokens, maskable, mask, weights. One sample has all masked, one nothing, one nothing maskable."""
+    """logits, tokens, maskable, mask, t. One sample has all masked, one nothing, one nothing maskable."""
     generator = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(B, L, V, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
     tokens = torch.randint(0, V, (B, L), generator=generator)
     maskable = torch.arange(L) >= torch.tensor([0, 3, 5, 2, L])[:, None]
     mask = (torch.rand(B, L, generator=generator) < 0.5) & maskable
     mask[0], mask[3] = True, False
-    return logits, tokens, maskable, mask, 1 / (torch.rand(B, generator=generator) * 0.9 + 0.05)
+    return logits, tokens, maskable, mask, torch.rand(B, generator=generator) * 0.9 + 0.05
 
 
 def gathered_loss(batch: tuple[Tensor, ...], norm: str, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    logits, tokens, maskable, mask, weights = batch
-    positions = positions_of(mask)
+    logits, tokens, maskable, mask, t = batch
+    positions, weights = positions_of(mask), torch.tensor([weight_of(level) for level in t.tolist()])
     at = logits.gather(1, positions.index[:, :, None].expand(-1, -1, logits.shape[-1]))
     nll = token_nll(at, positions.gather(tokens))
     return masked_diffusion_loss(nll, positions.valid, weights, maskable.sum(-1), norm, count)
@@ -98,29 +98,24 @@ def test_positions_against_nonzero(p):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_equals_the_full_formula(norm):
-    logits, tokens, maskable, mask, weights = batch = make_batch()
-    nll = -logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-    sums = (nll * mask).sum(-1) * weights
-    expected = {
-        "token": sums.sum() / maskable.sum(),
-        "sequence": sum(each / max(1, int(own)) for each, own in zip(sums, maskable.sum(-1), strict=True)) / B,
-        "batch": sums.sum() / B,
-    }[norm]
+def test_equals_the_loss_on_full_logits(norm):
+    logits, tokens, maskable, mask, t = batch = make_batch()
+    expected = mdlm_loss(logits, tokens, mask, maskable, t, norm)
     loss, total = gathered_loss(batch, norm)
     gradients = [torch.autograd.grad(each, logits)[0] for each in (loss, expected)]
     assert loss.shape == () and loss.item() == pytest.approx(expected.item(), rel=1e-12)
     torch.testing.assert_close(*gradients, atol=1e-12, rtol=1e-12)
-    assert total.tolist() == pytest.approx(sums.tolist(), rel=1e-12) and not total.requires_grad
+    assert NORMS[norm](total, maskable.sum(-1)).item() == pytest.approx(loss.item(), rel=1e-12)
+    assert not total.requires_grad
     larger, _ = gathered_loss(batch, norm, torch.tensor(2.0 * int(maskable.sum())))
     assert larger.item() == pytest.approx(loss.item() / (2 if norm == "token" else 1))
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_nothing_masked(norm):
-    logits, tokens, maskable, mask, weights = make_batch()
+    logits, tokens, maskable, mask, t = make_batch()
     for maskable_too in (maskable, torch.zeros_like(maskable)):
-        loss, total = gathered_loss((logits, tokens, maskable_too, torch.zeros_like(mask), weights), norm)
+        loss, total = gathered_loss((logits, tokens, maskable_too, torch.zeros_like(mask), t), norm)
         assert loss.item() == 0 and not total.any()
         (gradient,) = torch.autograd.grad(loss, logits)  # a graph exists, so that every rank has a backward
         assert not gradient.any()
