@@ -160,8 +160,7 @@ def test_a_set_shared_by_the_batch_starts_from_its_first_sample(tokenizer, tmp_p
     assert all(torch.equal(value, start.tensors[name]) for name, value in written.tensors.items())
 
 
-@BOTH_WAYS
-def test_processes_that_share_a_set_write_that_of_the_whole_batch(kind, tokenizer, tmp_path, monkeypatch):
+def test_processes_that_share_a_set_write_that_of_the_whole_batch(tokenizer, tmp_path, monkeypatch):
     """Two threads stand for two processes, of three samples and of two."""
     barrier, sent, process = threading.Barrier(2), {}, threading.local()
 
@@ -175,9 +174,9 @@ def test_processes_that_share_a_set_write_that_of_the_whole_batch(kind, tokenize
     monkeypatch.setattr(global_batch, "is_initialized", lambda: hasattr(process, "rank"))
     monkeypatch.setattr(global_batch, "all_reduce", lambda tensor: exchange(tensor, sum))
     monkeypatch.setattr(global_batch, "broadcast", lambda tensor, src: exchange(tensor, lambda all_: all_[src]))
-    settings = memory_for(kind, scope="batch", sync=True)
-    batch = batch_of(make_trainer(tiny(kind), tokenizer, tmp_path, settings, examples(5)), range(5))
-    memories = [ParametricMemory(tiny(kind, torch.float64), settings, MASK) for _ in range(3)]
+    settings = memory_for("llada2", scope="batch", sync=True)
+    batch = batch_of(make_trainer(tiny("llada2"), tokenizer, tmp_path, settings, examples(5)), range(5))
+    memories = [ParametricMemory(tiny("llada2", torch.float64), settings, MASK) for _ in range(3)]
 
     def write(rank: int, rows: slice) -> Written:
         process.rank = rank

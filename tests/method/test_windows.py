@@ -65,9 +65,7 @@ def test_an_empty_window_leaves_fast_weights_as_they_are():
     assert same(memory.write(nothing, initial=first).fast_weights, first)
 
 
-@pytest.mark.parametrize(
-    ("kind", "attention"), [("llada2", "block_causal"), ("llama", "full"), ("llada", "block_causal")]
-)
+@pytest.mark.parametrize(("kind", "attention"), [("llada2", "block_causal"), ("llama", "full")])
 def test_a_prompt_in_windows_depends_on_no_other(kind, attention):
     texts = random_prompts(11, 24, 17, 5)
     config = memory_for(kind, strategy="cover", steps=3, window=6)
