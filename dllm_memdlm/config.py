@@ -225,10 +225,9 @@ class DataConfig:
         require("data", self, "eval_fraction", whole or self.eval_fraction == 0, "0 with data.streaming, or eval_split")
         either = not self.perbatch_cutoff or self.resp_cutoff_ratio == 0
         require("data", self, "resp_cutoff_ratio", either, "0 with data.perbatch_cutoff")
-        for name in ("perbatch_cutoff", "resp_cutoff_ratio"):  # a prompt that is learned is no longer told apart
+        for name in ("perbatch_cutoff", "resp_cutoff_ratio", "visible"):  # a learned prompt is no longer told apart
             none = self.mask_prompt or not getattr(self, name)
             require("data", self, name, none, "none with data.mask_prompt=False")
-        require("data", self, "visible", self.visible is None or self.mask_prompt, "none with data.mask_prompt=False")
 
     def parts(self) -> dict[str, DataConfig]:
         """Return the same settings for each dataset alone, by its name."""
