@@ -144,7 +144,7 @@ def plain_install(tree: Path) -> Path:
 
 
 @pytest.mark.dllm
-@with_patches((INSTALL,), ALL)
+@with_patches((INSTALL,))
 def test_a_plain_install_works(tree):
     site = plain_install(tree)
     assert files(site / "dllm") == files(tree / "dllm")

@@ -65,21 +65,10 @@ def test_an_empty_window_leaves_fast_weights_as_they_are():
     assert same(memory.write(nothing, initial=first).fast_weights, first)
 
 
-@pytest.mark.parametrize(("kind", "attention"), [("llada2", "block_causal"), ("llama", "full")])
-def test_a_prompt_in_windows_depends_on_no_other(kind, attention):
-    texts = random_prompts(11, 24, 17, 5)
-    config = memory_for(kind, strategy="cover", steps=3, window=6)
-
-    def recalled(texts: list[list[int]], **changes: Any) -> FastWeights:
-        settings = {"attention": attention, "block_size": 4}
-        return prompt_memory(tiny(kind, torch.float64), replace(config, **changes), **settings).recall(texts)
-
-    together, alone = recalled(texts), [recalled([text]) for text in texts]
-    for mine, yours in zip(flat(together), [flat(each)[0] for each in alone], strict=True):
-        for name, expected in yours.items():
-            assert_close_relative(mine[name], expected, 1e-4, name)  # 12 inner steps amplify its rounding
-    whole = recalled([texts[1]], window=None)
-    assert same(recalled([texts[1]], window=24), whole) and not same(recalled([texts[1]], window=23), whole)
+def test_a_window_as_long_as_the_text_is_the_whole_text():
+    configs = [memory_for("llama", strategy="cover", steps=3, window=length) for length in (None, 24, 23)]
+    whole, one, two = (prompt_memory(tiny("llama"), config).recall(random_prompts(24)) for config in configs)
+    assert same(one, whole) and not same(two, whole)
 
 
 @pytest.mark.parametrize("kind", ["llada_moe", "llama"])
