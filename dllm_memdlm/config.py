@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 
@@ -225,10 +225,9 @@ class DataConfig:
         require("data", self, "eval_fraction", whole or self.eval_fraction == 0, "0 with data.streaming, or eval_split")
         either = not self.perbatch_cutoff or self.resp_cutoff_ratio == 0
         require("data", self, "resp_cutoff_ratio", either, "0 with data.perbatch_cutoff")
-        for name in ("perbatch_cutoff", "resp_cutoff_ratio"):  # a prompt that is learned is no longer told apart
+        for name in ("perbatch_cutoff", "resp_cutoff_ratio", "visible"):  # a learned prompt is no longer told apart
             none = self.mask_prompt or not getattr(self, name)
             require("data", self, name, none, "none with data.mask_prompt=False")
-        require("data", self, "visible", self.visible is None or self.mask_prompt, "none with data.mask_prompt=False")
 
     def parts(self) -> dict[str, DataConfig]:
         """Return the same settings for each dataset alone, by its name."""
@@ -261,13 +260,8 @@ def declared(config: type) -> dict[str, tuple[TypeAdapter[Any], str]]:
     """Return what checks each field of a dataclass, and its type in words. `narrower` types win over the declared."""
     strict = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
     hints: dict[str, Any] = typing.get_type_hints(config, include_extras=True) | getattr(config, "narrower", {})
-    found = {}
-    for f in dataclasses.fields(config):
-        hint = hints[f.name]
-        as_tuple = typing.get_origin(hint) is tuple  # which YAML's lists become
-        adapter = TypeAdapter(Annotated[hint, Strict(False)] if as_tuple else hint, config=strict)
-        found[f.name] = adapter, describe_type(hint)
-    return found
+    own = {f.name: hints[f.name] for f in dataclasses.fields(config)}
+    return {name: (TypeAdapter(hint, config=strict), describe_type(hint)) for name, hint in own.items()}
 
 
 def describe_type(hint: Any) -> str:
@@ -279,7 +273,7 @@ def describe_type(hint: Any) -> str:
         return "one of " + ", ".join(map(str, args))
     if origin in (types.UnionType, typing.Union):
         return " or ".join(map(describe_type, args))
-    if origin in (tuple, list):
+    if origin is list:
         return f"list of {describe_type(args[0])}"
     names = {bool: "true or false", int: "whole number", float: "number", str: "text", dict: "mapping"}
     names |= {type(None): "none"}

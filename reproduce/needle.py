@@ -82,7 +82,7 @@ class Planted(NamedTuple):
         """Return the response's tokens, and which of them are the values of these keys [L] bool."""
         import torch
 
-        ids, ends = encoder.text(self.response, add_special_tokens=False)
+        ids, ends = encoder.text(self.response)
         spans = [(self.response.index(f"{k} {v}") + len(k), len(v) + 1) for k, v in self.values.items() if k in keys]
         return ids, torch.tensor([any(start < end <= start + length for start, length in spans) for end in ends])
 

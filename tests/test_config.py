@@ -41,9 +41,6 @@ REFUSED: list[tuple[str, str, list[typing.Any], str]] = [
     ("memory", "objective", ["distil"], "one of cross_entropy, kl, reverse_kl, hidden_mse, hidden_cosine"),
     ("memory", "strategy", ["anchor"], "one of anchor_consistent, inconsistent, pre_anchor_only, anchor_only, cover"),
     ("memory", "clip", [False, None, ["local"], "Local"], "one of local, global, none"),
-    ("memory", "weighting", ["Uniform"], "one of scheduler, uniform"),
-    ("memory", "kind", ["LoRA"], "one of lora, full"),
-    ("memory", "scope", ["token"], "one of sample, batch"),
     ("memory", "enabled", [1, "yes"], "true or false"),
     ("memory", "steps", [True, 2.0, "2", 0], "whole number of at least 1"),
     ("memory", "epochs", [-1], "whole number of at least 0"),
@@ -98,6 +95,7 @@ def test_a_value_is_refused_with_its_name_and_what_is_accepted(section, name, va
         ("data", {"perbatch_cutoff": True, "resp_cutoff_ratio": 0.5}, "expected 0 with data.perbatch_cutoff"),
         ("data", {"perbatch_cutoff": True, "mask_prompt": False}, "expected none with data.mask_prompt=False"),
         ("data", {"resp_cutoff_ratio": 0.5, "mask_prompt": False}, "expected none with data.mask_prompt=False"),
+        ("data", {"visible": 4, "mask_prompt": False}, "data.visible=4: expected none with data.mask_prompt=False"),
     ],
 )
 def test_settings_that_do_not_go_together(section, values, says):

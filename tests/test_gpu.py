@@ -1,4 +1,4 @@
-"""A GPU against the CPU: noise, products, experts, whole steps, prompts' memories. `pytest -m gpu` runs these alone.
+"""A GPU against the CPU: products, experts, whole steps, prompts' memories. `pytest -m gpu` runs these alone.
 
 `--device cpu` compares the CPU with itself, to try the tests.
 """
@@ -60,19 +60,6 @@ def moved(tensors: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 def flat(tensors: dict[str, Tensor]) -> Tensor:
     return torch.cat([tensors[name].double().cpu().flatten() for name in sorted(tensors)])
-
-
-def test_noise(device):
-    assert torch.equal(noise.example_keys(42, 3, torch.arange(5, device=device)).cpu(), KEYS)
-    for stream in (noise.TIME, noise.ANCHOR, noise.REVEAL, noise.START):
-        assert torch.equal(noise.uniform(KEYS.to(device), stream, 20_001).cpu(), noise.uniform(KEYS, stream, 20_001))
-
-
-def test_fast_weights_to_begin_with(device):
-    shapes = [SiteShape("experts", 96, 64, 5), SiteShape("shared", 64, 96, None)]
-    places, memory = (torch.device("cpu"), device), MemoryConfig(rank=8)
-    cpu, gpu = (FastWeights.initial(shapes, memory, KEYS.to(where), where) for where in places)
-    assert all(torch.equal(value, gpu.tensors[name].cpu()) for name, value in cpu.tensors.items())
 
 
 SIZES = {

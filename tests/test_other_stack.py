@@ -33,11 +33,20 @@ pytestmark = [
 PROMPT = torch.tensor([[1, 30, 31, 32, 33, 34, 35, 2, 2, 2]])
 
 
-def elsewhere(*command: str) -> str:
-    """The exit code of a command in the other stack, and what it prints."""
+def elsewhere(code: str, *arguments: str) -> str:
+    """What a script prints in the other stack."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([OTHER, *command], env=environment, cwd=ROOT, text=True, capture_output=True, timeout=300)
-    return f"{done.returncode}\n{done.stdout}{done.stderr}"
+    command = [OTHER, "-c", code, *arguments]
+    done = subprocess.run(command, env=environment, cwd=ROOT, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+TRAIN = """
+import json, sys
+from dllm_memdlm.train import main
+assert all(main(arguments) == 0 for arguments in json.loads(sys.argv[1]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +57,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path
     llama = folder / "llama.yaml"
     llama.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | {"model": LLAMA}))
     on_base = (*write_base(recipe, folder / "base"), "lora.enabled=true", "lora.r=4", "lora.dropout=0")
+    commands: dict[str, list[list[str]]] = {"here": [], "there": []}
     for name, arguments in (("scratch", [recipe]), ("llama", [llama]), ("adapter", [recipe, *on_base])):
-        for where in ("here", "there"):
-            out = found[name, where] = folder / f"{name}-{where}"
-            arguments = [*map(str, arguments), f"training.output_dir={out}"]
-            if where == "here":
-                assert train.main(arguments) == 0
-            else:
-                told = elsewhere("-m", "dllm_memdlm.train", *arguments)
-                assert told.startswith("0\n"), told
+        for where, own in commands.items():
+            found[name, where] = folder / f"{name}-{where}"
+            own.append([*map(str, arguments), f"training.output_dir={found[name, where]}"])
+    assert all(train.main(arguments) == 0 for arguments in commands["here"])
+    elsewhere(TRAIN, json.dumps(commands["there"]))
     return found
 
 
@@ -91,27 +98,26 @@ def test_what_the_other_has_saved_is_read_as_our_own(kind, runs):
         torch.testing.assert_close(one.model(PROMPT).logits, other.model(PROMPT).logits, rtol=1e-4, atol=1e-4)
 
 
-LOGITS = """
-import sys, torch
+READ = """
+import json, sys, torch
 from dllm_memdlm.inference.pretrained import load_pretrained
+from dllm_memdlm.train import main
 torch.set_num_threads(1)
-model = load_pretrained(sys.argv[1], device="cpu").model
-torch.save(model(torch.tensor(eval(sys.argv[2]))).logits.detach(), sys.argv[3])
+prompt, *folders = map(json.loads, sys.argv[1:-1])
+for folder in folders:
+    torch.save(load_pretrained(folder, device="cpu").model(torch.tensor(prompt)).logits.detach(), folder + "/logits.pt")
+assert main(json.loads(sys.argv[-1])) == 2
 """
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_we_have_saved_the_other_reads(kind, runs, tmp_path):
-    told = elsewhere("-c", LOGITS, str(runs[kind, "here"]), str(PROMPT.tolist()), str(tmp_path / "logits.pt"))
-    assert told.startswith("0\n"), told
-    own = load_pretrained(str(runs[kind, "here"]), device="cpu").model(PROMPT).logits
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), own.detach(), rtol=1e-5, atol=1e-5)
-
-
-def test_a_run_goes_on_in_its_own_stack_alone(runs, capsys):
-    recipe = str(runs["scratch", "here"].parent / "tiny.yaml")
+def test_what_we_have_saved_the_other_reads_but_a_run_goes_on_in_its_own_stack_alone(runs, capsys):
+    recipe, folders = str(runs["scratch", "here"].parent / "tiny.yaml"), [runs[kind, "here"] for kind in KINDS]
     here, there = ([recipe, f"training.output_dir={runs['scratch', where]}", "--resume"] for where in ("here", "there"))
+    told = elsewhere(READ, *map(json.dumps, (PROMPT.tolist(), *map(str, folders), here)))
+    for folder in folders:
+        own = load_pretrained(str(folder), device="cpu").model(PROMPT).logits
+        torch.testing.assert_close(torch.load(folder / "logits.pt"), own.detach(), rtol=1e-5, atol=1e-5)
     assert train.main(there) == 2
-    for text in (capsys.readouterr().err, elsewhere("-m", "dllm_memdlm.train", *here)):
+    for text in (capsys.readouterr().err, told):
         assert "checkpoint-4: made with transformers " in text and "; resume with that release, or start" in text
         assert "Traceback" not in text

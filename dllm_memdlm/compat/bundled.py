@@ -9,12 +9,10 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 import transformers
-from accelerate.utils import send_to_device
 from torch import Tensor
 
 from ..versions import TrainingArguments
@@ -25,12 +23,6 @@ Time = TypeVar("Time", float, Tensor)
 @dataclass
 class BaseAlphaScheduler(abc.ABC):
     """A noise schedule: α(t) is the probability that a token is still clean at time t in [0, 1]."""
-
-    registry: ClassVar[dict[str, type[BaseAlphaScheduler]]] = {}
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        BaseAlphaScheduler.registry[cls.__name__.lower()] = cls
 
     def __call__(self, t: Time) -> Time:
         return self.alpha(t)
@@ -89,15 +81,6 @@ class CosineAlphaScheduler(BaseAlphaScheduler):
 
     def _alpha_derivative(self, t: Tensor) -> Tensor:
         return -math.pi / 2 * torch.sin(math.pi / 2 * (1 - t))
-
-
-def make_alpha_scheduler(name: str, **kwargs: Any) -> BaseAlphaScheduler:
-    """The schedule of that class name, in any case. Raises ValueError naming the known ones."""
-    try:
-        return BaseAlphaScheduler.registry[name.lower()](**kwargs)
-    except KeyError:
-        known = ", ".join(sorted(cls.__name__ for cls in BaseAlphaScheduler.registry.values()))
-        raise ValueError(f"scheduler {name!r}: expected one of {known}") from None
 
 
 @dataclass
@@ -197,12 +180,10 @@ class TokenMeter(transformers.TrainerCallback):
 
 
 class MDLMTrainer(transformers.Trainer):
-    """Plain masked diffusion training, written plainly: one full forward, logits everywhere."""
+    """What a trainer of plain masked diffusion holds. `MemDLMTrainer` computes the loss, with memory off too."""
 
     def __init__(self, args: MDLMConfig, scheduler: BaseAlphaScheduler | None = None, *pargs: Any, **kwargs: Any):
         super().__init__(*pargs, args=args, **kwargs)
-        if not 0.0 < args.time_epsilon < 1.0:
-            raise ValueError(f"time_epsilon={args.time_epsilon}: expected a number in (0, 1)")
         self.scheduler = scheduler if scheduler is not None else LinearAlphaScheduler()
         self.time_epsilon = args.time_epsilon
         self.loss_weight_type = args.loss_weight_type
@@ -210,43 +191,6 @@ class MDLMTrainer(transformers.Trainer):
         self.right_shift_logits = args.right_shift_logits
         self.meter = TokenMeter(self)
         self.add_callback(self.meter)
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
-        """Σ over masked tokens of w(t)·(-log p(x0 | x_t)), normalised; noise from torch's global generator."""
-        if self.right_shift_logits and not torch.all(inputs["labels"][:, 0] == -100):
-            inputs = prepend_bos(inputs, self.processing_class.bos_token_id)
-        input_ids, labels = inputs["input_ids"], inputs["labels"]
-        batch, length = input_ids.shape
-        maskable = labels != -100
-        t = self.time_epsilon + (1 - self.time_epsilon) * torch.rand(batch, device=input_ids.device)
-        mask_probability = (1.0 - self.scheduler(t))[:, None].expand(batch, length)
-        mask = (torch.rand((batch, length), device=input_ids.device) < mask_probability) & maskable
-        noised = torch.where(mask, self.processing_class.mask_token_id, input_ids)
-
-        outputs = model(input_ids=noised, attention_mask=inputs.get("attention_mask"))
-        logits = outputs.logits
-        if self.right_shift_logits:
-            logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
-        weight = self.scheduler.weight(t)[:, None] if self.loss_weight_type == "scheduler" else 1.0
-        nll = F.cross_entropy(logits.transpose(1, 2), input_ids, reduction="none") * weight * mask
-        self.meter.update("train" if model.training else "eval", nll.detach(), maskable.to(nll.dtype))
-
-        if self.loss_norm_type == "token":
-            nll = nll / maskable.sum().clamp_min(1)
-        elif self.loss_norm_type == "sequence":
-            nll = nll / (maskable.sum(-1, keepdim=True).clamp_min(1) * batch)
-        elif self.loss_norm_type == "batch":
-            nll = nll / batch
-        else:
-            raise ValueError(f"loss_norm_type={self.loss_norm_type!r}: expected one of token, sequence, batch")
-        return (nll.sum(), outputs) if return_outputs else nll.sum()
-
-    @torch.no_grad()
-    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None):
-        loss, outputs = self.compute_loss(model, send_to_device(inputs, self.args.device), return_outputs=True)
-        if prediction_loss_only:
-            return loss.detach(), None, None
-        return loss.detach(), outputs.logits.detach(), inputs.get("labels")
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 `python -m dllm_memdlm.info` prints which are in use, and why.
 """
+# ruff: noqa: F401 (other modules import these names from here)
 
 from __future__ import annotations
 
@@ -23,15 +24,11 @@ if HAS_DLLM:
         with warnings.catch_warnings():  # those of dllm's own sources, which `python -W error` would make fatal
             warnings.simplefilter("ignore")
             from dllm.core.samplers import BaseSampler, BaseSamplerConfig, BaseSamplerOutput
-            from dllm.core.schedulers import BaseAlphaScheduler, LinearAlphaScheduler, make_alpha_scheduler
+            from dllm.core.schedulers import BaseAlphaScheduler, LinearAlphaScheduler
             from dllm.core.trainers import MDLMConfig, MDLMTrainer
             from dllm.utils.collators import CollatorWrapper, NoAttentionMaskWrapper
             from dllm.utils.data import prepend_bos
-    except (
-        ImportError,
-        AttributeError,
-        RuntimeError,
-    ) as error:  # a dependency is missing, or another dllm
+    except (ImportError, AttributeError, RuntimeError) as error:  # a dependency is missing, or another dllm
         HAS_DLLM = False
         _reason = f"{type(error).__name__}: {error}".splitlines()[0]
         _description = f"bundled subset (dllm at {_origin} is not usable: {_reason}; known to work: {DLLM_COMMIT})"
@@ -48,7 +45,6 @@ if not HAS_DLLM:
         MDLMConfig,
         MDLMTrainer,
         NoAttentionMaskWrapper,
-        make_alpha_scheduler,
         prepend_bos,
     )
 
@@ -65,22 +61,3 @@ def commit() -> str:
         return ""
     git = ["git", "-C", str(folder), "rev-parse", "--short=8", "HEAD"]
     return subprocess.run(git, capture_output=True, text=True).stdout.strip()
-
-
-__all__ = [
-    "DLLM_COMMIT",
-    "HAS_DLLM",
-    "BaseAlphaScheduler",
-    "BaseSampler",
-    "BaseSamplerConfig",
-    "BaseSamplerOutput",
-    "CollatorWrapper",
-    "LinearAlphaScheduler",
-    "MDLMConfig",
-    "MDLMTrainer",
-    "NoAttentionMaskWrapper",
-    "commit",
-    "describe",
-    "make_alpha_scheduler",
-    "prepend_bos",
-]

@@ -1,6 +1,6 @@
 """From a dataset's name to token ids: rows (sources), chats (formats), tokens (encoding), examples, their tokenizer."""
 
-from .encoding import encode_chat, encode_text
+from .encoding import encode_chat
 from .examples import Counts, Examples, load_examples, training_texts
 from .formats import choose_format
 from .sources import load_rows
@@ -12,7 +12,6 @@ __all__ = [
     "check_mask",
     "choose_format",
     "encode_chat",
-    "encode_text",
     "load_examples",
     "load_rows",
     "load_tokenizer",

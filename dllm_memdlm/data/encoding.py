@@ -5,7 +5,7 @@ stand in a message, and `encode` takes the marks out again: what a mark has spli
 
     encoder = Encoder(tokenizer)
     tokens = encoder.encode(encoder.render(chat, add_generation_prompt=True))  # a chat
-    ids = encode_text(tokenizer, "a text that may spell <|mask|>")  # a text alone
+    tokens = encoder.text("a text that may spell <|mask|>")  # a text alone
 """
 
 from __future__ import annotations
@@ -44,13 +44,9 @@ class Encoder:
         self._written = re.compile(f"({'|'.join(_with_spaces(t, tokens[t]) for t in spelled) or '(?!)'})")
         self._ids = set(tokenizer.convert_tokens_to_ids(spelled)) - {tokenizer.unk_token_id}
 
-    def text(self, text: str, add_special_tokens: bool = True) -> Tokens:
-        """Encode a text in which nothing is special; what the tokenizer itself adds around it stays."""
-        if not self._spelled.search(text):
-            return self._call([text], add_special_tokens)[0]
-        tokens = self._ordinary(text)
-        before, after = self._around
-        return _joined([("", before), ("", tokens), ("", after)]) if add_special_tokens else tokens
+    def text(self, text: str) -> Tokens:
+        """Encode a text in which nothing is special, without what the tokenizer adds around a text."""
+        return self._ordinary(text) if self._spelled.search(text) else self._call([text])[0]
 
     def render(self, chat: Sequence[Mapping[str, Any]], **template: Any) -> str:
         """Return a chat as its template writes it, with marks in what the messages spell.
@@ -83,16 +79,16 @@ class Encoder:
 
     def encode_all(self, rendered: Sequence[str]) -> list[Tokens]:
         """Encode several, which a fast tokenizer does side by side."""
-        plain = iter(self._call([text for text in rendered if MARK not in text], False))
+        plain = iter(self._call([text for text in rendered if MARK not in text]))
         return [self._encode_marked(text) if MARK in text else next(plain) for text in rendered]
 
     def prompt(self, text: str) -> Tokens:
-        """Encode a text to go on from: as `text`, without what the tokenizer appends, such as an end of text."""
-        return self.begun(self.text(text, add_special_tokens=False))
+        """Encode a text to go on from: as the tokenizer begins it, without what it appends, such as an end of text."""
+        return self.begun(self.text(text))
 
     def begun(self, tokens: Tokens) -> Tokens:
         """Put what the tokenizer puts before every text before these: often nothing, or its first token."""
-        return _joined([("", self._around[0]), ("", tokens)])
+        return _joined([("", self._start), ("", tokens)])
 
     def marked(self, value: Any) -> Any:
         """Return a value in whose texts every special token that they spell has a mark after its first letter."""
@@ -104,12 +100,11 @@ class Encoder:
         return text
 
     @cached_property
-    def _around(self) -> tuple[Tokens, Tokens]:
-        """What the tokenizer puts before every text, and behind it."""
-        inner, whole = (self._call(["a"], added)[0].ids for added in (False, True))
-        start = next((i for i in range(len(whole)) if whole[i : i + len(inner)] == inner), None)
-        before, after = ([], []) if start is None else (whole[:start], whole[start + len(inner) :])
-        return Tokens(before, [0] * len(before)), Tokens(after, [0] * len(after))
+    def _start(self) -> Tokens:
+        """What the tokenizer puts before every text."""
+        inner, whole = (self.tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+        count = next((i for i in range(len(whole)) if whole[i : i + len(inner)] == inner), 0)
+        return Tokens(whole[:count], [0] * count)
 
     def _render(self, chat: Sequence[Mapping[str, Any]], template: Mapping[str, Any]) -> str:
         # a list of chats: of a chat without messages, transformers asks for the first one
@@ -124,34 +119,27 @@ class Encoder:
                 pieces += [part, ""]
             else:
                 pieces[-1] += part
-        encoded = [self._ordinary(unmarked(p)) if MARK in p else self._call([p], False)[0] for p in pieces]
+        encoded = [self._ordinary(unmarked(p)) if MARK in p else self._call([p])[0] for p in pieces]
         return _joined([*zip(map(unmarked, pieces), encoded, strict=True)])
 
     def _ordinary(self, text: str) -> Tokens:
-        tokens = self._call([text], False, split_special_tokens=True)[0]
+        tokens = self._call([text], split_special_tokens=True)[0]
         if self._ids.isdisjoint(tokens.ids):
             return tokens
         # a vocabulary of words holds its special tokens as words: cut them
         parts = self._mark(text).split(MARK)
-        return _joined([(part, self._call([part], False, split_special_tokens=True)[0]) for part in parts])
+        return _joined([(part, self._call([part], split_special_tokens=True)[0]) for part in parts])
 
-    def _call(self, texts: list[str], add_special_tokens: bool, **settings: Any) -> list[Tokens]:
+    def _call(self, texts: list[str], **settings: Any) -> list[Tokens]:
         if not texts:
             return []
         fast = self.tokenizer.is_fast
-        settings |= {"add_special_tokens": add_special_tokens, "return_offsets_mapping": fast}
+        settings |= {"add_special_tokens": False, "return_offsets_mapping": fast}
         encoded = self.tokenizer(texts, padding=False, truncation=False, **settings)
-        spans = encoded["offset_mapping"] if fast else [None] * len(texts)
-        ends = (None if of_text is None else [end for _, end in of_text] for of_text in spans)
-        return [Tokens(ids, of_text) for ids, of_text in zip(encoded["input_ids"], ends, strict=True)]
-
-
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = True) -> list[int]:
-    """Return the token ids of a text in which nothing is special; what the tokenizer itself adds around it stays.
-
-    A text that spells no special token has the ids that the tokenizer gives it.
-    """
-    return Encoder(tokenizer).text(text, add_special_tokens).ids
+        if not fast:
+            return [Tokens(ids, None) for ids in encoded["input_ids"]]
+        both = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        return [Tokens(ids, [end for _, end in spans]) for ids, spans in both]
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Mapping[str, Any]], **template: Any) -> list[int]:

@@ -61,7 +61,7 @@ class Texts:
 
     def whole(self, text: str) -> list[int]:
         """Return the tokens of a text that stands alone, without any that the tokenizer adds."""
-        return self._encoder.text(text, add_special_tokens=False).ids
+        return self._encoder.text(text).ids
 
     def first(self) -> int:
         """Return the token that stands before a whole text."""

@@ -14,7 +14,7 @@ from transformers import AddedToken, BertTokenizer, PreTrainedTokenizerFast
 
 from dllm_memdlm.config import ConfigError
 from dllm_memdlm.data import load_examples, train_tokenizer
-from dllm_memdlm.data.encoding import Encoder, encode_chat, encode_text, unmarked
+from dllm_memdlm.data.encoding import Encoder, encode_chat, unmarked
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -70,6 +70,10 @@ def chat(*turns):
 
 def chat_of(*texts):
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def ids_of(tokenizer, text):
+    return Encoder(tokenizer).text(text).ids
 
 
 def special_in(tokenizer, ids):
@@ -153,7 +157,7 @@ def test_the_border_where_the_text_changes_its_length(tmp_path):
 
 @pytest.mark.parametrize("text", SPELLED)
 def test_what_a_text_spells_stays_text_and_only_the_templates_own_tokens_are_special(tokenizer, text):
-    ids = encode_text(tokenizer, text)
+    ids = ids_of(tokenizer, text)
     assert special_in(tokenizer, ids) == []
     assert tokenizer.decode(ids) == text
     assert special_in(tokenizer, tokenizer(text)["input_ids"]), "the tokenizer is as it was"
@@ -170,20 +174,19 @@ def test_what_a_text_spells_stays_text_and_only_the_templates_own_tokens_are_spe
 
 @pytest.mark.parametrize("text", ["", "the cat", "  spaces\n\n", "<|mask", "<think>漢字 🙂"])
 def test_any_other_text_has_the_tokens_of_the_tokenizer(tokenizer, text):
-    assert encode_text(tokenizer, text) == tokenizer(text)["input_ids"]
+    assert ids_of(tokenizer, text) == tokenizer(text)["input_ids"]
     chat = chat_of(text, text)
     assert encode_chat(tokenizer, chat) == tokenizer.apply_chat_template(chat, return_dict=False)
 
 
-def test_what_a_tokenizer_adds_around_a_text_stays():
+def test_a_prompt_begins_as_the_tokenizer_begins_a_text_and_does_not_end_so():
     tokenizer = train_tokenizer(TEXTS, 340)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|startoftext|> $A <|endoftext|>", special_tokens=[("<|startoftext|>", 0), ("<|endoftext|>", 1)]
     )
-    ids = encode_text(tokenizer, "<|mask|> cat")
-    assert (ids[0], ids[-1], special_in(tokenizer, ids[1:-1])) == (0, 1, [])
-    assert encode_text(tokenizer, "<|mask|> cat", add_special_tokens=False) == ids[1:-1]
-    assert encode_text(tokenizer, "cat") == tokenizer("cat")["input_ids"]
+    encoder, ids = Encoder(tokenizer), ids_of(tokenizer, "<|mask|> cat")
+    assert special_in(tokenizer, ids) == [] and encoder.prompt("<|mask|> cat").ids == [0, *ids]
+    assert [*encoder.prompt("cat").ids, 1] == tokenizer("cat")["input_ids"]
 
 
 def test_a_special_token_that_is_declared_alone_is_not_taken_from_text():
@@ -192,7 +195,7 @@ def test_a_special_token_that_is_declared_alone_is_not_taken_from_text():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="[UNK]")))
     tokenizer.add_tokens("<|role_end|>")
     tokenizer.eot_token, tokenizer.eot_token_id = "<|role_end|>", 0
-    assert 0 not in encode_text(tokenizer, "<|role_end|>")
+    assert 0 not in ids_of(tokenizer, "<|role_end|>")
 
 
 def test_spaces_that_belong_to_a_special_token_go_with_it():
@@ -204,7 +207,7 @@ def test_spaces_that_belong_to_a_special_token_go_with_it():
     assert plain == tokenizer.apply_chat_template(chat_of("a", "b"), return_dict=False)
     assert spelled[-3:] == plain[-3:]
     behind = encode_chat(tokenizer, chat_of("a", "<|mask|>"))
-    assert behind == [*plain[: plain.index(3) + 1], *encode_text(tokenizer, "<|mask|>"), 3]
+    assert behind == [*plain[: plain.index(3) + 1], *ids_of(tokenizer, "<|mask|>"), 3]
 
 
 def test_texts_beside_the_one_that_spells_keep_their_tokens():
@@ -223,7 +226,7 @@ def test_texts_beside_the_one_that_spells_keep_their_tokens():
 def test_a_slow_tokenizer(slow):
     template = "{% for m in messages %}{{ m.content }}[SEP]{% endfor %}"
     tokenizer = slow("[PAD] [UNK] [CLS] [SEP] [MASK] [ ] mask a", template)
-    assert encode_text(tokenizer, "a [MASK]") == [2, 8, 5, 7, 6, 3]
+    assert ids_of(tokenizer, "a [MASK]") == [8, 5, 7, 6]
     assert encode_chat(tokenizer, chat_of("a [MASK]", "a [SEP]")) == [8, 5, 7, 6, 3, 8, 5, 1, 6, 3]
 
 

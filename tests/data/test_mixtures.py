@@ -1,30 +1,27 @@
-"""Rows as people have them: ShareGPT's, parts of text, tables and packed files; several datasets; cut; streamed."""
+"""Rows as people have them: ShareGPT's, parts of text; several datasets; cut; in part; streamed."""
 
 from __future__ import annotations
 
-import bz2
-import csv
-import gzip
-import json
-import lzma
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from data_files import ROWS, message_of, write
+from data_files import ROWS, chats, message_of, write
 from saved_models import byte_tokenizer, save_model, weights_of
 from small_run import write_recipe
+from transformers import DataCollatorForSeq2Seq
 
-from dllm_memdlm.config import ConfigError, DataConfig
-from dllm_memdlm.data import choose_format, load_examples, load_rows, train_tokenizer, training_texts
+from dllm_memdlm.config import ConfigError, DataConfig, MemoryConfig
+from dllm_memdlm.data import load_examples, train_tokenizer, training_texts
 from dllm_memdlm.evaluation.texts import Texts
 from dllm_memdlm.inference.conversation import Conversation
 from dllm_memdlm.inference.decoding import Decoder
 from dllm_memdlm.inference.pretrained import load_pretrained
 from dllm_memdlm.training import run
+from dllm_memdlm.training.collator import AnchorTrajectoryCollator
+from dllm_memdlm.training.example_ids import EXAMPLE_ID, digest_of, prompt_of
 from dllm_memdlm.training.recipe import load_recipe
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -36,11 +33,6 @@ def tokenizer() -> Any:
     return train_tokenizer([], 263)
 
 
-def chat_of(config: DataConfig) -> list[dict[str, Any]]:
-    rows = load_rows(config)[0].rows
-    return choose_format(config, rows.column_names)(rows[0], config).messages
-
-
 def tokens_of(config: DataConfig, tokenizer: Any) -> list[list[int]]:
     return [row["input_ids"] for row in load_examples(config, tokenizer).train]
 
@@ -50,37 +42,18 @@ def test_sharegpt_is_a_chat_in_other_words(tmp_path):
     rows = [{"id": "x", "conversations": [{"from": who, "value": said, "weight": None} for who, said in turns]}]
     roles = ("system", "user", "assistant", "tool", "assistant")
     expected = [{"role": role, "content": said} for role, (_, said) in zip(roles, turns, strict=True)]
-    assert chat_of(write(tmp_path / "shared.json", rows)) == expected
+    assert chats(write(tmp_path / "shared.json", rows)) == [expected]
     rows = [{"conversations": expected, "instruction": "of", "output": "no use"}]
-    assert chat_of(write(tmp_path / "named.json", rows)) == expected
+    assert chats(write(tmp_path / "named.json", rows)) == [expected]
     config = replace(write(tmp_path / "talk.json", [{"talk": rows[0]["conversations"]}]), messages_field="talk")
-    assert chat_of(config) == expected
+    assert chats(config) == [expected]
 
 
 def test_a_content_in_parts_is_the_text_of_them(tmp_path):
     parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
     chat = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": "c"}]}]
     expected = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]
-    assert chat_of(write(tmp_path / "rows.json", [{"messages": chat}])) == expected
-
-
-def test_tables_and_packed_files_give_the_same_rows(tmp_path):
-    rows = [*ROWS, {"instruction": 'a "quoted",\nbroken line', "input": "", "output": "007"}]
-    with open(tmp_path / "rows.csv", "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, ROWS[0])
-        table.writeheader()
-        table.writerows(rows)
-    write(tmp_path / "rows.jsonl", rows, lines=True)
-    packed = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
-    for name, (suffix, pack) in zip(("rows.csv", "rows.jsonl", "rows.jsonl"), packed.items(), strict=True):
-        (tmp_path / f"{name}{suffix}").write_bytes(pack((tmp_path / name).read_bytes()))
-        folder = tmp_path / f"folder{suffix}"
-        folder.mkdir()
-        (folder / f"train-0{Path(name).suffix}{suffix}").write_bytes(pack((tmp_path / name).read_bytes()))
-    (tmp_path / "rows.json.gz").write_bytes(gzip.compress(json.dumps({"data": rows}).encode()))
-    names = ("rows.csv", "rows.csv.gz", "rows.jsonl.bz2", "rows.jsonl.xz", "rows.json.gz")
-    for name in (*names, *(f"folder{suffix}" for suffix in packed)):
-        assert load_rows(DataConfig(dataset=str(tmp_path / name), eval_fraction=0))[0].rows.to_list() == rows, name
+    assert chats(write(tmp_path / "rows.json", [{"messages": chat}])) == [expected]
 
 
 @pytest.fixture
@@ -128,22 +101,42 @@ def test_longer_examples_are_cut_where_the_prompt_leaves_room(tmp_path, tokenize
     assert seen[3]["prompt_ids"] == whole.train[3]["input_ids"][:12]
 
 
+def test_a_model_sees_the_end_of_a_prompt_which_goes_along_whole_for_a_memory(tmp_path, tokenizer):
+    rows = [{"instruction": "abcdefgh", "output": "yes"}, {"instruction": "a", "output": "no"}]
+    config = write(tmp_path / "rows.json", rows)
+    whole, cut = (load_examples(replace(config, visible=n, max_length=16), tokenizer).train for n in (None, 4))
+    assert whole.column_names == ["input_ids", "labels"]
+    for full, seen in zip(whole, cut, strict=True):
+        prompt = prompt_of(full)
+        assert seen["prompt_ids"] == prompt_of(seen) == prompt
+        start = max(0, len(prompt) - 4)
+        assert seen["input_ids"] == full["input_ids"][start:] and seen["labels"] == full["labels"][start:]
+    assert [len(row["prompt_ids"]) for row in cut] == [11, 4]
+    # what is seen is what may not be too long, and both are what a run is made of
+    assert len(load_examples(replace(config, visible=4, max_length=8), tokenizer).train) == 2
+    other = load_examples(replace(config, visible=3), tokenizer).train
+    assert len({digest_of(rows) for rows in (whole, cut, other)}) == 3
+    padding = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=tokenizer.pad_token_id)
+    collator = AnchorTrajectoryCollator(padding, MemoryConfig(source="prompt", window=4, prompt_loss=0.1))
+    batch = collator([{**row, EXAMPLE_ID: number} for number, row in enumerate(cut)])
+    assert batch["input_ids"].shape[1] == len(cut[0]["input_ids"]) and "prompt_ids" not in batch
+    lengths = [batch[f"window_{n}_maskable"].sum(-1).tolist() for n in range(3)]
+    assert lengths == [[3, 4], [4, 0], [4, 0]] and "window_3_maskable" not in batch
+    assert batch["prompt_input_ids"].shape == batch["prompt_anchor_mask"].shape
+
+
 THINKING = "{{ '<think>' if enable_thinking | default(true) }}"
 
 
-def test_the_template_gets_its_arguments_in_training_and_in_use(tmp_path, as_from_a_shell):
+def test_the_template_gets_its_arguments_in_training_and_in_use(tmp_path):
     """From the recipe that stands beside the weights, where a chat is asked, and in lm-eval."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = THINKING + tokenizer.chat_template
-    base = save_model(tmp_path / "base", "llama", tokenizer)
     config = replace(write(tmp_path / "rows.jsonl", ROWS, lines=True), template={"enable_thinking": False})
     (plain, *_), (thinking, *_) = (tokens_of(replace(config, template=own), tokenizer) for own in (config.template, {}))
     assert len(thinking) > len(plain)
-    recipe = write_recipe(tmp_path)
-    settings = (f"model.path={base}", "model.dimensions={}", "data.template={enable_thinking: false}")
-    run.train(load_recipe(recipe, ["training.max_steps=1", "training.output_dir=" + str(tmp_path / "run"), *settings]))
-    loaded = load_pretrained(str(tmp_path / "run"))
-    assert loaded.template == {"enable_thinking": False}
+    loaded = load_pretrained(save_model(tmp_path / "run", "llama", tokenizer, {"data": {"template": config.template}}))
+    assert loaded.template == config.template
     asked = Conversation(Decoder(loaded), "", new_tokens=4).prompt("Hi?", [])
     chat = [{"role": "user", "content": "Hi?"}]
     settings = {"add_generation_prompt": True, "enable_thinking": False, "return_dict": False}

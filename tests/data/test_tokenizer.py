@@ -14,13 +14,15 @@ from dllm_memdlm.data import check_mask, load_tokenizer, tokenizer_for, train_to
 from dllm_memdlm.data.encoding import decode_text, turn_of
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "Größe: 3 × 5"] * 5
-CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": " the dog"}]
 SPECIAL = ["<|startoftext|>", "<|endoftext|>", "<|mask|>", "<|role_end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(TEXTS, 285)
+def tokenizer(tmp_path_factory):
+    """Trained, saved and loaded, as a run has it."""
+    folder = tmp_path_factory.mktemp("trained")
+    train_tokenizer(TEXTS, 285).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def never():
@@ -43,20 +45,11 @@ def test_special_tokens_come_first_then_the_bytes_and_any_text_decodes_to_itself
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, 1)
     assert (tokenizer.mask_token_id, tokenizer.eot_token_id, tokenizer.eot_token) == (2, 3, "<|role_end|>")
     assert (len(tokenizer), len(train_tokenizer([], 263)), tokenizer.padding_side) == (285, 263, "right")
-    for text in ("the cat", "  spaces , kept \n\n", "unseen: 漢字 🙂 \x00", "1.5 don 't ."):
+    for text in ("the cat", "a , b", "  spaces , kept \n\n", "unseen: 漢字 🙂 \x00", "1.5 don 't ."):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     again = train_tokenizer(iter(TEXTS), 285)
     assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
-
-
-def test_saving_and_loading_keeps_everything(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert loaded.get_vocab() == tokenizer.get_vocab()
-    assert loaded.special_tokens_map == tokenizer.special_tokens_map
-    assert (loaded.mask_token_id, loaded.eot_token_id, loaded.padding_side) == (2, 3, "right")
-    assert loaded.apply_chat_template(CHAT, return_dict=False) == tokenizer.apply_chat_template(CHAT, return_dict=False)
-    assert loaded.decode(loaded("a , b")["input_ids"]) == "a , b"
+    assert again.chat_template == tokenizer.chat_template
 
 
 def test_a_second_run_loads_what_the_first_trained_and_other_texts_train_another(tmp_path):

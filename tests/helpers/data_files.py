@@ -5,6 +5,7 @@ import json
 import pytest
 
 from dllm_memdlm.config import ConfigError, DataConfig
+from dllm_memdlm.data import choose_format, load_rows
 from reproduce import prepare
 
 ROWS = [{"instruction": f"say {i}", "input": "", "output": "ab"[i % 2] * (i + 1)} for i in range(20)]
@@ -14,6 +15,12 @@ def write(path, rows, *, lines=False):
     text = "\n".join(map(json.dumps, rows)) if lines else json.dumps(rows)
     path.write_text(text, encoding="utf-8")
     return DataConfig(dataset=str(path), eval_fraction=0)
+
+
+def chats(config):
+    rows = load_rows(config)[0].rows
+    to_chat = choose_format(config, rows.column_names)
+    return [to_chat(row, config).messages for row in rows]
 
 
 def message_of(call, *args):

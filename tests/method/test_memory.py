@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KINDS, MASK, assert_close_relative, examples, make_trainer, tiny
+from conftest import MASK, assert_close_relative, examples, make_trainer, tiny
 from conftest import train_batch as batch_of
 from inputs import second_norm
 from safetensors.torch import load_file
@@ -25,6 +25,9 @@ from dllm_memdlm.method import global_batch
 from dllm_memdlm.method.fast_weights import FastWeights
 from dllm_memdlm.method.inner_loop import ParametricMemory, Written
 from dllm_memdlm.method.trajectory import Trajectory
+
+#: Fast weights are held by an expert layer, and by hooks on linear layers.
+BOTH_WAYS = pytest.mark.parametrize("kind", ["llada2", "llama"])
 
 
 def traces(model: nn.Module) -> dict[str, Any]:
@@ -44,7 +47,7 @@ class Failing(Exception):
     pass
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@BOTH_WAYS
 @pytest.mark.parametrize(("mode", "where"), [("train", 0), ("train", -1), ("eval", -1)])
 def test_an_exception_leaves_no_trace(kind, mode, where, tokenizer, tmp_path, monkeypatch):
     trainer = make_trainer(tiny(kind, lora=True), tokenizer, tmp_path, memory_for(kind))
@@ -74,7 +77,7 @@ def test_an_exception_leaves_no_trace(kind, mode, where, tokenizer, tmp_path, mo
     assert not any(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@BOTH_WAYS
 def test_fast_weights_are_held_once_and_for_their_own_batch(kind):
     memory = ParametricMemory(tiny(kind), MemoryConfig(**SMALL), MASK)
     fast = FastWeights.initial(memory.shapes, memory.config, torch.tensor([1, 2]), torch.get_default_device())
@@ -95,7 +98,7 @@ def test_fast_weights_are_held_once_and_for_their_own_batch(kind):
         assert traces(memory.model) == before
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@BOTH_WAYS
 def test_no_fast_weight_is_saved_or_optimised(kind, tokenizer, tmp_path):
     model = tiny(kind, lora=True)
     names, trainable = set(model.state_dict()), {p for p in model.parameters() if p.requires_grad}
@@ -124,7 +127,7 @@ def test_no_fast_weight_is_saved_or_optimised(kind, tokenizer, tmp_path):
     assert load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys() == saved.keys()
 
 
-@pytest.mark.parametrize("kind", ["llama", "llada2"])
+@BOTH_WAYS
 def test_writing_takes_what_it_is_given(kind, tokenizer, tmp_path):
     """Dropout is active while adapting only where the caller has it on; a prefix that is given is the anchor's."""
     trainer = make_trainer(tiny(kind, lora=0.5), tokenizer, tmp_path, memory_for(kind))
@@ -157,8 +160,7 @@ def test_a_set_shared_by_the_batch_starts_from_its_first_sample(tokenizer, tmp_p
     assert all(torch.equal(value, start.tensors[name]) for name, value in written.tensors.items())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_processes_that_share_a_set_write_that_of_the_whole_batch(kind, tokenizer, tmp_path, monkeypatch):
+def test_processes_that_share_a_set_write_that_of_the_whole_batch(tokenizer, tmp_path, monkeypatch):
     """Two threads stand for two processes, of three samples and of two."""
     barrier, sent, process = threading.Barrier(2), {}, threading.local()
 
@@ -172,9 +174,9 @@ def test_processes_that_share_a_set_write_that_of_the_whole_batch(kind, tokenize
     monkeypatch.setattr(global_batch, "is_initialized", lambda: hasattr(process, "rank"))
     monkeypatch.setattr(global_batch, "all_reduce", lambda tensor: exchange(tensor, sum))
     monkeypatch.setattr(global_batch, "broadcast", lambda tensor, src: exchange(tensor, lambda all_: all_[src]))
-    settings = memory_for(kind, scope="batch", sync=True)
-    batch = batch_of(make_trainer(tiny(kind), tokenizer, tmp_path, settings, examples(5)), range(5))
-    memories = [ParametricMemory(tiny(kind, torch.float64), settings, MASK) for _ in range(3)]
+    settings = memory_for("llada2", scope="batch", sync=True)
+    batch = batch_of(make_trainer(tiny("llada2"), tokenizer, tmp_path, settings, examples(5)), range(5))
+    memories = [ParametricMemory(tiny("llada2", torch.float64), settings, MASK) for _ in range(3)]
 
     def write(rank: int, rows: slice) -> Written:
         process.rank = rank
@@ -191,7 +193,7 @@ def test_processes_that_share_a_set_write_that_of_the_whole_batch(kind, tokenize
 
 
 @pytest.mark.parametrize("scope", ["sample", "batch"])
-@pytest.mark.parametrize("kind", KINDS)
+@BOTH_WAYS
 def test_a_diverging_inner_loop_is_counted_and_the_run_goes_on(kind, scope, tokenizer, tmp_path):
     """Steps so large that the second inner loss overflows: every sample falls back, and the loss is plain MDLM's."""
     memory = memory_for(kind, inner_lr=1e38, scope=scope)

@@ -12,7 +12,6 @@ import torch
 from trajectories import CONFIGS, SCALES, build, make_batch, naive_trajectory, name_of, positions, subset
 
 from dllm_memdlm.config import MemoryConfig
-from dllm_memdlm.method import noise
 from dllm_memdlm.method.trajectory import (
     STRATEGIES,
     Trajectory,
@@ -68,14 +67,6 @@ def test_smallest_against_sorting():
     for i in range(30):
         order = [j for _, j in sorted((values[i, j].item(), j) for j in positions(among[i]))]
         assert [positions(mask) for mask in marked[i]] == [set(order[:count]) for count in counts[i]]
-
-
-@pytest.mark.parametrize(("start", "end", "steps", "total", "second"), [(1.0, 0.3, 3, 20, 13), (0.7, 0.2, 3, 60, 27)])
-def test_inconsistent_levels_are_not_rounded_below_whole_tokens(start, end, steps, total, second):
-    config = MemoryConfig(strategy="inconsistent", start_ratio=start, anchor_ratio=end, steps=steps)
-    maskable, t = torch.ones(64, total, dtype=torch.bool), torch.full((64,), 0.5)
-    built = build_trajectory(maskable.long(), maskable, t, t, noise.example_keys(0, 0, torch.arange(64)), config)
-    assert built.inner_masks[:, 1].sum(-1).max() == second
 
 
 @pytest.mark.parametrize("config", CONFIGS[::3], ids=name_of)

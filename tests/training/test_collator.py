@@ -11,7 +11,8 @@ from conftest import seq2seq
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq
 
-from dllm_memdlm.compat.dllm_api import NoAttentionMaskWrapper, make_alpha_scheduler
+from dllm_memdlm.compat.bundled import CosineAlphaScheduler
+from dllm_memdlm.compat.dllm_api import NoAttentionMaskWrapper
 from dllm_memdlm.config import ConfigError, MemoryConfig
 from dllm_memdlm.method import noise
 from dllm_memdlm.method.trajectory import build_trajectory
@@ -79,7 +80,7 @@ def test_noise_is_that_of_seed_epoch_and_example(pad):
 
 def test_masks_follow_the_schedule(pad):
     """Under the cosine schedule a token is masked with probability cos(π/2 · (1 - t))."""
-    collator = AnchorTrajectoryCollator(pad, scheduler=make_alpha_scheduler("cosinealphascheduler"))
+    collator = AnchorTrajectoryCollator(pad, scheduler=CosineAlphaScheduler())
     batch = {"input_ids": torch.zeros(400, 500).long(), "labels": torch.zeros(400, 500).long()}
     out = collator.add_noise(batch, torch.arange(400))
     share = out["anchor_mask"].double().mean(-1)

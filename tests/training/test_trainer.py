@@ -23,7 +23,7 @@ from steps import OFF, memory_for, plain_loss, train_logs
 from torch import Tensor, nn
 
 from benchmarks.naive_experts import plain_experts
-from dllm_memdlm.compat import bundled, dllm_api
+from dllm_memdlm.compat import dllm_api
 from dllm_memdlm.compat.dllm_api import NoAttentionMaskWrapper
 from dllm_memdlm.config import ConfigError, MemoryConfig
 from dllm_memdlm.training.collator import AnchorTrajectoryCollator
@@ -94,17 +94,13 @@ def assert_same_step(loss: Tensor, expected: Tensor, model: nn.Module) -> None:
     assert_close_relative(*found, 1e-5, "gradient")
 
 
-PLAIN = [
-    pytest.param((bundled.MDLMTrainer, bundled.MDLMConfig), id="bundled"),
-    pytest.param((dllm_api.MDLMTrainer, dllm_api.MDLMConfig), id="dllm", marks=pytest.mark.dllm),
-]
 SHIFTED = {"loss_norm_type": "batch", "right_shift_logits": True}
 
 
-@pytest.mark.parametrize("plain", PLAIN)
+@pytest.mark.dllm
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("settings", [{}, {"loss_norm_type": "sequence", "loss_weight_type": "uniform"}, SHIFTED])
-def test_memory_off_is_the_plain_trainer_on_the_same_noise(plain, kind, settings, tokenizer, tmp_path, monkeypatch):
+def test_memory_off_is_dllms_trainer_on_the_same_noise(kind, settings, tokenizer, tmp_path, monkeypatch):
     prompt = 0 if settings is SHIFTED else 3  # which prepends a begin-of-sequence token
     rows = examples(6, prompt=prompt, spread=prompt)
     trainer = make_trainer(tiny(kind, lora=True), tokenizer, tmp_path, OFF, rows, **settings)
@@ -112,8 +108,8 @@ def test_memory_off_is_the_plain_trainer_on_the_same_noise(plain, kind, settings
     loss = trainer.compute_loss(trainer.model, batch)
 
     common = {"use_cpu": True, "bf16": False, "report_to": "none", "eval_strategy": "no"}
-    args = plain[1](output_dir=str(tmp_path), **common, **settings)
-    other = plain[0](model=trainer.model, args=args, processing_class=tokenizer)
+    args = dllm_api.MDLMConfig(output_dir=str(tmp_path), **common, **settings)
+    other = dllm_api.MDLMTrainer(model=trainer.model, args=args, processing_class=tokenizer)
     first = 1 if prompt == 0 else 0  # it prepends by itself
     inputs = {name: batch[name][:, first:] for name in ("input_ids", "labels")}
     t = (batch["noise_level"] - other.time_epsilon) / (1 - other.time_epsilon)
