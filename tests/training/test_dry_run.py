@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -47,17 +48,28 @@ def test_a_dry_run_of_a_saved_model_reads_its_config(recipe, tmp_path, capsys):
     assert absent in error_of(capsys, *arguments, "data.dataset=none.jsonl")
 
 
-def test_a_dry_run_of_the_papers_recipe_needs_nothing(capsys, monkeypatch):
-    """Parameters by formula: hidden size 2,048, 64 experts of width 1,024, vocabulary 157,184; 4 of the 16 layers."""
+@pytest.fixture
+def out_of_reach(capsys, monkeypatch) -> Callable[[str, str, int], tuple[str, str]]:
+    """What a dry run of a recipe of this repository says without network, and its error; of so many layers."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    few = ("model.dimensions.num_hidden_layers=4", "memory.layer_fraction=0.5")
-    assert train.main(["--dry-run", str(RECIPES / "llada_moe.yaml"), *few]) == 2
-    captured = capsys.readouterr()
-    out, line = captured.out, captured.err.splitlines()[-1]
+
+    def said(name: str, architecture: str, layers: int) -> tuple[str, str]:
+        few = (f"model.dimensions.num_hidden_layers={layers}", "memory.layer_fraction=0.5")
+        assert train.main(["--dry-run", str(RECIPES / f"{name}.yaml"), *few]) == 2
+        out, errors = capsys.readouterr()
+        assert f"Parameters (known dimensions of {architecture}, as config.json is out of reach)" in out
+        assert "Traceback" not in errors
+        return out, errors.splitlines()[-1]
+
+    return said
+
+
+def test_a_dry_run_of_the_papers_recipe_needs_nothing(out_of_reach):
+    """Parameters by formula: hidden size 2,048, 64 experts of width 1,024, vocabulary 157,184; 4 of the 16 layers."""
+    out, error = out_of_reach("llada_moe", "LLaDAMoEModelLM", 4)
     path = "inclusionAI/LLaDA-MoE-7B-A1B-Base"
     assert out.startswith(f"model:\n  path: {path}\n") and "  output_dir: runs/llada_moe\n" in out
-    assert "Parameters (known dimensions of LLaDAMoEModelLM, as config.json is out of reach)" in out
 
     v, d, layers, experts, f, r = 157_184, 2048, 4, 64, 1024, 32
     base = backbone_parameters(v, d, layers, 128, experts, f)
@@ -76,19 +88,13 @@ def test_a_dry_run_of_the_papers_recipe_needs_nothing(capsys, monkeypatch):
 
     quant = "bitsandbytes, for model.load_in_4bit (pip install bitsandbytes); "
     quant = "" if importlib.util.find_spec("bitsandbytes") else quant
-    assert line.startswith(f"error: missing: weights of model.path='{path}'; tokenizer '{path}'; {quant}data.dataset=")
-    assert "data.dataset='Yukang/LongAlpaca-12k', split 'train': " in line
-    assert "Traceback" not in captured.err
+    assert error.startswith(f"error: missing: weights of model.path='{path}'; tokenizer '{path}'; {quant}data.dataset=")
+    assert "data.dataset='Yukang/LongAlpaca-12k', split 'train': " in error
 
 
-def test_a_dry_run_of_llada_8b_needs_nothing(capsys, monkeypatch):
+def test_a_dry_run_of_llada_8b_needs_nothing(out_of_reach):
     """Parameters by formula: hidden size 4,096, width 12,288, vocabulary 126,464; 2 of the 32 layers."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    few = ("model.dimensions.num_hidden_layers=2", "memory.layer_fraction=0.5")
-    assert train.main(["--dry-run", str(RECIPES / "llada_8b.yaml"), *few]) == 2
-    captured = capsys.readouterr()
-    assert "Parameters (known dimensions of LLaDAModelLM, as config.json is out of reach)" in captured.out
+    out, error = out_of_reach("llada_8b", "LLaDAModelLM", 2)
     v, d, f, r = 126_464, 4096, 12_288, 32
 
     def parameters(layers: int) -> int:  # embedding, output and last norm; each layer: attention, two norms, gated MLP
@@ -96,11 +102,11 @@ def test_a_dry_run_of_llada_8b_needs_nothing(capsys, monkeypatch):
 
     lora = 2 * r * (4 * (d + d) + 3 * (d + f))
     assert parameters(LLaDAConfig().num_hidden_layers) == 8_015_581_184, "as published"
-    assert cell(captured.out, "all") == f"{parameters(2) + lora:,}"
-    assert cell(captured.out, "trainable") == f"{lora:,}", "none on the output"
-    assert cell(captured.out, "fast weights, each sample") == f"{3 * r * (d + f):,}"
-    assert re.findall(r"transformer\.blocks\.1\.(\w+) ", captured.out) == ["ff_proj", "up_proj", "ff_out"]
-    assert "error: missing: weights of model.path='GSAI-ML/LLaDA-8B-Instruct'" in captured.err
+    assert cell(out, "all") == f"{parameters(2) + lora:,}"
+    assert cell(out, "trainable") == f"{lora:,}", "none on the output"
+    assert cell(out, "fast weights, each sample") == f"{3 * r * (d + f):,}"
+    assert re.findall(r"transformer\.blocks\.1\.(\w+) ", out) == ["ff_proj", "up_proj", "ff_out"]
+    assert "error: missing: weights of model.path='GSAI-ML/LLaDA-8B-Instruct'" in error
 
 
 def backbone_parameters(v: int, d: int, layers: int, head: int, experts: int, f: int) -> int:
