@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,13 +38,13 @@ def step(trainer: MemDLMTrainer) -> list[Tensor]:
         return [loss, *torch.autograd.grad(loss, trained, allow_unused=True)]
 
 
-#: With experts those that change what these do; "off" is plain MDLM of all weights.
-CASES = [("llama", name) for name in (*VARIANTS, "off")]
-for kind in ("llada_moe", "llada2"):
-    CASES += [(kind, name) for name in ("prompts", "paper", "full_scope_batch", "kl", "all_layers", "odd_rank", "off")]
+#: Those that compute on the device what others do not; with experts those that change what these do.
+WITH_EXPERTS = ("paper", "full_scope_batch", "kl", "odd_rank", "off")
+OTHERS = ("prompts", "all_layers", "newly_revealed", "hidden_mse", "hidden_cosine", "global_clip_scope_batch")
+CASES = [*itertools.product(("llama", "llada_moe", "llada2"), WITH_EXPERTS), *itertools.product(("llama",), OTHERS)]
 
 
-@pytest.mark.parametrize(("kind", "variant"), CASES)
+@pytest.mark.parametrize(("kind", "variant"), [*CASES, ("llama", "no_clip"), ("llama", "uniform")])
 def test_a_step_needs_no_values(kind, variant, tokenizer, tmp_path):
     plain = variant == "off"
     settings = {**VARIANTS, "prompts": OF_PROMPTS, "off": {}}[variant]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from command_line import error_of
-from fresh_python import printed, run
+from fresh_python import run
 from small_run import logs_of, recipe_for
 from transformers.integrations import get_available_reporting_integrations
 
@@ -95,28 +95,6 @@ def test_trackio_without_a_space(recipe_file, tmp_path):
     logged = [json.loads(metrics) for _, metrics in rows]
     check_values({name: [log[name] for log in logged if name in log] for name in TRAIN | EVAL}, tmp_path / "run")
     assert json.loads(config)["memory.inner_lr"] == 0.1
-
-
-READ_MLFLOW = """
-import json, mlflow
-client = mlflow.MlflowClient()
-(run,) = client.search_runs(["0"])
-history = {name: [metric.value for metric in client.get_metric_history(run.info.run_id, name)]
-    for name in run.data.metrics}
-print(json.dumps([run.info.status, run.data.params, history]))
-"""
-
-
-@pytest.mark.slow
-def test_mlflow(recipe_file, tmp_path):
-    """It has the names of the run's own log, without `train/` and `eval/`."""
-    needs("mlflow")
-    where = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
-    command("mlflow", recipe_file, tmp_path, **where)
-    status, settings, history = printed(run("-c", READ_MLFLOW, **where))
-    assert status == "FINISHED" and settings["memory.inner_lr"] == "0.1"
-    found = {f"eval/{k[5:]}" if k.startswith("eval_") else f"train/{k}": values for k, values in history.items()}
-    check_values(found, tmp_path / "run")
 
 
 def test_a_tracker_that_is_not_there_ends_a_run_before_its_data_is_read(recipe_file, capsys):

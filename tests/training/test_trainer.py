@@ -30,8 +30,7 @@ from dllm_memdlm.training.collator import AnchorTrajectoryCollator
 from dllm_memdlm.training.trainer import MemDLMConfig, MemDLMTrainer
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("lora", [0.05, False])
+@pytest.mark.parametrize(("kind", "lora"), [*((kind, 0.05) for kind in KINDS), ("llama", False)])
 def test_a_plain_run(kind, lora, tokenizer, tmp_path):
     model = tiny(kind, lora=lora)
     before = {name: p.clone() for name, p in model.named_parameters()}
