@@ -14,7 +14,7 @@ from ..config import ConfigError, MemoryConfig
 from ..method import noise
 from ..method.trajectory import build_trajectory
 from ..method.windows import window_count, window_trajectory, windows_of
-from .cutoff import cut_the_end, cut_to_one_of_them
+from .cutoff import cut_off
 from .example_ids import EXAMPLE_ID, OTHER_PROMPT, PROMPT, prompt_of
 
 
@@ -104,7 +104,9 @@ class AnchorTrajectoryCollator(CollatorWrapper):
         of_prompts = self._of_prompts(features, examples)
         beside = {EXAMPLE_ID, PROMPT, OTHER_PROMPT}
         features = [{k: v for k, v in feature.items() if k not in beside} for feature in features]
-        features = self._cut_off(features, examples)
+        if self.perbatch_cutoff or self.resp_cutoff_ratio > 0:  # a batch's draws are those of its first example
+            keys = noise.example_keys(self.seed, self.epoch, examples[:1])
+            features = cut_off(features, keys, self.perbatch_cutoff, self.resp_cutoff_ratio)
         batch = super().__call__(features, return_tensors)
         if batch.get("labels") is None:
             raise ConfigError(
@@ -115,16 +117,6 @@ class AnchorTrajectoryCollator(CollatorWrapper):
             batch["labels"] = batch["labels"].masked_fill(~own, -100)
             batch["attention_mask"] = own.long()
         return self.add_noise(batch, examples) | of_prompts
-
-    def _cut_off(self, features: list[dict[str, Any]], examples: Tensor) -> list[dict[str, Any]]:
-        """Cut responses off, as asked. A batch's draws are those of its first example."""
-        if not self.perbatch_cutoff and self.resp_cutoff_ratio == 0:
-            return features
-        keys = noise.example_keys(self.seed, self.epoch, examples[:1])
-        chance, how_much = noise.uniform(keys, noise.CUTOFF, 2)[0].tolist()
-        if self.perbatch_cutoff:
-            return cut_to_one_of_them(features, how_much)
-        return cut_the_end(features, how_much) if chance < self.resp_cutoff_ratio else features
 
     def _of_prompts(self, features: list[dict[str, Any]], examples: Tensor) -> dict[str, Tensor]:
         """Return the trajectories of the windows of prompts, and of one window of each prompt without inner states.
