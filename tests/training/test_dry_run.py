@@ -33,7 +33,7 @@ def test_a_dry_run_of_a_local_recipe_misses_nothing(recipe, tmp_path, capsys):
 
 def test_a_dry_run_of_a_saved_model_reads_its_config(recipe, tmp_path, capsys):
     folder = tmp_path / "model"
-    model = tiny("llada2")
+    model = tiny("llama")
     model.save_pretrained(folder)
     make_chat_tokenizer(folder)
     arguments = [recipe, "--dry-run", f"model.path={folder}", "model.architecture=null"]
@@ -43,9 +43,8 @@ def test_a_dry_run_of_a_saved_model_reads_its_config(recipe, tmp_path, capsys):
     assert cell(out, "all") == f"{sum(p.numel() for p in model.parameters()):,}"
     (folder / "model.safetensors").unlink()
     (folder / "tokenizer.json").unlink()
-    assert error_of(capsys, *arguments) == f"missing: weights of model.path='{folder}'; tokenizer '{folder}'"
-    absent = f"; data.dataset='none.jsonl': no such file or folder ({tmp_path / 'none.jsonl'}); expected "
-    assert absent in error_of(capsys, *arguments, "data.dataset=none.jsonl")
+    says = f"missing: weights of model.path='{folder}'; tokenizer '{folder}'; data.dataset='none.jsonl': no such file"
+    assert error_of(capsys, *arguments, "data.dataset=none.jsonl").startswith(says)
 
 
 @pytest.fixture
@@ -66,23 +65,23 @@ def out_of_reach(capsys, monkeypatch) -> Callable[[str, str, int], tuple[str, st
 
 
 def test_a_dry_run_of_the_papers_recipe_needs_nothing(out_of_reach):
-    """Parameters by formula: hidden size 2,048, 64 experts of width 1,024, vocabulary 157,184; 4 of the 16 layers."""
-    out, error = out_of_reach("llada_moe", "LLaDAMoEModelLM", 4)
+    """Parameters by formula: hidden size 2,048, 64 experts of width 1,024, vocabulary 157,184; 2 of the 16 layers."""
+    out, error = out_of_reach("llada_moe", "LLaDAMoEModelLM", 2)
     path = "inclusionAI/LLaDA-MoE-7B-A1B-Base"
     assert out.startswith(f"model:\n  path: {path}\n") and "  output_dir: runs/llada_moe\n" in out
 
-    v, d, layers, experts, f, r = 157_184, 2048, 4, 64, 1024, 32
+    v, d, layers, experts, f, r = 157_184, 2048, 2, 64, 1024, 32
     base = backbone_parameters(v, d, layers, 128, experts, f)
     lora = layers * r * (4 * (d + d) + (d + experts) + experts * 3 * (d + f))
     assert LLaDAMoEConfig().num_hidden_layers == 16
     assert backbone_parameters(v, d, 16, 128, experts, f) == 7_356_880_896
     assert (cell(out, "all"), cell(out, "trainable")) == (f"{base + lora:,}", f"{lora:,}")
     site = experts * r * (d + f)
-    assert cell(out, "fast weights, each sample") == f"{6 * site:,}"
-    assert "Fast weights: 6 sites, 384 linear layers, from layer 2 of 4 on" in out
+    assert cell(out, "fast weights, each sample") == f"{3 * site:,}"
+    assert "Fast weights: 3 sites, 192 linear layers, from layer 1 of 2 on" in out
     rows = re.findall(r"layers\.(\d+)\.mlp\.experts\.(\S+) +│ +(\d+) │ +(\d+ → \d+) │ +([\d,]+) ", out)
     shapes = {"gate_proj": f"{d} → {f}", "up_proj": f"{d} → {f}", "down_proj": f"{f} → {d}"}
-    expected = [(str(layer), *named, f"{site:,}") for layer in (2, 3) for named in shapes.items()]
+    expected = [("1", *named, f"{site:,}") for named in shapes.items()]
     assert [(layer, name, shape, size) for layer, name, _, shape, size in rows] == expected
     assert {row[2] for row in rows} == {str(experts)}
 

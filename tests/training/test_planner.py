@@ -44,10 +44,7 @@ def without_a_launcher(as_from_a_shell):
 def recipe_of(
     kind: str, folder: Any, lora: float | None = None, memory: Any = True, layers: int = 2, **training: Any
 ) -> Recipe:
-    """Every response token is masked, as a plan assumes. `lora`: its dropout. Half of the layers have fast weights.
-
-    With four layers there are routed experts before those of the memory, too.
-    """
+    """Every response token is masked, as a plan assumes. `lora`: its dropout. Half of the layers have fast weights."""
     steps = {"max_steps": 2, "per_device_train_batch_size": BATCH, "time_epsilon": 0.999, "bf16": False}
     quiet = {"logging_steps": 100, "eval_strategy": "no", "save_strategy": "no", "disable_tqdm": True}
     memory = memory if isinstance(memory, dict) else {"enabled": memory}
@@ -88,7 +85,7 @@ def assert_within(request, record_property) -> Callable[[Plan, int, float], None
         ("llada_moe", None, True, {"gradient_checkpointing": True, "bf16": True}),
         ("llada_moe", 0.05, True, {"gradient_checkpointing": True, "layers": 4}),
         ("llada2", 0.0, {"objective": "kl"}, {"gradient_accumulation_steps": 2}),
-        ("llada2", None, {**OF_PROMPTS, "window": LENGTH // 4}, {"gradient_checkpointing": True}),
+        ("llada2", None, {**OF_PROMPTS, "steps": 2, "window": LENGTH // 2}, {"gradient_checkpointing": True}),
         ("llama", None, {"layer_fraction": 1.0}, {"bf16": True}),
         ("llama", 0.0, False, {"gradient_checkpointing": True, "bf16": True}),
         ("llama", 0.0, {"kind": "full", "scope": "batch", "steps": 3}, {"gradient_checkpointing": True}),
@@ -225,17 +222,20 @@ def test_sizes_of_memory():
 
 
 def test_the_first_thing_to_change(tmp_path):
-    def first(gpus: int = 1, **changes: Any) -> str:
+    plan = plan_of(recipe_of("llama", tmp_path))  # most of it activations
+
+    def first(gpus: int = 1, weights: int = 0, **changes: Any) -> str:
         recipe = recipe_of("llama", tmp_path, **changes)
-        return advice(plan_of(recipe, gpus), recipe)
+        batch, engine = recipe.training.per_device_train_batch_size, recipe.training.engine
+        own = replace(plan, gpus=gpus, batch=batch, engine=engine, at_peak={**plan.at_peak, "weights": weights})
+        return advice(own, recipe)
 
     assert first() == "training.gradient_checkpointing=true"
     smaller = "training.per_device_train_batch_size=2, with training.gradient_accumulation_steps=2"
     assert first(gradient_checkpointing=True) == smaller
     assert first(lora=0.05, gradient_checkpointing=True, per_device_train_batch_size=1) == "data.max_length=128"
-    one = {"gradient_checkpointing": True, "per_device_train_batch_size": 1, "memory": False}
-    assert first(gpus=2, **one) == "training.engine=fsdp2"
-    assert first(gpus=2, engine="zero3", **one) == "lora.enabled=true"
+    assert first(gpus=2, weights=2**40) == "training.engine=fsdp2"
+    assert first(gpus=2, weights=2**40, engine="zero3") == "lora.enabled=true"
 
 
 def test_at_worst_as_many_tokens_are_revealed_as_masked(tmp_path):

@@ -130,19 +130,19 @@ def test_memory_dropout_of_one_is_plain_mdlm(kind, tokenizer, tmp_path):
 
 
 def test_memory_dropout_is_a_sample_s_own_and_a_function_of_its_noise(tokenizer, tmp_path):
-    model, rows = tiny("llama", torch.float64), examples(24)
+    model, rows = tiny("llama", torch.float64), examples(12)
     never, half, always = (
         make_trainer(model, tokenizer, tmp_path, memory_for("llama", dropout=p), rows, loss_norm_type="batch")
         for p in (0.0, 0.5, 1.0)
     )
 
     def losses(trainer: MemDLMTrainer) -> list[float]:
-        return [trainer.compute_loss(model, train_batch(trainer, [i])).item() for i in range(24)]
+        return [trainer.compute_loss(model, train_batch(trainer, [i])).item() for i in range(12)]
 
     on, mixed, off = losses(never), losses(half), losses(always)
     assert all(loss in either for loss, *either in zip(mixed, on, off, strict=True))
     assert losses(half) == mixed
-    assert 6 <= sum(a == b for a, b in zip(mixed, on, strict=True)) <= 18
+    assert 3 <= sum(a == b for a, b in zip(mixed, on, strict=True)) <= 9
     batch = train_batch(half, range(6))
     each = [half.compute_loss(model, {name: v[i : i + 1] for name, v in batch.items()}).item() for i in range(6)]
     assert half.compute_loss(model, batch).item() == pytest.approx(sum(each) / 6, rel=1e-6)
@@ -187,7 +187,7 @@ def test_a_pinned_batch_is_copied_without_waiting(given, expected, tmp_path, mon
 
 @pytest.mark.parametrize(
     ("kind", "memory", "norm"),
-    [*((kind, True, "batch") for kind in KINDS), ("llada2", False, "batch"), ("llama", True, "token")],
+    [("llada_moe", True, "batch"), ("llama", True, "batch"), ("llada2", False, "batch"), ("llama", True, "token")],
 )
 def test_accumulated_parts_are_one_batch(kind, memory, norm, tokenizer, tmp_path):
     """As 2 × 2 examples or 4 × 1. The batch norm does not depend on which meet; under the other all are alike."""
