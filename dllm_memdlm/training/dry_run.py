@@ -83,8 +83,8 @@ def dry_run(recipe: Recipe, gpus: int = 1, memory: int | None = None, response_s
 def _print_plan(console: Console, plan: Plan, recipe: Recipe) -> None:
     gpus = "1 GPU" if plan.gpus == 1 else f"{plan.gpus} GPUs, {plan.engine}"
     console.print(f"Memory of a GPU in GiB ({gpus}; most at once: {plan.moment})")
-    sizes = {name: (size, plan.largest[name]) for name, size in plan.at_peak.items() if plan.largest[name]}
-    rows = [(name, f"{now / GIB:,.3f}", f"{highest / GIB:,.3f}") for name, (now, highest) in sizes.items()]
+    kinds = [name for name in plan.at_peak if plan.largest[name]]
+    rows = [(name, f"{plan.at_peak[name] / GIB:,.3f}", f"{plan.largest[name] / GIB:,.3f}") for name in kinds]
     rows.append(("together", f"{plan.peak / GIB:,.3f}", ""))
     console.print(_table(("what", "at the peak", "at its own highest"), rows))
     console.print(

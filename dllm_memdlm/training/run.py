@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,13 +31,8 @@ from .trainer import MemDLMTrainer
 #: Tokenizers that were trained for runs, so that runs on the same texts share one.
 TOKENIZER_CACHE = Path(huggingface_hub.constants.HF_HOME) / "dllm-memdlm" / "tokenizers"
 
-
-#: Training arguments on which the noise and the order of the examples depend, with their defaults.
-ORDER = {
-    f.name: f.default
-    for f in dataclasses.fields(MemDLMConfig)
-    if f.name in ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "group_by_length")
-}
+#: Training arguments on which the noise and the order of the examples depend.
+ORDER = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "group_by_length")
 
 
 def say(text: str) -> None:
@@ -60,11 +54,10 @@ def build_trainer(recipe: Recipe) -> MemDLMTrainer:
             "expected a model.path, or lora.enabled=false to train all weights from scratch"
         )
     if recipe.data.streaming:  # all rows are not at hand
-        model, args, why = recipe.model, recipe.training, "with data.streaming"
+        args, read, why = recipe.training, recipe.model.tokenizer or recipe.model.path, "with data.streaming"
         require("training", args, "max_steps", args.max_steps > 0, f"at least 1 {why}")
         require("training", args, "group_by_length", not args.group_by_length, f"false {why}")
-        read = bool(model.tokenizer or model.path)
-        require("model", model, "tokenizer", read, f"one {why}, on which none is trained")
+        require("model", recipe.model, "tokenizer", bool(read), f"one {why}, on which none is trained")
     if recipe.model.path is None:
         model_class(recipe.model.architecture)  # or ends, before a tokenizer is trained
     transformers.set_seed(recipe.training.seed)
@@ -208,7 +201,7 @@ def _changes(checkpoint: str, recipe: Recipe, sections: tuple[str, ...]) -> Iter
         return  # made by the trainer without a recipe
     now = yaml.safe_load(recipe.to_yaml())
     for values in (before, now):  # a recipe holds what it sets of this section, and no more
-        values["training"] = {key: values["training"].get(key, default) for key, default in ORDER.items()}
+        values["training"] = {key: values["training"].get(key, getattr(MemDLMConfig, key)) for key in ORDER}
     for section in sections:
         for key, value in now[section].items():
             made = before.get(section, {}).get(key, getattr(SECTIONS[section], key, None))  # new keys: their defaults
