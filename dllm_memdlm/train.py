@@ -41,9 +41,9 @@ def run(args: argparse.Namespace) -> None:
 
     recipe = load_recipe(args.recipe, args.overrides)
     if args.dry_run:
-        from .training.dry_run import Machine, dry_run
+        from .training.dry_run import dry_run, planned_for
 
-        dry_run(recipe, Machine.from_arguments(*planned))
+        dry_run(recipe, **planned_for(*planned))
         return
     check_processes()
     trainer = train(recipe, args.resume)

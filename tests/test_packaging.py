@@ -75,7 +75,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
     assert wheel.name == f"{info}-py3-none-any.whl"
     beside = {f"{info}.data/purelib/memdlm_for_torch.py"}
     assert names == files_below("dllm_memdlm") | {f"dllm_memdlm/training/{name}" for name in USERS_RECIPES} | beside
-    assert {"dllm_memdlm/py.typed", "dllm_memdlm/training/engines/zero2.json"} < names
+    files = ("py.typed", "training/engines/zero2.json", "training/model_card.md.jinja")
+    assert {f"dllm_memdlm/{file}" for file in files} < names
 
 
 def test_the_source_distribution_holds_what_it_takes_to_build(built):

@@ -130,8 +130,6 @@ class WholeCheckpoints(transformers.Trainer):
         self.beside_checkpoints: list[Callable[[Path], None]] = []
         #: What the trainer's user wants to find again in a checkpoint, to compare with when a run goes on from it.
         self.made_of: dict[str, Any] = {}
-        self.begun: Path | None = None  #: the checkpoint that is being written
-        self.to_push: str | None = None  #: the folder to upload when it is marked
         self.run: str | None = None  #: the name of this run, in its folder and in its checkpoints
         self.resumed: Path | None = None  #: what this run goes on from
         self.limit: int | None = None  #: `save_total_limit`
@@ -163,32 +161,29 @@ class WholeCheckpoints(transformers.Trainer):
         return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if _internal_call and output_dir is not None:  # a checkpoint begins
-            self.begun = Path(output_dir)
-            if self.args.should_save:
-                if contents_of(self.begun):  # as where a finished run is resumed
-                    before = self.begun.with_name(self.begun.name + BEFORE)
-                    remove(before)
-                    self.begun.rename(before)
-                remove(self.begun)
-            self.accelerator.wait_for_everyone()
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             readable_by_both(output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            if contents_of(folder):  # as where a finished run is resumed
+                before = folder.with_name(folder.name + BEFORE)
+                remove(before)
+                folder.rename(before)
+            remove(folder)
+        self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            assert self.begun is not None  # since `save_model`
-            self.mark(self.begun)
+            self.mark(folder)
         self.accelerator.wait_for_everyone()
-        if self.to_push is not None:
-            super()._push_from_checkpoint(self.to_push)
-            self.to_push = None
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(folder))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        self.to_push = checkpoint_folder  # it uploads in the background: not what is about to change
+        """Nothing yet. `_save_checkpoint` uploads what is marked, as an upload must not see what is about to change."""
 
     def mark(self, folder: Path) -> None:
         """Mark a checkpoint that all processes have written, and remove old ones beyond the limit."""
@@ -210,15 +205,15 @@ class WholeCheckpoints(transformers.Trainer):
         (folder / CONTENTS).write_text(json.dumps(contents, indent=1), encoding="utf-8")
         for path in (folder / CONTENTS, folder, folder.parent):
             _to_disk(path)
+        replaced = [path for _, path in others if path.suffix == BEFORE]
         older = [path for _, path in others if path.suffix != BEFORE]
-        for path in [path for _, path in others if path.suffix == BEFORE]:
-            remove(path)
         if self.limit is not None and self.limit > 0:
             best = Path(self.state.best_model_checkpoint or folder).resolve()
             worse = [path for path in older if path.resolve() != best]
-            keep = max(self.limit, 1 + len(older) - len(worse))
-            for path in worse[: max(0, len(older) + 1 - keep)]:
-                remove(path)
+            stay = max(0, self.limit - 1 - (len(older) - len(worse)))  # of them, beside the best and the new one
+            replaced += worse[: max(0, len(worse) - stay)]
+        for path in replaced:
+            remove(path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.accelerator.is_fsdp2:

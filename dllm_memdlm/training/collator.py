@@ -14,7 +14,7 @@ from ..config import ConfigError, MemoryConfig
 from ..method import noise
 from ..method.trajectory import build_trajectory
 from ..method.windows import window_count, window_trajectory, windows_of
-from .cutoff import cut_the_end, cut_to_one_of_them
+from .cutoff import cut_off
 from .example_ids import EXAMPLE_ID, OTHER_PROMPT, PROMPT, prompt_of
 
 
@@ -101,10 +101,12 @@ class AnchorTrajectoryCollator(CollatorWrapper):
                 "pass the dataset to MemDLMTrainer, or add each example's index under that name"
             )
         examples = torch.tensor([feature[EXAMPLE_ID] for feature in features], dtype=torch.int64)
-        texts = self._texts(features)
+        of_prompts = self._of_prompts(features, examples)
         beside = {EXAMPLE_ID, PROMPT, OTHER_PROMPT}
         features = [{k: v for k, v in feature.items() if k not in beside} for feature in features]
-        features = self._cut_off(features, examples)
+        if self.perbatch_cutoff or self.resp_cutoff_ratio > 0:  # a batch's draws are those of its first example
+            keys = noise.example_keys(self.seed, self.epoch, examples[:1])
+            features = cut_off(features, keys, self.perbatch_cutoff, self.resp_cutoff_ratio)
         batch = super().__call__(features, return_tensors)
         if batch.get("labels") is None:
             raise ConfigError(
@@ -114,59 +116,38 @@ class AnchorTrajectoryCollator(CollatorWrapper):
         if not self.padding_loss and (own := _own_tokens(batch, features)) is not None and not own.all():
             batch["labels"] = batch["labels"].masked_fill(~own, -100)
             batch["attention_mask"] = own.long()
-        return self.add_noise(batch, examples) | self._noised(texts, examples)
+        return self.add_noise(batch, examples) | of_prompts
 
-    def _cut_off(self, features: list[dict[str, Any]], examples: Tensor) -> list[dict[str, Any]]:
-        """Cut responses off, as asked. A batch's draws are those of its first example."""
-        if not self.perbatch_cutoff and self.resp_cutoff_ratio == 0:
-            return features
-        keys = noise.example_keys(self.seed, self.epoch, examples[:1])
-        chance, how_much = noise.uniform(keys, noise.CUTOFF, 2)[0].tolist()
-        if self.perbatch_cutoff:
-            return cut_to_one_of_them(features, how_much)
-        return cut_the_end(features, how_much) if chance < self.resp_cutoff_ratio else features
-
-    def _texts(self, features: list[dict[str, Any]]) -> dict[str, list[Tensor]]:
-        """Return the prompts that a batch is to have windows of, by what they are wanted for.
+    def _of_prompts(self, features: list[dict[str, Any]], examples: Tensor) -> dict[str, Tensor]:
+        """Return the trajectories of the windows of prompts, and of one window of each prompt without inner states.
 
         Raises:
-            ConfigError: training wants them, and there are none.
+            ConfigError: training wants prompts, and there are none.
         """
-        config = self.config
+        config, shift, batch = self.config, self.bos_token_id is not None, dict[str, Tensor]()
         trains = config.prompt_loss > 0 or (config.enabled and config.source == "prompt")
         writes = config.enabled and (self._evaluates or config.source == "prompt")
         if not (trains or writes):
-            return {}
+            return batch
         prompts = [torch.as_tensor(prompt_of(feature), dtype=torch.int64) for feature in features]
         if trains and not any(map(len, prompts)):
             raise ConfigError(
                 f"AnchorTrajectoryCollator: examples without a prompt (fields: {', '.join(features[0])}); expected "
                 f"labels of -100 on it, or {PROMPT!r}, with memory.source: prompt and with memory.prompt_loss"
             )
-        wanted = {"window": prompts} if writes else {}
-        if self._evaluates or config.prompt_loss > 0:
-            wanted["prompt"] = prompts
-        if writes and all(OTHER_PROMPT in feature for feature in features):
-            wanted["other"] = [torch.as_tensor(feature[OTHER_PROMPT], dtype=torch.int64) for feature in features]
-        return wanted
-
-    def _noised(self, texts: dict[str, list[Tensor]], examples: Tensor) -> dict[str, Tensor]:
-        """Return the trajectories of these texts' windows, and of one window of each prompt without inner states."""
         keys = noise.stream_keys(noise.example_keys(self.seed, self.epoch, examples), noise.PROMPT)
-        batch: dict[str, Tensor] = {}
-        shift = self.bos_token_id is not None
+        if self._evaluates or config.prompt_loss > 0:
+            windows, drawn = windows_of(prompts, config.window), noise.uniform(keys, noise.CHOICE, 1)[:, 0].tolist()
+            counts = [window_count(len(prompt), config.window) for prompt in prompts]
+            chosen = [windows[int(u * n)][row] for row, (u, n) in enumerate(zip(drawn, counts, strict=True))]
+            anchors = replace(config, enabled=False)
+            batch |= window_trajectory(chosen, keys, anchors, right_shift_logits=shift).to_batch("prompt_")
+        texts = {"window": prompts} if writes else {}
+        if writes and all(OTHER_PROMPT in feature for feature in features):
+            texts["other"] = [torch.as_tensor(feature[OTHER_PROMPT], dtype=torch.int64) for feature in features]
         for use, rows in texts.items():
-            windows = windows_of(rows, self.config.window)
-            if use == "prompt":
-                drawn = noise.uniform(keys, noise.CHOICE, 1)[:, 0].tolist()
-                counts = [window_count(len(row), self.config.window) for row in rows]
-                chosen = [windows[int(u * n)][row] for row, (u, n) in enumerate(zip(drawn, counts, strict=True))]
-                anchors = replace(self.config, enabled=False)
-                batch |= window_trajectory(chosen, keys, anchors, right_shift_logits=shift).to_batch("prompt_")
-                continue
-            for number, parts in enumerate(windows):
-                trajectory = window_trajectory(parts, keys, self.config, number, shift)
-                batch |= trajectory.to_batch(f"{use}_{number}_")
+            for number, parts in enumerate(windows_of(rows, config.window)):
+                batch |= window_trajectory(parts, keys, config, number, shift).to_batch(f"{use}_{number}_")
         return batch
 
     def add_noise(self, batch: dict[str, Any], examples: Tensor) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import math
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from rich.console import Console
@@ -26,58 +26,55 @@ from .recipe import Recipe
 GIB = 2**30
 
 
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """What a recipe is planned for."""
-
-    gpus: int = 1  #: processes, each with a GPU
-    memory: int | None = None  #: bytes of one GPU; none gives no verdict
-    response_share: float = RESPONSE_SHARE  #: of an example's tokens
-
-    @classmethod
-    def from_arguments(cls, gpus: str | None, memory: str | None, response_share: str | None) -> Machine:
-        """From the texts of `--gpus`, `--memory` and `--response-share`. Raises ConfigError for what they cannot be."""
-        gpus = os.environ.get("WORLD_SIZE", "1") if gpus is None else gpus
-        if not gpus.isdecimal() or int(gpus) < 1:
-            raise ConfigError(f"--gpus {gpus!r}: expected a whole number, at least 1")
-        share = str(RESPONSE_SHARE) if response_share is None else response_share
-        if not re.fullmatch(r"0?\.\d+|1(\.0*)?", share) or float(share) == 0:
-            raise ConfigError(f"--response-share {share!r}: expected a number above 0, at most 1")
-        size = None if memory is None else parse_memory(memory)
-        return cls(gpus=int(gpus), memory=size, response_share=float(share))
+def planned_for(gpus: str | None, memory: str | None, response_share: str | None) -> dict[str, Any]:
+    """Return arguments of `dry_run` for the texts of these flags. Raises ConfigError for what they cannot be."""
+    gpus = os.environ.get("WORLD_SIZE", "1") if gpus is None else gpus
+    if not gpus.isdecimal() or int(gpus) < 1:
+        raise ConfigError(f"--gpus {gpus!r}: expected a whole number, at least 1")
+    share = str(RESPONSE_SHARE) if response_share is None else response_share
+    if not re.fullmatch(r"0?\.\d+|1(\.0*)?", share) or float(share) == 0:
+        raise ConfigError(f"--response-share {share!r}: expected a number above 0, at most 1")
+    size = None if memory is None else parse_memory(memory)
+    return {"gpus": int(gpus), "memory": size, "response_share": float(share)}
 
 
-def dry_run(recipe: Recipe, machine: Machine | None = None, console: Console | None = None) -> None:
+def dry_run(recipe: Recipe, gpus: int = 1, memory: int | None = None, response_share: float = RESPONSE_SHARE) -> None:
     """Print the resolved recipe, the model's parameters, the sites of the fast weights, and what a step takes.
+
+    Args:
+        recipe: what would be trained.
+        gpus: processes, each with a GPU.
+        memory: bytes of one GPU; none gives no verdict.
+        response_share: part of an example's tokens that is masked.
 
     Raises:
         ConfigError: something that training needs is missing. What could be printed has been.
     """
-    console, machine = console or Console(highlight=False, markup=False, soft_wrap=True), machine or Machine()
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(recipe.to_yaml())
     config, source = find_config(recipe)
     model = shape_model(recipe, config)
     if recipe.memory.enabled:
-        memory = ParametricMemory(model, recipe.memory, mask_token_id=0)
-        linears = sum(shape.experts or 1 for shape in memory.shapes)
-        where = f"from layer {memory.boundary} of {len(staged_backbone(model).layers)} on"
-        console.print(f"Fast weights: {len(memory.shapes)} sites, {linears:,} linear layers, {where}")
+        fast = ParametricMemory(model, recipe.memory, mask_token_id=0)
+        linears = sum(shape.experts or 1 for shape in fast.shapes)
+        where = f"from layer {fast.boundary} of {len(staged_backbone(model).layers)} on"
+        console.print(f"Fast weights: {len(fast.shapes)} sites, {linears:,} linear layers, {where}")
         rows = [
-            (s.name, s.experts or "-", f"{s.in_features} → {s.out_features}", f"{s.numel(memory.config):,}")
-            for s in memory.shapes
+            (s.name, s.experts or "-", f"{s.in_features} → {s.out_features}", f"{s.numel(fast.config):,}")
+            for s in fast.shapes
         ]
         console.print(_table(("site", "experts", "in → out", "fast weights"), rows))
-    plan = make_plans(recipe, config, machine.gpus, machine.response_share, model=model)[recipe.memory.enabled]
+    plan = make_plans(recipe, config, gpus, response_share, model=model)[recipe.memory.enabled]
     console.print(f"Parameters ({source})")
     counts = {"all": plan.parameters, "active": plan.active, "trainable": plan.trainable}
-    fast = f"{plan.fast:,}" if plan.fast else "0 (memory is off)"
-    numbers = [*((name, f"{count:,}") for name, count in counts.items()), ("fast weights, each sample", fast)]
-    console.print(_table(("what", "number"), numbers))
+    numbers = {name: f"{count:,}" for name, count in counts.items()}
+    numbers["fast weights, each sample"] = f"{plan.fast:,}" if plan.fast else "0 (memory is off)"
+    console.print(_table(("what", "number"), numbers.items()))
     _print_plan(console, plan, recipe)
     missing, examples = missing_parts(recipe)
     console.print(f"Steps: {steps_of(recipe, plan, examples)}")
-    if machine.memory is not None:
-        console.print(verdict(plan, recipe, machine.memory))
+    if memory is not None:
+        console.print(verdict(plan, recipe, memory))
     if missing:
         raise ConfigError("missing: " + "; ".join(missing))
     console.print("nothing is missing")
@@ -86,8 +83,8 @@ def dry_run(recipe: Recipe, machine: Machine | None = None, console: Console | N
 def _print_plan(console: Console, plan: Plan, recipe: Recipe) -> None:
     gpus = "1 GPU" if plan.gpus == 1 else f"{plan.gpus} GPUs, {plan.engine}"
     console.print(f"Memory of a GPU in GiB ({gpus}; most at once: {plan.moment})")
-    sizes = {name: (size, plan.largest[name]) for name, size in plan.at_peak.items() if plan.largest[name]}
-    rows = [(name, f"{now / GIB:,.3f}", f"{highest / GIB:,.3f}") for name, (now, highest) in sizes.items()]
+    kinds = [name for name in plan.at_peak if plan.largest[name]]
+    rows = [(name, f"{plan.at_peak[name] / GIB:,.3f}", f"{plan.largest[name] / GIB:,.3f}") for name in kinds]
     rows.append(("together", f"{plan.peak / GIB:,.3f}", ""))
     console.print(_table(("what", "at the peak", "at its own highest"), rows))
     console.print(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.utils.data import Sampler
@@ -11,6 +12,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from ..method import noise
 
 
+@dataclass(eq=False)
 class EpochSampler(Sampler[int]):
     """A shuffle of each epoch's own.
 
@@ -21,11 +23,11 @@ class EpochSampler(Sampler[int]):
     in the `batch_size` of one optimizer step of one process.
     """
 
-    def __init__(
-        self, size: int, seed: int, epoch: Callable[[], int], lengths: Sequence[int] | None = None, batch_size: int = 1
-    ) -> None:
-        self.size, self.seed, self.epoch = size, seed, epoch
-        self.lengths, self.batch_size = lengths, batch_size
+    size: int
+    seed: int
+    epoch: Callable[[], int]
+    lengths: Sequence[int] | None = None
+    batch_size: int = 1
 
     def __len__(self) -> int:
         return self.size

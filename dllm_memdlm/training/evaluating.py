@@ -14,7 +14,7 @@ from transformers.trainer_utils import has_length
 from ..config import ConfigError, MemoryConfig
 from ..method.bilevel import BilevelStep
 from ..method.losses import NORMS
-from .example_ids import prompt_of, with_example_ids, with_other_prompts
+from .example_ids import prompt_of, with_example_ids
 
 #: The losses with φ of the own prompt, and of another one's.
 OF_PROMPTS = ("loss_memory_prompt", "loss_memory_other")
@@ -33,10 +33,6 @@ class Evaluation(transformers.Trainer):
     Padding is neither seen nor scored, and every example counts as the norm of the loss says, over the whole data: dllm
     and transformers take the mean of the batches' means, which another batch size changes.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._evaluated: dict[str, list[Tensor]] = defaultdict(list)  #: of each batch [B], by the names of losses
-        super().__init__(*args, **kwargs)
 
     @torch.no_grad()
     def prediction_step(
@@ -70,7 +66,7 @@ class Evaluation(transformers.Trainer):
         return found
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        self._evaluated.clear()
+        self._evaluated: dict[str, list[Tensor]] = defaultdict(list)  # of each batch [B], by the names of losses
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         found = {name: torch.cat(values).double() for name, values in self._evaluated.items()}
         if found:
@@ -89,16 +85,11 @@ class Evaluation(transformers.Trainer):
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in losses.items()})
         return output
 
-    @staticmethod
-    def for_evaluation(dataset: Any) -> Any:
-        """The dataset, or datasets, with what their losses need beside the examples."""
-        return with_other_prompts(with_example_ids(dataset))
-
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         training_collator = self.data_collator
         self.data_collator: Any = training_collator.for_evaluation()
         try:
-            return super().get_eval_dataloader(self.for_evaluation(eval_dataset))
+            return super().get_eval_dataloader(with_example_ids(eval_dataset, other_prompts=True))
         finally:
             self.data_collator = training_collator
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
@@ -15,33 +15,39 @@ EXAMPLE_ID = "example_id"
 PROMPT, OTHER_PROMPT = "prompt_ids", "other_prompt_ids"
 
 
-class _With(Dataset[dict[str, Any]]):
-    """A map-style dataset whose items carry more: what `more` says of the dataset and an index."""
+class _Numbered(Dataset[dict[str, Any]]):
+    """A map-style dataset whose examples carry their index; with `others` each has the next one's prompt, too."""
 
-    def __init__(self, dataset: Any, more: Callable[[Any, int], dict[str, Any]]) -> None:
-        self.dataset, self.more = dataset, more
+    def __init__(self, dataset: Any, others: bool) -> None:
+        self.dataset, self.others = dataset, others
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.dataset[index], **self.more(self.dataset, index)}
+        example = {EXAMPLE_ID: index, **self.dataset[index]}
+        if self.others:
+            example[OTHER_PROMPT] = prompt_of(self.dataset[(index + 1) % len(self)])
+        return example
 
 
-def _number(dataset: Any, index: int) -> dict[str, Any]:
-    return {EXAMPLE_ID: index}
+def with_example_ids(dataset: Any, other_prompts: bool = False) -> Any:
+    """Return the dataset, each example with its index under `example_id`, by which its noise is drawn.
 
-
-def _other_prompt(dataset: Any, index: int) -> dict[str, Any]:
-    return {OTHER_PROMPT: prompt_of(dataset[(index + 1) % len(dataset)])}
-
-
-def with_other_prompts(dataset: Any) -> Any:
-    """The dataset of `with_example_ids`, each example with the next one's prompt; a streaming one stays as it is."""
+    Takes a `datasets` dataset, streaming ones too, any map-style dataset, a dict of them, or none. With `other_prompts`
+    each example of a map-style one has the prompt of the next one, too.
+    """
+    if dataset is None or isinstance(dataset, str):
+        return dataset
     if isinstance(dataset, dict):
-        return {name: with_other_prompts(part) for name, part in dataset.items()}
-    without = isinstance(dataset, datasets.Dataset) or (isinstance(dataset, _With) and dataset.more is _number)
-    return _With(dataset, _other_prompt) if without else dataset
+        return {name: with_example_ids(part, other_prompts) for name, part in dataset.items()}
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset.map(lambda row, index: {EXAMPLE_ID: index}, with_indices=True)
+    if isinstance(dataset, _Numbered):
+        return dataset if dataset.others or not other_prompts else _Numbered(dataset.dataset, others=True)
+    if isinstance(dataset, datasets.Dataset) and not other_prompts:
+        return dataset if EXAMPLE_ID in dataset.column_names else dataset.add_column(EXAMPLE_ID, range(len(dataset)))
+    return _Numbered(dataset, other_prompts)
 
 
 def prompt_of(example: Mapping[str, Any]) -> list[int]:
@@ -51,22 +57,6 @@ def prompt_of(example: Mapping[str, Any]) -> list[int]:
         return ids
     labels = example.get("labels", ())
     return ids[: next((i for i, label in enumerate(labels) if label != -100), len(ids))]
-
-
-def with_example_ids(dataset: Any) -> Any:
-    """The dataset, each example with its index under `example_id`, by which its noise is drawn.
-
-    Takes a `datasets` dataset, streaming ones too, any map-style dataset, a dict of them, or none.
-    """
-    if dataset is None or isinstance(dataset, (str, _With)):
-        return dataset
-    if isinstance(dataset, datasets.IterableDataset):
-        return dataset.map(lambda row, index: {EXAMPLE_ID: index}, with_indices=True)
-    if isinstance(dataset, datasets.Dataset):
-        return dataset if EXAMPLE_ID in dataset.column_names else dataset.add_column(EXAMPLE_ID, range(len(dataset)))
-    if isinstance(dataset, dict):
-        return {name: with_example_ids(part) for name, part in dataset.items()}
-    return _With(dataset, _number)
 
 
 def digest_of(rows: datasets.Dataset) -> str:
@@ -82,7 +72,6 @@ def digest_of(rows: datasets.Dataset) -> str:
 
 def lengths_of(dataset: Any) -> list[int]:
     """Tokens of every example of a map-style dataset."""
-    while isinstance(dataset, _With):
-        dataset = dataset.dataset
+    dataset = dataset.dataset if isinstance(dataset, _Numbered) else dataset
     rows = dataset["input_ids"] if isinstance(dataset, datasets.Dataset) else (row["input_ids"] for row in dataset)
     return [len(row) for row in rows]

@@ -16,31 +16,29 @@ class Averages:
     """Running means and counts of tensors on the device: nothing is waited for until they are read."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}  #: of a mean the sum and the number of its values [2], of a count itself []
 
     def add(self, name: str, values: Tensor, where: Tensor | None = None) -> None:
         """Add values of any shape to a mean, those at which `where` holds."""
         values = values.detach().float()
         where = torch.ones_like(values, dtype=torch.bool) if where is None else where
-        pair = torch.stack([values.where(where, 0).sum(), where.sum()])
-        self._sums[name] = self._sums.get(name, 0) + pair
+        self.count(name, torch.stack([values.where(where, 0).sum(), where.sum()]))
 
     def count(self, name: str, number: Tensor) -> None:
         """Add to a count."""
-        self._counts[name] = self._counts.get(name, 0) + number
+        self._sums[name] = self._sums.get(name, 0) + number
 
     def pop(self, accelerator: Any) -> dict[str, float]:
-        """Means and counts over all processes since the last call."""
-
-        def over_processes(value: Tensor) -> Tensor:
-            summed: Tensor = accelerator.reduce(value.to(accelerator.device), "sum")
-            return summed
-
-        means = {name: over_processes(pair).tolist() for name, pair in self._sums.items()}
-        counts = {name: int(over_processes(number)) for name, number in self._counts.items()}
-        self._sums, self._counts = {}, {}
-        return {name: total / number for name, (total, number) in means.items() if number} | counts
+        """Return means and counts over all processes since the last call."""
+        logs: dict[str, float] = {}
+        for name, sums in self._sums.items():
+            found = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()
+            if not isinstance(found, list):
+                logs[name] = found
+            elif found[1]:
+                logs[name] = found[0] / found[1]
+        self._sums = {}
+        return logs
 
 
 class EpochClock(transformers.TrainerCallback):

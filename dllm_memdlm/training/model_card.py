@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -15,8 +16,6 @@ from ..config import ConfigError
 from ..data.sources import SUFFIXES
 from ..machine import package_versions
 from .recipe import FILE_NAME
-
-PAPER = "[MemDLM](https://arxiv.org/abs/2603.22241)"
 
 #: What a card says of a run's last logged values, in this order.
 LOSSES = {
@@ -29,19 +28,7 @@ LOSSES = {
     "eval_prompt_nll": "masked tokens of held-out prompts, without fast weights",
 }
 
-#: How to read the losses, by what fast weights were written on in training.
-ON_PROMPTS = (
-    "`loss` and `eval_loss` are computed with fast weights written on the prompts, as in use. What they remember is by "
-    "how much `_memory_other`, with the memory of another text, is higher. To compare with a model that has no memory, "
-    "take the `_memory_off` values."
-)
-FITTED = (
-    "`loss` and `eval_loss` are computed with fast weights that have just been fitted to the very tokens being scored, "
-    "so part of them is the inner loop having seen the answer. To compare with a model that has no memory, take the "
-    "`_memory_off` values: the same weights with the fast weights discarded."
-)
-
-REMEMBERED = " The memory is fast weights that the inner loop has written on one text. It fits no other weights."
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
 
 @dataclass
@@ -114,60 +101,20 @@ def write_card(
         pipeline_tag="text-generation",
         tags=["dllm", "masked-diffusion", *["memdlm"] * (training.uses_memory or has_memory), *["lora"] * is_adapter],
     )
-    method = f"with {PAPER}" if training.uses_memory else "with plain masked diffusion (MDLM), without memory,"
-    trained = f" Trained {method} by dllm-memdlm." if training.recipe else ""
-    kind = "It is a masked diffusion language model; attention is bidirectional."
-    sections = [f"# {name}", f"{what} {kind}{trained}{REMEMBERED if has_memory else ''}"]
-    sections += [*([] if has_memory else _results(training)), _use(training, is_adapter, has_memory)]
-    if training.recipe_text:
-        sections.append(f"## Recipe\n\n```yaml\n{training.recipe_text.rstrip()}\n```")
-    versions = "\n".join(f"- {package} {version}" for package, version in package_versions().items())
-    sections.append(f"## Versions\n\n{versions}")
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n").save(folder / "README.md")
-
-
-def _results(training: Training) -> list[str]:
-    """The section of the losses as last logged; none for weights without logs."""
-    logs = training.state.get("log_history", [])
-    last = {name: next((log[name] for log in reversed(logs) if name in log), None) for name in LOSSES}
-    rows = [f"| `{name}` | {value:.4f} | {LOSSES[name]} |" for name, value in last.items() if value is not None]
-    if not rows:
-        return []
-    steps, epochs = training.state["global_step"], training.state["epoch"]
-    section = f"## Results\n\nAfter {steps} steps ({epochs:.2f} epochs), in nats:\n\n| | | on |\n|---|---|---|\n"
-    reading = ON_PROMPTS if training.section("memory").get("source") == "prompt" else FITTED
-    if training.section("memory").get("prompt_loss"):
-        reading += " `loss` has the loss of prompts in it."
-    return [section + "\n".join(rows) + (f"\n\n{reading}" if training.uses_memory else "")]
-
-
-def _use(training: Training, is_adapter: bool, has_memory: bool) -> str:
-    plain = (
-        'The adapter is PEFT\'s own: `PeftModel.from_pretrained(base, "FOLDER")` puts it on the base model as dllm or\n'
-        "transformers loads it."
-        if is_adapter
-        else "The weights have the names that dllm and transformers give them, and load there without dllm-memdlm."
+    logs = [] if has_memory else training.state.get("log_history", [])
+    last = {name: value for log in logs for name, value in log.items() if name in LOSSES}
+    card = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), trim_blocks=True, keep_trailing_newline=True).render(
+        data=data.to_yaml(),
+        name=name,
+        what=what,
+        training=training,
+        memory=training.section("memory"),
+        losses=[(name, last[name], examples) for name, examples in LOSSES.items() if name in last],
+        is_adapter=is_adapter,
+        has_memory=has_memory,
+        versions=package_versions(),
     )
-    document = "" if has_memory else " --prompt-file doc.txt"
-    memory = " --memory" if training.uses_memory and not has_memory else ""
-    return f"""## Use
-
-With `FOLDER` this folder or its hub name, and dllm-memdlm installed:
-
-```
-memdlm generate --model FOLDER{document} --question "Who wrote it?"{memory}
-```
-
-```python
-from dllm_memdlm.inference.pretrained import load_pretrained
-
-loaded = load_pretrained("FOLDER")
-logits = loaded.model(input_ids=loaded.tokenizer("…", return_tensors="pt").input_ids).logits
-```
-
-{plain}
-transformers' own decoders (Llama, Mistral, Qwen) apply a causal mask, which this model was trained without: give them
-a 4-D mask that hides nothing."""
+    ModelCard(card).save(folder / "README.md")
 
 
 def label(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,20 +24,21 @@ from . import engines
 from .arguments import MemDLMConfig
 from .checkpoints import CONTENTS, last_checkpoint, read_contents
 from .example_ids import digest_of
-from .model_card import write_run_card
+from .model_card import LOSSES, write_run_card
 from .recipe import FILE_NAME, SECTIONS, Recipe
 from .trainer import MemDLMTrainer
 
 #: Tokenizers that were trained for runs, so that runs on the same texts share one.
 TOKENIZER_CACHE = Path(huggingface_hub.constants.HF_HOME) / "dllm-memdlm" / "tokenizers"
 
+#: Training arguments on which the noise and the order of the examples depend.
+ORDER = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "group_by_length")
 
-#: Training arguments on which the noise and the order of the examples depend, with their defaults.
-ORDER = {
-    f.name: f.default
-    for f in dataclasses.fields(MemDLMConfig)
-    if f.name in ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "group_by_length")
-}
+
+def say(text: str) -> None:
+    """Print from one process of all."""
+    if accelerate.PartialState().is_main_process:
+        print(text, flush=True)
 
 
 def build_trainer(recipe: Recipe) -> MemDLMTrainer:
@@ -53,13 +53,15 @@ def build_trainer(recipe: Recipe) -> MemDLMTrainer:
             "lora.enabled=True without a model.path: an adapter would be saved, and its base, random weights, nowhere; "
             "expected a model.path, or lora.enabled=false to train all weights from scratch"
         )
-    if recipe.data.streaming:
-        _check_for_streaming(recipe)
+    if recipe.data.streaming:  # all rows are not at hand
+        args, read, why = recipe.training, recipe.model.tokenizer or recipe.model.path, "with data.streaming"
+        require("training", args, "max_steps", args.max_steps > 0, f"at least 1 {why}")
+        require("training", args, "group_by_length", not args.group_by_length, f"false {why}")
+        require("model", recipe.model, "tokenizer", bool(read), f"one {why}, on which none is trained")
     if recipe.model.path is None:
         model_class(recipe.model.architecture)  # or ends, before a tokenizer is trained
-    state = accelerate.PartialState()
     transformers.set_seed(recipe.training.seed)
-    with state.local_main_process_first():
+    with accelerate.PartialState().local_main_process_first():
         tokenizer = tokenizer_for(recipe.model, lambda: training_texts(recipe.data), TOKENIZER_CACHE)
         config = config_of(recipe.model, vocab_size=len(tokenizer))  # or ends, before examples are tokenised
         if config.vocab_size < len(tokenizer):
@@ -68,10 +70,9 @@ def build_trainer(recipe: Recipe) -> MemDLMTrainer:
                 f"{where}: vocab_size {config.vocab_size}, expected at least the tokenizer's {len(tokenizer)}"
             )
         examples = load_examples(recipe.data, tokenizer)
-    if state.is_main_process:
-        print(f"{describe()}\n{examples.summary()}", flush=True)
-        if recipe.model.dtype != "float32" and not recipe.lora.enabled:
-            print(f"model.dtype={recipe.model.dtype}: most updates of weights are lost in rounding; float32 keeps them")
+    say(f"{describe()}\n{examples.summary()}")
+    if recipe.model.dtype != "float32" and not recipe.lora.enabled:
+        say(f"model.dtype={recipe.model.dtype}: most updates of weights are lost in rounding; float32 keeps them")
     if examples.eval is None:
         if recipe.training.load_best_model_at_end:
             raise ConfigError(
@@ -104,8 +105,7 @@ def build_trainer(recipe: Recipe) -> MemDLMTrainer:
             f"training.push_to_hub=True: the hub cannot be written to ({' '.join(str(error).split())[:200]}); log in "
             "with network, or set it to false"
         ) from error
-    if state.is_main_process:
-        print(f"engine: {engines.describe(trainer.accelerator)}", flush=True)
+    say(f"engine: {engines.describe(trainer.accelerator)}")
     batches = {name: getattr(recipe.data, name) for name in ("padding_loss", "perbatch_cutoff", "resp_cutoff_ratio")}
     for name, value in batches.items():
         setattr(trainer.data_collator, name, value)
@@ -121,32 +121,23 @@ def build_trainer(recipe: Recipe) -> MemDLMTrainer:
     return trainer
 
 
-def _check_for_streaming(recipe: Recipe) -> None:
-    """Raise ConfigError for what needs all rows at hand."""
-    model, args, why = recipe.model, recipe.training, "with data.streaming"
-    require("training", args, "max_steps", args.max_steps > 0, f"at least 1 {why}")
-    require("training", args, "group_by_length", not args.group_by_length, f"false {why}")
-    require("model", model, "tokenizer", bool(model.tokenizer or model.path), f"one {why}, on which none is trained")
-
-
 def train(recipe: Recipe, resume: bool = False) -> MemDLMTrainer:
     """Train, evaluate at the end, and save the model, the tokenizer, the recipe and the trainer's state.
 
     With `resume` it goes on from the last checkpoint in the output folder, if there is one.
     """
-    args, main = recipe.training, accelerate.PartialState().is_main_process
+    args = recipe.training
     checkpoint, output_dir = args.resume_from_checkpoint, args.output_dir
     if checkpoint is None and resume:
         checkpoint = last_checkpoint(output_dir)
-    elif checkpoint is None and any(Path(output_dir).glob(f"*/{CONTENTS}")) and main:
-        print(f"{output_dir} has checkpoints of an earlier run; from now on --resume goes on with this one")
+    elif checkpoint is None and any(Path(output_dir).glob(f"*/{CONTENTS}")):
+        say(f"{output_dir} has checkpoints of an earlier run; from now on --resume goes on with this one")
     if checkpoint is not None:
         made_of = read_contents(checkpoint).get("made_of", {})
         sections = ("model", "lora", "memory", "training")
         check_recipe(checkpoint, recipe, sections, made_of.get("weights", {}), _weights_of(recipe))
         args.eval_on_start = False  # it was evaluated at this step before
-        if main:
-            print(f"going on from {checkpoint}", flush=True)
+        say(f"going on from {checkpoint}")
     trainer = build_trainer(recipe)
     if checkpoint is not None and made_of.get("data") != trainer.made_of["data"]:
         made = {"data.dataset": made_of["data"]} if "data" in made_of else {}  # not by an earlier version
@@ -154,23 +145,21 @@ def train(recipe: Recipe, resume: bool = False) -> MemDLMTrainer:
         check_recipe(checkpoint, recipe, ("data",), made, here, ("data.num_proc=", "data.eval_s"))
     trainer.train(resume_from_checkpoint=checkpoint)
     steps, logs = trainer.state.global_step, trainer.state.log_history
-    if checkpoint is not None and Path(checkpoint).name == f"checkpoint-{steps}" and main:
-        print(f"all {steps} steps were done: nothing was left to train", flush=True)
-    broken = [row["step"] for row in logs if not math.isfinite(row.get("loss", 0.0))]
-    if broken and main:
-        print(
+    if checkpoint is not None and Path(checkpoint).name == f"checkpoint-{steps}":
+        say(f"all {steps} steps were done: nothing was left to train")
+    if broken := [row["step"] for row in logs if not math.isfinite(row.get("loss", 0.0))]:
+        say(
             f"the loss is not finite at step {broken[0]}, the first of {len(broken)} such logs: what is saved may not "
-            "work; try a smaller training.learning_rate",
-            flush=True,
+            "work; try a smaller training.learning_rate"
         )
     if trainer.eval_dataset is not None and steps not in {row["step"] for row in logs if "eval_loss" in row}:
         trainer.evaluate()
     trainer.save_model()
     trainer.save_state()
-    if main:
+    if args.should_save:
         recipe.save(output_dir)
         write_run_card(output_dir)
-        print(f"saved to {output_dir}", flush=True)
+    say(f"saved to {output_dir}")
     return trainer
 
 
@@ -212,7 +201,7 @@ def _changes(checkpoint: str, recipe: Recipe, sections: tuple[str, ...]) -> Iter
         return  # made by the trainer without a recipe
     now = yaml.safe_load(recipe.to_yaml())
     for values in (before, now):  # a recipe holds what it sets of this section, and no more
-        values["training"] = {key: values["training"].get(key, default) for key, default in ORDER.items()}
+        values["training"] = {key: values["training"].get(key, getattr(MemDLMConfig, key)) for key in ORDER}
     for section in sections:
         for key, value in now[section].items():
             made = before.get(section, {}).get(key, getattr(SECTIONS[section], key, None))  # new keys: their defaults
@@ -238,19 +227,7 @@ class _LastEvaluation(transformers.TrainerCallback):
 class _Progress(ProgressCallback):
     """transformers' progress bar, with its time left, and logs a person can read along."""
 
-    SHOWN = (
-        "loss",
-        "loss_memory_off",
-        "eval_loss",
-        "eval_loss_memory_off",
-        "eval_loss_memory_prompt",
-        "eval_loss_memory_other",
-        "eval_prompt_nll",
-        "nll",
-        "eval_nll",
-        "grad_norm",
-        "train_loss",
-    )
+    SHOWN = (*LOSSES, "nll", "eval_nll", "grad_norm", "train_loss")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs is None or not state.is_world_process_zero or self.training_bar is None:

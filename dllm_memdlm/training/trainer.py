@@ -79,7 +79,7 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
             model=model,
             args=args,
             train_dataset=with_example_ids(train_dataset),
-            eval_dataset=self.for_evaluation(eval_dataset),
+            eval_dataset=with_example_ids(eval_dataset, other_prompts=True),
             data_collator=data_collator,
             **kwargs,
         )
@@ -206,10 +206,6 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
             return loss
         return loss, {"loss": total, "maskable": maskable, **self.losses_beside(step, inputs, total)}
 
-    @torch.no_grad()
-    def _memory_off(self, step: BilevelStep) -> tuple[Tensor, Tensor]:
-        return step.loss(step.model)
-
     def _windows(self, inputs: dict[str, Any], use: str) -> list[Trajectory]:
         """Read the windows of a batch; as many as any process has, since engines that share weights walk in step."""
         windows: list[Trajectory] = []
@@ -266,8 +262,9 @@ class MemDLMTrainer(WholeCheckpoints, Evaluation, MDLMTrainer):
             self._train_log.add("fast_weights_norm", written.fast_weights.norm(), written.finite)
             # One sample for each log. Its dropout draws must not move those of training.
             device = self.args.device
-            with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-                self._train_log.add("loss_memory_off", self._memory_off(step)[0])
+            draws = torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
+            with draws, torch.no_grad():
+                self._train_log.add("loss_memory_off", step.loss(step.model)[0])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_loss" in logs:

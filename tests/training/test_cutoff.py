@@ -9,14 +9,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import EOS, examples, make_trainer, seq2seq, tiny, train_batch
-from data_files import message_of
-from small_run import write_recipe
 from steps import OFF, memory_for
 
-from dllm_memdlm.config import DataConfig
-from dllm_memdlm.training import run
 from dllm_memdlm.training.collator import AnchorTrajectoryCollator
-from dllm_memdlm.training.recipe import load_recipe
 
 ROWS = [{**row, "example_id": number} for number, row in enumerate(examples(40, longest=30))]
 
@@ -71,14 +66,7 @@ def test_some_batches_are_cut_at_their_end(tokenizer):
     assert AnchorTrajectoryCollator(seq2seq(tokenizer), OFF, resp_cutoff_ratio=1.0)(short)["input_ids"].shape == (1, 3)
 
 
-def test_a_recipe_asks_for_it_and_the_memory_sees_what_is_left(tokenizer, tmp_path, own_cache, monkeypatch):
-    monkeypatch.setattr(run, "TOKENIZER_CACHE", tmp_path / "tokenizers")
-    assert (DataConfig(dataset="x").perbatch_cutoff, DataConfig(dataset="x").resp_cutoff_ratio) == (False, 0.0)
-    recipe = load_recipe(write_recipe(tmp_path), ["data.perbatch_cutoff=true", f"training.output_dir={tmp_path}"])
-    assert run.build_trainer(recipe).data_collator.perbatch_cutoff is True
-    assert message_of(lambda: DataConfig(dataset="x", perbatch_cutoff=True, resp_cutoff_ratio=0.5)) == (
-        "data.resp_cutoff_ratio=0.5: expected 0 with data.perbatch_cutoff"
-    )
+def test_the_memory_sees_what_is_left(tokenizer, tmp_path):
     trainer = make_trainer(tiny("llama"), tokenizer, tmp_path, memory_for("llama"))
     trainer.data_collator.perbatch_cutoff = True
     batch = train_batch(trainer)

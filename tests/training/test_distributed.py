@@ -146,7 +146,8 @@ def test_two_halves_are_one_whole(case, engine, recipes, references, tmp_path, r
     start, one = references(case)
     settings = (*COMMON, *CASES[case], "training.per_device_train_batch_size=4", f"training.engine={engine}")
     two = trained(recipe_of(case, recipes), tmp_path, 2, *settings)
-    assert f"engine: {ENGINES[engine]}, 2 processes" in two.output
+    assert f"engine: {ENGINES[engine]}, 2 processes" in two.output and "saved to" in two.output
+    assert "saved to" not in (tmp_path / "process1.log").read_text(), "one process speaks"
     assert two.weights.keys() == one.weights.keys() == start.keys()
     moved = max((one.weights[name] - start[name]).abs().max().item() for name in start)
     off = max((two.weights[name] - one.weights[name]).abs().max().item() for name in start)

@@ -158,12 +158,12 @@ def run_command(folder: Path, command: list[str], code: int = 0, **environment: 
     return done.stdout + done.stderr
 
 
-#: A user's own configuration for accelerate's launcher.
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 #: A user's own configuration for accelerate's launcher.
 OWN = ("accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0")
 ZERO2 = ("--use_deepspeed", "--deepspeed_config_file", str(engines.FILES / "zero2.json"))
 LAUNCHES = [
+    (TORCHRUN, "auto", "engine: DDP, 2 processes"),
     (TORCHRUN, "zero2", "engine: ZeRO-2, 2 processes"),
     (TORCHRUN, "zero3", "engine: ZeRO-3, 2 processes"),
     (TORCHRUN, "fsdp2", "error: FSDP2: expected GPUs"),
@@ -173,13 +173,8 @@ LAUNCHES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("launcher", "engine", "says"),
-    [
-        pytest.param(TORCHRUN, "auto", "engine: DDP, 2 processes", marks=pytest.mark.slow),
-        *(pytest.param(*launch, marks=pytest.mark.distributed) for launch in LAUNCHES),
-    ],
-)
+@pytest.mark.distributed
+@pytest.mark.parametrize(("launcher", "engine", "says"), LAUNCHES)
 def test_a_launcher_and_an_engine(launcher, engine, says, tmp_path):
     """The command a user types, on a machine without a GPU."""
     recipe, fails = write_recipe(tmp_path), "error" in says

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from dllm_memdlm.training import run
 from dllm_memdlm.training.model_card import label, write_run_card
 from dllm_memdlm.training.recipe import load_recipe
 
-pytestmark = pytest.mark.usefixtures("as_from_a_shell")
+pytestmark = pytest.mark.usefixtures("caches_of_runs")
 
 
 def card_of(folder: str | Path) -> ModelCard:
@@ -44,10 +45,10 @@ def edit_recipe(folder: str | Path, **sections: dict[str, Any]) -> None:
     path.write_text(yaml.safe_dump({**recipe, **{name: {**recipe[name], **sections[name]} for name in sections}}))
 
 
-@pytest.fixture
-def adapter(tmp_path) -> str:
-    base = save_model(tmp_path / "base", "llada_moe", byte_tokenizer())
-    return train_adapter(tmp_path, base)
+@pytest.fixture(scope="module")
+def adapter(caches_of_runs, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("trained")
+    return train_adapter(folder, save_model(folder / "base", "llada_moe", byte_tokenizer()))
 
 
 def test_a_runs_adapter_has_our_card_and_not_pefts_draft(adapter):
@@ -68,7 +69,8 @@ def test_a_runs_adapter_has_our_card_and_not_pefts_draft(adapter):
     assert torch.isfinite(scope["logits"]).all() and scope["logits"].shape[-1] == 263
 
 
-def test_names_of_the_hub_are_in_the_metadata_and_local_ones_are_not(adapter):
+def test_names_of_the_hub_are_in_the_metadata_and_local_ones_are_not(adapter, tmp_path):
+    adapter = str(shutil.copytree(adapter, tmp_path / "run"))
     assert (label("/secret/model"), label("inclusionAI/LLaDA2.1-mini")) == ("`model`", "`inclusionAI/LLaDA2.1-mini`")
     edit_recipe(adapter, model={"path": None})
     for dataset in ("rows.jsonl", "package:long_context_eval/x.json", "/data/rows", "~/rows", "a/b/c"):
@@ -102,7 +104,9 @@ def test_an_exports_card(adapter, tmp_path):
     assert card.data.library_name == "transformers" and "lora" not in card.data.tags
     assert f"| `eval_loss_memory_off` | {last(adapter, 'eval_loss_memory_off'):.4f} |" in card.text
     assert fenced(card.text, "yaml") == (Path(adapter) / "recipe.yaml").read_text()
-    unknown = card_of(export(str(tmp_path / "base"), tmp_path / "copy"))  # nothing is known of these weights
+    unknown = card_of(
+        export(str(Path(adapter).parent / "base"), tmp_path / "copy")
+    )  # nothing is known of these weights
     assert "`base` in float32." in unknown.text and "memdlm" not in unknown.data.tags
     assert "## Recipe" not in unknown.text and "## Results" not in unknown.text and "dllm-memdlm." in unknown.text
 
@@ -115,10 +119,8 @@ def test_the_cards_of_a_memory(adapter, tmp_path):
     alone = card_of(export_adapter(adapter, tmp_path / "adapter", memory))
     merged = card_of(export(adapter, tmp_path / "merged", memory=memory))
     assert "A PEFT LoRA adapter for `base`: the memory `doc.safetensors`, joined with the adapter `run`." in alone.text
-    assert (
-        "`base` with the adapter `run` and the memory `doc.safetensors` added to its weights, in float32."
-        in merged.text
-    )
+    added = "the adapter `run` and the memory `doc.safetensors` added to its weights, in float32."
+    assert f"`base` with {added}" in merged.text
     for card, library in ((alone, "peft"), (merged, "transformers")):
         assert "The memory is fast weights that the inner loop has written on one text." in card.text
         assert 'generate --model FOLDER --question "Who wrote it?"\n' in card.text and "## Results" not in card.text

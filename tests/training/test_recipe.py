@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from recipe_files import BASE, SECTIONS, assert_same, write
 
 from dllm_memdlm.config import MemoryConfig
-from dllm_memdlm.training.recipe import load_recipe
+from dllm_memdlm.training.recipe import Recipe, load_recipe
 
 
 def test_a_chain_is_followed_relative_to_each_file(tmp_path, monkeypatch):
@@ -107,14 +107,14 @@ def names_of(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in paths)
 
 
-def values_of(name: str) -> dict[str, Any]:
-    return yaml.safe_load(load_recipe(RECIPES / f"{name}.yaml").to_yaml())
+@functools.cache
+def recipe_of(name: str) -> Recipe:
+    return load_recipe(RECIPES / f"{name}.yaml")
 
 
 @pytest.mark.parametrize("name", names_of("*.yaml"))
 def test_every_recipe_loads_and_round_trips(name, tmp_path):
-    path = RECIPES / f"{name}.yaml"
-    recipe = load_recipe(path)
+    path, recipe = RECIPES / f"{name}.yaml", recipe_of(name)
     recipe.save(tmp_path)
     assert_same(load_recipe(tmp_path / "recipe.yaml"), recipe)
     command = f"# accelerate launch -m dllm_memdlm.train {path.relative_to(RECIPES.parent)}\n"
@@ -123,7 +123,7 @@ def test_every_recipe_loads_and_round_trips(name, tmp_path):
 
 @pytest.mark.parametrize("name", sorted({*names_of("*_mdlm.yaml"), *(f"{name}_mdlm" for name in PAPER | ALIKE)}))
 def test_a_baseline_differs_in_the_memory_only(name):
-    mdlm, memdlm = values_of(name), values_of(name.removesuffix("_mdlm"))
+    mdlm, memdlm = (yaml.safe_load(recipe_of(one).to_yaml()) for one in (name, name.removesuffix("_mdlm")))
     for values, enabled, own in ((memdlm, True, name.removesuffix("_mdlm")), (mdlm, False, name)):
         assert values["memory"].pop("enabled") is enabled
         assert values["training"].pop("output_dir") == f"runs/{Path(own).name}"
@@ -132,7 +132,7 @@ def test_a_baseline_differs_in_the_memory_only(name):
 
 @pytest.mark.parametrize(("name", "path"), (PAPER | ALIKE).items())
 def test_the_papers_recipes_hold_its_numbers(name, path):
-    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    recipe = recipe_of(name)
     model, lora, data, training = recipe.model, recipe.lora, recipe.data, recipe.training
     assert (model.path, model.load_in_4bit, model.dtype, model.trust_remote_code) == (path, True, "bfloat16", False)
     assert (lora.enabled, lora.r, lora.alpha, lora.dropout, lora.target_modules) == (True, 32, 64, 0.05, "all-linear")

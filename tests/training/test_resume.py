@@ -31,19 +31,19 @@ def run(folder: Path, tokenizer: Any, kind: str, resume: str | None = None, **se
     return trainer, {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-#: With six rows an epoch has two steps: stops in the first one, at its end, and in the second.
 GROUPED = {"gradient_accumulation_steps": 2, "group_by_length": True, "per_device_train_batch_size": 2, "rows": 18}
 
 
 @pytest.mark.parametrize(
     ("kind", "stop", "settings"),
     [
-        *(("llada_moe", 3, {}), ("llada2", 3, {}), ("llada_moe", 3, {"lora": False}), ("llama", 3, GROUPED)),
+        *(("llada_moe", 3, {}), ("llada_moe", 3, {"lora": False}), ("llama", 3, GROUPED)),
         ("llama", 3, {"memory": OF_PROMPTS}),
-        *(("llama", stop, {"rows": 6, "dataloader_num_workers": 2 * (stop == 2)}) for stop in (1, 2, 3)),
+        *(("llama", stop, {"rows": 6, "dataloader_num_workers": 2 * (stop == 2)}) for stop in (2, 3)),
     ],
 )
 def test_a_resumed_run_ends_at_the_same_bits(kind, stop, settings, tokenizer, tmp_path):
+    """Stopped within an epoch, and with six rows, of which an epoch has two steps, at its end and in the second one."""
     settings = {"save_steps": stop, **settings}
     straight, expected = run(tmp_path / "straight", tokenizer, kind, **settings)
     checkpoint = str(tmp_path / "straight" / f"checkpoint-{stop}")
@@ -55,11 +55,3 @@ def test_a_resumed_run_ends_at_the_same_bits(kind, stop, settings, tokenizer, tm
     assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
     start = dict(tiny(kind, lora=settings.get("lora", 0.3)).named_parameters())
     assert sum(not torch.equal(expected[name], start[name]) for name in expected) > 0.5 * len(expected)
-
-
-def test_workers_change_nothing(tokenizer, tmp_path):
-    """The same run with the batches made in this process and in two others."""
-    settings = {"rows": 6, "save_strategy": "no", "lora": True}  # starting workers moves LoRA's dropout
-    _, here = run(tmp_path, tokenizer, "llama", **settings)
-    _, there = run(tmp_path, tokenizer, "llama", dataloader_num_workers=2, **settings)
-    assert all(torch.equal(here[name], there[name]) for name in here)

@@ -95,7 +95,7 @@ def test_a_lora_run_on_a_saved_model_leaves_a_peft_adapter(finished, recipe_file
 
 
 SMALL_STEPS = (
-    *("training.max_steps=10", "training.bf16=true", "training.save_strategy='no'", "training.eval_strategy='no'"),
+    *("training.max_steps=3", "training.bf16=true", "training.save_strategy='no'", "training.eval_strategy='no'"),
     "data.eval_fraction=0",
 )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -28,25 +27,6 @@ from dllm_memdlm.compat.dllm_api import NoAttentionMaskWrapper
 from dllm_memdlm.config import ConfigError, MemoryConfig
 from dllm_memdlm.training.collator import AnchorTrajectoryCollator
 from dllm_memdlm.training.trainer import MemDLMConfig, MemDLMTrainer
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("lora", [0.05, False])
-def test_a_plain_run(kind, lora, tokenizer, tmp_path):
-    model = tiny(kind, lora=lora)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    memory = memory_for(kind, inner_lr=0.1, grad_clip=1.0)
-    trainer = make_trainer(model, tokenizer, tmp_path, memory, max_steps=3, warmup_ratio=0.0)
-    trainer.train()
-    logs = train_logs(trainer)
-    assert [log["step"] for log in logs] == [1, 2, 3]
-    for log in logs:
-        assert {"inner_loss_1", "inner_loss_2", "inner_grad_norm_1", "inner_grad_norm_2", "grad_norm"} <= log.keys()
-        assert all(math.isfinite(value) for value in log.values())
-        assert log["loss"] < log["loss_memory_off"] and log["step_seconds"] > 0 and log["nonfinite_samples"] == 0
-    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert moved <= trainable and len(moved) > 0.5 * len(trainable)
 
 
 def test_inner_losses_are_means_over_samples_and_steps(tokenizer, tmp_path):
@@ -119,7 +99,7 @@ def test_memory_off_is_dllms_trainer_on_the_same_noise(kind, settings, tokenizer
     assert_same_step(loss, expected, trainer.model)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["llada_moe", "llama"])
 def test_memory_dropout_of_one_is_plain_mdlm(kind, tokenizer, tmp_path):
     trainer = make_trainer(tiny(kind, lora=True), tokenizer, tmp_path, memory_for(kind, dropout=1.0))
     batch = train_batch(trainer)
@@ -127,19 +107,19 @@ def test_memory_dropout_of_one_is_plain_mdlm(kind, tokenizer, tmp_path):
 
 
 def test_memory_dropout_is_a_sample_s_own_and_a_function_of_its_noise(tokenizer, tmp_path):
-    model, rows = tiny("llama", torch.float64), examples(24)
+    model, rows = tiny("llama", torch.float64), examples(12)
     never, half, always = (
         make_trainer(model, tokenizer, tmp_path, memory_for("llama", dropout=p), rows, loss_norm_type="batch")
         for p in (0.0, 0.5, 1.0)
     )
 
     def losses(trainer: MemDLMTrainer) -> list[float]:
-        return [trainer.compute_loss(model, train_batch(trainer, [i])).item() for i in range(24)]
+        return [trainer.compute_loss(model, train_batch(trainer, [i])).item() for i in range(12)]
 
     on, mixed, off = losses(never), losses(half), losses(always)
     assert all(loss in either for loss, *either in zip(mixed, on, off, strict=True))
     assert losses(half) == mixed
-    assert 6 <= sum(a == b for a, b in zip(mixed, on, strict=True)) <= 18
+    assert 3 <= sum(a == b for a, b in zip(mixed, on, strict=True)) <= 9
     batch = train_batch(half, range(6))
     each = [half.compute_loss(model, {name: v[i : i + 1] for name, v in batch.items()}).item() for i in range(6)]
     assert half.compute_loss(model, batch).item() == pytest.approx(sum(each) / 6, rel=1e-6)
@@ -184,7 +164,7 @@ def test_a_pinned_batch_is_copied_without_waiting(given, expected, tmp_path, mon
 
 @pytest.mark.parametrize(
     ("kind", "memory", "norm"),
-    [*((kind, True, "batch") for kind in KINDS), ("llada2", False, "batch"), ("llama", True, "token")],
+    [("llada_moe", True, "batch"), ("llama", True, "batch"), ("llada2", False, "batch"), ("llama", True, "token")],
 )
 def test_accumulated_parts_are_one_batch(kind, memory, norm, tokenizer, tmp_path):
     """As 2 × 2 examples or 4 × 1. The batch norm does not depend on which meet; under the other all are alike."""

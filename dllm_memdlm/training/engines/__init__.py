@@ -57,7 +57,11 @@ def prepare(args: Any) -> None:
             args.deepspeed["zero_optimization"]["overlap_comm"] = False  # which needs streams
     if args.use_cpu and (args.deepspeed or launched == "DeepSpeed"):
         with in_force(args):
-            _settle_deepspeed_on_cpu()
+            import deepspeed
+
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles a kernel for minutes
+            if "RANK" in os.environ:  # ZeRO-3 loads a checkpoint in parts before accelerate tells of other processes
+                deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
 
 
 def in_force(args: Any) -> AbstractContextManager[None]:
@@ -108,16 +112,6 @@ def describe(accelerator: Accelerator) -> str:
     else:
         name = "DDP"
     return f"{name}, {count} process{'es' if count > 1 else ''}"
-
-
-def _settle_deepspeed_on_cpu() -> None:
-    """DeepSpeed must not compile a kernel of its own for minutes, and must know of the other processes when ZeRO-3
-    loads a checkpoint in parts (on GPUs accelerate sees to that)."""
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if "RANK" in os.environ:
-        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
 
 
 def check(accelerator: Accelerator, args: Any) -> None:

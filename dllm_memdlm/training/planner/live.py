@@ -95,30 +95,17 @@ def grouped_output(a: Tensor, b: Tensor, offs: Tensor, bias: Any = None, out_dty
     return a.new_empty(shape, dtype=out_dtype or a.dtype)
 
 
-def grouped_flops(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> int:
-    """Every row, or column where each group has a product, belongs to one group: the FLOPs of one product."""
-    return 2 * a.shape[0] * a.shape[1] * b.shape[-1]
-
-
-def attention_flops(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
-    """Of scores and of the sum over values. query [B, H, M, d]; key, value [B, H or a divisor of it, L, d].
-
-    torch's own formula (2.11) refuses fewer heads of keys and values than of queries.
-    """
-    return 2 * query.shape[:3].numel() * key.shape[2] * (query.shape[3] + value.shape[3])
-
-
-def attention_backward_flops(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
-) -> int:
-    """Of the scores once more, and of the gradients of values, of scores, of queries and of keys."""
-    return 2 * query.shape[:3].numel() * key.shape[2] * (3 * query.shape[3] + 2 * value.shape[3])
-
-
-#: FLOPs by op: torch's own table, and the CPU's grouped products and fused attention.
+#: FLOPs by op, from its arguments: torch's own table, and the CPU's grouped products and fused attention. Each row of a
+#: grouped product (or column, where each group has a product) is of one group. Attention has two products of all
+#: queries, and five in the backward pass, which computes the scores once more; torch's own formula (2.11) refuses fewer
+#: heads of keys and values than of queries. query [B, H, M, d]; key, value [B, H or a divisor of it, L, d].
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
-    aten._grouped_mm: grouped_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+    aten._grouped_mm: lambda a, b, *_, **__: 2 * a.shape[0] * a.shape[1] * b.shape[-1],
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: (
+        2 * q.shape[:3].numel() * k.shape[2] * (q.shape[3] + v.shape[3])
+    ),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, q, k, v, *__, **___: (
+        2 * q.shape[:3].numel() * k.shape[2] * (3 * q.shape[3] + 2 * v.shape[3])
+    ),
 }

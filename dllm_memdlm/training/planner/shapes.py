@@ -104,18 +104,6 @@ def _packed(matrix: Tensor, count: int = 1) -> tuple[nn.Parameter, nn.Parameter]
     return weight, others
 
 
-def materialise(module: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Turn a module's tensors from meta into fake ones, in place; to be called under FakeTensorMode.
-
-    `dtype`, if given, becomes that of all floating tensors.
-    """
-
-    def fake(tensor: Tensor) -> Tensor:
-        return torch.empty(tensor.shape, dtype=dtype if dtype and tensor.is_floating_point() else tensor.dtype)
-
-    module._apply(fake)
-
-
 def held_bytes(module: nn.Module, trainable: bool = False, cast: torch.dtype | None = None) -> int:
     """Bytes of a module's tensors, or of the parameters that train; with `cast` all floating ones are of that dtype."""
     tensors: list[Tensor] = [p for p in module.parameters() if p.requires_grad or not trainable]

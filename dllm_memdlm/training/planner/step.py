@@ -22,7 +22,7 @@ from ...method.trajectory import Trajectory, build_trajectory
 from ...method.windows import prompt_trajectory
 from ...versions import checkpoint_activations
 from .live import LiveBytes
-from .shapes import held_bytes, materialise
+from .shapes import held_bytes
 
 #: What a step's own bytes are for.
 ACTIVATIONS, LOGITS, FAST, GRADIENTS = "activations", "logits", "fast weights", "gradients"
@@ -48,9 +48,14 @@ class Sizes:
 
 def fake_model(model: nn.Module, sizes: Sizes) -> FakeTensorMode:
     """Prepare a model on the meta device for steps, as transformers and accelerate do; it loses its tensors."""
+
+    def fake(tensor: Tensor) -> Tensor:
+        cast = sizes.cast if tensor.is_floating_point() else None
+        return torch.empty(tensor.shape, dtype=cast or tensor.dtype)
+
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        materialise(model.train(), sizes.cast)
+        model.train()._apply(fake)
     staged_backbone(model).get_output_embeddings().chunk = CHUNK[sizes.device]
     if sizes.checkpointing:
         checkpoint_activations(model, preserve_rng_state=False)  # fake random numbers have no state
