@@ -166,7 +166,7 @@ class WholeCheckpoints(transformers.Trainer):
             readable_by_both(output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
             if contents_of(folder):  # as where a finished run is resumed
                 before = folder.with_name(folder.name + BEFORE)
