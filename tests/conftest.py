@@ -23,7 +23,6 @@ import tokenizers
 import torch
 import transformers
 from devices import device, products, pytest_addoption, pytest_configure, sorted_rows  # noqa: F401 (fixtures and hooks)
-from drawings import figures  # noqa: F401 (a fixture)
 from measured_tables import pytest_terminal_summary  # noqa: F401 (a hook)
 from patched_dllm import tree, unpatched  # noqa: F401 (fixtures)
 from run_fixtures import caches_of_runs, finished, recipe_file  # noqa: F401 (fixtures)
@@ -95,8 +94,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip)
 
 
-def pytest_collection_finish() -> None:
-    # Every trainer collects garbage at its end, and would look at all that was imported: a third of a second each time
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_no_garbage() -> None:
+    """Every trainer collects garbage at its end, and would look at all that was imported: a third of a second each."""
     gc.collect()
     gc.freeze()
 
