@@ -9,12 +9,12 @@ from typing import Any
 from dllm_memdlm.training.planner import Plan
 
 from . import inference
+from .inference import GIB
 from .random_models import RATIO
 from .report import Section, write
 from .timing import Rates
 from .watch import Watched
 
-GIB = 2**30
 PLAIN = "plain MDLM"
 
 

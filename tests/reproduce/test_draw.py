@@ -136,9 +136,9 @@ def test_figure_3_takes_mdlms_score_away_seed_by_seed(figures, tmp_path):
     scores = {(BEFORE, None): 10, ("MDLM", 1): 50, ("MDLM", 2): 70}
     scores |= {("MemDLM, memory off", 1): 51, ("MemDLM, memory off", 2): 73}
     scores |= {("MemDLM, memory on", 1): 50, ("MemDLM, memory on", 2): 66}
-    columns = ["backbone", "model", "seed", "column", "score", "run"]
+    columns = ["backbone", "model", "seed", "column", "score"]
     points = [
-        (b.title, model, seed, "80 words", score + b.title.count("2"), "x")
+        (b.title, model, seed, "80 words", score + b.title.count("2"))
         for b in CPU.backbones
         for (model, seed), score in scores.items()
     ]
@@ -161,7 +161,7 @@ def test_ablations_are_losses_against_mdlms_of_the_same_seed(figures, tmp_path, 
             own |= {"eval_loss_memory_prompt": [2.0], "eval_loss_memory_other": [2.0 + value]}
             points += logs(seed, method, **own, inner_grad_norm_1=[0.5, 0.25] if method == MEMDLM else [])
             score = 10 * value + 20 * (seed == 2 and method == "kl")
-            points.append({"method": method, "seed": seed, "score": score, "run": ""})
+            points.append({"method": method, "seed": seed, "score": score})
     drawn = draw.ablated(CPU, pd.DataFrame(points), tmp_path / "ablations.png")
     rows = {row[1]: row[2:] for row in drawn.tables[0].rows}
     base, kl, memdlm = methods[MDLM], methods["kl"], methods[MEMDLM]
