@@ -27,8 +27,6 @@ from dllm_memdlm.inference.pretrained import load_pretrained
 from dllm_memdlm.training import run
 from dllm_memdlm.training.recipe import load_recipe
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:

@@ -13,8 +13,6 @@ from dllm_memdlm.data import load_examples, train_tokenizer
 from dllm_memdlm.training.collator import AnchorTrajectoryCollator
 from dllm_memdlm.training.example_ids import EXAMPLE_ID, digest_of, prompt_of
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 
 def test_a_prompt_is_cut_and_goes_along_whole(tmp_path):
     tokenizer = train_tokenizer([], 263)  # a token a byte

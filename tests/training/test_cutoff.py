@@ -71,8 +71,7 @@ def test_some_batches_are_cut_at_their_end(tokenizer):
     assert AnchorTrajectoryCollator(seq2seq(tokenizer), OFF, resp_cutoff_ratio=1.0)(short)["input_ids"].shape == (1, 3)
 
 
-def test_a_recipe_asks_for_it_and_the_memory_sees_what_is_left(tokenizer, tmp_path, own_cache, monkeypatch):
-    monkeypatch.setattr(run, "TOKENIZER_CACHE", tmp_path / "tokenizers")
+def test_a_recipe_asks_for_it_and_the_memory_sees_what_is_left(tokenizer, tmp_path):
     assert (DataConfig(dataset="x").perbatch_cutoff, DataConfig(dataset="x").resp_cutoff_ratio) == (False, 0.0)
     recipe = load_recipe(write_recipe(tmp_path), ["data.perbatch_cutoff=true", f"training.output_dir={tmp_path}"])
     assert run.build_trainer(recipe).data_collator.perbatch_cutoff is True
