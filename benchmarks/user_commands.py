@@ -20,14 +20,12 @@ def chains(folder: Path, cpu: bool) -> list[list[Part]]:
     steps = 4 if cpu else 20
     write_data(folder)
     shared = [
-        *(f"data.dataset={folder / 'rows.jsonl'}", "data.eval_size=16", "model.tokenizer_vocab_size=600"),
+        *(f"data.dataset={folder / 'rows.jsonl'}", "data.eval_size=8", "model.tokenizer_vocab_size=600"),
+        *("training.per_device_train_batch_size=4", "training.per_device_eval_batch_size=4"),
         *(f"training.max_steps={steps}", f"training.eval_steps={steps // 2}", f"training.save_steps={steps // 2}"),
         *("training.logging_steps=2", "training.disable_tqdm=true", "training.bf16=true"),
         f"training.use_cpu={str(cpu).lower()}",
     ]
-    if cpu:
-        small = ("training.per_device_train_batch_size=2", "training.per_device_eval_batch_size=2", "data.eval_size=4")
-        shared += small
 
     def command(name: str, *words: str) -> Part:
         return Part(f"commands_{name}", SECONDS, [sys.executable, "-m", *words])
@@ -43,7 +41,7 @@ def chains(folder: Path, cpu: bool) -> list[list[Part]]:
     evaluate = ["dllm_memdlm.evaluate", "run", "--tasks", "niah_single_1"]
     evaluate += ["--config", "recipes/eval/ruler_offline.yaml", "--samples", '{"niah_single_1": [0, 1]}']
     evaluate += ["--model_args", f"pretrained={llada2},memory=true,max_length=2048,num_to_transfer=8"]
-    evaluate += ["--output_path", str(folder / "scores")]
+    evaluate += ["--gen_kwargs", "max_gen_toks=16", "--output_path", str(folder / "scores")]
     return [
         [
             train("train_llada_moe", "tiny_llada_moe", moe),
