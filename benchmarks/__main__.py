@@ -77,9 +77,8 @@ def main(argv: list[str] | None = None) -> int:
         done.append(measures[name]())
         torch.set_num_threads(threads)
         done[-1].print(console)
-        paths = report.write(
-            done, "Benchmarks", about, args.output, "bench"
-        )  # a run that is cut off leaves what it has
+        # Each time, so that a run that is cut off leaves what it has
+        paths = report.write(done, "Benchmarks", about, args.output, "bench")
     console.print()
     for path in paths:
         console.print(str(path), soft_wrap=True)

@@ -34,7 +34,7 @@ from dllm_memdlm.training.trainer import MemDLMTrainer
 
 from . import inference, models, report
 from .device import finish
-from .full_size_tables import PLAIN, Report, Work
+from .full_size_tables import GIB, PLAIN, Report
 from .random_models import RATIO, plans_of, random_model, recipe_of
 from .timing import rates
 from .watch import NEEDED, Watched, watch
@@ -42,7 +42,6 @@ from .watch import NEEDED, Watched, watch
 RECIPES = ("recipes/llada_moe.yaml", "recipes/llada2_mini.yaml")
 #: Where time runs out, plain MDLM is what is missing.
 KINDS = {True: "MemDLM", False: PLAIN}
-GIB = 2**30
 
 
 def measure(name: str, recipe: Recipe, plans: dict[bool, Plan], tables: Report) -> list[str]:
@@ -57,8 +56,8 @@ def measure(name: str, recipe: Recipe, plans: dict[bool, Plan], tables: Report) 
     for on, kind in KINDS.items():
         memory = dataclasses.replace(recipe.memory, enabled=on)
         read = weights_read(model, memory, args.gradient_checkpointing)
-        work = Work.of(args.train_batch_size * recipe.data.max_length, plans.get(on), on, read, reached)
-        found = trained(model, recipe, memory, partial(tables.note, [name, kind], work))
+        known = ([name, kind], args.train_batch_size * recipe.data.max_length, read, reached, plans.get(on))
+        found = trained(model, recipe, memory, partial(tables.note, *known))
         tables.loading.rows[-1][-1] = _held(device)[1]
         faults += [f"{name}, {kind}: {fault}" for fault in found.faults]
     if not recipe.model.load_in_4bit:
@@ -176,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 faults.append(f"{name}: no plan, {type(error).__name__}: {error}")
                 plans = {}
             for on, plan in plans.items():
-                console.print(f"{name}: {plan.peak / 2**30:.1f} GiB planned for {KINDS[on]}", soft_wrap=True)
+                console.print(f"{name}: {plan.peak / GIB:.1f} GiB planned for {KINDS[on]}", soft_wrap=True)
             if not args.plan_only:
                 faults += measure(name, recipe, plans, tables)
                 gc.collect()

@@ -4,39 +4,18 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dllm_memdlm.training.planner import Plan
 
 from . import inference
+from .inference import GIB
 from .random_models import RATIO
 from .report import Section, write
 from .timing import Rates
 from .watch import Watched
 
-GIB = 2**30
 PLAIN = "plain MDLM"
-
-
-class Work(NamedTuple):
-    """What a step has to do, and how long that takes at the least; no FLOPs where there is no plan."""
-
-    tokens: int
-    tflop: float | None
-    flops_seconds: float | None
-    gigabytes: float  #: of weights
-    bytes_seconds: float
-    planned: float | None  #: GiB at the peak, beyond weights and optimizer
-
-    @classmethod
-    def of(cls, tokens: int, plan: Plan | None, memory: bool, read: int, reached: Rates) -> Work:
-        flops = planned = None
-        if plan is not None:
-            flops = plan.flops_memdlm if memory else plan.flops_mdlm
-            planned = (plan.peak - plan.at_peak["weights"] - plan.at_peak["optimizer"]) / GIB
-        return cls(
-            tokens, flops and flops / 1e12, flops and flops / reached.flops, read / 1e9, read / reached.bytes, planned
-        )
 
 
 class Report:
@@ -80,16 +59,23 @@ class Report:
         tables = (self.steps, self.host, self.waits, self.kernels, self.loading, self.inference)
         return [table for table in tables if table.rows]
 
-    def note(self, key: list[str], work: Work, found: Watched) -> None:
-        """What is known by now of one model's training, in place of what was known before."""
-        busy = sum(kernel.seconds for kernel in found.kernels)
+    def note(self, key: list[str], tokens: int, read: int, reached: Rates, plan: Plan | None, found: Watched) -> None:
+        """What is known by now of one model's training, in place of what was known before.
+
+        A step has so many tokens, and reads so many bytes of weights; its FLOPs are those of the plan, if there is one.
+        """
+        flops, planned, busy = None, None, sum(kernel.seconds for kernel in found.kernels)
+        if plan is not None:
+            flops = plan.flops_mdlm if key[1] == PLAIN else plan.flops_memdlm
+            planned = (plan.peak - plan.at_peak["weights"] - plan.at_peak["optimizer"]) / GIB
+        flops_seconds, bytes_seconds = flops and flops / reached.flops, read / reached.bytes
         self._put(
             *(self.steps, key),
             [
-                *(found.seconds, round(work.tokens / found.seconds), None),
-                *(work.tflop, work.flops_seconds, work.gigabytes, work.bytes_seconds),
-                found.seconds / max(work.flops_seconds or 0, work.bytes_seconds),
-                *(found.memory and found.memory.peak / GIB, work.planned),
+                *(found.seconds, round(tokens / found.seconds), None),
+                *(flops and flops / 1e12, flops_seconds, read / 1e9, bytes_seconds),
+                found.seconds / max(flops_seconds or 0, bytes_seconds),
+                *(found.memory and found.memory.peak / GIB, planned),
                 f"{busy / found.seconds:.0%}" if found.kernels else None,
                 None if found.waits is None else sum(found.waits.values()),
             ],

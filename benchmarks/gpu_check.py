@@ -12,22 +12,18 @@ import argparse
 import contextlib
 import importlib
 import importlib.util
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from .parts import ROOT, Check, Part
+from .user_commands import chains
+
 SECONDS = 540  #: of everything
 TOGETHER = 150  #: of each part that runs beside others
 SLOWER = 4  #: times a CPU may take as long
@@ -38,120 +34,10 @@ UNIT_TESTS = (
 #: Recipes, bits of a weight of the base, and the seconds that each may take.
 TIMED = (("llada_moe", 16, 100), ("llada_moe", 4, 100), ("llada2_mini", 16, 150), ("llada2_mini", 4, 180))
 FEW_UNIT_TESTS = ("noise", "objectives")
-#: Every part is a group of processes, so that it ends with all that it has started; not a session, which would outlive
-#: one that is killed whole.
-GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
-#: As much of a failed part's output as the report shows, and as the log keeps of every part, in characters.
-SHOWN, KEPT = 3_000, 60_000
 
 
-@dataclass(frozen=True)
-class Part:
-    """A process, and the most seconds that it may take."""
-
-    name: str
-    seconds: int
-    command: list[str]
-
-
-@dataclass
-class Check:
-    """Parts that have run, and what they have found."""
-
-    folder: Path  #: for each part one to write to
-    output: Path  #: where the report goes
-    deadline: float
-    environment: dict[str, str]
-    about: dict[str, Any]
-    ended: list[list[Any]] = field(default_factory=list)  #: a row for each part, in the order of their ends
-    failed: list[str] = field(default_factory=list)
-    running: set[subprocess.Popen] = field(default_factory=set)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def run(self, part: Part, threads: int | None = None) -> None:
-        """Run a part to its end or its limit, and write the report. `threads`: of its CPU work; all cores if none."""
-        left = int(self.deadline - time.monotonic())
-        limit, start = min(part.seconds, left), time.monotonic()
-        log = self.folder / f"{part.name}.log"
-        if limit < 5:
-            self._end(part, "no time left", 0, limit)
-            return
-        how = "stopped"
-        with log.open("w") as file:
-            environment = self.environment | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
-            process = subprocess.Popen(part.command, cwd=ROOT, env=environment, stdout=file, stderr=file, **GROUP)
-            self.running.add(process)
-            try:
-                code = process.wait(limit)
-                how = "well" if code == 0 else f"exit code {code}"
-            except subprocess.TimeoutExpired:
-                how = f"stopped at its limit of {limit} s"
-            finally:
-                _kill(process)
-                self.running.discard(process)
-                self._end(part, how, time.monotonic() - start, limit)
-
-    def run_together(self, parts: Sequence[Part]) -> None:
-        """As many at once as there are cores, which they share."""
-        cores = os.cpu_count() or 1
-        threads = max(1, cores // (2 * max(1, len(parts))))
-        with ThreadPoolExecutor(cores) as pool:
-            try:
-                list(pool.map(lambda part: self.run(part, threads), parts))
-            except BaseException:
-                self.stop()  # the pool would wait for them
-                raise
-
-    def stop(self) -> None:
-        """End what runs, and begin nothing more."""
-        self.deadline = time.monotonic()
-        for process in list(self.running):
-            _kill(process)
-
-    def _end(self, part: Part, how: str, seconds: float, limit: int) -> None:
-        log = self.folder / f"{part.name}.log"
-        said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
-        with self.lock:
-            self.ended.append([part.name, how, round(seconds, 1), limit, " ".join(said[-1:])[:160].replace("|", "/")])
-            if how != "well":
-                self.failed.append(part.name)
-            print(f"{part.name}: {how}, {seconds:.0f} s", flush=True)
-            self.write()
-
-    def sections(self) -> list[Any]:
-        """The parts, and the tables that they have written, those of one title joined."""
-        from .report import Section
-
-        parts = Section("Parts", ["part", "ended", "s", "limit s", "its last line"], rows=self.ended)
-        found = {parts.title: parts}
-        for name in [row[0] for row in self.ended]:
-            for path in sorted((self.folder / name).glob("*.json")):
-                for values in json.loads(path.read_text()).get("sections", []):
-                    section = Section(**values)
-                    found.setdefault(section.title, Section(**{**values, "rows": []})).rows += section.rows
-        return list(found.values())
-
-    def write(self) -> list[Path]:
-        """The report, and the end of every log."""
-        from .report import write
-
-        machine = self.folder / "machine" / "machine.json"
-        if machine.exists():
-            facts = json.loads(machine.read_text())
-            self.about |= {name: facts[name] for name in ("card", "torch")}
-        tails = "\n".join(f"## What {name} said last\n\n```\n{self._tail(name, SHOWN)}\n```\n" for name in self.failed)
-        data, page = write(self.sections(), "GPU check", self.about, self.output, "gpu-check", tails)
-        logs = self.output / "gpu-check.log"
-        logs.write_text("\n".join(f"===== {name}\n{self._tail(name, KEPT)}" for name, *_ in self.ended))
-        return [page, data, logs]
-
-    def _tail(self, name: str, characters: int) -> str:
-        log = self.folder / f"{name}.log"
-        return log.read_text(errors="replace")[-characters:] if log.exists() else ""
-
-
-def parts(folder: Path, cpu: bool) -> tuple[Part, list[Part], list[Part]]:
-    """What the machine is; what is right or wrong, in parallel; and what is timed, one after the other."""
+def parts(folder: Path, cpu: bool) -> tuple[Part, list[list[Part]], list[Part]]:
+    """What the machine is; what is right or wrong, chains in parallel; and what is timed, one after the other."""
     small = ["--cpu"] if cpu else []
     device = "cpu" if cpu else "cuda"
 
@@ -166,22 +52,22 @@ def parts(folder: Path, cpu: bool) -> tuple[Part, list[Part], list[Part]]:
     files = [str(next(ROOT.glob(f"tests/*/test_{name}.py"))) for name in (FEW_UNIT_TESTS if cpu else UNIT_TESTS)]
     several = not cpu and importlib.util.find_spec("xdist") is not None
     workers = ["-n", "8", "--dist", "loadfile"] if several else []
+    kinds = ["-k", "llada2 or not (llada or llama)"] if cpu else []
+    equality = pytest("equality", "-m", "gpu", "--device", device, *kinds, "tests/test_gpu.py")
     together = [
-        Part("equality", TOGETHER, pytest("equality", "-m", "gpu", "--device", device, "tests/test_gpu.py")),
-        Part("commands", TOGETHER, module("benchmarks.user_commands", str(folder / "commands"), *small)),
-        Part("unit_tests", TOGETHER, pytest("unit_tests", "--default-device", device, *workers, *files)),
+        [Part("equality", TOGETHER, equality)],
+        *chains(folder / "commands", cpu),
+        [Part("unit_tests", TOGETHER, pytest("unit_tests", "--default-device", device, *workers, *files))],
     ]
     timed = []
     for recipe, bits, seconds in TIMED:
         name = f"{recipe}_{bits}bit"
         command = module("benchmarks.full_size", f"recipes/{recipe}.yaml", "--bits", str(bits), *small)
         command += ["--plans", str(folder / "plans")]
-        together.append(Part(f"plan_{name}", TOGETHER, [*command, "--plan-only"]))
+        together.append([Part(f"plan_{name}", TOGETHER, [*command, "--plan-only"])])
         timed.append(Part(name, seconds, [*command, "--output", str(folder / name)]))
     machine = Part("machine", 90, module("benchmarks.machine", str(folder / "machine"), *small))
-    slower = SLOWER if cpu else 1
-    first, *rest = (replace(part, seconds=part.seconds * slower) for part in (machine, *together, *timed))
-    return first, rest[: len(together)], rest[len(together) :]
+    return machine, together, timed
 
 
 def environment(folder: Path, wheels: Path | None) -> dict[str, str]:
@@ -211,24 +97,8 @@ def commit() -> str:
     return "unknown"
 
 
-def _kill(process: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 def _stop(*_: Any) -> None:
     raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def working_folder() -> Iterator[Path]:
-    """A folder for what the parts write, removed at the end."""
-    folder = Path(tempfile.mkdtemp(prefix="gpu-check-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -241,7 +111,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("reports"), help="where to write (default: reports)")
     args = parser.parse_args(argv)
     start = time.monotonic()
-    with working_folder() as folder:
+    with tempfile.TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
         if args.wheels is not None:
             if not any(args.wheels.glob("*.whl")):
                 parser.error(f"--wheels {args.wheels}: expected a folder with .whl files")
@@ -250,16 +121,17 @@ def main(argv: list[str] | None = None) -> int:
             except subprocess.CalledProcessError:
                 parser.error(f"--wheels {args.wheels}: pip could not install them; it says above why")
         first, together, timed = parts(folder, args.cpu)
-        names = [part.name for part in (*together, *timed)]
+        names = [part.name for chain in (*together, timed) for part in chain]
         wanted = tuple(args.only)
-        chosen = [name for name in names if name.startswith(wanted) or name.removeprefix("plan_").startswith(wanted)]
+        chosen = {name for name in names if name.startswith(wanted) or name.removeprefix("plan_").startswith(wanted)}
         if not chosen:
             parser.error(f"--only {' '.join(args.only)}: expected the beginning of one of {', '.join(names)}")
         about = {"card": "unknown", "torch": "unknown", "commit": args.commit or commit(), "date": time.strftime("%F")}
-        check = Check(folder, args.output, start + args.seconds, environment(folder, args.wheels), about)
+        environ, slower = environment(folder, args.wheels), SLOWER if args.cpu else 1
+        check = Check(folder, args.output, start + args.seconds, environ, about, slower)
         try:
             check.run(first)
-            check.run_together([part for part in together if part.name in chosen])
+            check.run_together([chain for chain in together if chosen & {part.name for part in chain}])
             for part in timed:
                 if part.name in chosen:
                     check.run(part)
@@ -268,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             check.stop()
         paths = check.write()
-        _print(check.sections())
+        show(check.sections())
     print(*paths, sep="\n")
     if check.failed:
         print(f"failed: {', '.join(check.failed)}", file=sys.stderr)
@@ -284,7 +156,8 @@ def install(site: Path, wheels: Path) -> None:
     importlib.invalidate_caches()
 
 
-def _print(sections: list[Any]) -> None:
+def show(sections: list[Any]) -> None:
+    """Print the tables that are not long."""
     from .report import console
 
     for section in sections:

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import yaml
@@ -178,10 +179,9 @@ def _count(recipe: Recipe, model: nn.Module, memory: bool) -> Traffic:
     own = ParametricMemory(model, recipe.memory, mask_token_id=0) if memory else None
     mode, counted = fake_model(model, sizes), Traffic()
     _FusedNorm.put_into(model)
-    few, moe.FEW_ROWS = moe.FEW_ROWS, 0  # as on a GPU
-    with disable_input_dtype_casting(model):  # as in `train`
+    # rows are packed as on a GPU, and the LoRA's input is cast as in `train`
+    with patch.object(moe, "FEW_ROWS", 0), disable_input_dtype_casting(model):
         step(model, mode, own, sizes, watch=counted)
-    moe.FEW_ROWS = few
     return counted
 
 

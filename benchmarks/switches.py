@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -65,30 +66,16 @@ def switched(bench: Bench, memory: MemoryConfig, off: list[Switch]) -> Step:
     return step
 
 
-@contextmanager
-def _set(target: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(target, name)
-    setattr(target, name, value)
-    try:
-        yield
-    finally:
-        setattr(target, name, before)
-
-
-@contextmanager
-def _positions_everywhere(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Iterator[None]:
-    rows, length = batch["input_ids"].shape
-    for name in batch:
-        if name.startswith("loss_index"):
-            batch[name] = torch.arange(length).expand(rows, -1)
-    yield
+def _positions_everywhere(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Any:
+    everywhere = torch.arange(batch["input_ids"].shape[1]).expand(len(batch["input_ids"]), -1)
+    return patch.dict(batch, {name: everywhere for name in batch if name.startswith("loss_index")})
 
 
 def _whole_logits(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Any:
     backbone = staged_backbone(trainer.model)
     plain = nn.Linear(*reversed(backbone.lm_head.weight.shape), bias=False, device="meta")
     plain.weight = backbone.lm_head.weight
-    return _set(backbone, "lm_head", plain)
+    return patch.object(backbone, "lm_head", plain)
 
 
 def _anchor_again(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Any:
@@ -96,19 +83,19 @@ def _anchor_again(trainer: MemDLMTrainer, batch: dict[str, Tensor]) -> Any:
     if memory is None:
         return nullcontext()
     write = memory.write
-    return _set(memory, "write", lambda *args, anchor_prefix, **kwargs: write(*args, **kwargs))
+    return patch.object(memory, "write", lambda *args, anchor_prefix, **kwargs: write(*args, **kwargs))
 
 
 SWITCHES: dict[str, Switch] = {
-    "all experts at once": lambda trainer, batch: _set(grouped, "_KERNEL_DTYPES", ()),
+    "all experts at once": lambda trainer, batch: patch.object(grouped, "_KERNEL_DTYPES", ()),
     "loss at masked positions only": _positions_everywhere,
-    "the last layer's queries and FFN at those only": lambda trainer, batch: _set(
+    "the last layer's queries and FFN at those only": lambda trainer, batch: patch.object(
         staged_backbone(trainer.model), "layers_take_queries", False
     ),
     "loss without whole logits": _whole_logits,
     "the anchor's prefix once": _anchor_again,
     "inner loop in the suffix only": lambda trainer, batch: (
-        nullcontext() if trainer.memory is None else _set(trainer.memory, "boundary", 0)
+        nullcontext() if trainer.memory is None else patch.object(trainer.memory, "boundary", 0)
     ),
 }
 OF_MEMORY = ("the anchor's prefix once", "inner loop in the suffix only")

@@ -28,14 +28,15 @@ from dllm_memdlm.machine import devices, package_versions
 from .cases import points_of
 from .figures import FIGURES
 from .scales import RECIPES, SCALES, Scale
+from .scores import without_memory
 from .steps import in_order
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns 2 after one line about what the user can correct."""
     parser = argparse.ArgumentParser(prog="reproduce", description="Reproduce the paper's figures and tables.")
-    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"{', '.join(FIGURES)} (with --draw: default all)")
-    parser.add_argument("--scale", default="cpu", help="demo, cpu, small (one GPU) or paper (many; default: cpu)")
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"{', '.join(FIGURES)} (default: all)")
+    parser.add_argument("--scale", default="cpu", choices=SCALES, help="small: for a GPU; paper: many (default: cpu)")
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="where runs are kept")
     parser.add_argument("--reports", type=Path, default=Path("reports"), metavar="DIR", help="where to write")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="of the runs (default: 42; for cpu 42 43 44)")
@@ -52,32 +53,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     for target in args.targets:
         if target not in FIGURES:
             parser.error(f"unknown target {target!r}; known: {', '.join(FIGURES)}")
-    if not (args.targets or args.draw):
-        parser.error(f"expected a target: {', '.join(FIGURES)}")
     return exit_code(lambda: run(args, sys.argv[1:] if argv is None else list(argv)), args.debug)
 
 
 def run(args: argparse.Namespace, argv: list[str]) -> None:
     """Do what the command line says. Raises ConfigError for what the user can correct."""
-    if args.scale not in SCALES:
-        raise ConfigError(f"--scale {args.scale}: expected one of {', '.join(SCALES)}")
     if not RECIPES.is_dir():
         raise ConfigError(f"{RECIPES}: no such folder; the recipes are in a checkout, so run this from one")
     if not re.fullmatch(r"[\w./+-]+", str(args.runs)):
         raise ConfigError(f"--runs {args.runs}: expected a folder of letters, digits and ._+-/ in its name, for make")
     scale = SCALES[args.scale]
-    changes = {"runs": args.runs, "settings": (*scale.settings, *args.set), "seeds": tuple(args.seeds or ())}
-    changes |= {"jobs": args.jobs, "questions": args.questions}
-    changes |= {"about": f"{scale.about} Changed in every recipe: {', '.join(args.set)}." if args.set else None}
-    scale = dataclasses.replace(scale, **{name: value for name, value in changes.items() if value})
+    given = {"runs": args.runs, "seeds": tuple(args.seeds or ()), "jobs": args.jobs, "questions": args.questions}
+    if args.set:
+        given["settings"] = (*scale.settings, *args.set)
+        given["about"] = f"{scale.about} Changed in every recipe: {', '.join(args.set)}."
+    scale = dataclasses.replace(scale, **{name: value for name, value in given.items() if value})
     there = [name for name in FIGURES if scale.name in FIGURES[name].scales]
     if missing := [name for name in args.targets if name not in there]:
         scales = " or ".join(FIGURES[missing[0]].scales)
         raise ConfigError(f"--scale {scale.name}: does not have {missing[0]}; expected {scales}")
+    targets = args.targets or there
     if args.draw:
-        draw_all(args.targets or there, scale, args.reports, all_of_them=bool(args.targets))
+        draw_all(targets, scale, args.reports, all_of_them=bool(args.targets))
         return
-    steps = {name: in_order(case.step for case in FIGURES[name].cases(scale)) for name in args.targets}
+    steps = {name: in_order(case.step for case in FIGURES[name].cases(scale)) for name in targets}
     if args.commands:
         print(*dict.fromkeys(step.line for own in steps.values() for step in own), sep="\n")
         return
@@ -94,7 +93,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     for name, own in steps.items():
         command = shlex.join([*draw[:4], name, *draw[4:]]).replace("$", "$$")
         rules.append(f".PHONY: {name}\n{name}: {' '.join(str(step.done) for step in own)}\n\t@{command}\n")
-    make(scale, rules, args.targets)
+    make(scale, rules, targets)
 
 
 def make(scale: Scale, rules: Sequence[str], targets: Sequence[str]) -> None:
@@ -161,6 +160,7 @@ def draw(name: str, scale: Scale, reports: Path) -> Path:
         *(f"# {figure.title}", f"Scale: {scale.name}; seeds: {', '.join(map(str, scale.seeds))}. {scale.about}"),
         *([f"![{drawn.caption}]({stem}.png)", drawn.caption] if drawn.caption else []),
         *drawn.notes,
+        *without_memory(step.folder for step in steps),
         *(table.markdown().rstrip() for table in drawn.tables),
         f"Every number drawn or tabled here is a line of [{stem}.jsonl]({stem}.jsonl), with the folder it is from.",
         f"Drawn on {time.strftime('%F')} at commit {commit()}, by `make reproduce-{name} "

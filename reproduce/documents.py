@@ -17,7 +17,7 @@ from .logs import last, logged, said
 from .needle import PLACES
 from .plots import BLUE, bars, columns, grid, line, save
 from .scales import MDLM, MEMDLM, Model, Scale
-from .scores import DOCUMENTS, PlantedWords, without_memory
+from .scores import DOCUMENTS, PlantedWords
 
 #: Ways to train for documents that are longer than what a model sees: the recipe, and what differs in it.
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -120,7 +120,6 @@ def draw_further(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
             "The first row is the last one of the documents' table. Every other changes what it names, in training and "
             f"in use. Asked: {DOCUMENTS[scale.name].asked(scale)}, of the kind that it was trained on. "
             "A guess is right in 8.3 %, at 2.48 nats.",
-            *without_memory(map(Path, points[points.score.notna()].run)),
         ],
         [Section("Mean ± standard deviation over the seeds", [*titles, "prompt NLL"], rows=rows)],
         "Right answers about what the model does not see, from its own memory. Whiskers: a standard deviation.",
@@ -163,7 +162,6 @@ def draw(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
             "All three have the loss of prompts, and are asked with the memory of their own recipe.",
             f"Asked: {DOCUMENTS[scale.name].asked(scale)}. A word has twelve values: who guesses is right in 8.3 %, at "
             "2.48 nats. A memory of another text is the control: what it gains is not remembered.",
-            *without_memory(map(Path, points[points.score.notna()].run)),
         ],
         [Section("Mean ± standard deviation over the seeds", [*titles, "prompt NLL"], rows=rows)],
         "Right answers about what the model sees and what it does not, by the memory in place; and the loss of "

@@ -14,7 +14,7 @@ from .cases import BEFORE, DENOISING_STEPS, EVALUATED, PAPER
 from .logs import against, first_step_at, last, said, tail
 from .plots import BLUE, DISCARDED, LIGHT, ORANGE, bars, grid, line, save
 from .scales import MDLM, MEMDLM, Scale
-from .scores import ABLATED, ANCHORED, RETRIEVAL, RULER_OFFLINE, without_memory
+from .scores import ABLATED, ANCHORED, RETRIEVAL, RULER_OFFLINE
 
 
 class Drawn(NamedTuple):
@@ -41,16 +41,15 @@ def curves(row: Sequence[Any], title: str, points: pd.DataFrame) -> None:
         label: points[(points.method == method) & (points.loss == f"eval_{key}")]
         for label, (method, key) in CURVES.items()
     }
-    for ax, split in zip(row, ("train", "eval", "eval − MDLM's"), strict=False):
+    for ax, split in zip(row, ("train", "eval", "eval − MDLM's"), strict=True):
         ax.set(title=f"{title}, {split}", xlabel="optimizer step", ylabel="loss (nats)")
     for label, (method, key) in CURVES.items():
         own = points[(points.method == method) & (points.loss == key)]
         line(row[0], own, "step", "value", label, noisy=True)
         line(row[1], evaluated[label], "step", "value", label)
-        if len(row) > 2 and method != MDLM:
+        if method != MDLM:
             line(row[2], against(evaluated[label], evaluated["MDLM"], "value", "step"), "step", "value", label)
-    if len(row) > 2:
-        row[2].axhline(0, color="black", linewidth=0.8)
+    row[2].axhline(0, color="black", linewidth=0.8)
 
 
 def dynamics(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
@@ -111,7 +110,6 @@ def by_length(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
             f"Asked: {RETRIEVAL[scale.name][0].asked(scale)}, at each length. The model before fine-tuning is one for "
             "all seeds.",
             PAPER["finds"]["figure3"],
-            *without_memory(map(Path, points.run)),
         ],
         [Section("%, mean ± standard deviation over the seeds", ["backbone", "model", *columns], rows=rows)],
         "Share of right answers, and how far MemDLM's is from MDLM's of the same seed. Band: a standard deviation.",
@@ -135,7 +133,6 @@ def by_ratio(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
             f"{scale.backbones[0].title}, trained with memory; asked: "
             f"{ANCHORED[scale.name][0].asked(scale)}, at each length.",
             f"{PAPER['finds']['figure7']} Ours differ by at most {moved.iloc[-1]:.1f} points, at {moved.index[-1]}.",
-            *without_memory(map(Path, points.run)),
         ],
         [Section("%, mean ± standard deviation over the seeds", ["model", "ratio", *columns], rows=rows)],
         "Share of right answers. Band: a standard deviation over the seeds.",
@@ -171,7 +168,6 @@ def exposed(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
             "With the memory on, it is in place in both. The authors' script has it in L_seq alone, and takes the mean "
             "of each example's mean where we count all tokens alike; the paper's text settles neither.",
             PAPER["finds"]["figure11"],
-            *without_memory(map(Path, points.run)),
         ],
         [
             Section(
@@ -236,7 +232,6 @@ def ablated(scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn:
             f"{norms.max():.2g}, all fast weights of a sample together, in the mean of a batch. Only what is above a "
             "clip is clipped.",
             *["The models have four layers, so 5, 10 and 25 % of them are all the last one."] * (scale.name == "cpu"),
-            *without_memory(map(Path, points[points.score.notna()].run)),
         ],
         [Section("Mean ± standard deviation over the seeds; losses in nats, paired by seed", columns, rows=rows)],
         "How far the paper's scores, ours, and the eval losses are from MDLM's of the same seed. Whiskers: a standard "
@@ -272,4 +267,4 @@ def table(name: str, scale: Scale, points: pd.DataFrame, picture: Path) -> Drawn
         ]
     if name == "table3":
         notes.append("The paper does not say which backbone its table 3 is of; we take it to be LLaDA-MoE.")
-    return Drawn([*notes, *without_memory(map(Path, points.run))], tables)
+    return Drawn(notes, tables)

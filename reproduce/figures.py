@@ -29,18 +29,19 @@ class Figure(NamedTuple):
 
 
 FIGURES = {
-    "figure3": Figure("Before and after fine-tuning, by context length (figure 3)", cases.by_length, draw.by_length),
     "figure4": Figure("Training dynamics (figure 4)", cases.pairs, draw.dynamics),
+    "figure3": Figure("Before and after fine-tuning, by context length (figure 3)", cases.by_length, draw.by_length),
     "figure7": Figure("Anchor ratio at inference (figure 7)", cases.by_ratio, draw.by_ratio),
     "figure11": Figure("Exposure bias (figure 11)", cases.exposed, draw.exposed),
     "ablations": Figure("Ablations (figures 5 to 10)", cases.ablated, draw.ablated),
+    **{
+        name: Figure(PAPER[name]["title"], partial(cases.table, name), partial(draw.table, name))
+        for name in ("table1", "table2", "table3")
+    },
+    # Not the paper's: what it takes to read documents longer than the context, and memory dropout, from scratch
     "documents": Figure(
         "A document longer than what the model sees (ours)", documents.cases, documents.draw, tuple(DOCUMENTS)
     ),
     "further": Figure("How far a memory of prompts goes (ours)", documents.further, documents.draw_further, ("cpu",)),
     "dropout": Figure("Memory dropout, from scratch (ours)", dropout.cases, dropout.draw, ("cpu",)),
-    **{
-        name: Figure(PAPER[name]["title"], partial(cases.table, name), partial(draw.table, name))
-        for name in ("table1", "table2", "table3")
-    },
 }

@@ -13,21 +13,14 @@ import pandas as pd
 from dllm_memdlm.config import ConfigError
 
 
-def state_of(run: Path) -> dict[str, Any] | None:
-    """The run's trainer_state.json, or None where there is no complete one."""
-    try:
-        return json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-
-
 def logged(run: Path, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The values that a run logged under these keys. Raises ConfigError where the run has not ended."""
-    state = state_of(run)
-    if state is None:
-        raise ConfigError(f"{run}: no trainer_state.json, so the run did not finish")
+    try:
+        history = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    except (FileNotFoundError, json.JSONDecodeError):
+        raise ConfigError(f"{run}: no whole trainer_state.json, so the run did not finish") from None
     for key in keys:
-        for row in state["log_history"]:
+        for row in history:
             if key in row:
                 yield {"loss": key, "step": row["step"], "value": row[key]}
 

@@ -104,8 +104,11 @@ class Harness:
         return Step.of(name, argv, made_from, scale.runs, after=model.after, env=scale.env)
 
     def read(self, folder: Path) -> Iterator[dict[str, Any]]:
-        """The scores that a step has left."""
-        results = newest_results(folder)["results"]
+        """The scores that a step has left, the last run's. Raises ConfigError if there are none."""
+        files = written(folder)
+        if not files:
+            raise ConfigError(f"{folder}: lm-eval has written no results_*.json there")
+        results = read_json(files[-1])["results"]
         for column in self.columns:
             cells = [results[task][f"{metric},none"] for own, task, metric in self.cells if own == column]
             yield {"column": column, "score": 100 * fmean(cells)}
@@ -118,12 +121,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def newest_results(folder: Path) -> dict[str, Any]:
-    """What the last run of lm-eval that wrote to a folder has left. Raises ConfigError if there is none."""
-    files = sorted(folder.rglob("results_*.json"), key=lambda path: path.stat().st_mtime)
-    if not files:
-        raise ConfigError(f"{folder}: lm-eval has written no results_*.json there")
-    return read_json(files[-1])
+def written(folder: Path) -> list[Path]:
+    """What an evaluation of ours, or lm-eval, has written to a folder, the newest last."""
+    return sorted([*folder.glob("scores.json"), *folder.rglob("results_*.json")], key=lambda path: path.stat().st_mtime)
 
 
 def without_memory(folders: Iterable[Path]) -> list[str]:
@@ -131,10 +131,8 @@ def without_memory(folders: Iterable[Path]) -> list[str]:
     from dllm_memdlm.method.prompt_memory import Tally  # seconds to import
 
     total: Counter[str] = Counter()
-    for folder in set(folders):
-        own = folder / "scores.json"
-        report = read_json(own) if own.exists() else newest_results(folder)["config"]
-        total.update(report.get("memory_tally", {}))
+    for report in (read_json(path) for folder in set(folders) for path in written(folder)[-1:]):
+        total.update({**report, **report.get("config", {})}.get("memory_tally", {}))
     lost = Tally(**{field.name: total[field.name] for field in fields(Tally)}).failures()
     return [f"Prompts that were to have a memory and were decoded without: {lost}."] if lost else []
 

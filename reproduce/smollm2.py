@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-import torch
 from safetensors import SafetensorError
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from dllm_memdlm.cli import exit_code
 from dllm_memdlm.config import ConfigError
@@ -93,10 +93,9 @@ def convert(output: str | Path, gguf: str | Path | None = None) -> Path:
     fields, tensors = read(source)
     tokenizer = tokenizer_of(fields)
     try:
-        model = model_of(fields, tensors)
-    except (KeyError, ValueError, NotImplementedError) as error:
-        said = f"no tensor {error}" if isinstance(error, KeyError) else error
-        raise ConfigError(f"--gguf {source}: {said}; expected a SmolLM2") from error
+        model = model_of(source, tensors, tokenizer)
+    except (RuntimeError, NotImplementedError) as error:
+        raise ConfigError(f"--gguf {source}: {' '.join(str(error).split())}; expected a SmolLM2") from error
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
@@ -122,8 +121,8 @@ def packaged_file() -> Path:
     raise ConfigError(f"no package {PACKAGE} with a .gguf file is installed; {INSTALL_MODEL}, or give --gguf FILE")
 
 
-def read(source: Path) -> tuple[Fields, dict[str, Any]]:
-    """The fields of a GGUF file, as a function of name and default, and its tensors by name.
+def read(source: Path) -> tuple[Fields, int]:
+    """The fields of a GGUF file, as a function of name and default, and how many tensors it has.
 
     Raises:
         ConfigError: the package gguf is not installed, or the file is not there, not whole, or no SmolLM2.
@@ -148,56 +147,27 @@ def read(source: Path) -> tuple[Fields, dict[str, Any]]:
             raise ConfigError(f"--gguf {source}: {name} is {found!r}; expected {expected!r}, as in a SmolLM2")
     if not {MASK, SPARE} & set(value("tokenizer.ggml.tokens")):
         raise ConfigError(f"--gguf {source}: neither {MASK} nor {SPARE} in its vocabulary; expected a SmolLM2")
-    return value, {tensor.name: tensor for tensor in reader.tensors}
+    return value, len(reader.tensors)
 
 
-def model_of(fields: Fields, tensors: dict[str, Any]) -> LlamaForCausalLM:
+def model_of(source: Path, tensors: int, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """The causal model in float32: every tensor of the file in its place, and no weight from elsewhere.
 
-    transformers' own reader is not used: what it has read it does not save.
+    It is not `from_pretrained`'s, which draws what is missing, and cannot be saved.
 
     Raises:
-        KeyError, ValueError, NotImplementedError: a tensor is missing, too many, of another shape, or packed otherwise.
+        RuntimeError, NotImplementedError: a tensor is missing, too many, of another shape, or packed otherwise.
     """
-    from gguf import MODEL_ARCH, get_tensor_name_map
-    from gguf.quants import dequantize
-
-    heads, key_heads = fields("llama.attention.head_count"), fields("llama.attention.head_count_kv")
-    config = LlamaConfig(
-        vocab_size=len(fields("tokenizer.ggml.tokens")),
-        hidden_size=fields("llama.embedding_length"),
-        intermediate_size=fields("llama.feed_forward_length"),
-        num_hidden_layers=fields("llama.block_count"),
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        max_position_embeddings=fields("llama.context_length"),
-        rms_norm_eps=fields("llama.attention.layer_norm_rms_epsilon"),
-        rope_theta=fields("llama.rope.freq_base"),
-        tie_word_embeddings="output.weight" not in tensors,
-        bos_token_id=fields("tokenizer.ggml.bos_token_id"),
-        eos_token_id=fields("tokenizer.ggml.eos_token_id"),
-        pad_token_id=fields("tokenizer.ggml.eos_token_id"),
-        dtype="float32",
-    )
-    model, tensors = LlamaForCausalLM(config), dict(tensors)
-    names, rotated = (
-        get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers),
-        {"q_proj": heads, "k_proj": key_heads},
-    )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            path, _, kind = name.rpartition(".")
-            written = f"{names.get_name(path)}.{kind}"
-            packed = tensors.pop(written)
-            weight = torch.tensor(dequantize(packed.data, packed.tensor_type))
-            if weight.shape != parameter.shape:
-                raise ValueError(f"{written} is {list(weight.shape)}, and by the fields {list(parameter.shape)}")
-            if count := rotated.get(path.rpartition(".")[2]):
-                # llama.cpp rotates neighbours, transformers halves: [x0 y0 x1 y1 …] of each head → [x0 x1 … y0 y1 …]
-                weight = weight.view(count, -1, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
-            parameter.copy_(weight)
-    if tensors:
-        raise ValueError(f"a tensor {min(tensors)}, which a SmolLM2 does not have")
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    special = {name: getattr(tokenizer, name) for name in names}
+    config = load_gguf_checkpoint(str(source))["config"]
+    model = LlamaForCausalLM(LlamaConfig(**{**config, **special, "dtype": "float32"}))
+    weights = load_gguf_checkpoint(str(source), return_tensors=True, model_to_load=model)["tensors"]
+    if len(weights) < tensors:
+        raise RuntimeError(f"{tensors} tensors, of which a SmolLM2 has {len(weights)}")
+    if model.config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    model.load_state_dict(weights)
     return model
 
 

@@ -17,13 +17,11 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 import dllm_memdlm  # noqa: F401, I001 (before torch, which reads what it sets)
 
-import datasets
 import pytest
 import tokenizers
 import torch
 import transformers
 from devices import device, products, pytest_addoption, pytest_configure, sorted_rows  # noqa: F401 (fixtures and hooks)
-from drawings import figures  # noqa: F401 (a fixture)
 from measured_tables import pytest_terminal_summary  # noqa: F401 (a hook)
 from patched_dllm import tree, unpatched  # noqa: F401 (fixtures)
 from run_fixtures import caches_of_runs, finished, recipe_file  # noqa: F401 (fixtures)
@@ -48,7 +46,6 @@ from dllm_memdlm.backbones import (
     with_lora,
 )
 from dllm_memdlm.config import LoraConfig, MemoryConfig
-from dllm_memdlm.training import run
 from dllm_memdlm.training.trainer import MemDLMConfig, MemDLMTrainer
 
 VOCABULARY = 48
@@ -102,12 +99,15 @@ def imports_are_no_garbage() -> None:
     gc.freeze()
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def pytest_runtest_setup() -> None:
+    # TrainingArguments with bf16 write it into the environment, where the next ones would find it
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
     torch.manual_seed(0)
-    # TrainingArguments with bf16 write it into the environment, where the next test's would find it
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
 
 
 #: What launchers set, and accelerate leaves behind in a process: each would change what a launch does.
@@ -118,25 +118,12 @@ LAUNCHED = (
 
 
 @pytest.fixture
-def own_cache(tmp_path_factory, monkeypatch):
-    """Datasets are built in a folder of the test's own."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture
-def as_from_a_shell(tmp_path_factory, monkeypatch):
-    """No launcher's variables, caches of the tests' own, no bars on stderr, a wide terminal."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+def as_from_a_shell(monkeypatch):
+    """No launcher's variables, and a wide terminal."""
     for name in LAUNCHED:
         monkeypatch.setenv(name, "")  # so that what a test sets is undone, too
         monkeypatch.delenv(name)
     monkeypatch.setenv("COLUMNS", "200")
-    cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache / "datasets")
-    monkeypatch.setattr(run, "TOKENIZER_CACHE", cache / "tokenizers")
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
 
 
 @pytest.fixture

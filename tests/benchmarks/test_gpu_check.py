@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_check
-from benchmarks.gpu_check import Check, Part
+from benchmarks.parts import Check, Part
 
 TIMED = [f"{recipe}_{bits}bit" for recipe in ("llada_moe", "llada2_mini") for bits in (16, 4)]
 #: Each recipe and each number of bits once, which is half of what a GPU runs.
 HALF = [TIMED[0], TIMED[3]]
-ALL = ["machine", "equality", "commands", "unit_tests", *(f"plan_{name}" for name in HALF), *HALF]
+CHOSEN = ["equality", "commands", "unit_tests", *HALF]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def folder(tmp_path_factory, warm_python) -> Path:
     settings = ["--cpu", "--output", str(folder), "--commit", "abc1234", "--seconds", "1200"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", warm_python)
-        code = gpu_check.main([*settings, "--only", *ALL])
+        code = gpu_check.main([*settings, "--only", *CHOSEN])
     assert code == 0, (folder / "gpu-check.md").read_text()
     return folder
 
@@ -39,12 +39,16 @@ def test_all_that_was_measured_is_in_one_report(folder):
     assert facts["card"].startswith("cpu: ") and facts["torch"] and facts["commit"] == "abc1234"
     tables = {table["title"]: table["rows"] for table in facts["sections"]}
     assert all(f"## {title}" in page for title in tables)
-    assert sorted(row[0] for row in tables["Parts"]) == sorted(ALL)
+    parts, found = [row[0] for row in tables["Parts"]], {row[0]: row[-1] for row in tables["Parts"]}
     assert {row[1] for row in tables["Parts"]} == {"well"}
-    assert [row[0] for row in tables["Parts"]][-2:] == HALF, "one after the other, after all else"
-    assert len(tables["What a user types"]) == 7
+    assert parts[-2:] == HALF, "one after the other, after all else"
+    commands = [name for name in parts if name.startswith("commands_")]
+    plans = [f"plan_{name}" for name in HALF]
+    assert sorted(parts) == sorted(["machine", "equality", "unit_tests", *commands, *plans, *HALF])
+    assert len(commands) == 7 and commands.index("commands_train_llada2") < commands.index("commands_resume")
+    assert found["commands_resume"].startswith("loss ") and "1024" in found["commands_lm_eval"]
     assert any(row[0].startswith("a_step_in_float32[llada2") for row in tables["A GPU against the CPU"])
-    assert all(f"===== {name}" in (folder / "gpu-check.log").read_text() for name in ALL)
+    assert all(f"===== {name}" in (folder / "gpu-check.log").read_text() for name in parts)
 
 
 def test_steps_and_decoding_at_full_size(folder):
@@ -143,12 +147,13 @@ def test_what_is_unknown_is_refused(option, value, says, capsys):
 def test_the_parts_of_a_gpu(tmp_path):
     """Plans are made before what is timed and only read there; the limits leave time for everything."""
     _, together, timed = gpu_check.parts(tmp_path, cpu=False)
-    plans = [part for part in together if part.name.startswith("plan_")]
+    parts = [part for chain in together for part in chain]
+    plans = [part for part in parts if part.name.startswith("plan_")]
     assert [part.name.removeprefix("plan_") for part in plans] == [part.name for part in timed] == TIMED
     assert {plan.command[-1] for plan in plans} == {"--plan-only"}
     assert all(part.command[-4:-2] == ["--plans", str(tmp_path / "plans")] for part in timed)
     assert sum(part.seconds for part in timed) < gpu_check.SECONDS
-    paths = [path for part in together for path in part.command if path.startswith("tests/")]
+    paths = [path for part in parts for path in part.command if path.startswith("tests/")]
     assert paths and all((gpu_check.ROOT / path).is_file() for path in paths), "tests that are run there exist"
 
 

@@ -16,8 +16,6 @@ from data_files import ROWS, chats, message_of, write
 from dllm_memdlm.config import DataConfig
 from dllm_memdlm.data import load_examples, load_rows, train_tokenizer, training_texts
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 
 def read(dataset, **settings):
     """The training rows, and those to evaluate on."""

@@ -16,8 +16,6 @@ from dllm_memdlm.config import ConfigError
 from dllm_memdlm.data import load_examples, train_tokenizer
 from dllm_memdlm.data.encoding import Encoder, encode_chat, unmarked
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 USER, END, ASSISTANT = 5, 3, 6
 CALLS = [{"type": "function", "function": {"name": "look_up", "arguments": {"word": "ant"}}}]
 TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {"word": "string"}}}]

@@ -24,8 +24,6 @@ from dllm_memdlm.training.collator import AnchorTrajectoryCollator
 from dllm_memdlm.training.example_ids import EXAMPLE_ID, digest_of, prompt_of
 from dllm_memdlm.training.recipe import load_recipe
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:

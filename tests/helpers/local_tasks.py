@@ -73,9 +73,7 @@ def data_in(folder: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
         patch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
-        datasets.disable_progress_bars()
         yield
-        datasets.enable_progress_bars()
 
 
 def save_uniform(folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> str:

@@ -10,8 +10,6 @@ from small_run import RECIPE
 
 from reproduce.inner_rate import main, rate_of
 
-pytestmark = pytest.mark.usefixtures("caches_of_runs")
-
 
 def test_the_smallest_rate_at_which_the_loss_falls_by_a_tenth():
     assert rate_of(lambda rate: 2 - rate / 3, 1.8) == pytest.approx(0.6, rel=0.08)

@@ -24,17 +24,14 @@ from dllm_memdlm.training.recipe import load_recipe
 from reproduce import needle
 from reproduce.needle import Planted, found, held_out, plant, summary
 
-pytestmark = pytest.mark.usefixtures("caches_of_runs")
-
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory, caches_of_runs) -> Path:
+def run_dir(tmp_path_factory) -> Path:
     """A model that was trained for two steps, on half of the rows; it evaluates on two of the others."""
     folder = tmp_path_factory.mktemp("needle")
     (folder / "rows.json").write_text(json.dumps(needle_rows()), encoding="utf-8")
     data = f"dataset: {folder / 'rows.json'}, eval_size: 2, eval_fraction: 0.5"
     (folder / "needle.yaml").write_text(RECIPE.replace("dataset: DATASET, eval_fraction: 0.2", data))
-    torch.set_num_threads(1)
     run.train(load_recipe(folder / "needle.yaml", [f"training.output_dir={folder / 'run'}", "training.max_steps=2"]))
     return folder / "run"
 

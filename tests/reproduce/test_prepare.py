@@ -16,8 +16,6 @@ from reproduce.documents import FURTHER
 from reproduce.needle import VALUES, plant
 from reproduce.scales import RECIPES as RECIPE_FOLDER
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 SENTENCES = ["Ann wrote a book.", "It has two parts, and a preface.", "Bob read it twice."]
 PARAGRAPHS = {"Other": ["A distraction."], "Book": ["It is old.", " Ann wrote it."]}
 PARAGRAPHS |= {"Ann": ["Ann is a writer. ", " She is ill."]}

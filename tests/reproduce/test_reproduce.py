@@ -1,7 +1,8 @@
-"""From the command to a page: what is missing is trained and scored, and every number has its run."""
+"""From the command to a page: what is missing is trained and scored, and every number has its run; and the demo."""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.util
 import json
@@ -9,6 +10,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +20,46 @@ import pytest
 from conftest import LAUNCHED
 from data_files import needle_rows
 
+from reproduce import demo
 from reproduce.__main__ import main
-from reproduce.figures import FIGURES
+from reproduce.needle import plant
 from reproduce.scales import RECIPES, SCALES
 
 #: A few steps on a few short texts, all of which is logged.
-SETTINGS = ("data.eval_size=2", "data.eval_fraction=0.5", "lora.dropout=0", "training.max_steps=4")
-SETTINGS += ("training.eval_steps=2", "training.logging_steps=1", "training.save_steps=4")
-SETTINGS += ("training.per_device_train_batch_size=4", "training.per_device_eval_batch_size=2")
+TINY = ("training.max_steps=4", "training.eval_steps=4", "training.save_steps=4", "training.logging_steps=1")
+TINY += ("training.per_device_train_batch_size=2", "data.eval_size=2", "data.eval_fraction=0.5", "memory.rank=2")
 
 
-def reproduced(
-    python: str, folder: Path, *given: str, settings: tuple[str, ...] = SETTINGS
-) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, which becomes make; of one backbone, as each training takes its seconds."""
-    argv = [*given, "--seeds", "1", "--jobs", "2", "--runs", str(folder / "runs"), "--reports", str(folder / "reports")]
-    variables = {k: v for k, v in os.environ.items() if k not in (*LAUNCHED, "MAKEFLAGS")}
-    variables |= {"HF_HOME": str(folder / "home"), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    settings = (f"data.dataset={folder / 'rows.json'}", *settings)
-    command = [python, "-m", "reproduce", "dropout", *argv, "--set", *settings]
-    return subprocess.run(command, env=variables, cwd=RECIPES.parent, capture_output=True, text=True)
+@contextlib.contextmanager
+def at_work(folder: Path, python: str) -> Iterator[None]:
+    """In a folder with the data, from a shell, where an interpreter has imported everything."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (*LAUNCHED, "MAKEFLAGS"):
+            patch.delenv(name, raising=False)
+        patch.setenv("HF_HOME", str(folder / "home"))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(RECIPES.parent), *filter(None, sys.path)]))
+        patch.setattr(sys, "executable", python)
+        patch.chdir(folder)
+        yield
+
+
+def reproduced(*settings: str) -> subprocess.CompletedProcess[str]:
+    """What the demo trains and scores, by a command in a process of its own, which becomes make."""
+    given = ["documents", "--scale", "demo", "--jobs", "2", "--runs", "runs/quick", "--reports", "runs/quick/report"]
+    command = [sys.executable, "-m", "reproduce", *given, "--set", *TINY, *settings]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, warm_python) -> tuple[Path, list[str]]:
     """Where it is, and what was printed."""
     folder = tmp_path_factory.mktemp("reproduced")
-    (folder / "rows.json").write_text(json.dumps(needle_rows()), encoding="utf-8")
-    done = reproduced(warm_python, folder)
+    (folder / "data").mkdir()
+    for name in ("needles-32-64", "needles-40"):
+        rows = "\n".join(map(json.dumps, needle_rows()))
+        (folder / "data" / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+    with at_work(folder, warm_python):
+        done = reproduced()
     assert done.returncode == 0, done.stderr
     return folder, done.stdout.splitlines()
 
@@ -57,45 +71,72 @@ def logs(run: Path) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_a_figure_is_a_picture_its_numbers_and_a_page(made):
     folder, (*commands, last) = made
-    page, reports = (folder / "reports" / "dropout.md").read_text(encoding="utf-8"), folder / "reports"
-    assert last == str(reports / "dropout.md") and len(commands) == 4
-    assert all(line in page for line in commands) and "](dropout.png)" in page and "Changed in every recipe: " in page
-    assert matplotlib.image.imread(reports / "dropout.png")[..., :3].var() > 1e-3
-    assert "(dropout.md)" in (reports / "README.md").read_text(encoding="utf-8")
-    points = list(map(json.loads, (reports / "dropout.jsonl").read_text(encoding="utf-8").splitlines()))
+    reports = folder / "runs" / "quick" / "report"
+    page = (reports / "documents-demo.md").read_text(encoding="utf-8")
+    assert last == "runs/quick/report/documents-demo.md" and "](documents-demo.png)" in page
+    modules = [line.partition(" -m ")[2].split()[0] for line in commands]
+    assert (modules.count("dllm_memdlm.train"), modules.count("reproduce.needle"), len(modules)) == (5, 9, 14)
+    assert all(line in page for line in commands) and "Changed in every recipe: " in page
+    assert matplotlib.image.imread(reports / "documents-demo.png")[..., :3].var() > 1e-3
+    assert "(documents-demo.md)" in (reports / "README.md").read_text(encoding="utf-8")
+    points = list(map(json.loads, (reports / "documents-demo.jsonl").read_text(encoding="utf-8").splitlines()))
     for point in points:
-        own = [log for log in logs(Path(point["run"])) if log["step"] == point["step"]]
-        assert point["case"] in point["run"] and point["value"] in [log.get(point["loss"]) for log in own]
-    counts = [sum(point["case"] == case for point in points) for case in ("mdlm", "dropout-0.5")]
-    assert counts == [2, 4], "evaluated at 2 and at 4"
+        if "loss" in point:
+            own = [log for log in logs(folder / point["run"]) if log["step"] == point["step"]]
+            assert point["value"] in [log.get(point["loss"]) for log in own]
+    counts = [sum(point["way"] == way and point.get("loss") == "eval_loss" for point in points) for way in demo.WAYS]
+    assert counts == [2, 2, 2], "evaluated at the start and at the end"
 
 
 @pytest.mark.slow
 def test_both_methods_see_the_same_data_under_the_same_masks(made):
     """Before the first update, what MemDLM loses without its fast weights is MDLM's loss."""
-    folders = [next(made[0].glob(f"runs/cpu/llada_moe/scratch-{case}-1-*")) for case in ("mdlm", "dropout-0")]
-    first, other = (next(log for log in logs(run) if log["step"] == 1 and "loss" in log) for run in folders)
-    # transformers 4.57 keeps four digits of a train loss
-    assert round(first["loss"], 4) == round(other["loss_memory_off"], 4) != round(other["loss"], 4)
+    mdlm, memdlm = (logs(next(made[0].glob(f"runs/quick/demo/llada_moe/{m}-42-*"))) for m in ("mdlm", "memdlm"))
+    assert mdlm[0]["eval_loss"] == memdlm[0]["eval_loss_memory_off"] != memdlm[0]["eval_loss"]
+    first, other = (next(log for log in own if log["step"] == 1 and "loss" in log) for own in (mdlm, memdlm))
+    assert first["prompt_nll"] == other["prompt_nll"] and first["loss"] != other["loss"]
 
 
 @pytest.mark.slow
 def test_what_is_there_stays_and_another_recipe_has_folders_of_its_own(made, warm_python):
-    folder, before = made[0], {path: path.stat().st_mtime_ns for path in made[0].glob("runs/cpu/*/*/*")}
-    done = reproduced(warm_python, folder)
+    before = {path: path.stat().st_mtime_ns for path in made[0].glob("runs/quick/demo/*/*/*")}
+    with at_work(made[0], warm_python):
+        done, other = reproduced(), reproduced("data.dataset=data/gone.jsonl")
     assert done.returncode == 0 and done.stdout.splitlines() == made[1][-1:], "drawn again, and nothing run"
-    (folder / "rows.json").unlink()
-    done = reproduced(warm_python, folder, settings=(*SETTINGS, "memory.rank=3"))
-    assert done.returncode == 2 and "error: " in done.stderr and str(folder / "rows.json") in done.stderr
+    assert other.returncode == 2 and "error: data.dataset='data/gone.jsonl': " in other.stderr
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.slow
+def test_the_demo_asks_what_was_trained(made, warm_python, monkeypatch, capfd):
+    with at_work(made[0], warm_python):
+        monkeypatch.setattr(demo, "QUICK", TINY)
+        assert demo.main(["--quick", "--runs", "runs"]) == 0, capfd.readouterr().err
+        out = capfd.readouterr().out
+        assert "dllm_memdlm.train" not in out, "all is there"
+        assert "runs/quick/report/documents-demo.png" in out and "Right answers, %" in out
+        assert out.count("memory off") == out.count("memory on ") == demo.DOCUMENTS
+        (line,) = (line for line in out.splitlines() if line.strip().startswith("memdlm generate "))
+        assert Path("runs/quick/document.txt").read_text() in out and "--prompt-file runs/quick/document.txt" in line
+        # what fails is said in a line, and where to look
+        monkeypatch.setattr(demo, "QUICK", (*TINY, "data.dataset=data/gone.jsonl"))
+        assert demo.main(["--quick", "--runs", "runs"]) == 2
+    assert "runs/quick/*/*/*/log.txt" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_answers_of_the_demo_are_marked():
+    planted = plant(["Ann wrote a book."], 30, 3)
+    (first, right), (second, _), (third, other) = planted.values.items()
+    text = demo.marked(f"Named: {first} {right} {third} not{other}", planted, visible={first, second})
+    assert text.plain.split("  ")[:3] == [f"{first} {right} ✓", f"{second} - ✗", f"{third} not{other}* ✗"]
+    assert [span.style for span in text.spans] == ["green", "red", "red"]
 
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_commands_are_shown_and_nothing_is_run(scale, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    targets = [target for target, figure in FIGURES.items() if scale in figure.scales]
     given = ["--scale", scale, "--runs", "somewhere", "--seeds", "7", "--set", "memory.rank=3", "--commands"]
-    assert main([*targets, *given]) == 0
+    assert main(given) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(set(lines)) > 10
     for line in lines:
@@ -114,10 +155,9 @@ def test_what_is_unknown_is_refused_in_a_line(capsys, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *of: None if name == "lm_eval" else find(name, *of))
     for given, says in (
-        ("figure5", "unknown target 'figure5'; known: figure3, figure4"),
+        ("figure5", "unknown target 'figure5'; known: figure4, figure3"),
         ("figure4 --jobs 0", "--jobs 0: expected at least 1"),
-        ("", "expected a target: figure3"),
-        ("figure4 --scale huge", "--scale huge: expected one of demo, cpu, small, paper"),
+        ("figure4 --scale huge", "--scale: invalid choice: 'huge' (choose from "),
         ("figure4 --set training.max_steps", "expected section.key=value"),
         ("figure4 --set training.max_stepps=4", "training.max_stepps"),
         ("dropout --scale paper --commands", "--scale paper: does not have dropout; expected cpu"),

@@ -165,8 +165,8 @@ def test_a_file_that_is_not_whole(written, tmp_path, capsys):
         ({"tokenizer": "llama"}, "tokenizer.ggml.model is 'llama'; expected 'gpt2'"),
         ({"pre": "qwen2"}, "tokenizer.ggml.pre is 'qwen2'; expected 'smollm'"),
         ({"tokens": {"<empty_output>": "<x>"}}, "neither <|mask|> nor <empty_output> in its vocabulary"),
-        ({"drop": "blk.1.ffn_up.weight"}, "no tensor 'blk.1.ffn_up.weight'"),
-        ({"width": 128}, "blk.0.ffn_gate.weight is [96, 64], and by the fields [128, 64]"),
+        ({"drop": "blk.1.ffn_up.weight"}, 'Missing key(s) in state_dict: "model.layers.1.mlp.up_proj.weight"'),
+        ({"width": 128}, "size mismatch for model.layers.0.mlp.gate_proj.weight"),
         ({"integers": "output_norm.weight"}, "I32"),
     ],
 )

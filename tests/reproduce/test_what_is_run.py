@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -28,6 +29,7 @@ CPU = replace(SCALES["cpu"], seeds=(1, 2))
 EVERYWHERE = [(name, size) for name, figure in FIGURES.items() for size in figure.scales]
 
 
+@functools.cache
 def steps_of(target: str, size: str) -> list[Step]:
     return in_order(case.step for case in FIGURES[target].cases(replace(SCALES[size], seeds=(1,))))
 

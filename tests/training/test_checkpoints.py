@@ -21,7 +21,6 @@ from dllm_memdlm.training import checkpoints, run
 from dllm_memdlm.training.checkpoints import CONTENTS, RUN, last_checkpoint
 from dllm_memdlm.training.trainer import MemDLMTrainer
 
-pytestmark = pytest.mark.usefixtures("caches_of_runs")
 OTHER_RATE = ("training.learning_rate=0.03",)
 
 
@@ -260,7 +259,7 @@ BEST += ("training.metric_for_best_model=eval_loss_memory_off", "training.greate
 
 
 @pytest.fixture(scope="module")
-def with_a_best(recipe_file, caches_of_runs, tmp_path_factory) -> Path:
+def with_a_best(recipe_file, tmp_path_factory) -> Path:
     """A folder in which runs/a is that of a run with one checkpoint, the best so far."""
     folder = tmp_path_factory.mktemp("best")
     with pytest.MonkeyPatch.context() as patch:

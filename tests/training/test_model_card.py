@@ -23,8 +23,6 @@ from dllm_memdlm.training import run
 from dllm_memdlm.training.model_card import label, write_run_card
 from dllm_memdlm.training.recipe import load_recipe
 
-pytestmark = pytest.mark.usefixtures("caches_of_runs")
-
 
 def card_of(folder: str | Path) -> ModelCard:
     return ModelCard.load(Path(folder) / "README.md")
@@ -46,7 +44,7 @@ def edit_recipe(folder: str | Path, **sections: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def adapter(caches_of_runs, tmp_path_factory) -> str:
+def adapter(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("trained")
     return train_adapter(folder, save_model(folder / "base", "llada_moe", byte_tokenizer()))
 

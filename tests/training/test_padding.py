@@ -109,7 +109,6 @@ def test_examples_without_labels_are_refused(tokenizer, tmp_path):
             trainer.train()
 
 
-@pytest.mark.usefixtures("caches_of_runs")
 def test_a_recipe_says_whether_padding_is_learned_and_responses_are_cut_off(tmp_path):
     rows = [{"instruction": "?" * 4, "output": "a" * (3 + 5 * (i % 4))} for i in range(20)]
     recipe_file, batches = write_recipe(tmp_path, rows=rows), []

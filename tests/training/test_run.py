@@ -17,8 +17,6 @@ from dllm_memdlm.backbones.expert_names import split_names
 from dllm_memdlm.training import run
 from dllm_memdlm.training.recipe import load_recipe
 
-pytestmark = pytest.mark.usefixtures("caches_of_runs")
-
 
 def test_what_a_run_leaves_behind(finished, recipe_file):
     """Model, tokenizer, recipe and state, with no trace of the memory, in every checkpoint too."""

@@ -12,8 +12,6 @@ from transformers.integrations import get_available_reporting_integrations
 
 from dllm_memdlm.training import run as runs
 
-pytestmark = pytest.mark.usefixtures("caches_of_runs")
-
 #: What a memory logs of itself in training: losses and gradients of the inner steps, φ's size, the loss without φ.
 MEMORY = ("inner_loss_1", "inner_loss_2", "inner_grad_norm_1", "inner_grad_norm_2", "fast_weights_norm")
 TRAIN = {f"train/{name}" for name in ("loss", "loss_memory_off", "nonfinite_samples", *MEMORY)}
