@@ -49,6 +49,7 @@ BAD_TRAINING: list[tuple[str, ...]] = [
     ("output_dir=5", "expected text"), ("eval_delay=[1]", "expected number"), ("torch_compile=true", "expected none"),
     ("torch_compile_backend=inductor", "expected none"), ("torch_compile_mode=default", "expected none"),
     ("loss_norm_type=words", "one of token, sequence, batch"), ("loss_weight_type=flat", "uniform, cart[geo_p"),
+    ("training.gradient_checkpointing=true training.gradient_checkpointing_kwargs.use_reentrant=true", "use_reentrant"),
     ("engine=zero4", "'zero4'", "one of auto, ddp, fsdp2"), ("training.save_safetensors=false", "training.save_safe"),
     # what the optimizer and its schedule refuse
     ("training.adam_beta1=1.0", "training.optim=", "beta"), ("training.adam_beta2=1.5", "training.optim=", "beta"),
@@ -115,6 +116,7 @@ BAD_TRAINING: list[tuple[str, ...]] = [
     ("--dry-run memory.target_modules=[up_proj,w1]", "'w1' matches nothing in layers 1-2 of "),
     ("memory.objective=l2", "memory.objective='l2': expected one of"),
     ("memory.strategy=inconsistent memory.start_ratio=0.1 memory.anchor_ratio=0.5", "at least memory.anchor_ratio"),
+    ("data.mask_prompt=false memory.source=prompt", "data.mask_prompt=False: expected true with memory.source: prompt"),
     ("memory.sync=true", "memory.sync=True: expected false with memory.scope: sample"),
     ("data.dataset=null", "data.dataset=None: expected text"), ("data.max_length=long", "data.max_length='long'", ONE),
     ("data.max_length=3", "none of the 16 train examples", "16 too long"),
