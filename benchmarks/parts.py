@@ -1,6 +1,6 @@
 """Processes with limits of their own, and one report of what they have found, on disk anew after each of them.
 
-Nothing is imported here that an interpreter has not got: `gpu_check` installs the rest.
+Only the standard library is imported at the top: `gpu_check` installs the rest.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Part:
     name: str
     seconds: int
     command: list[str]
-    found: Callable[[str], str] = str  #: from what it printed to what came of it, the last line of which is shown
+    found: Callable[[str], str] = str  #: from its output to what came of it; the last line is shown
 
 
 @dataclass

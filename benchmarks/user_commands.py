@@ -77,7 +77,7 @@ def losses(run: Path, printed: str) -> str:
     said = []
     for name in ("loss", "eval_loss", "eval_loss_memory_off"):
         values = [log[name] for log in logs if name in log]
-        said.append(f"{name} {values[0]:.3f} → {values[-1]:.3f}")
+        said += [f"{name} {values[0]:.3f} → {values[-1]:.3f}"] if values else []
     without = sum(log.get("nonfinite_samples", 0) for log in logs)
     return ", ".join([*said, *[f"{without} samples without memory (not finite)"] * bool(without)])
 

@@ -28,7 +28,7 @@ _SINCE_5 = int(transformers.__version__.partition(".")[0]) >= 5
 PRIVATE = {
     "transformers.Trainer._save_checkpoint": "a checkpoint is marked when it is whole, also one that a signal asks for",
     "transformers.Trainer._push_from_checkpoint": "the same: an upload begins after the marking",
-    "transformers.Trainer._get_output_dir": "where a checkpoint is: of a hyperparameter search in a folder a trial",
+    "transformers.Trainer._get_output_dir": "where checkpoints go: a hyperparameter search has a folder a trial",
     "transformers.Trainer._load_from_checkpoint": "FSDP2's adapters: accelerate restores their first part alone",
     "transformers.Trainer._load_best_model": "the same",
     "transformers.Trainer._get_train_sampler": "an order of examples that is the same after a resume",

@@ -160,7 +160,7 @@ def draw(name: str, scale: Scale, reports: Path) -> Path:
         *(f"# {figure.title}", f"Scale: {scale.name}; seeds: {', '.join(map(str, scale.seeds))}. {scale.about}"),
         *([f"![{drawn.caption}]({stem}.png)", drawn.caption] if drawn.caption else []),
         *drawn.notes,
-        *without_memory(step.folder for step in steps),
+        *without_memory(case.step.folder for case in cases),
         *(table.markdown().rstrip() for table in drawn.tables),
         f"Every number drawn or tabled here is a line of [{stem}.jsonl]({stem}.jsonl), with the folder it is from.",
         f"Drawn on {time.strftime('%F')} at commit {commit()}, by `make reproduce-{name} "

@@ -131,8 +131,10 @@ def without_memory(folders: Iterable[Path]) -> list[str]:
     from dllm_memdlm.method.prompt_memory import Tally  # seconds to import
 
     total: Counter[str] = Counter()
-    for report in (read_json(path) for folder in set(folders) for path in written(folder)[-1:]):
-        total.update({**report, **report.get("config", {})}.get("memory_tally", {}))
+    for folder in set(folders):
+        if not (folder / "trainer_state.json").exists():  # of a run, whose own scores are in folders inside it
+            for report in map(read_json, written(folder)[-1:]):
+                total.update({**report, **report.get("config", {})}.get("memory_tally", {}))
     lost = Tally(**{field.name: total[field.name] for field in fields(Tally)}).failures()
     return [f"Prompts that were to have a memory and were decoded without: {lost}."] if lost else []
 

@@ -94,7 +94,7 @@ def convert(output: str | Path, gguf: str | Path | None = None) -> Path:
     tokenizer = tokenizer_of(fields)
     try:
         model = model_of(source, tensors, tokenizer)
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(f"--gguf {source}: {' '.join(str(error).split())}; expected a SmolLM2") from error
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,7 @@ def model_of(source: Path, tensors: int, tokenizer: PreTrainedTokenizerFast) -> 
     It is not `from_pretrained`'s, which draws what is missing, and cannot be saved.
 
     Raises:
-        RuntimeError, NotImplementedError: a tensor is missing, too many, of another shape, or packed otherwise.
+        RuntimeError, ValueError: a tensor is missing, too many, of another shape, or packed otherwise.
     """
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     special = {name: getattr(tokenizer, name) for name in names}

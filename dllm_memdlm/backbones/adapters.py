@@ -13,14 +13,15 @@ import peft
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import ConfigError, LoraConfig
+from .expert_names import split_names
 from .experts import ExpertLinear
 from .lora import ExpertLora
-from .stock_peft import WEIGHTS, StockLoraConfig, StockPeftModel, on_stacked
+from .stock_peft import WEIGHTS, StockLoraConfig, StockPeftModel, on_stacked, own_state
 
 
 def with_lora(backbone: PreTrainedModel, lora: LoraConfig) -> nn.Module:
@@ -156,16 +157,21 @@ def _loaded(
         if isinstance(config, StockLoraConfig):
             config.on(backbone)
         config.inference_mode = not trainable
-        with warnings.catch_warnings():  # PEFT's
+        with warnings.catch_warnings():  # PEFT's, of missing keys, which are an error below
             warnings.simplefilter("ignore", UserWarning)
             model = StockPeftModel(backbone, config)
             found = model.load_adapter(folder, "default", is_trainable=trainable)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise ConfigError(f"{where}: no adapter for this model ({_one_line(error)})") from error
     missing = [name for name in found.missing_keys if "lora_" in name]
-    for names, holder in ((found.unexpected_keys, "adapter"), (missing, "model")):
-        if names:
-            raise ConfigError(f"{where}: made for another model; {min(names)} is in the {holder} only")
+    if found.unexpected_keys or missing:
+        with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
+            saved = set(file.keys())
+        own = split_names(own_state(model)).keys()
+        odd = {name for name in own ^ saved if "lora_" in name} | (saved - own - model.state_dict().keys())
+        first = min(odd or {*found.unexpected_keys, *missing})
+        holder = "adapter" if first in saved else "model"
+        raise ConfigError(f"{where}: made for another model; {first} is in the {holder} only")
     return model
 
 

@@ -24,7 +24,7 @@ _constant: ContextVar[bool] = ContextVar("weights_are_constant", default=False)
 
 @contextmanager
 def switched_on(flag: ContextVar[bool]) -> Iterator[None]:
-    """Have a flag until the block ends."""
+    """Set a flag until the block ends."""
     token = flag.set(True)
     try:
         yield

@@ -83,8 +83,9 @@ class StockPeftModel(peft.PeftModel):
         """As PEFT's method. Raises ValueError for anything but safetensors."""
         if not safe_serialization:
             raise ValueError("safe_serialization=False: expected true; weights are saved as nothing else")
-        # PEFT writes all but the experts' LoRA: at full size that is gigabytes, which are written once
-        state = kwargs.pop("state_dict", None) or self.state_dict()
+        # PEFT writes all but the experts' LoRA. At full size that LoRA is gigabytes, which are so written once.
+        state = kwargs.pop("state_dict", None)
+        state = self.state_dict() if state is None else state
         experts = {name: value for name, value in state.items() if "lora_" in name and is_stacked(name)}
         rest = {name: value for name, value in state.items() if name not in experts}
         super().save_pretrained(save_directory, state_dict=rest, **kwargs)

@@ -180,7 +180,7 @@ class TokenMeter(transformers.TrainerCallback):
 
 
 class MDLMTrainer(transformers.Trainer):
-    """What a trainer of plain masked diffusion holds. `MemDLMTrainer` computes the loss, with memory off too."""
+    """Holds the settings of plain masked diffusion. `MemDLMTrainer` computes the loss, with memory off too."""
 
     def __init__(self, args: MDLMConfig, scheduler: BaseAlphaScheduler | None = None, *pargs: Any, **kwargs: Any):
         super().__init__(*pargs, args=args, **kwargs)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from ..config import ConfigError, check_types, require
 from ..inference.arguments import NONE_IS_A_CHOICE, as_meant
@@ -18,7 +18,7 @@ from ..method.prompt_memory import shared_prefixes
 
 _logger = logging.getLogger(__name__)
 
-_Tokens = Annotated[int, Field(strict=False, ge=1, description="whole number of at least 1")]
+_Tokens = Annotated[int, BeforeValidator(as_meant), Field(strict=False, ge=1, description="whole number of at least 1")]
 _Number = Annotated[float, Field(strict=False, description="number")]
 _Texts = Annotated[str | list[Any] | tuple[Any, ...] | None, Field(description="text or a list of texts")]
 

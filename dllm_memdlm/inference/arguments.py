@@ -54,7 +54,10 @@ _BatchSize = Annotated[Count | _Size, Field(description="a number of at least 1,
 
 @dataclass(frozen=True, kw_only=True)
 class EvalArguments:
-    """The arguments that are neither the sampler's nor the memory's. Raises ConfigError for a value that is no such."""
+    """The arguments that are neither the sampler's nor the memory's.
+
+    Raises ConfigError for a value of the wrong type, out of range, or not among the choices.
+    """
 
     pretrained: Place = knob("", "a run's folder, a hub name, or the folder of an adapter")
     adapter: Place | None = knob(None, "a PEFT adapter")

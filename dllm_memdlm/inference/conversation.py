@@ -113,4 +113,6 @@ def rendered(encoder: Encoder, chat: Sequence[Mapping[str, Any]], **template: An
     except jinja2.TemplateError as error:
         roles, reason = ", ".join(message["role"] for message in chat), " ".join(str(error).split())
         name = encoder.tokenizer.name_or_path
-        raise ConfigError(f"tokenizer={name!r}: its chat template refuses a chat of {roles}: {reason}") from error
+        raise ConfigError(
+            f"tokenizer={name!r}: its chat template refuses a chat of {roles} ({reason}); expected one of a chat model"
+        ) from error

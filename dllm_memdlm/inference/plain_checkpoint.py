@@ -129,11 +129,13 @@ def _free_folder(out: str | Path) -> Path:
     """Return the whole path of `out`. Raises ConfigError unless it can be made, or is empty."""
     path = Path(out).expanduser().absolute()
     above = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
-    if not above.is_dir():
+    if not str(out):
+        found = "no name"
+    elif not above.is_dir():
         found = f"{above} is a file"
     elif not os.access(above, os.W_OK):
         found = f"{above} may not be written to"
-    elif not str(out) or (above == path and any(path.iterdir())):
+    elif above == path and any(path.iterdir()):
         found = "not empty"
     else:
         return path

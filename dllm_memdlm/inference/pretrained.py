@@ -10,6 +10,7 @@ from typing import Any
 
 import huggingface_hub
 import torch
+import yaml
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..backbones import load_model, read_config, staged_backbone
@@ -17,7 +18,7 @@ from ..backbones.adapters import adapter_folder, load_adapter, merge, narrow
 from ..config import Attention, ConfigError, DType, MemoryConfig, ModelConfig
 from ..data import check_mask, load_tokenizer
 from ..data.sources import reason_of
-from ..training.recipe import FILE_NAME, resolve
+from ..training.recipe import FILE_NAME
 
 
 @dataclass
@@ -173,12 +174,15 @@ def _base_of(adapter: str) -> str:
 
 
 def _read(recipe: Path) -> tuple[dict[str, Any], MemoryConfig]:
-    """Return the sections of a recipe that are not empty, and its memory: what training alone takes may be of any kind.
+    """Return the non-empty sections of a recipe, and its memory. Settings of training alone are not checked.
+
+    It is as a run has saved it, with nothing left to resolve: of a stranger's file no `${…}` is replaced.
 
     Raises ConfigError, which begins with the file.
     """
     try:
-        sections = {name: section for name, section in resolve(recipe).items() if section is not None}
+        sections = dict(yaml.safe_load(recipe.read_text(encoding="utf-8")) or {})
+        sections = {name: section for name, section in sections.items() if section is not None}
         for name, section in sections.items():
             if not isinstance(section, dict):
                 raise ConfigError(f"{name}={section!r}: expected a mapping")
@@ -186,5 +190,5 @@ def _read(recipe: Path) -> tuple[dict[str, Any], MemoryConfig]:
         if memory.get("layers") == "last":  # in runs of before, and the only choice now
             del memory["layers"]
         return sections, MemoryConfig(**memory)
-    except (ConfigError, TypeError) as error:
-        raise ConfigError(f"{recipe}: not a recipe of this version ({error})") from None
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:  # a ConfigError, too
+        raise ConfigError(f"{recipe}: not a recipe of this version ({reason_of(error)})") from None

@@ -183,7 +183,7 @@ class WholeCheckpoints(transformers.Trainer):
             super()._push_from_checkpoint(str(folder))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing yet. `_save_checkpoint` uploads what is marked, as an upload must not see what is about to change."""
+        """Do nothing: `_save_checkpoint` uploads once the checkpoint is marked, and no longer changes."""
 
     def mark(self, folder: Path) -> None:
         """Mark a checkpoint that all processes have written, and remove old ones beyond the limit."""

@@ -15,8 +15,8 @@ CUT = ("input_ids", "labels", "attention_mask")
 def cut_off(features: list[dict[str, Any]], keys: Tensor, perbatch: bool, ratio: float) -> list[dict[str, Any]]:
     """Cut the responses of a batch; keys [1] are those of its draws.
 
-    With `perbatch` to at most the length of one of them; else, as often as `ratio` says, the padded batch by fewer
-    tokens than its shortest response has, at least one: padded to the longest, the examples are what is left of it.
+    With `perbatch` each response is cut to at most the length of one of them. Else, with probability `ratio`, the end
+    of the padded batch is cut: at least one token, and fewer than its shortest response has.
     """
     chance, u = noise.uniform(keys, noise.CUTOFF, 2)[0].tolist()
     if not perbatch and chance >= ratio:

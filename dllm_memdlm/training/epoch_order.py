@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.utils.data import Sampler
@@ -26,7 +26,7 @@ class EpochSampler(Sampler[int]):
     size: int
     seed: int
     epoch: Callable[[], int]
-    lengths: Sequence[int] | None = None
+    lengths: Sequence[int] | None = field(default=None, repr=False)
     batch_size: int = 1
 
     def __len__(self) -> int:

@@ -34,6 +34,10 @@ class Evaluation(transformers.Trainer):
     and transformers take the mean of the batches' means, which another batch size changes.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._evaluated: dict[str, list[Tensor]] = defaultdict(list)  #: of each batch [B], by the names of losses
+        super().__init__(*args, **kwargs)
+
     @torch.no_grad()
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -66,7 +70,7 @@ class Evaluation(transformers.Trainer):
         return found
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        self._evaluated: dict[str, list[Tensor]] = defaultdict(list)  # of each batch [B], by the names of losses
+        self._evaluated.clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         found = {name: torch.cat(values).double() for name, values in self._evaluated.items()}
         if found:

@@ -16,7 +16,7 @@ class Averages:
     """Running means and counts of tensors on the device: nothing is waited for until they are read."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}  #: of a mean the sum and the number of its values [2], of a count itself []
+        self._sums: dict[str, Tensor] = {}  #: of a mean [sum, number of values], of a count the number
 
     def add(self, name: str, values: Tensor, where: Tensor | None = None) -> None:
         """Add values of any shape to a mean, those at which `where` holds."""

@@ -36,7 +36,7 @@ ORDER = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulat
 
 
 def say(text: str) -> None:
-    """Print from one process of all."""
+    """Print in the main process alone."""
     if accelerate.PartialState().is_main_process:
         print(text, flush=True)
 
@@ -53,7 +53,7 @@ def build_trainer(recipe: Recipe) -> MemDLMTrainer:
             "lora.enabled=True without a model.path: an adapter would be saved, and its base, random weights, nowhere; "
             "expected a model.path, or lora.enabled=false to train all weights from scratch"
         )
-    if recipe.data.streaming:  # all rows are not at hand
+    if recipe.data.streaming:  # not all rows are at hand
         args, read, why = recipe.training, recipe.model.tokenizer or recipe.model.path, "with data.streaming"
         require("training", args, "max_steps", args.max_steps > 0, f"at least 1 {why}")
         require("training", args, "group_by_length", not args.group_by_length, f"false {why}")

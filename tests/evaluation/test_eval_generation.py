@@ -51,6 +51,7 @@ def test_what_a_prompt_is_made_of():
         ({"max_new_tokens": 5}, {"new_tokens": 5}),
         ({"max_gen_toks": "5", "max_new_tokens": 6}, {"new_tokens": 5}),
         ({"max_gen_toks": None}, {"new_tokens": 8}),
+        ({"max_gen_toks": "1e1"}, {"new_tokens": 10}),
         ({"max_gen_toks": 19}, {"tokens": [3]}),
         ({"temperature": "0.7"}, {"changes": {"temperature": 0.7}}),
         ({"temperature": 0}, {"changes": {"temperature": 0.0}}),

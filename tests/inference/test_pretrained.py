@@ -109,9 +109,23 @@ def test_tokenizer_and_recipe_are_the_adapters_or_else_the_bases_and_the_argumen
 
 def test_recipes_with_empty_sections_and_of_before_layers_were_always_the_last(base, copy_of):
     folder = copy_of(base)
-    for recipe, rank in {"": 32, "memory:\ntraining:": 32, "memory: {rank: 3, layers: last}": 3}.items():
+    spelt = "memory: {rank: 4}\ndata: {template: {price: '${price}'}}"  # a text, as nothing is left to resolve
+    recipes = {"": 32, "memory:\ntraining:": 32, "memory: {rank: 3, layers: last}": 3, spelt: 4}
+    for recipe, rank in recipes.items():
         (folder / "recipe.yaml").write_text(recipe)
         assert load_pretrained(str(folder)).memory.rank == rank
+
+
+def test_an_adapter_of_too_few_or_too_many_experts(base, adapter, copy_of):
+    folder = copy_of(adapter)
+    path = folder / "adapter_model.safetensors"
+    saved = load_file(path)
+    name = next(name for name in saved if ".experts.2." in name)
+    fewer, more = {n: v for n, v in saved.items() if n != name}, name.replace(".experts.2.", ".experts.9.")
+    for weights, odd, holder in ((fewer, name, "model"), (saved | {more: saved[name].clone()}, more, "adapter")):
+        save_file(weights, path, {"format": "pt"})
+        message = message_of(load_pretrained, base, str(folder))
+        assert message == f"adapter='{folder}': made for another model; {odd} is in the {holder} only"
 
 
 def test_the_dtype_is_the_checkpoints_or_the_one_asked_for(tmp_path):

@@ -31,6 +31,8 @@ def test_evaluation_reports_both_losses(kind, tokenizer, tmp_path):
     rows, settings = examples(7, seed=5), {"per_device_eval_batch_size": 3}
     model = tiny(kind, lora=0.5)
     trainer = make_trainer(model, tokenizer, tmp_path, memory_for(kind), eval_data=rows, **settings)
+    (first, *_) = trainer.get_eval_dataloader()
+    assert trainer.prediction_step(trainer.model, dict(first), True)[0] > 0, "outside an evaluation, too"
     metrics = trainer.evaluate()
     plain = make_trainer(model, tokenizer, tmp_path, OFF, eval_data=rows, **settings).evaluate()
     assert "eval_loss_memory_off" not in plain

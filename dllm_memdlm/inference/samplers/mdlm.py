@@ -71,9 +71,10 @@ class Denoiser:
 
     @torch.no_grad()
     def fill(self, first: list[int], alone: bool) -> Iterator[Tensor]:
-        """Fill in each row from its `first` position on, block after block; yield the canvas at first and each step.
+        """Fill in each row from its `first` position on, block after block.
 
-        Unless `alone`, a step may also fill masks that earlier blocks have left, as dllm's do.
+        Yields the canvas before the first step and after each one. Unless `alone`, a step may also fill masks that
+        earlier blocks have left, as dllm's do.
         """
         yield self.canvas
         rows = list(zip(first, self.ends, strict=True))
