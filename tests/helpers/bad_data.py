@@ -59,6 +59,7 @@ SOURCES: list[Row] = [
     ("stream-held-out", TEXT, "data.streaming=true", "data.eval_fraction=0.2: expected 0 with data.streaming"),
     ("absent-file", {}, "data.dataset=absent.json", "data.dataset='absent.json' | no such file | /absent.json"),
     ("absent-folder", {}, "data.dataset=./absent", "data.dataset='./absent' | no such file or folder | expected a hub"),
+    ("absent-at-home", {}, "data.dataset='~/no/such'", "data.dataset='~/no/such' | no such file or folder"),
     ("absent-home", {}, "data.dataset='~nobody-here/a.json'", "~nobody-here | no such file or folder | expected a"),
     ("not-made", {}, "data.dataset=data/hotpotqa.jsonl", "no such file | in a checkout `make data` writes it"),
     ("inline", {}, "data.dataset='{\"output\": \"" + "a" * 300 + "\"}'", "data.dataset= | expected a hub name"),
@@ -155,6 +156,8 @@ TEMPLATES: list[Row] = [
      "model.tokenizer= | line 2 of its chat template is not Jinja | expected a tokenizer with a template"),
 ]
 TOKENIZERS: list[Row] = [
+    ("number", {}, "model.tokenizer=5", "model.tokenizer=5 | expected folder or hub name or none"),
+    ("vocabulary-text", {}, "model.tokenizer_vocab_size=big", "tokenizer_vocab_size='big' | expected whole number"),
     ("absent", {}, "model.tokenizer=./absent", "model.tokenizer='./absent' | no such folder; expected"),
     ("absent-home", {}, "model.tokenizer='~nobody-here/tok'", "~nobody-here/tok | no such folder; expected"),
     ("too-long", {}, "model.tokenizer=" + "a" * 300, "model.tokenizer= | expected a local folder"),

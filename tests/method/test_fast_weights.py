@@ -32,6 +32,11 @@ def test_the_share_is_counted_from_the_end(count, fraction, first):
     assert adapted_layers(count, MemoryConfig(layer_fraction=fraction)) == range(first, count)
 
 
+def test_fast_weights_stand_beside_a_lora_and_not_under_it():
+    sites = find_sites(staged_backbone(tiny("llama", lora=True)), config_of(layer_fraction=1.0))
+    assert sites and all(hasattr(site.module, "lora_A") for site in sites)
+
+
 @both_kinds
 def test_fast_parameters_are_those_of_one_sample(kind):
     memory = ParametricMemory(tiny("llada2"), config_of(kind=kind, layer_fraction=1.0), mask_token_id=2)

@@ -104,6 +104,14 @@ def test_nothing_masked(norm):
         assert not gradient.any()
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_part_of_a_larger_batch(norm):
+    nll, valid, ones = torch.ones(B, 2, requires_grad=True), torch.ones(B, 2, dtype=torch.bool), torch.ones(B)
+    losses = [masked_diffusion_loss(nll, valid, ones, 2 * ones, norm, n) for n in (None, torch.tensor(4.0 * B))]
+    (loss, total), (larger, _) = losses
+    assert loss / larger == (2 if norm == "token" else 1) and not total.requires_grad
+
+
 @in_half_precision
 def test_half_precision_logits_are_computed_in_float32(dtype):
     logits, tokens, maskable = make_batch(dtype)

@@ -134,6 +134,7 @@ def test_a_run_that_goes_on_from_an_earlier_checkpoint_is_the_newest(recipe_file
         *(("memory.rank", 4, 8), ("lora.enabled", False, True), ("model.dtype", "float32", "bfloat16")),
         *(("training.seed", 42, 7), ("training.gradient_accumulation_steps", 1, 2)),
         *(("data.padding_loss", True, False), ("data.perbatch_cutoff", False, True)),
+        *(("data.resp_cutoff_ratio", 0.0, 0.5), ("data.mask_prompt", True, False)),
     ],
 )
 def test_a_checkpoint_of_another_recipe_is_refused(key, was, now, finished, recipe_file):

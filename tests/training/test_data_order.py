@@ -62,6 +62,7 @@ def test_mdlm_and_memdlm_see_the_same_masks(tokenizer, tmp_path):
         return batches_of(make_trainer(tiny("llama", lora=0.5), tokenizer, tmp_path, memory, max_steps=5, **settings))
 
     mdlm = run(OFF)
+    assert not torch.equal(mdlm[0]["input_ids"], mdlm[2]["input_ids"]), "each epoch in an order of its own"
     for memory in (memory_for("llama"), memory_for("llama", dropout=0.5)):
         for one, other in zip(mdlm, run(memory), strict=True):
             assert all(torch.equal(one[name], other[name]) for name in ("input_ids", "anchor_mask", "noise_keys"))

@@ -87,6 +87,7 @@ def assert_within(request, record_property) -> Callable[[Plan, int, float], None
         ("llada2", 0.0, {"objective": "kl"}, {"gradient_accumulation_steps": 2}),
         ("llada2", None, {**OF_PROMPTS, "steps": 2, "window": LENGTH // 2}, {"gradient_checkpointing": True}),
         ("llama", None, {"layer_fraction": 1.0}, {"bf16": True}),
+        ("llada2", None, True, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}),
         ("llama", 0.0, False, {"gradient_checkpointing": True, "bf16": True}),
         ("llama", 0.0, {"kind": "full", "scope": "batch", "steps": 3}, {"gradient_checkpointing": True}),
     ],
