@@ -122,8 +122,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def written(folder: Path) -> list[Path]:
-    """What an evaluation of ours, or lm-eval, has written to a folder, the newest last."""
-    return sorted([*folder.glob("scores.json"), *folder.rglob("results_*.json")], key=lambda path: path.stat().st_mtime)
+    """What an evaluation of ours, or lm-eval, has written to a folder, the newest last.
+
+    lm-eval writes to a folder inside. Those of other steps, deeper inside a run's own folder, do not count.
+    """
+    files = [path for name in ("scores.json", "results_*.json", "*/results_*.json") for path in folder.glob(name)]
+    return sorted(files, key=lambda path: path.stat().st_mtime)
 
 
 def without_memory(folders: Iterable[Path]) -> list[str]:
@@ -131,10 +135,8 @@ def without_memory(folders: Iterable[Path]) -> list[str]:
     from dllm_memdlm.method.prompt_memory import Tally  # seconds to import
 
     total: Counter[str] = Counter()
-    for folder in set(folders):
-        if not (folder / "trainer_state.json").exists():  # of a run, whose own scores are in folders inside it
-            for report in map(read_json, written(folder)[-1:]):
-                total.update({**report, **report.get("config", {})}.get("memory_tally", {}))
+    for report in (read_json(path) for folder in set(folders) for path in written(folder)[-1:]):
+        total.update({**report, **report.get("config", {})}.get("memory_tally", {}))
     lost = Tally(**{field.name: total[field.name] for field in fields(Tally)}).failures()
     return [f"Prompts that were to have a memory and were decoded without: {lost}."] if lost else []
 

@@ -157,8 +157,7 @@ def test_prompts_that_had_no_memory_are_told_of(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "scores.json").write_text(json.dumps(report))
     results(tmp_path / "theirs", 1, {"memory_tally": {"out_of_memory": 1, "hit_rate": 0.5}})
-    results(tmp_path / "run" / "scores", 1, {"memory_tally": {"out_of_memory": 1}})
-    (tmp_path / "run" / "trainer_state.json").write_text("{}")
+    results(tmp_path / "run" / "scores" / "model", 1, {"memory_tally": {"out_of_memory": 1}})
     assert without_memory([tmp_path / "plain", tmp_path / "run"]) == []
     (text,) = without_memory([tmp_path / name for name in ("ours", "theirs", "plain", "ours")])
     assert text.endswith("decoded without: 3 no room on the device.")
