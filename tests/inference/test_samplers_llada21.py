@@ -11,7 +11,8 @@ import torch
 from conftest import EOS, MASK, VOCABULARY, tiny
 from data_files import message_of
 from dllms_samplers import assert_same, decoders
-from naive_samplers import Canvas, Draws, block_diffusion, decoder, moves, prompts
+from naive_llada21 import block_diffusion
+from naive_samplers import Canvas, Draws, decoder, moves, prompts
 from torch import Tensor, nn
 
 from dllm_memdlm.config import MemoryConfig

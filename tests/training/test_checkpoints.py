@@ -297,5 +297,4 @@ def test_the_best_checkpoint_is_found_again(how, with_a_best, recipe_file, tmp_p
     assert all(torch.equal(t, expected[name]) and torch.equal(t, weights[name]) for name, t in saved.items())
     if how == "absolute":  # the best one is kept beside the last one
         assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
-    said = "the best checkpoint so far, runs/a/checkpoint-2, is no longer there" in capsys.readouterr().out
-    assert said == (how == "gone")
+    assert ("so far, runs/a/checkpoint-2, is no longer there" in capsys.readouterr().out) == (how == "gone")
